@@ -1,0 +1,369 @@
+"""From a config to the pieces of a run, and from a finished run to its report.
+
+Everything that can be wrong in a config is found here, before anything compiles.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from alignax import checkpoint, decode, logprob, optim, plots, plugin, sharding, source, tokenizer
+from alignax.batch import LM, Example, Metrics
+from alignax.metrics import read
+from alignax.models import load, transformer
+from alignax.models.transformer import ModelConfig
+
+log = logging.getLogger(__name__)
+# What may differ when a run goes on in its folder: nothing that changes a number.
+VOLATILE = ("log_every", "checkpoint", "profile", "wandb", "mesh", "patience")
+
+
+class Run(NamedTuple):
+    """The pieces of a run."""
+
+    name: str
+    workdir: str
+    mesh: Mesh
+    tokenizer: tokenizer.Tokenizer
+    policy: LM
+    lms: dict[str, LM]  # frozen, on the mesh
+    moving: tuple[str, ...]  # names that mean the policy's average
+    loss: plugin.Bound
+    rate: Callable
+    tx: optax.GradientTransformation
+    source: source.Source | None  # None when there is nothing to train on
+    evals: dict[str, plugin.Bound]
+    eval_data: Sequence[Example] | None
+    say: Callable[[str], None]
+
+
+def build(config, workdir: str) -> Run:
+    """Reads data and weights and binds every name in the config.
+
+    Raises:
+      ValueError, OSError: what is wrong, and where; the workdir is not touched by a
+        config that cannot run.
+    """
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch_size(config.batch_size, config.accumulate, mesh)
+    loss = bind(config, "losses", config.loss)
+    evals = {name: bind(config, "evals", {"name": name, **e}) for name, e in config.evals.items()}
+    text = tokenizer.load(tokenizer_path(config))
+    policy = make_policy(config, text)
+    if loss.needs and "values" in loss.needs and not policy.config.value_head:
+        raise ValueError(f"loss {loss.name!r} needs config.model.value_head=True")
+    host = (jax.process_index(), jax.process_count())
+    parts = {
+        k: (load_examples(d, drop=("ratio",)), d["ratio"]) for k, d in config.mixture.items()
+    }
+    data = None
+    if config.num_steps:
+        examples: Any = parts or load_examples(config.data)
+        data = source.dataset_source(
+            examples, text, batch_size=config.batch_size, length=config.length,
+            buckets=config.buckets, seed=config.seed, host=host,
+            vocab_size=policy.config.vocab_size,
+        )  # fmt: skip
+    eval_data = load_examples(config.eval_data) if config.eval_data else None
+    if evals and eval_data is None:
+        raise ValueError(f"evals {sorted(evals)} need config.eval_data")
+    folder = prepare(workdir, config)
+    say = functools.partial(print, flush=True) if jax.process_index() == 0 else _quiet
+    if data is not None:
+        say(f"data: {summary(data.report())}")
+    rate = optim.schedule(
+        config.optim.lr, config.num_steps, kind=config.optim.schedule,
+        warmup=config.optim.warmup, final=config.optim.final,
+    )  # fmt: skip
+    rest = ("lr", "schedule", "warmup", "final")
+    tx = optim.make_tx(rate, **{k: v for k, v in config.optim.items() if k not in rest})
+    lms, moving = {}, []
+    for name, path in config.lms.items():
+        if path == "average":
+            if not config.average:
+                raise ValueError(f"lms.{name}='average' needs config.average > 0, its decay")
+            moving.append(name)
+            continue
+        lm = policy if path == "init" else load_lm(path)
+        if lm is policy and lm.config.value_head:
+            lm = with_value_head(lm, False)
+        changes = {"dtype": config.model.dtype, "remat": "none"}
+        lm = LM(dataclasses.replace(lm.config, **changes), lm.params)
+        lms[name] = LM(lm.config, sharding.put_params(lm.params, mesh))
+    missing = [n for n in loss.needs if n.endswith("_logps") and n != "old_logps"
+               and n.removesuffix("_logps") not in (*lms, *moving)]  # fmt: skip
+    if missing:
+        raise ValueError(f"loss {loss.name!r} needs {missing}: add config.lms, there are {sorted(lms)}")
+    return Run(
+        Path(folder).name, folder, mesh, text, policy, lms, tuple(moving), loss, rate, tx,
+        data, evals, eval_data, say,
+    )  # fmt: skip
+
+
+def bind(config, folder: str, spec: Mapping[str, Any]) -> plugin.Bound:
+    """Loads the plug-in that a config section names; the other keys are its own."""
+    spec = dict(spec)
+    return plugin.load(folder, spec.pop("name"), spec)
+
+
+def load_examples(spec: Mapping[str, Any], drop: tuple[str, ...] = ()) -> Sequence[Example]:
+    """The examples that a data section describes."""
+    spec = {k: v for k, v in spec.items() if k not in drop}
+    return plugin.load("data", spec.pop("name"), spec)()
+
+
+def tokenizer_path(config) -> str:
+    """The tokenizer a config means: its own, or the one that lies with the weights."""
+    if config.tokenizer:
+        return config.tokenizer
+    saved = Path(config.model.path or ".") / "config.json"
+    if config.model.path and saved.is_file():
+        inner = json.loads(saved.read_text())
+        if "batch_size" in inner:  # the folder of a run, not of Hugging Face weights
+            return inner["tokenizer"] or tokenizer_path(_Plain(inner))
+    if not config.model.path:
+        raise ValueError("config.tokenizer is empty and config.model.path names no weights")
+    return config.model.path
+
+
+class _Plain(dict):
+    """Attribute access to a plain dict."""
+
+    def __getattr__(self, name):
+        value = self[name]
+        return _Plain(value) if isinstance(value, dict) else value
+
+
+def model_config(config, vocab_size: int) -> ModelConfig:
+    """The architecture that config.model.sizes describes (training from scratch)."""
+    sizes = {"vocab_size": vocab_size, **config.model.sizes}
+    known = {f.name for f in dataclasses.fields(ModelConfig)}
+    unknown = sorted(set(sizes) - known)
+    if unknown:
+        raise ValueError(f"model.sizes has no {unknown}; it takes {sorted(known)}")
+    sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()}
+    return ModelConfig(**sizes)
+
+
+def make_policy(config, text: tokenizer.Tokenizer) -> LM:
+    """The policy a run starts from, on the host.
+
+    Raises:
+      ValueError: neither path nor sizes; a tokenizer with more ids than the model; rows
+        longer than the model's context.
+    """
+    m = config.model
+    if m.path:
+        lm = load_lm(m.path)
+    elif m.sizes:
+        lm_config = model_config(config, text.vocab_size)
+        lm = LM(lm_config, transformer.init(lm_config, jax.random.key(config.seed)))
+    else:
+        raise ValueError("config.model needs a path to weights, or sizes to start from scratch")
+    if text.vocab_size > lm.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {text.vocab_size} ids, the model only {lm.config.vocab_size}"
+        )
+    if config.length > lm.config.max_length:
+        raise ValueError(
+            f"config.length={config.length} is beyond the model's context of {lm.config.max_length}"
+        )
+    lm = with_value_head(lm, m.value_head)
+    params = jax.tree.map(lambda x: jnp.asarray(x, m.param_dtype), lm.params)
+    return LM(dataclasses.replace(lm.config, dtype=m.dtype, remat=m.remat), params)
+
+
+def load_lm(path: str) -> LM:
+    """Weights from a run's folder, a Hugging Face directory or a .gguf file."""
+    if (Path(path) / "checkpoints").is_dir():
+        return checkpoint.load_lm(path)
+    return load.load(path)
+
+
+def with_value_head(lm: LM, wanted: bool) -> LM:
+    """The same LM with (at zero) or without a scalar head."""
+    if wanted == lm.config.value_head:
+        return lm
+    params = {k: v for k, v in lm.params.items() if k != "value_head"}
+    if wanted:
+        params["value_head"] = {"kernel": jnp.zeros(lm.config.width)}
+    return LM(dataclasses.replace(lm.config, value_head=wanted), params)
+
+
+def prepare(workdir: str, config) -> str:
+    """Makes the workdir, or checks that it belongs to this config.
+
+    Raises:
+      ValueError: the folder holds a run of another config; the keys are listed.
+      OSError: it cannot be written.
+    """
+    folder = Path(workdir).absolute()
+    path, now = folder / "config.json", json.loads(json.dumps(config.to_dict()))
+    if path.exists():
+        before = json.loads(path.read_text())
+        a, b = _flat(before), _flat(now)
+        differ = [
+            f"{k} ({a.get(k, 'absent')} there, {b.get(k, 'absent')} here)"
+            for k in sorted({*a, *b})
+            if a.get(k) != b.get(k) and not k.startswith(VOLATILE)
+        ]
+        if differ:
+            raise ValueError(
+                f"{folder} holds a run of another config; take another workdir or undo: "
+                + "; ".join(differ)
+            )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"cannot write to workdir {folder}: {error.strerror}") from error
+    if jax.process_index() == 0:
+        path.write_text(json.dumps(now, indent=1))
+    return str(folder)
+
+
+def _flat(tree, prefix="") -> dict[str, Any]:
+    out = {}
+    for k, v in tree.items():
+        out |= _flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v}
+    return out
+
+
+def summary(report: dict[str, Any]) -> str:
+    """How many examples were read, used, cut, dropped and malformed, and which."""
+    names = ("read", "used", "cut", "dropped", "malformed")
+    text = ", ".join(f"{report[n]} {n}" for n in names) + f", {report['padding']:.1%} padding"
+    for name in ("dropped_ids", "malformed_ids"):
+        text += "".join(f"\n  {name.removesuffix('_ids')}: {line}" for line in report[name])
+    return text
+
+
+@functools.cache
+def _score(mesh: Mesh, needs: tuple[str, ...]):
+    return jax.jit(functools.partial(logprob.score, mesh=mesh, needs=needs))
+
+
+def evaluate(run: Run, lm: LM, lms: dict[str, LM], step: int, config) -> Metrics:
+    """Runs the config's evaluations; names are 'eval/<evaluation>/<metric>'."""
+
+    def score(lm, batch, needs=()):
+        out = _score(run.mesh, tuple(needs))(lm, sharding.put_batch(batch, run.mesh))
+        return jax.device_get(out)
+
+    out: Metrics = {}
+    for name, evaluation in run.evals.items():
+        got = evaluation(
+            lm, lms, run.eval_data, key=jax.random.key(config.seed), tokenizer=run.tokenizer,
+            generate=functools.partial(decode.generate, eos_ids=sorted(run.tokenizer.eos_ids)),
+            score=score, batch_size=config.eval_batch_size or config.batch_size,
+            length=config.length,
+        )  # fmt: skip
+        out["samples"] = out.get("samples", []) + got.pop("samples", [])
+        out |= {f"eval/{name}/{k}": v for k, v in got.items()}
+    if out and jax.process_index() == 0:
+        run.say(f"evaluation at step {step}\n{table(out)}")
+    return out
+
+
+def table(metrics: Metrics) -> str:
+    """Metrics as aligned lines, an interval beside its value."""
+    names = [k for k in metrics if not k.endswith(("/lo", "/hi")) and k != "samples"]
+    width = max(map(len, names), default=0)
+    lines = []
+    for k in names:
+        line = f"  {k:<{width}}  {metrics[k]:.4g}"
+        if f"{k}/lo" in metrics:
+            line += f"  [{metrics[f'{k}/lo']:.4g}, {metrics[f'{k}/hi']:.4g}]"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def finish(config, run: Run, metrics: Metrics, record) -> None:
+    """Says where the best checkpoint is, and draws the curves."""
+    if record["value"] is not None:
+        run.say(f"best {config.best_metric} {record['value']:.4g} at step {record['step']}")
+    if jax.process_index() == 0 and config.plots and read(run.workdir):
+        for path in plots.plot(run.workdir):
+            run.say(f"drew {path}")
+
+
+def run_stages(config, workdir: str, train):
+    """Trains the stages of a config in order; 'stage:NAME' is the folder of one.
+
+    Returns:
+      The last stage's TrainState.
+    """
+    state, folder = None, Path(workdir).absolute()
+    for name, stage in config.stages.items():
+        stage = stage.copy_and_resolve_references()
+        stage.model.path = _stage_path(stage.model.path, folder)
+        for lm, path in stage.lms.items():
+            stage.lms[lm] = _stage_path(path, folder)
+        print(f"\n== {name} ==", flush=True)
+        state = train(stage, str(folder / name))
+    results: Metrics = {}
+    samples = []
+    for name in config.stages:
+        merged: Metrics = {}
+        for row in read(folder / name):
+            merged |= {k: v for k, v in row.items() if k.startswith("eval/")}
+        results |= {f"{name}/{k.removeprefix('eval/')}": v for k, v in merged.items()}
+        with contextlib.suppress(FileNotFoundError):
+            samples.append(f"# {name}\n\n" + (folder / name / "samples.md").read_text())
+    print(f"\n== results ==\n{table(results)}", flush=True)
+    (folder / "samples.md").write_text("\n".join(s for s in samples if s.count("\n") > 2))
+    for path in plots.plot(folder):
+        print(f"drew {path}", flush=True)
+    return state
+
+
+def _stage_path(path: str, folder: Path) -> str:
+    return str(folder / path.removeprefix("stage:")) if path.startswith("stage:") else path
+
+
+def explain(config) -> str:
+    """Parameters, shapes, specs and bytes per device, without reading any weights."""
+    mesh = sharding.make_mesh(config.mesh)
+    if config.model.sizes:
+        vocab_size = config.model.sizes.get("vocab_size") or tokenizer.load(config.tokenizer).vocab_size
+        model = model_config(config, vocab_size)
+        shapes = jax.eval_shape(functools.partial(transformer.init, model), jax.random.key(0))
+    else:
+        lm = load_lm(config.model.path)
+        model, shapes = lm.config, lm.params
+    lines, total, local = [], 0, 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+        name = sharding.path_string(path)
+        spec = sharding.spec(name, leaf.shape, mesh)
+        size = int(np.prod(leaf.shape))
+        over = [a for axis in spec if axis for a in (axis if isinstance(axis, tuple) else (axis,))]
+        split = int(np.prod([mesh.shape[a] for a in over], initial=1))
+        total, local = total + size, local + size // split
+        lines.append(f"  {name:<32} {tuple(leaf.shape)!s:<28} {spec}")
+    width = np.dtype(config.model.param_dtype).itemsize if config.model.param_dtype != "bfloat16" else 2
+    copies = 1 + sum(v != "average" for v in config.lms.values())
+    lines += [
+        f"{total:,} parameters, {model.num_layers} layers, mesh {dict(mesh.shape)}",
+        f"per device: {local * width / 2**30:.3f} GiB a copy; {copies} copies (policy, frozen LMs), "
+        f"{local * 4 / 2**30:.3f} GiB of gradient, about {2 * local * width / 2**30:.3f} GiB of "
+        f"{config.optim.name} state",
+    ]
+    return "\n".join(lines)
+
+
+def _quiet(_: str) -> None:
+    """What processes other than the first say."""

@@ -1,0 +1,208 @@
+"""HH-RLHF preference pairs (Bai et al. 2022, https://arxiv.org/abs/2204.05862).
+
+The user's own copy is read: JSON lines of `chosen` and `rejected`, each a dialogue
+"\\n\\nHuman: ...\\n\\nAssistant: ...", as https://github.com/anthropics/hh-rlhf gives them.
+The two share everything up to the last "\\n\\nAssistant:"; what follows is the response.
+
+A TFDS builder writes the parsed rows once as ArrayRecord, in a folder named after the
+hash of the file, and reads them back with random access. TensorFlow is not imported.
+"""
+
+import contextlib
+import functools
+import hashlib
+import io
+import json
+import os
+import pathlib
+import re
+import tempfile
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from alignax.batch import Example, Message
+from alignax.data import Examples, as_kind, existing, held_out, read_json_lines
+
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+def examples(
+    *,
+    split: str,
+    path: str,
+    kind: str = "pairs",
+    test_fraction: float = 0.25,
+    cache_dir: str | None = None,
+    strict: bool = False,
+) -> Examples:
+    """Preference pairs of a file in HH-RLHF's form.
+
+    Args:
+      split: 'train', 'test' or 'all'.
+      path: a .jsonl or .jsonl.gz file.
+      kind: 'pairs', 'sft' (the chosen side) or 'prompts'.
+      test_fraction: share of dialogues held out as 'test', by a hash of the first human
+        turn: dialogues that open alike are on the same side, so no prompt is on both.
+      cache_dir: where prepared copies live; by default $ALIGNAX_CACHE, or alignax/ in the
+        user's cache folder.
+      strict: raises at the first row that cannot be used instead of counting it.
+
+    Returns:
+      The pairs in the order of the file; `report` names the lines that are 'malformed'
+      (unreadable) and 'dropped' (no preference in them: an empty or identical last
+      turn, or dialogues that part before it).
+
+    Raises:
+      FileNotFoundError: no such file; names its neighbours.
+      ValueError: no usable row, an unknown split or kind, or (strict) an unusable row.
+    """
+    if split not in ("train", "test", "all"):
+        raise ValueError(f"split is {split!r}, expected 'train', 'test' or 'all'")
+    source = existing(path)
+    if cache_dir is None:
+        home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        cache_dir = os.environ.get("ALIGNAX_CACHE") or str(
+            pathlib.Path(home, "alignax")
+        )
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
+    folder = pathlib.Path(cache_dir, "hh_rlhf", digest)
+    rows, notes = _prepared(folder, source)
+    # The same file may have another name by now.
+    report = {k: [f"{source.name}:{x}" for x in v] for k, v in notes["report"].items()}
+    if strict and report:
+        raise ValueError(next(iter(report.values()))[0])
+    picked = [
+        i
+        for i, opening in enumerate(notes["openings"])
+        if split == "all" or held_out(opening, test_fraction) == (split == "test")
+    ]
+    if not picked:
+        raise ValueError(f"{source} has no row in split {split!r} among {len(rows)}")
+    convert = functools.partial(_example, rows, source.name, kind)
+    as_kind(Example("", "", []), kind)  # an unknown kind is an error now, not at a row
+    return Examples(picked, convert, report)
+
+
+def parse(dialogue: str) -> list[Message]:
+    """The turns of "\\n\\nHuman: ...\\n\\nAssistant: ...", contents stripped of blanks.
+
+    Raises:
+      ValueError: the text does not start with a turn.
+    """
+    pieces = _TURN.split(dialogue)
+    if pieces[0].strip() or len(pieces) < 3:
+        raise ValueError(f"not a dialogue: {dialogue[:40]!r}")
+    pairs = zip(pieces[1::2], pieces[2::2], strict=True)
+    return [{"role": _ROLES[who], "content": text.strip()} for who, text in pairs]
+
+
+def parse_file(path: pathlib.Path) -> tuple[list[dict[str, str]], dict[str, list[str]]]:
+    """(rows, report) of a file, by line number; a row's prompt and sides are JSON."""
+    rows: list[dict[str, str]] = []
+    report: dict[str, list[str]] = {}
+    for number, value in read_json_lines(path):
+        try:
+            if isinstance(value, ValueError):
+                raise value
+            chosen, rejected = (_dialogue(value, key) for key in ("chosen", "rejected"))
+        except ValueError as e:
+            report.setdefault("malformed", []).append(f"{number}: {e}")
+            continue
+        reason = None
+        if chosen[:-1] != rejected[:-1]:
+            reason = "the dialogues part before their last turn"
+        elif not (chosen[-1]["content"] and rejected[-1]["content"]):
+            reason = "the last turn of one side is empty"
+        elif chosen == rejected:
+            reason = "chosen and rejected are identical"
+        if reason:
+            report.setdefault("dropped", []).append(f"{number}: {reason}")
+            continue
+        parts = {
+            "prompt": chosen[:-1],
+            "chosen": chosen[-1:],
+            "rejected": rejected[-1:],
+        }
+        rows.append({"id": str(number), **{k: json.dumps(v) for k, v in parts.items()}})
+    if not rows:
+        first = next(iter(report.values()), ["the file is empty"])[0]
+        raise ValueError(f"{path} has no usable row; first: line {first}")
+    return rows, report
+
+
+def _dialogue(row: Any, key: str) -> list[Message]:
+    if not isinstance(row, dict):
+        raise ValueError(f"not an object but {type(row).__name__}")
+    if not isinstance(row.get(key), str) or not row[key].strip():
+        raise ValueError(f"'{key}' is missing or empty")
+    turns = parse(row[key])
+    if turns[-1]["role"] != "assistant" or len(turns) < 2:
+        raise ValueError(
+            f"'{key}' does not end in an assistant turn that answers another"
+        )
+    return turns
+
+
+def _example(rows, file: str, kind: str, index: int) -> Example:
+    row = {k: v.decode() if isinstance(v, bytes) else v for k, v in rows[index].items()}
+    sides = [json.loads(row["chosen"]), json.loads(row["rejected"])]
+    prompt = json.loads(row["prompt"])
+    return as_kind(Example(f"{file}:{row['id']}", prompt, sides, (1.0, 0.0)), kind)
+
+
+class HHRLHF(tfds.core.GeneratorBasedBuilder):
+    """Parsed rows as TFDS keeps them: one split 'rows', in the order of the file.
+
+    Train and test are chosen at reading, so that `test_fraction` costs no preparation.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")  # of the parsing: a change makes copies stale
+
+    def __init__(self, *, rows: list[dict[str, str]] | None = None, **kwargs):
+        self._rows = rows
+        super().__init__(file_format="array_record", **kwargs)
+
+    def _info(self):
+        names = ("id", "prompt", "chosen", "rejected")
+        features = tfds.features.FeaturesDict({k: tfds.features.Text() for k in names})
+        return self.dataset_info_from_configs(features=features, disable_shuffling=True)
+
+    def _split_generators(self, dl_manager):
+        del dl_manager
+        return {"rows": self._generate_examples()}
+
+    def _generate_examples(self):
+        yield from enumerate(self._rows or ())
+
+
+def _prepared(folder: pathlib.Path, source: pathlib.Path) -> tuple[Any, dict[str, Any]]:
+    """(random-access rows, notes), prepared in `folder` unless they are there already.
+
+    The notes are 'report', and 'openings': the first human turn of every row.
+    """
+    builder = HHRLHF(data_dir=str(folder))
+    notes = pathlib.Path(builder.data_path, "notes.json")
+    if not notes.is_file():
+        rows, report = parse_file(source)
+        openings = [json.loads(row["prompt"])[0]["content"] for row in rows]
+        # Concurrent runs prepare beside each other; a rename decides. The notes come
+        # last: where they are, the rows are complete.
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            fresh = HHRLHF(rows=rows, data_dir=scratch)
+            with contextlib.redirect_stdout(io.StringIO()):
+                fresh.download_and_prepare()
+            pathlib.Path(fresh.data_path, "notes.json").write_text(
+                json.dumps({"report": report, "openings": openings})
+            )
+            target = pathlib.Path(builder.data_path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.rename(fresh.data_path, target)
+            except OSError:
+                if not notes.is_file():
+                    raise
+        builder = HHRLHF(data_dir=str(folder))
+    return builder.as_data_source(split="rows"), json.loads(notes.read_text())

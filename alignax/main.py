@@ -1,0 +1,58 @@
+"""The single entry point: flags -> config -> train.
+
+  python -m alignax.main --config configs/dpo.py --workdir runs/dpo --config.loss.beta=0.05
+
+num_steps=0 evaluates only. A run stopped by SIGTERM exits with 75 (EX_TEMPFAIL): start
+the same command again and it goes on.
+"""
+
+import logging
+import os
+import sys
+
+import jax
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Path of a config, e.g. configs/dpo.py or configs/dpo.py:smoke")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, samples.")
+DEBUG = flags.DEFINE_bool("debug", False, "Check for nan after every operation, without jit.")
+EXPLAIN = flags.DEFINE_bool("explain", False, "Print parameters, shapes, specs and bytes, and exit.")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Call jax.distributed.initialize (the launchers do).")
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("alignax").setLevel(logging.INFO)
+    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax narrates every save
+    if DISTRIBUTED.value:
+        jax.distributed.initialize()
+    if DEBUG.value:
+        jax.config.update("jax_debug_nans", True)
+        jax.config.update("jax_disable_jit", True)
+    from alignax import build, train  # after the backend is set up
+    from alignax.checkpoint import CheckpointError
+
+    if EXPLAIN.value:
+        print(build.explain(CONFIG.value))
+        return
+    if not WORKDIR.value:
+        raise app.UsageError("--workdir is needed")
+    try:
+        train.train(CONFIG.value, WORKDIR.value)
+    except train.Preempted as event:
+        print(event, file=sys.stderr)
+        sys.exit(os.EX_TEMPFAIL)
+    except (ValueError, OSError, CheckpointError, FloatingPointError) as error:
+        if DEBUG.value:
+            raise
+        print(f"error: {error}\n(--debug shows the traceback)", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main)

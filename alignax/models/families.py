@@ -1,0 +1,399 @@
+"""What Hugging Face calls things: config.json <-> ModelConfig, and the names of weights.
+
+One small entry per family. `from_hf` reads both spellings of transformers' config.json
+(up to v4: `rope_theta`, `rope_scaling`, `sliding_window_pattern`; since v5:
+`rope_parameters`, `layer_types`); `to_hf` writes both. What our decoder does not compute
+is refused by name, never ignored: a model that loads is the model that was saved.
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+from alignax.models.transformer import ModelConfig
+
+
+class Family(NamedTuple):
+    """How one Hugging Face `model_type` differs from Llama."""
+
+    architecture: str  # prefix of transformers' class names
+    gguf: str  # llama.cpp's general.architecture
+    fixed: dict[str, Any]  # ModelConfig fields that the family decides
+    defaults: dict[str, Any]  # config.json keys that transformers leaves out
+
+
+_GEMMA = {"norm_offset": True, "embed_scale": True}
+_GEMMA_DEFAULTS = {
+    "hidden_act": "gelu_pytorch_tanh", "head_dim": 256, "tie_word_embeddings": True, "bos_token_id": 2,
+    "eos_token_id": 1,
+}  # fmt: skip
+_LLAMA_DEFAULTS = {"hidden_act": "silu", "tie_word_embeddings": False}
+_GEMMA3 = Family(
+    "Gemma3",
+    "gemma3",
+    {**_GEMMA, "post_norms": True, "qk_norm": True},
+    # transformers leaves most of the text sizes out of a multimodal config.json
+    dict(
+        _GEMMA_DEFAULTS, vocab_size=262_208, num_attention_heads=8, num_key_value_heads=4,
+        hidden_size=2304, intermediate_size=9216, num_hidden_layers=26,
+        max_position_embeddings=131_072, query_pre_attn_scalar=256, sliding_window=4096,
+        rope_theta=1e6, rope_local_base_freq=1e4, sliding_window_pattern=6,
+    ),
+)  # fmt: skip
+
+FAMILIES = {
+    "llama": Family("Llama", "llama", {}, _LLAMA_DEFAULTS),
+    "mistral": Family("Mistral", "llama", {}, dict(_LLAMA_DEFAULTS, sliding_window=None)),
+    "qwen2": Family("Qwen2", "qwen2", {"qkv_bias": True}, _LLAMA_DEFAULTS),
+    "qwen3": Family("Qwen3", "qwen3", {"qk_norm": True}, dict(_LLAMA_DEFAULTS, head_dim=128)),
+    "gemma": Family("Gemma", "gemma", _GEMMA, _GEMMA_DEFAULTS),
+    "gemma2": Family(
+        "Gemma2",
+        "gemma2",
+        {**_GEMMA, "post_norms": True},
+        dict(
+            _GEMMA_DEFAULTS, query_pre_attn_scalar=256, sliding_window=4096,
+            attn_logit_softcapping=50.0, final_logit_softcapping=30.0, sliding_window_pattern=2,
+        ),
+    ),
+    "gemma3_text": _GEMMA3,
+}  # fmt: skip
+
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+_SPELLING = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+_ROPE_KEYS = {  # rope type -> its parameters, in the order of ModelConfig.rope_scaling
+    "linear": ("factor",),
+    "llama3": (
+        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+    ),
+}  # fmt: skip
+_REFUSED = {  # config.json key -> what a value other than these asks for
+    "attention_bias": ((None, False), "a bias on the attention output"),
+    "mlp_bias": ((None, False), "biases in the MLP"),
+    "num_experts": ((None, 0), "mixture of experts"),
+    "num_local_experts": ((None, 0), "mixture of experts"),
+    "quantization_config": ((None,), "a quantised checkpoint"),
+    "partial_rotary_factor": ((None, 1, 1.0), "rotating only a part of each head"),
+    "use_bidirectional_attention": ((None, False), "attention to later tokens"),
+}
+
+_BLOCK = "model.layers.{}."
+HF_NAMES = {  # path in our tree -> name in a Hugging Face checkpoint
+    "embed": "model.embed_tokens.weight",
+    "blocks/attn_norm/scale": _BLOCK + "input_layernorm.weight",
+    **{
+        f"blocks/attn/{p}/{kind}": f"{_BLOCK}self_attn.{p}_proj.{name}"
+        for p in "qkvo"
+        for kind, name in (("kernel", "weight"), ("bias", "bias"))
+    },
+    "blocks/attn/q_norm/scale": _BLOCK + "self_attn.q_norm.weight",
+    "blocks/attn/k_norm/scale": _BLOCK + "self_attn.k_norm.weight",
+    "blocks/mlp_norm/scale": _BLOCK + "post_attention_layernorm.weight",
+    **{
+        f"blocks/mlp/{p}/kernel": f"{_BLOCK}mlp.{p}_proj.weight"
+        for p in ("gate", "up", "down")
+    },
+    "norm/scale": "model.norm.weight",
+    "head": "lm_head.weight",
+    "value_head/kernel": "score.weight",
+}
+HF_POST_NORMS = {  # Gemma 2 and 3 give Llama's second norm another place
+    "blocks/post_attn_norm/scale": _BLOCK + "post_attention_layernorm.weight",
+    "blocks/mlp_norm/scale": _BLOCK + "pre_feedforward_layernorm.weight",
+    "blocks/post_mlp_norm/scale": _BLOCK + "post_feedforward_layernorm.weight",
+}
+
+
+def hf_names(config: ModelConfig) -> dict[str, str]:
+    """Path in our tree -> tensor name; `{}` stands for the layer."""
+    return {**HF_NAMES, **HF_POST_NORMS} if config.post_norms else HF_NAMES
+
+
+def stored_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in which both file formats hold our parameter of one layer.
+
+    Linear maps are stored as [out, in] with head axes merged, everything else as a vector;
+    the embedding is [V, D] in both worlds.
+
+    Args:
+      path: path in our tree, e.g. 'blocks/attn/q/kernel'.
+      shape: shape in our tree without the layer axis.
+    """
+    if path == "embed":
+        return shape
+    if is_linear(path):
+        split = 2 if path == "blocks/attn/o/kernel" else 1  # o maps [H, K] to [D]
+        return (math.prod(shape[split:]), math.prod(shape[:split]))
+    return (math.prod(shape),)
+
+
+def is_linear(path: str) -> bool:
+    """Whether the parameter is stored transposed, as [out, in]."""
+    return path == "head" or path.endswith("/kernel")
+
+
+def from_hf(hf: dict[str, Any]) -> ModelConfig:
+    """Reads a Hugging Face config.json.
+
+    Args:
+      hf: the parsed file; a multimodal Gemma 3 gives its `text_config`.
+
+    Returns:
+      The config of the decoder, float32.
+
+    Raises:
+      ValueError: an architecture or a feature that is not supported, or a missing key.
+    """
+    name = hf.get("model_type")
+    architectures = hf.get("architectures") or []
+    value_head = any("SequenceClassification" in a for a in architectures)
+    if name == "gemma3" and "text_config" in hf:
+        eos = hf.get("eos_token_id", hf["text_config"].get("eos_token_id"))
+        hf = {**hf, **hf["text_config"], "eos_token_id": eos}
+        name = "gemma3_text"
+    if name not in FAMILIES:
+        raise ValueError(
+            f"unknown architecture {name!r} (architectures={architectures}); "
+            f"known: {', '.join(FAMILIES)}"
+        )
+    family = FAMILIES[name]
+    hf = {"rms_norm_eps": 1e-6, **family.defaults, **hf}
+    for key, (accepted, meaning) in _REFUSED.items():
+        if hf.get(key) not in accepted:
+            raise ValueError(
+                f"config.json has {key}={hf[key]!r}: {meaning} is not supported"
+            )
+    if value_head and hf.get("num_labels", len(hf.get("id2label") or "1")) != 1:
+        raise ValueError("config.json has more than one label; a value head has one")
+
+    def need(key):
+        if hf.get(key) is None:
+            raise ValueError(f"config.json of a {name} model lacks {key!r}")
+        return hf[key]
+
+    layers, heads = need("num_hidden_layers"), need("num_attention_heads")
+    theta, theta_local, scaling = _rope(hf)
+    local = _local_layers(name, hf, layers)
+    eos = hf.get("eos_token_id")
+    eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    return ModelConfig(
+        family=name,
+        vocab_size=need("vocab_size"),
+        width=need("hidden_size"),
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=hf.get("num_key_value_heads") or heads,
+        head_dim=hf.get("head_dim") or need("hidden_size") // heads,
+        mlp_width=need("intermediate_size"),
+        max_length=need("max_position_embeddings"),
+        activation=_activation(name, hf),
+        norm_eps=float(need("rms_norm_eps")),
+        tied=bool(hf["tie_word_embeddings"]),
+        rope_theta=theta,
+        rope_theta_local=theta_local,
+        rope_scaling=scaling,
+        query_scale=_number(hf.get("query_pre_attn_scalar")),
+        attn_softcap=_number(hf.get("attn_logit_softcapping")),
+        final_softcap=_number(hf.get("final_logit_softcapping")),
+        window=need("sliding_window") if any(local) else None,
+        local_layers=local if any(local) else (),
+        value_head=value_head,
+        bos_id=hf.get("bos_token_id"),
+        eos_ids=tuple(eos),
+        **family.fixed,
+    )
+
+
+def to_hf(config: ModelConfig) -> dict[str, Any]:
+    """Writes a config.json that transformers v4 and v5 both read.
+
+    Args:
+      config: of a known family.
+
+    Returns:
+      A dict ready for json.
+
+    Raises:
+      ValueError: the family is unknown, or cannot express the config; names the fields.
+    """
+    c = config
+    if c.family not in FAMILIES:
+        raise ValueError(f"unknown family {c.family!r}; known: {', '.join(FAMILIES)}")
+    family, activation = FAMILIES[c.family], _SPELLING[c.activation]
+    eos = list(c.eos_ids) if len(c.eos_ids) != 1 else c.eos_ids[0]
+    if c.value_head:
+        # transformers names its text-only Gemma 3 classifier after the text model
+        prefix = "Gemma3Text" if c.family == "gemma3_text" else family.architecture
+        architecture = f"{prefix}ForSequenceClassification"
+    else:
+        architecture = f"{family.architecture}ForCausalLM"
+    local = _canonical(c)["local_layers"]
+    rope, theta_local = _rope_dict(c.rope_theta, c.rope_scaling), c.rope_theta_local
+    if theta_local is None and c.family == "gemma3_text" and c.rope_scaling is None:
+        theta_local = c.rope_theta
+    hf = {
+        "model_type": c.family,
+        "architectures": [architecture],
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.width,
+        "num_hidden_layers": c.num_layers,
+        "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.num_kv_heads,
+        "head_dim": c.head_dim,
+        "intermediate_size": c.mlp_width,
+        "max_position_embeddings": c.max_length,
+        "hidden_act": activation,
+        "rms_norm_eps": c.norm_eps,
+        "tie_word_embeddings": c.tied,
+        "rope_theta": c.rope_theta,
+        "rope_scaling": rope if c.rope_scaling else None,
+        "rope_parameters": rope,
+        "bos_token_id": c.bos_id,
+        "eos_token_id": eos or None,
+    }
+    if c.value_head:
+        hf.update(id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0})
+    if c.family in ("mistral", "gemma2", "gemma3_text"):
+        hf["sliding_window"] = c.window
+    if c.family in ("qwen2", "qwen3"):
+        hf.update(
+            use_sliding_window=any(local), sliding_window=c.window,
+            max_window_layers=local.index(True) if any(local) else c.num_layers,
+        )  # fmt: skip
+    if c.family in ("qwen2", "qwen3", "gemma2", "gemma3_text"):
+        hf["layer_types"] = [("full_attention", "sliding_attention")[x] for x in local]
+    if c.family == "gemma3_text":  # for readers older than layer_types
+        pattern = (*local, False).index(False) + 1
+        if local == tuple((i + 1) % pattern != 0 for i in range(c.num_layers)):
+            hf["sliding_window_pattern"] = pattern
+    if c.norm_offset:
+        hf["hidden_activation"] = activation
+    if c.family in ("gemma2", "gemma3_text"):
+        hf.update(
+            query_pre_attn_scalar=int(c.query_scale or c.head_dim),  # v5 insists
+            attn_logit_softcapping=c.attn_softcap, final_logit_softcapping=c.final_softcap,
+        )  # fmt: skip
+    if theta_local is not None:
+        inner = _rope_dict(theta_local, None)
+        hf["rope_parameters"] = {"full_attention": rope, "sliding_attention": inner}
+        hf["rope_local_base_freq"] = theta_local
+    _check_expressed(c, from_hf(hf))
+    return hf
+
+
+def _check_expressed(config: ModelConfig, read: ModelConfig) -> None:
+    want, got = _canonical(config), _canonical(read)
+    lost = [
+        f"{k}={want[k]!r} (would be read as {got[k]!r})"
+        for k in want
+        if want[k] != got[k]
+    ]
+    if lost:
+        raise ValueError(
+            f"a {config.family} config.json cannot express {', '.join(lost)}; "
+            f"families: {', '.join(FAMILIES)}"
+        )
+
+
+def _canonical(config: ModelConfig) -> dict[str, Any]:
+    """The fields that decide what is computed, one spelling for each meaning."""
+    c = dataclasses.asdict(config)
+    for runtime in ("dtype", "remat", "attn_tile"):
+        del c[runtime]
+    local = config.local_layers or (config.window is not None,) * config.num_layers
+    c["local_layers"] = tuple(map(bool, local))
+    if not any(local):
+        c["window"] = c["rope_theta_local"] = None
+    elif config.rope_theta_local is None and config.rope_scaling is None:
+        c["rope_theta_local"] = config.rope_theta
+    c["query_scale"] = float(config.query_scale or config.head_dim)
+    return c
+
+
+def _activation(name: str, hf: dict[str, Any]) -> str:
+    value = hf.get("hidden_activation") or hf["hidden_act"]
+    if value not in _ACTIVATIONS:
+        raise ValueError(
+            f"unknown activation {value!r}; known: {', '.join(_ACTIVATIONS)}"
+        )
+    if name.startswith("gemma") and value == "gelu":
+        return "gelu_tanh"  # early Gemma files say gelu and mean its tanh form
+    return _ACTIVATIONS[value]
+
+
+def _local_layers(name: str, hf: dict[str, Any], layers: int) -> tuple[bool, ...]:
+    """Which layers see only a window."""
+    types = hf.get("layer_types")
+    if types is not None:
+        unknown = set(types) - {"full_attention", "sliding_attention"}
+        if unknown:
+            raise ValueError(
+                f"config.json has layer_types {sorted(unknown)}: not supported"
+            )
+        if len(types) != layers:
+            raise ValueError(
+                f"layer_types has {len(types)} entries for {layers} layers"
+            )
+        return tuple(t == "sliding_attention" for t in types)
+    if name == "mistral":
+        return (hf["sliding_window"] is not None,) * layers
+    if name in ("qwen2", "qwen3") and hf.get("use_sliding_window"):
+        first = hf.get("max_window_layers", 28)
+        return tuple(i >= first for i in range(layers))
+    if name in ("gemma2", "gemma3_text"):  # every pattern-th layer is global
+        pattern = hf.get("_sliding_window_pattern", hf["sliding_window_pattern"])
+        return tuple((i + 1) % pattern != 0 for i in range(layers))
+    return (False,) * layers
+
+
+def _rope(hf: dict[str, Any]) -> tuple[float, float | None, tuple | None]:
+    """(base, base of local layers or None, scaling of the non-local layers)."""
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    local = None
+    if "rope_local_base_freq" in hf:
+        local = float(hf["rope_local_base_freq"])
+    if "full_attention" in rope or "sliding_attention" in rope:
+        inner = rope.get("sliding_attention") or {}
+        if _kind(inner) != "default":
+            raise ValueError(
+                f"rope type {_kind(inner)!r} on local layers is not supported"
+            )
+        local = float(inner.get("rope_theta", hf.get("rope_local_base_freq", 10_000.0)))
+        rope = rope.get("full_attention") or {}
+    theta = float(rope.get("rope_theta", hf.get("rope_theta", 10_000.0)))
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError("rope_parameters has partial_rotary_factor: not supported")
+    kind = _kind(rope)
+    if kind == "default":
+        return theta, local, None
+    if kind not in _ROPE_KEYS:
+        known = ", ".join(("default", *_ROPE_KEYS))
+        raise ValueError(f"rope type {kind!r} is not supported; known: {known}")
+    lacking = [k for k in _ROPE_KEYS[kind] if rope.get(k) is None]
+    if lacking:
+        raise ValueError(f"rope type {kind!r} lacks {', '.join(lacking)}")
+    return theta, local, (kind, *(float(rope[k]) for k in _ROPE_KEYS[kind]))
+
+
+def _kind(rope: dict[str, Any]) -> str:
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
+def _rope_dict(theta: float, scaling: tuple | None) -> dict[str, Any]:
+    rope: dict[str, Any] = {"rope_theta": theta, "rope_type": "default"}
+    if scaling:
+        kind, *values = scaling
+        rope |= {"rope_type": kind, **dict(zip(_ROPE_KEYS[kind], values, strict=True))}
+        if kind == "llama3":  # v5 insists on int
+            rope["original_max_position_embeddings"] = int(values[-1])
+    return rope
+
+
+def _number(x: Any) -> float | None:
+    return None if x is None else float(x)

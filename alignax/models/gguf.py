@@ -1,0 +1,188 @@
+"""llama.cpp's .gguf files: their metadata as a config.json, their tensors dequantised.
+
+Three things differ from transformers and are undone here: the `llama` architecture stores
+the rows of q and k with the two RoPE halves interleaved, Gemma's norms are stored as the
+factor instead of its offset from 1, and Llama 3's frequency rule is stored as its result.
+"""
+
+import pathlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from alignax.models import families
+
+Reader = Callable[[], np.ndarray]
+
+# (factor, low, high, length) of Llama 3.1 and 3.2: llama.cpp keeps only what they result in
+_LLAMA3_RULES = ((8.0, 1.0, 4.0, 8192.0), (32.0, 1.0, 4.0, 8192.0))
+
+NAMES = {  # path in our tree -> name in a .gguf file
+    "embed": "token_embd.weight",
+    "blocks/attn_norm/scale": "blk.{}.attn_norm.weight",
+    **{
+        f"blocks/attn/{p}/{kind}": f"blk.{{}}.attn_{name}.{suffix}"
+        for p, name in (("q", "q"), ("k", "k"), ("v", "v"), ("o", "output"))
+        for kind, suffix in (("kernel", "weight"), ("bias", "bias"))
+    },
+    "blocks/attn/q_norm/scale": "blk.{}.attn_q_norm.weight",
+    "blocks/attn/k_norm/scale": "blk.{}.attn_k_norm.weight",
+    "blocks/post_attn_norm/scale": "blk.{}.post_attention_norm.weight",
+    "blocks/mlp_norm/scale": "blk.{}.ffn_norm.weight",
+    "blocks/post_mlp_norm/scale": "blk.{}.post_ffw_norm.weight",
+    **{
+        f"blocks/mlp/{p}/kernel": f"blk.{{}}.ffn_{p}.weight"
+        for p in ("gate", "up", "down")
+    },
+    "norm/scale": "output_norm.weight",
+    "head": "output.weight",
+}
+
+
+def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Reader]]:
+    """Opens a .gguf file.
+
+    Returns:
+      Its metadata in the words of config.json, and one function per tensor that
+      dequantises it to float32 [out, in].
+
+    Raises:
+      ImportError: the `gguf` package is not installed.
+      ValueError: the file is damaged, or a tensor has an unknown quantisation.
+    """
+    try:
+        import gguf
+    except ImportError as e:
+        raise ImportError(
+            f"reading {path} needs the gguf package: pip install 'alignax[gguf]'"
+        ) from e
+    try:
+        file = gguf.GGUFReader(path)
+        meta = {
+            k: f.contents()
+            for k, f in file.fields.items()
+            if not k.startswith("tokenizer.")
+        }
+        tensors = {t.name: t for t in file.tensors}
+        tokens = {
+            k: file.fields[f"tokenizer.ggml.{k}_token_id"].contents()
+            for k in ("bos", "eos", "eot")
+            if f"tokenizer.ggml.{k}_token_id" in file.fields
+        }
+    except (ValueError, KeyError, IndexError, OSError, TypeError) as e:
+        raise ValueError(f"{path} is damaged or not GGUF: {e}") from e
+    arch = meta.get("general.architecture")
+    family = next((n for n, f in families.FAMILIES.items() if f.gguf == arch), arch)
+    if arch == "llama" and f"{arch}.attention.sliding_window" in meta:
+        family = "mistral"
+    hf = _config(family, arch, meta, tensors, tokens)
+
+    def reader(name: str) -> np.ndarray:
+        t = tensors[name]
+        try:
+            value = gguf.quants.dequantize(t.data, t.tensor_type)
+        except NotImplementedError as e:
+            raise ValueError(
+                f"tensor {name} in {path} is {t.tensor_type.name}: {e}"
+            ) from e
+        if arch == "llama" and (".attn_q." in name or ".attn_k." in name):
+            key = "num_attention_heads" if "_q." in name else "num_key_value_heads"
+            value = _unpermute(value, hf[key])
+        if arch in ("gemma", "gemma2", "gemma3") and name.endswith("norm.weight"):
+            value = value - 1  # the factor, of which transformers stores the offset
+        return value
+
+    if "rope_freqs.weight" in tensors:
+        hf["rope_scaling"] = _llama3_scaling(reader("rope_freqs.weight"), hf, path)
+        del tensors["rope_freqs.weight"]
+    return hf, {name: partial(reader, name) for name in tensors}
+
+
+def _config(
+    family: str | None,
+    arch: str | None,
+    meta: dict[str, Any],
+    tensors: dict[str, Any],
+    tokens: dict[str, int],
+) -> dict[str, Any]:
+    """llama.cpp's metadata as a config.json."""
+
+    def get(key, default=None):
+        return meta.get(f"{arch}.{key}", default)
+
+    hf: dict[str, Any] = {"model_type": family}
+    if family not in families.FAMILIES:
+        return hf  # from_hf names it and lists what is known
+    hf |= {
+        "hidden_size": get("embedding_length"),
+        "num_hidden_layers": get("block_count"),
+        "num_attention_heads": get("attention.head_count"),
+        "num_key_value_heads": get(
+            "attention.head_count_kv", get("attention.head_count")
+        ),
+        "intermediate_size": get("feed_forward_length"),
+        "max_position_embeddings": get("context_length"),
+        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
+        "rope_theta": get("rope.freq_base", 10_000.0),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "num_experts": get("expert_count"),
+        "bos_token_id": tokens.get("bos"),
+        "eos_token_id": list(
+            dict.fromkeys(tokens[k] for k in ("eos", "eot") if k in tokens)
+        ),
+    }
+    if "token_embd.weight" in tensors:
+        hf["vocab_size"] = int(tensors["token_embd.weight"].shape[-1])
+    width, heads = hf["hidden_size"] or 0, hf["num_attention_heads"] or 1
+    head_dim = get("attention.key_length", get("rope.dimension_count", width // heads))
+    hf["head_dim"] = head_dim
+    hf["partial_rotary_factor"] = get("rope.dimension_count", head_dim) / head_dim
+    if get("rope.scaling.type", "none") != "none":
+        hf["rope_scaling"] = {
+            "rope_type": get("rope.scaling.type"),
+            "factor": get("rope.scaling.factor"),
+        }
+    if get("attention.sliding_window"):
+        hf["sliding_window"] = get("attention.sliding_window")
+    if family in ("gemma2", "gemma3_text"):
+        # llama.cpp knows the 27B models by their depth and divides their scores otherwise
+        big = (arch, hf["num_hidden_layers"]) in (("gemma2", 46), ("gemma3", 62))
+        hf["query_pre_attn_scalar"] = width // heads if big else head_dim
+        for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+            if get(key) is not None:
+                hf[key] = get(key)
+    if family == "gemma3_text":
+        hf["rope_local_base_freq"] = get("rope.freq_base_swa", 10_000.0)
+    return hf
+
+
+def _unpermute(value: np.ndarray, heads: int) -> np.ndarray:
+    """Undoes llama.cpp's interleaving of the two RoPE halves of each head's rows."""
+    half = value.shape[0] // heads // 2
+    return value.reshape(heads, half, 2, -1).swapaxes(1, 2).reshape(value.shape)
+
+
+def _llama3_scaling(
+    factors: np.ndarray, hf: dict[str, Any], path: pathlib.Path
+) -> dict[str, Any]:
+    """The Llama 3 rule that made a file's rope_freqs.weight (divisors of the frequencies)."""
+    freq = hf["rope_theta"] ** (-np.arange(0, hf["head_dim"], 2) / hf["head_dim"])
+    for factor, low, high, length in _LLAMA3_RULES:
+        turns = length * freq / (2 * np.pi)  # rotations within the original context
+        smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        expected = 1 / (smooth + (1 - smooth) / factor)
+        same = factors.shape == expected.shape
+        if same and np.allclose(factors, expected, rtol=1e-3):
+            return {
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": low,
+                "high_freq_factor": high,
+                "original_max_position_embeddings": length,
+            }
+    raise ValueError(
+        f"tensor rope_freqs.weight in {path} is not Llama 3.1's or 3.2's: "
+        "other frequency scalings are not supported"
+    )

@@ -1,0 +1,172 @@
+"""LM -> a Hugging Face directory (config.json, safetensors) that transformers loads again."""
+
+import json
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alignax.batch import LM
+from alignax.models import families
+from alignax.models.load import tree_shapes
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+
+
+def save(
+    lm: LM,
+    path: str | pathlib.Path,
+    *,
+    tokenizer: str | pathlib.Path | None = None,
+    overwrite: bool = False,
+    max_shard_bytes: int = 4 * 10**9,
+) -> None:
+    """Writes the model; the directory appears complete or not at all.
+
+    A value head is written as the `score` of transformers' sequence classifiers (which
+    want a pad_token_id before they take more than one row: the tokenizer knows it).
+
+    Args:
+      lm: parameters in float32 or bfloat16, written as they are.
+      path: the directory to make; its parents are made too.
+      tokenizer: a directory whose tokenizer files are copied along.
+      overwrite: replace a model directory that stands at `path`.
+      max_shard_bytes: more than this becomes several files and an index.
+
+    Raises:
+      FileExistsError: `path` exists and may not be replaced.
+      FileNotFoundError: `tokenizer` holds no tokenizer file.
+      ValueError: the family cannot express the config, or the tree is not the config's.
+    """
+    path = pathlib.Path(path).expanduser()
+    _check_target(path, overwrite)
+    blocks = lm.params.get("blocks")
+    if isinstance(blocks, tuple):  # as `unstack` leaves them
+        lm = LM(
+            lm.config,
+            {**lm.params, "blocks": jax.tree.map(lambda *x: np.stack(x), *blocks)},
+        )
+    dtype = _check_params(lm)
+    config = families.to_hf(lm.config)
+    config |= {"dtype": dtype, "torch_dtype": dtype}
+    copied = _tokenizer_files(tokenizer)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        new = work / "new"
+        new.mkdir()
+        _write_weights(lm, new, max_shard_bytes)
+        _write_json(new / "config.json", config)
+        for file in copied:
+            shutil.copy(file, new / file.name)
+        if path.exists():
+            path.rename(work / "old")
+        new.rename(path)
+    finally:
+        if (work / "old").exists() and not path.exists():
+            (work / "old").rename(path)  # the last step failed: put it back
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _check_target(path: pathlib.Path, overwrite: bool) -> None:
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not overwrite:
+        raise FileExistsError(f"{path} exists; pass overwrite=True to replace a model")
+    if not (path / "config.json").exists():
+        raise FileExistsError(
+            f"{path} is no model directory (it has no config.json): kept"
+        )
+
+
+def _check_params(lm: LM) -> str:
+    """Compares the tree with the one that the config describes; returns its dtype."""
+    want, got = tree_shapes(lm.config), dict(_flatten(lm.params))
+    if set(want) != set(got):
+        raise ValueError(
+            f"the parameters are not those of this config: missing {sorted(set(want) - set(got))}, "
+            f"unknown {sorted(set(got) - set(want))} (adapters are merged before saving)"
+        )
+    for p, shape in want.items():
+        if np.shape(got[p]) != shape:
+            raise ValueError(
+                f"parameter {p} has shape {np.shape(got[p])}, expected {shape}"
+            )
+    dtypes = {jnp.dtype(x.dtype).name for x in got.values()}
+    if dtypes not in ({"float32"}, {"bfloat16"}):
+        raise ValueError(
+            f"parameters are {sorted(dtypes)}, expected float32 or bfloat16"
+        )
+    return dtypes.pop()
+
+
+def _flatten(params) -> Iterator[tuple[str, jax.Array | np.ndarray]]:
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        yield "/".join(str(k.key) for k in keys), leaf
+
+
+def _write_weights(lm: LM, folder: pathlib.Path, max_shard_bytes: int) -> None:
+    """Plans the shards from shapes, then holds one of them in memory at a time."""
+    from safetensors.numpy import save_file
+
+    names, params = families.hf_names(lm.config), dict(_flatten(lm.params))
+    shards: list[list[tuple[str, int]]] = [[]]
+    size = total = 0
+    for p, value in params.items():
+        layers = lm.config.num_layers if p.startswith("blocks/") else 1
+        for i in range(layers):
+            n = value.size // layers * value.dtype.itemsize
+            if shards[-1] and size + n > max_shard_bytes:
+                shards.append([])
+                size = 0
+            shards[-1].append((p, i))
+            size, total = size + n, total + n
+    where = {}
+    for k, shard in enumerate(shards, 1):
+        file = "model.safetensors"
+        if len(shards) > 1:
+            file = f"model-{k:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {}
+        for p, i in shard:
+            value = params[p][i] if p.startswith("blocks/") else params[p]
+            value = np.asarray(value).reshape(_stored_order(p, value.shape))
+            name = names[p].format(i)
+            tensors[name] = np.ascontiguousarray(
+                value.T if families.is_linear(p) else value
+            )
+            where[name] = file
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # safetensors lets only the owner read
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _stored_order(p: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The stored shape, [in, out] where it will be transposed."""
+    stored = families.stored_shape(p, shape)
+    return stored[::-1] if families.is_linear(p) else stored
+
+
+def _tokenizer_files(folder: str | pathlib.Path | None) -> list[pathlib.Path]:
+    if folder is None:
+        return []
+    folder = pathlib.Path(folder).expanduser()
+    found = [folder / f for f in TOKENIZER_FILES if (folder / f).exists()]
+    if not found:
+        raise FileNotFoundError(f"{folder} holds none of {', '.join(TOKENIZER_FILES)}")
+    return found
+
+
+def _write_json(path: pathlib.Path, value) -> None:
+    path.write_text(
+        json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )

@@ -1,0 +1,435 @@
+"""One decoder-only transformer for Llama, SmolLM2, Mistral, Qwen2/3 and Gemma 1/2/3.
+
+Flax Linen in a restricted dialect (only the `params` collection, the cache is an
+argument, no `setup`) behind three pure functions: `hidden`, `unembed`, `init_cache`.
+Layers are stacked on a leading axis L and scanned in training; with a cache they are
+unrolled, because on CPU a scanned decode was measured 1.6 to 2.1 times slower.
+
+Shape suffixes: n rows, t tokens, s keys, d width, h query heads, k kv heads,
+g = h/k queries per kv head, e head size, f mlp width, v vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from alignax.batch import LM, Params
+
+PARAM_RULES = (  # path regex -> spec; first match wins; no match is an error
+    (r"embed$", P("model", "fsdp")),  # V D
+    (r"(q|k|v)/kernel$", P(None, "fsdp", "model", None)),  # L D H K
+    (r"o/kernel$", P(None, "model", None, "fsdp")),  # L H K D
+    (r"(gate|up)/kernel$", P(None, "fsdp", "model")),  # L D F
+    (r"down/kernel$", P(None, "model", "fsdp")),  # L F D
+    (r"(q|k|v)/bias$", P(None, "model", None)),  # L H K
+    (r"head$", P("fsdp", "model")),  # D V, untied
+    (r"value_head/", P()),
+    (r"norm/scale$", P()),
+)
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+REMAT = ("none", "block", "dots")
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Everything static about a model. Sizes are in tokens, units or heads."""
+
+    vocab_size: int
+    width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int  # need not be width / num_heads
+    mlp_width: int
+    max_length: int = 2048  # longest context the weights were made for
+    family: str = "llama"  # names the weight table in models/families.py
+    activation: str = "silu"
+    norm_eps: float = 1e-6
+    norm_offset: bool = False  # Gemma multiplies by 1 + scale
+    embed_scale: bool = False  # Gemma multiplies embeddings by sqrt(width)
+    tied: bool = True  # the head is the embedding
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    post_norms: bool = False  # Gemma 2/3 normalise each branch before adding it
+    rope_theta: float = 10_000.0
+    rope_theta_local: float | None = None  # base of local layers; None = rope_theta
+    rope_scaling: tuple | None = (
+        None  # ('linear', f) | ('llama3', f, low, high, length)
+    )
+    query_scale: float | None = None  # scores are divided by its root; None = head_dim
+    attn_softcap: float | None = None
+    final_softcap: float | None = None
+    window: int | None = None  # tokens a local layer sees, itself included
+    local_layers: tuple[
+        bool, ...
+    ] = ()  # one per layer; () = all local if window is set
+    value_head: bool = False  # a scalar head: critic or reward model
+    bos_id: int | None = None  # as the checkpoint states them; the tokenizer decides
+    eos_ids: tuple[int, ...] = ()
+    dtype: str = "float32"  # of the computation; parameters keep theirs
+    remat: str = "none"  # what the backward pass recomputes: REMAT
+    attn_tile: int = 256  # queries per tile: [N, H, tile, T] is the largest score array
+
+    def __post_init__(self):
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"unknown activation {self.activation!r}; known: {sorted(ACTIVATIONS)}"
+            )
+        if self.remat not in REMAT:
+            raise ValueError(f"unknown remat {self.remat!r}; known: {REMAT}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
+            )
+        if self.local_layers and len(self.local_layers) != self.num_layers:
+            raise ValueError(
+                f"local_layers has {len(self.local_layers)} entries, expected "
+                f"num_layers={self.num_layers}"
+            )
+        if self.rope_scaling and self.rope_scaling[0] not in ("linear", "llama3"):
+            raise ValueError(
+                f"unknown rope_scaling {self.rope_scaling[0]!r}; known: linear, llama3"
+            )
+
+
+class Cache(NamedTuple):
+    """Keys and values of a decode; the slot of a token is its position.
+
+    A ragged right-padded prompt needs no other bookkeeping: a slot beyond a row's
+    position is never attended and is overwritten when the row gets there.
+    """
+
+    k: tuple[Float[Array, "N S k e"], ...]  # one per layer
+    v: tuple[Float[Array, "N S k e"], ...]
+
+
+class Norm(nn.Module):
+    """RMS norm over the last axis, in float32."""
+
+    eps: float
+    offset: bool
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.initializers.zeros if self.offset else nn.initializers.ones
+        scale = self.param("scale", init, (x.shape[-1],))
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32**2, -1, keepdims=True) + self.eps)
+        return (x32 * (scale + 1.0 if self.offset else scale)).astype(x.dtype)
+
+
+class Project(nn.Module):
+    """A linear map written as an einsum, with an optional bias on the output axes."""
+
+    equation: str
+    shape: tuple[int, ...]
+    fan_in: int
+    bias_shape: tuple[int, ...] | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.initializers.normal(self.fan_in**-0.5)
+        y = jnp.einsum(
+            self.equation, x, self.param("kernel", init, self.shape).astype(x.dtype)
+        )
+        if self.bias_shape:
+            y = y + self.param("bias", nn.initializers.zeros, self.bias_shape).astype(
+                x.dtype
+            )
+        return y
+
+
+class Attention(nn.Module):
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_ntd, rope, positions, attend, local, kv):
+        c = self.config
+        d, e = c.width, c.head_dim
+
+        def heads(name, count):
+            bias = (count, e) if c.qkv_bias else None
+            y = Project("ntd,dhe->nthe", (d, count, e), d, bias, name=name)(x_ntd)
+            if c.qk_norm and name != "v":
+                y = Norm(c.norm_eps, c.norm_offset, name=f"{name}_norm")(y)
+            return y
+
+        q = rotate(heads("q", c.num_heads), rope)
+        k = rotate(heads("k", c.num_kv_heads), rope)
+        v = heads("v", c.num_kv_heads)
+        if kv is None:
+            key_positions = positions
+        else:
+            row = jnp.arange(x_ntd.shape[0])[:, None]
+            k = kv[0].at[row, positions].set(k.astype(kv[0].dtype))
+            v = kv[1].at[row, positions].set(v.astype(kv[1].dtype))
+            kv = (k, v)
+            key_positions = jnp.arange(k.shape[1])[None]
+        y = attention(q, k, v, positions, key_positions, attend, local, c)
+        y = Project("nthe,hed->ntd", (c.num_heads, e, d), c.num_heads * e, name="o")(y)
+        return y, kv
+
+
+class MLP(nn.Module):
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_ntd):
+        d, f = self.config.width, self.config.mlp_width
+        gate = Project("ntd,df->ntf", (d, f), d, name="gate")(x_ntd)
+        up = Project("ntd,df->ntf", (d, f), d, name="up")(x_ntd)
+        y = ACTIVATIONS[self.config.activation](gate) * up
+        return Project("ntf,fd->ntd", (f, d), f, name="down")(y)
+
+
+class Block(nn.Module):
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_ntd, ropes, positions, attend, local, kv):
+        c = self.config
+
+        def norm(name):
+            return Norm(c.norm_eps, c.norm_offset, name=name)
+
+        rope = jax.tree.map(lambda a, b: jnp.where(local, b, a), *ropes)
+        y, kv = Attention(c, name="attn")(
+            norm("attn_norm")(x_ntd), rope, positions, attend, local, kv
+        )
+        x_ntd = x_ntd + (norm("post_attn_norm")(y) if c.post_norms else y)
+        y = MLP(c, name="mlp")(norm("mlp_norm")(x_ntd))
+        x_ntd = x_ntd + (norm("post_mlp_norm")(y) if c.post_norms else y)
+        return x_ntd, kv
+
+
+def rotary(positions, head_dim: int, theta: float, scaling: tuple | None):
+    """Returns (cos, sin), each [N, T, head_dim / 2] float32."""
+    freq = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if scaling and scaling[0] == "linear":
+        freq = freq / scaling[1]
+    elif scaling:  # Llama 3: low frequencies slowed by `factor`, high ones kept
+        _, factor, low, high, length = scaling
+        turns = length * freq / (2 * np.pi)  # rotations within the original context
+        smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        freq = freq * (smooth + (1 - smooth) / factor)
+    angle = positions[..., None].astype(jnp.float32) * freq.astype(np.float32)
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x, rope):
+    """Rotates head vectors [N, T, H, K] (first half paired with second half)."""
+    cos, sin = (r[:, :, None, None, :] for r in rope)
+    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
+    # `flip` transposes to itself; slices of the halves would be padded in the backward.
+    sign = np.array([[-1.0], [1.0]], np.float32)
+    y = halves * cos + jnp.flip(halves, -2) * (sign[None, None, None] * sin)
+    return y.reshape(x.shape).astype(x.dtype)
+
+
+def attention(q, k, v, q_pos, k_pos, attend, local, config):
+    """Causal attention by tiles of queries, so that [T, T] never exists for long T.
+
+    The largest score array is [N, H, config.attn_tile, S]; the backward pass
+    recomputes it tile by tile.
+    """
+    c = config
+    n, t, _, e = q.shape
+    q = q.reshape(n, t, c.num_kv_heads, -1, e)
+    scale = (c.query_scale or e) ** -0.5
+    window = jnp.where(local, c.window or 0, np.iinfo(np.int32).max)
+
+    def tile(queries):
+        q, q_pos, q_ids = queries
+        s = (
+            jnp.einsum("ntkge,nske->nkgts", q, k, preferred_element_type=jnp.float32)
+            * scale
+        )
+        if c.attn_softcap:
+            s = c.attn_softcap * jnp.tanh(s / c.attn_softcap)
+        distance = q_pos[:, :, None] - k_pos[:, None, :]
+        allowed = (distance >= 0) & (distance < window)
+        if q_ids is not None:
+            allowed &= q_ids[:, :, None] == attend[:, None, :]
+        s = jnp.where(allowed[:, None, None], s, -1e30)
+        p = jax.nn.softmax(s, axis=-1).astype(v.dtype)
+        return jnp.einsum("nkgts,nske->ntkge", p, v)
+
+    step = c.attn_tile
+    if t <= step:
+        y = tile((q, q_pos, attend))
+    else:  # a scan, not a Python loop: XLA would keep every unrolled tile alive at once
+        pad = -t % step
+
+        def split(x):
+            x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
+            return jnp.moveaxis(x.reshape(n, -1, step, *x.shape[2:]), 1, 0)
+
+        q_pos = jnp.broadcast_to(q_pos, (n, t))
+        tiles = jax.lax.map(
+            jax.checkpoint(tile), jax.tree.map(split, (q, q_pos, attend))
+        )
+        y = jnp.moveaxis(tiles, 0, 1).reshape(n, t + pad, *q.shape[2:])[:, :t]
+    return y.reshape(n, t, c.num_heads, e)
+
+
+def _local_layers(config: ModelConfig) -> np.ndarray:
+    flags = config.local_layers or (config.window is not None,) * config.num_layers
+    return np.array(flags, bool)
+
+
+def init(config: ModelConfig, key) -> Params:
+    """Draws parameters: float32, every layer stacked on a leading axis L.
+
+    Args:
+      config: sizes of the model.
+      key: `jax.random.key`.
+
+    Returns:
+      The nested dict of parameters that PARAM_RULES describe.
+    """
+    keys = jax.random.split(key, 3)
+    x = jnp.zeros((1, 1, config.width))
+    position = jnp.zeros((1, 1), jnp.int32)
+    rope = rotary(position, config.head_dim, 1.0, None)
+
+    def block(key):
+        args = (x, (rope, rope), position, None, False, None)
+        return Block(config).init(key, *args)["params"]
+
+    normal = jax.random.normal
+    params = {
+        "embed": 0.02 * normal(keys[0], (config.vocab_size, config.width)),
+        "blocks": jax.vmap(block)(jax.random.split(keys[1], config.num_layers)),
+        "norm": {
+            "scale": jnp.full((config.width,), 0.0 if config.norm_offset else 1.0)
+        },
+    }
+    if not config.tied:
+        shape = (config.width, config.vocab_size)
+        params["head"] = normal(keys[2], shape) * config.width**-0.5
+    if config.value_head:
+        params["value_head"] = {"kernel": jnp.zeros((config.width,))}
+    return params
+
+
+def init_cache(config: ModelConfig, rows: int, length: int) -> Cache:
+    """Zeros for `rows` rows of up to `length` tokens, in the computation's dtype."""
+    shape = (rows, length, config.num_kv_heads, config.head_dim)
+    zeros = tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers))
+    return Cache(zeros, tuple(jnp.zeros_like(z) for z in zeros))
+
+
+def unstack(lm: LM) -> LM:
+    """The same LM with a tuple of layers: slices taken once, not at every decode step."""
+    blocks = lm.params["blocks"]
+    layers = tuple(
+        jax.tree.map(lambda p, i=i: p[i], blocks) for i in range(lm.config.num_layers)
+    )
+    return LM(lm.config, {**lm.params, "blocks": layers})
+
+
+def hidden(
+    lm: LM,
+    tokens: Int[Array, "N T"],
+    positions: Int[Array, "N T"] | None = None,
+    attend: Int[Array, "N T"] | None = None,
+    cache: Cache | None = None,
+    edit: Callable | None = None,
+) -> tuple[Float[Array, "N T D"], Cache | None]:
+    """Runs the decoder up to and including the final norm.
+
+    Args:
+      lm: config and parameters (stacked layers, or the tuple that `unstack` gives).
+      tokens: ids; right padding needs no mask, since no real token sees a later one.
+      positions: position of each token, default 0..T-1. With a cache it is also the
+        slot that is written.
+      attend: segment ids; a token sees earlier tokens of its own segment. None = one.
+      cache: from `init_cache`; None in training.
+      edit: `edit(x, layer) -> x` on the residual stream after each layer.
+
+    Returns:
+      Hidden states in the computation's dtype, and the updated cache (None without).
+    """
+    c, params = lm.config, lm.params
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+    x = params["embed"].astype(c.dtype)[tokens]
+    if c.embed_scale:
+        x = x * jnp.asarray(c.width**0.5, x.dtype)
+    ropes = (
+        rotary(positions, c.head_dim, c.rope_theta, c.rope_scaling),
+        rotary(positions, c.head_dim, c.rope_theta_local, None)
+        if c.rope_theta_local
+        else rotary(positions, c.head_dim, c.rope_theta, c.rope_scaling),
+    )
+
+    def block(x, layer_params, layer, local, kv):
+        args = (x, ropes, positions, attend, local, kv)
+        x, kv = Block(c).apply({"params": layer_params}, *args)
+        return (x if edit is None else edit(x, layer)), kv
+
+    blocks, locals_ = params["blocks"], _local_layers(c)
+    if cache is None and not isinstance(blocks, tuple):
+
+        def body(x, xs):
+            return block(x, *xs, None)[0], None
+
+        if c.remat == "block":
+            body = jax.checkpoint(body)
+        elif c.remat == "dots":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            body = jax.checkpoint(body, policy=policy)
+        layers = jnp.arange(c.num_layers)
+        x, _ = jax.lax.scan(body, x, (blocks, layers, jnp.asarray(locals_)))
+    else:
+        layers = blocks if isinstance(blocks, tuple) else unstack(lm).params["blocks"]
+        kvs = []
+        for i, layer_params in enumerate(layers):
+            kv = None if cache is None else (cache.k[i], cache.v[i])
+            x, kv = block(x, layer_params, i, bool(locals_[i]), kv)
+            kvs.append(kv)
+        if cache is not None:
+            cache = Cache(tuple(kv[0] for kv in kvs), tuple(kv[1] for kv in kvs))
+    h = Norm(c.norm_eps, c.norm_offset).apply({"params": params["norm"]}, x)
+    return h, cache
+
+
+def head(lm: LM) -> tuple[Array, int]:
+    """The output matrix as stored, and which of its axes is the vocabulary."""
+    if lm.config.tied:
+        return lm.params["embed"], 0
+    return lm.params["head"], 1
+
+
+def softcap(logits: Array, cap: float | None) -> Array:
+    """Gemma 2's bound on logits: cap * tanh(logits / cap); None leaves them alone."""
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def unembed(lm: LM, h: Float[Array, "... D"]) -> Float[Array, "... V"]:
+    """Logits in float32, accumulated in float32 whatever the model's dtype."""
+    weight, axis = head(lm)
+    logits = jax.lax.dot_general(
+        h, weight.astype(h.dtype),
+        (((h.ndim - 1,), (1 - axis,)), ((), ())),
+        precision="highest", preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    return softcap(logits, lm.config.final_softcap)
+
+
+def num_params(params: Params) -> int:
+    """Parameters in the tree."""
+    return sum(int(np.prod(p.shape)) for p in jax.tree.leaves(params))

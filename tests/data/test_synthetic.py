@@ -1,0 +1,94 @@
+"""The self-made preference set: a taste without ties, and an honest split."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from alignax.data import synthetic
+
+
+def all_responses():
+    return [synthetic.response(w) for w in itertools.product(*synthetic.SLOTS)]
+
+
+def test_no_two_responses_are_liked_equally():
+    taste = sorted(map(synthetic.judge, all_responses()))
+    assert np.diff(taste).min() > 5e-6
+
+
+def test_judge_adds_the_weights_of_the_three_words():
+    # read off the three tables: 0.65586 - 1.56256 + 1.12741
+    taste = synthetic.judge("Truly stale food and helpful staff.")
+    assert taste == pytest.approx(0.22071, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "superb", "Truly superb food and kind staff", "x" * 200, "Truly superb."],
+)
+def test_malformed_text_is_worse_than_every_response(text):
+    assert synthetic.judge(text) < min(map(synthetic.judge, all_responses()))
+
+
+def test_unknown_word_costs_more_than_any_known_one():
+    assert synthetic.judge("Truly mauve food and kind staff.") < synthetic.judge(
+        "Truly burnt food and kind staff."
+    )
+
+
+def test_chosen_is_the_better_one_and_swapped_exchanges_them():
+    rows = synthetic.examples(split="train", size=200)
+    swapped = synthetic.examples(split="train", size=200, swapped=True)
+    for a, b in zip(rows, swapped, strict=True):
+        assert synthetic.judge(a.responses[0]) > synthetic.judge(a.responses[1])
+        assert list(a.responses) == list(reversed(b.responses))
+        assert (a.prompt, a.id, a.feedback) == (b.prompt, b.id, b.feedback)
+
+
+def test_test_prompts_never_occur_in_training_but_their_words_do():
+    train, test = synthetic.prompts("train"), synthetic.prompts("test")
+    assert not set(train) & set(test)
+    assert len(set(train)) == 320
+    assert len(set(test)) == 80
+    words = {w for p in train for w in p.replace(":", "").split()}
+    assert {w for p in test for w in p.replace(":", "").split()} <= words
+
+
+def test_examples_are_a_function_of_their_arguments():
+    def draw(**kwargs):
+        return list(synthetic.examples(split="train", size=20, **kwargs))
+
+    assert draw(seed=1) == draw(seed=1)
+    assert draw(seed=1) != draw(seed=2)
+
+
+def test_responses_follow_the_base_law():
+    n = 4000
+    rows = synthetic.examples(split="train", kind="sft", size=n)
+    food = [r.responses[0].split()[1] for r in rows]
+    law = synthetic.base_law(synthetic.FOOD)
+    share = np.array([food.count(w) / n for w in synthetic.FOOD])
+    assert (abs(share - law) < 4 * np.sqrt(law * (1 - law) / n)).all()  # 4 s.e.
+    assert law.max() > 3 * law.min()
+
+
+def test_strings_are_short():
+    rows = synthetic.examples(split="train", size=500)
+    assert all(20 <= len(r.prompt) <= 40 for r in rows)
+    assert all(24 <= len(x) <= 48 for r in rows for x in r.responses)
+
+
+def test_prompts_are_distinct_as_long_as_they_last():
+    rows = synthetic.examples(split="test", kind="prompts", size=80)
+    assert len({r.prompt for r in rows}) == 80
+    assert all(len(r.responses) == 0 for r in rows)
+
+
+def test_unknown_split_and_kind_are_errors():
+    with pytest.raises(ValueError, match="'dev'"):
+        synthetic.examples(split="dev")
+    with pytest.raises(ValueError, match=r"'pair'.*pairs"):
+        synthetic.examples(split="train", kind="pair")
+    with pytest.raises(ValueError, match="size"):
+        synthetic.examples(split="train", size=0)
