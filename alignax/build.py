@@ -19,7 +19,17 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from alignax import checkpoint, decode, logprob, optim, plots, plugin, sharding, source, tokenizer
+from alignax import (
+    checkpoint,
+    decode,
+    logprob,
+    optim,
+    plots,
+    plugin,
+    sharding,
+    source,
+    tokenizer,
+)
 from alignax.batch import LM, Example, Metrics
 from alignax.metrics import read
 from alignax.models import load, transformer
@@ -59,14 +69,18 @@ def build(config, workdir: str) -> Run:
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size(config.batch_size, config.accumulate, mesh)
     loss = bind(config, "losses", config.loss)
-    evals = {name: bind(config, "evals", {"name": name, **e}) for name, e in config.evals.items()}
+    evals = {
+        name: bind(config, "evals", {"name": name, **e})
+        for name, e in config.evals.items()
+    }
     text = tokenizer.load(tokenizer_path(config))
     policy = make_policy(config, text)
     if loss.needs and "values" in loss.needs and not policy.config.value_head:
         raise ValueError(f"loss {loss.name!r} needs config.model.value_head=True")
     host = (jax.process_index(), jax.process_count())
     parts = {
-        k: (load_examples(d, drop=("ratio",)), d["ratio"]) for k, d in config.mixture.items()
+        k: (load_examples(d, drop=("ratio",)), d["ratio"])
+        for k, d in config.mixture.items()
     }
     data = None
     if config.num_steps:
@@ -93,7 +107,9 @@ def build(config, workdir: str) -> Run:
     for name, path in config.lms.items():
         if path == "average":
             if not config.average:
-                raise ValueError(f"lms.{name}='average' needs config.average > 0, its decay")
+                raise ValueError(
+                    f"lms.{name}='average' needs config.average > 0, its decay"
+                )
             moving.append(name)
             continue
         lm = policy if path == "init" else load_lm(path)
@@ -105,7 +121,9 @@ def build(config, workdir: str) -> Run:
     missing = [n for n in loss.needs if n.endswith("_logps") and n != "old_logps"
                and n.removesuffix("_logps") not in (*lms, *moving)]  # fmt: skip
     if missing:
-        raise ValueError(f"loss {loss.name!r} needs {missing}: add config.lms, there are {sorted(lms)}")
+        raise ValueError(
+            f"loss {loss.name!r} needs {missing}: add config.lms, there are {sorted(lms)}"
+        )
     return Run(
         Path(folder).name, folder, mesh, text, policy, lms, tuple(moving), loss, rate, tx,
         data, evals, eval_data, say,
@@ -118,7 +136,9 @@ def bind(config, folder: str, spec: Mapping[str, Any]) -> plugin.Bound:
     return plugin.load(folder, spec.pop("name"), spec)
 
 
-def load_examples(spec: Mapping[str, Any], drop: tuple[str, ...] = ()) -> Sequence[Example]:
+def load_examples(
+    spec: Mapping[str, Any], drop: tuple[str, ...] = ()
+) -> Sequence[Example]:
     """The examples that a data section describes."""
     spec = {k: v for k, v in spec.items() if k not in drop}
     return plugin.load("data", spec.pop("name"), spec)()
@@ -134,7 +154,9 @@ def tokenizer_path(config) -> str:
         if "batch_size" in inner:  # the folder of a run, not of Hugging Face weights
             return inner["tokenizer"] or tokenizer_path(_Plain(inner))
     if not config.model.path:
-        raise ValueError("config.tokenizer is empty and config.model.path names no weights")
+        raise ValueError(
+            "config.tokenizer is empty and config.model.path names no weights"
+        )
     return config.model.path
 
 
@@ -171,7 +193,9 @@ def make_policy(config, text: tokenizer.Tokenizer) -> LM:
         lm_config = model_config(config, text.vocab_size)
         lm = LM(lm_config, transformer.init(lm_config, jax.random.key(config.seed)))
     else:
-        raise ValueError("config.model needs a path to weights, or sizes to start from scratch")
+        raise ValueError(
+            "config.model needs a path to weights, or sizes to start from scratch"
+        )
     if text.vocab_size > lm.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {text.vocab_size} ids, the model only {lm.config.vocab_size}"
@@ -246,9 +270,14 @@ def _flat(tree, prefix="") -> dict[str, Any]:
 def summary(report: dict[str, Any]) -> str:
     """How many examples were read, used, cut, dropped and malformed, and which."""
     names = ("read", "used", "cut", "dropped", "malformed")
-    text = ", ".join(f"{report[n]} {n}" for n in names) + f", {report['padding']:.1%} padding"
+    text = (
+        ", ".join(f"{report[n]} {n}" for n in names)
+        + f", {report['padding']:.1%} padding"
+    )
     for name in ("dropped_ids", "malformed_ids"):
-        text += "".join(f"\n  {name.removesuffix('_ids')}: {line}" for line in report[name])
+        text += "".join(
+            f"\n  {name.removesuffix('_ids')}: {line}" for line in report[name]
+        )
     return text
 
 
@@ -295,7 +324,9 @@ def table(metrics: Metrics) -> str:
 def finish(config, run: Run, metrics: Metrics, record) -> None:
     """Says where the best checkpoint is, and draws the curves."""
     if record["value"] is not None:
-        run.say(f"best {config.best_metric} {record['value']:.4g} at step {record['step']}")
+        run.say(
+            f"best {config.best_metric} {record['value']:.4g} at step {record['step']}"
+        )
     if jax.process_index() == 0 and config.plots and read(run.workdir):
         for path in plots.plot(run.workdir):
             run.say(f"drew {path}")
@@ -325,23 +356,32 @@ def run_stages(config, workdir: str, train):
         with contextlib.suppress(FileNotFoundError):
             samples.append(f"# {name}\n\n" + (folder / name / "samples.md").read_text())
     print(f"\n== results ==\n{table(results)}", flush=True)
-    (folder / "samples.md").write_text("\n".join(s for s in samples if s.count("\n") > 2))
+    (folder / "samples.md").write_text(
+        "\n".join(s for s in samples if s.count("\n") > 2)
+    )
     for path in plots.plot(folder):
         print(f"drew {path}", flush=True)
     return state
 
 
 def _stage_path(path: str, folder: Path) -> str:
-    return str(folder / path.removeprefix("stage:")) if path.startswith("stage:") else path
+    return (
+        str(folder / path.removeprefix("stage:")) if path.startswith("stage:") else path
+    )
 
 
 def explain(config) -> str:
     """Parameters, shapes, specs and bytes per device, without reading any weights."""
     mesh = sharding.make_mesh(config.mesh)
     if config.model.sizes:
-        vocab_size = config.model.sizes.get("vocab_size") or tokenizer.load(config.tokenizer).vocab_size
+        vocab_size = (
+            config.model.sizes.get("vocab_size")
+            or tokenizer.load(config.tokenizer).vocab_size
+        )
         model = model_config(config, vocab_size)
-        shapes = jax.eval_shape(functools.partial(transformer.init, model), jax.random.key(0))
+        shapes = jax.eval_shape(
+            functools.partial(transformer.init, model), jax.random.key(0)
+        )
     else:
         lm = load_lm(config.model.path)
         model, shapes = lm.config, lm.params
@@ -350,11 +390,20 @@ def explain(config) -> str:
         name = sharding.path_string(path)
         spec = sharding.spec(name, leaf.shape, mesh)
         size = int(np.prod(leaf.shape))
-        over = [a for axis in spec if axis for a in (axis if isinstance(axis, tuple) else (axis,))]
+        over = [
+            a
+            for axis in spec
+            if axis
+            for a in (axis if isinstance(axis, tuple) else (axis,))
+        ]
         split = int(np.prod([mesh.shape[a] for a in over], initial=1))
         total, local = total + size, local + size // split
         lines.append(f"  {name:<32} {tuple(leaf.shape)!s:<28} {spec}")
-    width = np.dtype(config.model.param_dtype).itemsize if config.model.param_dtype != "bfloat16" else 2
+    width = (
+        np.dtype(config.model.param_dtype).itemsize
+        if config.model.param_dtype != "bfloat16"
+        else 2
+    )
     copies = 1 + sum(v != "average" for v in config.lms.values())
     lines += [
         f"{total:,} parameters, {model.num_layers} layers, mesh {dict(mesh.shape)}",

@@ -27,10 +27,14 @@ class CheckpointError(ValueError):
     """A checkpoint that does not fit what is asked of it."""
 
 
-def manager(folder: str | Path, *, keep: int = 3, asynchronous: bool = True) -> ocp.CheckpointManager:
+def manager(
+    folder: str | Path, *, keep: int = 3, asynchronous: bool = True
+) -> ocp.CheckpointManager:
     """Opens (or makes) a folder of checkpoints and keeps the newest `keep`."""
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep, enable_async_checkpointing=asynchronous, cleanup_tmp_directories=True
+        max_to_keep=keep,
+        enable_async_checkpointing=asynchronous,
+        cleanup_tmp_directories=True,
     )
     return ocp.CheckpointManager(Path(folder).absolute(), options=options)
 
@@ -54,10 +58,14 @@ def checksum(tree):
 
     # Position-dependent weights, so that two leaves that swap are noticed.
     leaves = jax.tree.leaves(tree)
-    return sum((one(x) * np.uint32(2 * i + 1) for i, x in enumerate(leaves)), np.uint32(0))
+    return sum(
+        (one(x) * np.uint32(2 * i + 1) for i, x in enumerate(leaves)), np.uint32(0)
+    )
 
 
-def save(manager: ocp.CheckpointManager, state, *, model: ModelConfig, meta: dict[str, Any]) -> None:
+def save(
+    manager: ocp.CheckpointManager, state, *, model: ModelConfig, meta: dict[str, Any]
+) -> None:
     """Saves a TrainState at its own step.
 
     Args:
@@ -99,10 +107,17 @@ def restore(manager: ocp.CheckpointManager, state):
     rest = _rest(state)
     for step in steps:
         try:
-            meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+            meta = manager.restore(
+                step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+            ).meta
             saved = meta["shapes"]
         except Exception as error:
-            log.warning("checkpoint %d in %s does not read back: %s", step, manager.directory, _line(error))
+            log.warning(
+                "checkpoint %d in %s does not read back: %s",
+                step,
+                manager.directory,
+                _line(error),
+            )
             continue
         _compare(saved["params"], shapes(state.params), manager.directory / str(step))
         _compare(saved["rest"], shapes(rest), manager.directory / str(step))
@@ -113,17 +128,28 @@ def restore(manager: ocp.CheckpointManager, state):
             )
             got = manager.restore(step, args=args)
             if int(checksum((got.params, got.rest))) != meta["checksum"]:
-                raise CheckpointError("its checksum differs from the one it was saved with")
+                raise CheckpointError(
+                    "its checksum differs from the one it was saved with"
+                )
         except Exception as error:
-            log.warning("checkpoint %d in %s does not read back: %s", step, manager.directory, _line(error))
+            log.warning(
+                "checkpoint %d in %s does not read back: %s",
+                step,
+                manager.directory,
+                _line(error),
+            )
             continue
         if step != steps[0]:
             log.warning("falling back to checkpoint %d in %s", step, manager.directory)
             for newer in [s for s in steps if s > step]:
                 manager.delete(newer)  # the run will come to these steps again
-        return state._replace(step=got.rest["step"], params=got.params, **_fields(got.rest)), meta
+        return state._replace(
+            step=got.rest["step"], params=got.params, **_fields(got.rest)
+        ), meta
     if steps:
-        raise CheckpointError(f"none of the checkpoints {steps} in {manager.directory} reads back")
+        raise CheckpointError(
+            f"none of the checkpoints {steps} in {manager.directory} reads back"
+        )
     return None
 
 
@@ -145,9 +171,16 @@ def load_lm(folder: str | Path) -> LM:
                     )
                     got = read.restore(step, args=names)
                     fields = {k: _tuples(v) for k, v in got.meta["model"].items()}
-                    return LM(ModelConfig(**fields), jax.tree.map(np.asarray, got.params))
+                    return LM(
+                        ModelConfig(**fields), jax.tree.map(np.asarray, got.params)
+                    )
                 except Exception as error:
-                    log.warning("checkpoint %d in %s does not read back: %s", step, place, _line(error))
+                    log.warning(
+                        "checkpoint %d in %s does not read back: %s",
+                        step,
+                        place,
+                        _line(error),
+                    )
     raise CheckpointError(f"no checkpoint that reads back in {folder}")
 
 
@@ -161,7 +194,9 @@ def _fields(rest) -> dict[str, Any]:
 
 
 def _abstract(tree):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
+    )
 
 
 def _compare(saved: dict[str, list], want: dict[str, list], where) -> None:
@@ -178,4 +213,8 @@ def _tuples(value):
 
 
 def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
+    return (
+        f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[
+            :300
+        ]
+    )

@@ -15,17 +15,29 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Path of a config, e.g. configs/dpo.py or configs/dpo.py:smoke")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, samples.")
-DEBUG = flags.DEFINE_bool("debug", False, "Check for nan after every operation, without jit.")
-EXPLAIN = flags.DEFINE_bool("explain", False, "Print parameters, shapes, specs and bytes, and exit.")
-DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Call jax.distributed.initialize (the launchers do).")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Path of a config, e.g. configs/dpo.py or configs/dpo.py:smoke"
+)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run: checkpoints, metrics, samples."
+)
+DEBUG = flags.DEFINE_bool(
+    "debug", False, "Check for nan after every operation, without jit."
+)
+EXPLAIN = flags.DEFINE_bool(
+    "explain", False, "Print parameters, shapes, specs and bytes, and exit."
+)
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Call jax.distributed.initialize (the launchers do)."
+)
 
 
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
     logging.getLogger("alignax").setLevel(logging.INFO)
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax narrates every save
     if DISTRIBUTED.value:

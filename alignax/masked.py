@@ -14,7 +14,9 @@ def prompts(batch: Batch) -> Bool[Array, " B"]:
     return batch.valid.any(-1)
 
 
-def token_weights(batch: Batch, mode: str, *, length: int | None = None) -> Float[Array, "B G T"]:
+def token_weights(
+    batch: Batch, mode: str, *, length: int | None = None
+) -> Float[Array, "B G T"]:
     """Weights w such that mean over prompts of sum_gt w * x is the named reduction.
 
     'token':    every scored token counts the same in the whole optimiser step.
@@ -55,14 +57,20 @@ def mean(x: Float[Array, "*S"], mask: Bool[Array, "*S"]) -> Float[Array, ""]:
     return jnp.where(mask, x, 0.0).sum() / jnp.maximum(mask.sum(), 1)
 
 
-def var(x: Float[Array, "*S"], mask: Bool[Array, "*S"], *, ddof: int = 0) -> Float[Array, ""]:
+def var(
+    x: Float[Array, "*S"], mask: Bool[Array, "*S"], *, ddof: int = 0
+) -> Float[Array, ""]:
     """Variance of x where mask, with `ddof` degrees of freedom taken off."""
     square = jnp.where(mask, (x - mean(x, mask)) ** 2, 0.0).sum()
     return square / jnp.maximum(mask.sum() - ddof, 1)
 
 
 def whiten(
-    x: Float[Array, "*S"], mask: Bool[Array, "*S"], *, shift: bool = True, eps: float = 1e-8
+    x: Float[Array, "*S"],
+    mask: Bool[Array, "*S"],
+    *,
+    shift: bool = True,
+    eps: float = 1e-8,
 ) -> Float[Array, "*S"]:
     """Scales x to unit (Bessel-corrected) variance where mask; shift=False keeps the mean."""
     centre = mean(x, mask)

@@ -8,7 +8,14 @@ from alignax.sharding import path_string
 SCHEDULES = ("constant", "linear", "cosine")
 
 
-def schedule(lr: float, num_steps: int, *, kind: str = "cosine", warmup: int = 0, final: float = 0.1):
+def schedule(
+    lr: float,
+    num_steps: int,
+    *,
+    kind: str = "cosine",
+    warmup: int = 0,
+    final: float = 0.1,
+):
     """Learning rate by step: linear warm-up to `lr`, then `kind` down to `final * lr`.
 
     Args:

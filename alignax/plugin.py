@@ -9,6 +9,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 ROLES = {  # folder -> the function every file in it defines
@@ -29,7 +30,7 @@ class Bound(NamedTuple):
     hyper: dict[str, Any]
     needs: tuple[str, ...] = ()
     coupled: bool = False
-    ema: dict[str, float] = {}
+    ema: Mapping[str, float] = MappingProxyType({})
 
     def __call__(self, *args, **kwargs):
         return self.function(*args, **{**self.hyper, **kwargs})
@@ -58,7 +59,11 @@ def load(folder: str, name: str, hyper: Mapping[str, Any] | None = None) -> Boun
 
 
 def bind(
-    function: Callable, hyper: Mapping[str, Any] | None = None, *, name: str = "", module: Any = None
+    function: Callable,
+    hyper: Mapping[str, Any] | None = None,
+    *,
+    name: str = "",
+    module: Any = None,
 ) -> Bound:
     """Binds a function's keyword-only parameters; `load` after the import.
 
@@ -74,18 +79,26 @@ def bind(
     name = name or function.__name__
     module = module or inspect.getmodule(function)
     parameters = inspect.signature(function).parameters.values()
-    takes = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in HANDED}
+    takes = {
+        p.name: p
+        for p in parameters
+        if p.kind is p.KEYWORD_ONLY and p.name not in HANDED
+    }
     given = dict(hyper or {})
     for key, value in given.items():
         if key not in takes:
             near = difflib.get_close_matches(key, takes, 1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             names = ", ".join(map(repr, takes)) or "none"
-            raise ValueError(f"{name} has no hyper-parameter {key!r}{hint}; it takes {names}")
+            raise ValueError(
+                f"{name} has no hyper-parameter {key!r}{hint}; it takes {names}"
+            )
         default = takes[key].default
         number = isinstance(default, int | float) and not isinstance(default, bool)
         if number and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise ValueError(f"{name}: {key}={value!r} should be a number, like its default {default!r}")
+            raise ValueError(
+                f"{name}: {key}={value!r} should be a number, like its default {default!r}"
+            )
         if isinstance(default, float):
             given[key] = float(value)
     missing = [k for k, p in takes.items() if p.default is p.empty and k not in given]
@@ -102,7 +115,9 @@ def bind(
 
 def _find(folder: str, name: str):
     if folder not in ROLES:
-        raise ValueError(f"unknown plug-in folder {folder!r}; known: {', '.join(ROLES)}")
+        raise ValueError(
+            f"unknown plug-in folder {folder!r}; known: {', '.join(ROLES)}"
+        )
     role = ROLES[folder]
     path = name if "." in name else f"alignax.{folder}.{name}"
     try:
@@ -116,11 +131,15 @@ def _find(folder: str, name: str):
                 module = importlib.import_module(parent)
                 return module, getattr(module, attribute)
             except (ModuleNotFoundError, AttributeError):
-                raise ValueError(f"cannot import {name!r} (a module with {role}(), or a function)") from None
+                raise ValueError(
+                    f"cannot import {name!r} (a module with {role}(), or a function)"
+                ) from None
         names = available(folder)
         near = difflib.get_close_matches(name, names, 1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"unknown name {name!r} in {folder}{hint}; available: {', '.join(names)}") from None
+        raise ValueError(
+            f"unknown name {name!r} in {folder}{hint}; available: {', '.join(names)}"
+        ) from None
     if not hasattr(module, role):
         raise ValueError(f"{path} defines no {role}()")
     return module, getattr(module, role)

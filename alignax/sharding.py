@@ -32,16 +32,24 @@ def make_mesh(shape: Sequence[int]) -> Mesh:
     """
     shape, devices = list(shape), jax.devices()
     if len(shape) != 3 or shape.count(-1) > 1 or any(s < 1 and s != -1 for s in shape):
-        raise ValueError(f"mesh shape {tuple(shape)} should be three sizes for {AXES}, one may be -1")
+        raise ValueError(
+            f"mesh shape {tuple(shape)} should be three sizes for {AXES}, one may be -1"
+        )
     if -1 in shape:
         rest = -math.prod(shape)
         if len(devices) % rest:
-            raise ValueError(f"mesh shape {tuple(shape)}: {rest} does not divide {len(devices)} devices")
+            raise ValueError(
+                f"mesh shape {tuple(shape)}: {rest} does not divide {len(devices)} devices"
+            )
         shape[shape.index(-1)] = len(devices) // rest
     size = math.prod(shape)
     if size > len(devices):
-        raise ValueError(f"mesh shape {tuple(shape)} needs {size} devices, there are {len(devices)}")
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:size])
+        raise ValueError(
+            f"mesh shape {tuple(shape)} needs {size} devices, there are {len(devices)}"
+        )
+    return jax.make_mesh(
+        tuple(shape), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:size]
+    )
 
 
 def path_string(path) -> str:
@@ -59,17 +67,23 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules=PARAM_RULES) -> P:
     """
     if not shape or math.prod(shape) == 1:
         return P()
-    for pattern, rule in rules:
-        if re.search(pattern, path):
-            break
-    else:
-        raise ValueError(f"no sharding rule matches {path!r} {shape}; add one to PARAM_RULES")
+    rule = next((rule for pattern, rule in rules if re.search(pattern, path)), None)
+    if rule is None:
+        raise ValueError(
+            f"no sharding rule matches {path!r} {shape}; add one to PARAM_RULES"
+        )
     if len(rule) > len(shape):  # a factored optimiser's statistics: small, replicated
         return P()
     axes = []
     for size, axis in zip(shape, rule, strict=False):
         if axis is not None and size % mesh.shape[axis]:
-            log.info("%s: %d does not divide over %s=%d; replicated", path, size, axis, mesh.shape[axis])
+            log.info(
+                "%s: %d does not divide over %s=%d; replicated",
+                path,
+                size,
+                axis,
+                mesh.shape[axis],
+            )
             axis = None
         axes.append(axis)
     return P(*axes)
@@ -87,12 +101,17 @@ def shardings(tree, mesh: Mesh, rules=PARAM_RULES):
 def put_batch(batch, mesh: Mesh):
     """Sends this host's rows to the devices, B split over ('data', 'fsdp')."""
     sharding = NamedSharding(mesh, BATCH)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
+    )
 
 
 def put_params(params, mesh: Mesh):
     """Places a parameter tree by the rule table; always a fresh copy, safe to donate."""
-    place = jax.jit(lambda tree: jax.tree.map(lambda x: x + 0, tree), out_shardings=shardings(params, mesh))
+    place = jax.jit(
+        lambda tree: jax.tree.map(lambda x: x + 0, tree),
+        out_shardings=shardings(params, mesh),
+    )
     return place(params)
 
 

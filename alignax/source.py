@@ -95,6 +95,9 @@ def dataset_source(
     occurs once an epoch; a batch may hold the end of one epoch and the start of the
     next; the last batch of all is filled up with invalid rows.
 
+    An example that cannot be tokenised (its prompt's ids are no prefix of the whole, a
+    turn holds two EOS, ...) counts as malformed and is named with its reason.
+
     Args:
       examples: random-access examples, or {name: (examples, ratio)}. In a mixture each
         step holds exactly that ratio, in blocks of rows in the order of the names, and
@@ -103,8 +106,8 @@ def dataset_source(
       batch_size: B, prompts a step over all hosts.
       length: tokens a row may have; longer examples are cut.
       seed: of the order.
-      buckets: the values of T that occur, at most `length`; by default `length` and its
-        half, quarter and eighth.
+      buckets: the values of T that occur, at most `length`; by default 1, 2, 3, 4,
+        6 and 8 eighths of it. Each value that occurs is compiled once.
       shuffle: False keeps the order of `examples`.
       epochs: passes over the data, None for no end. In a mixture the part that takes
         the most steps is passed this often, and the others repeat.
@@ -549,7 +552,7 @@ def _shares(ratios: dict[str, float], batch_size: int) -> list[int]:
 
 
 def _buckets(buckets: Sequence[int], length: int) -> tuple[int, ...]:
-    sizes = sorted(set(buckets)) or sorted({-(-length // d) for d in (8, 4, 2, 1)})
+    sizes = sorted(set(buckets) or {-(-length * k // 8) for k in (1, 2, 3, 4, 6, 8)})
     if sizes[0] < 1 or sizes[-1] > length:
         raise ValueError(f"buckets {sizes} must lie between 1 and length={length}")
     return tuple(sizes) if sizes[-1] == length else (*sizes, length)

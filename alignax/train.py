@@ -1,6 +1,6 @@
 """The one loop: a state, a jitted step, and `train(config, workdir)`.
 
-  batch -> annotate (frozen LMs) -> score (policy) -> loss -> mean -> gradient -> update
+batch -> annotate (frozen LMs) -> score (policy) -> loss -> mean -> gradient -> update
 """
 
 import functools
@@ -105,7 +105,10 @@ def make_train_step(
     score = functools.partial(logprob.score, mesh=mesh)
     numbers = {k: v for k, v in loss.hyper.items() if type(v) in (int, float)}
     fixed = {k: v for k, v in loss.hyper.items() if k not in numbers}
-    hyper = {k: np.float32(v) if type(v) is float else np.int32(v) for k, v in numbers.items()}
+    hyper = {
+        k: np.float32(v) if type(v) is float else np.int32(v)
+        for k, v in numbers.items()
+    }
 
     def evaluate_loss(scores, batch, ema, hyper):
         """Sums over prompts with a valid response: (loss, {name: sum})."""
@@ -127,38 +130,50 @@ def make_train_step(
             return value / count, metrics
 
         if accumulate == 1:
-            (value, metrics), grads = jax.value_and_grad(direct, has_aux=True)(params, batch)
+            (value, metrics), grads = jax.value_and_grad(direct, has_aux=True)(
+                params, batch
+            )
             return value, {k: v / count for k, v in metrics.items()}, grads
 
         if "reduction" in loss.hyper:  # weights know the whole step, not a micro-batch
             weights = masked.token_weights(batch, loss.hyper["reduction"])
-            batch = batch._replace(extra={**(batch.extra or {}), "token_weights": weights})
+            batch = batch._replace(
+                extra={**(batch.extra or {}), "token_weights": weights}
+            )
         parts = jax.tree.map(split, batch)
         if loss.coupled:
             scores = jax.lax.map(lambda part: forward(params, part), parts)
             whole = jax.tree.map(join, scores)
-            (value, metrics), cotangent = jax.value_and_grad(evaluate_loss, has_aux=True)(
-                whole, batch, ema, hyper
-            )
+            (value, metrics), cotangent = jax.value_and_grad(
+                evaluate_loss, has_aux=True
+            )(whole, batch, ema, hyper)
             value = value / count
             cotangents = jax.tree.map(lambda x: split(x / count), cotangent)
 
             def one(part):
                 part, cotangent = part
-                return jax.vjp(lambda p: forward(p, part), params)[1](cotangent)[0], 0.0, {}
+                return (
+                    jax.vjp(lambda p: forward(p, part), params)[1](cotangent)[0],
+                    0.0,
+                    {},
+                )
 
             parts = (parts, cotangents)
         else:
 
             def one(part):
-                (value, metrics), grads = jax.value_and_grad(direct, has_aux=True)(params, part)
+                (value, metrics), grads = jax.value_and_grad(direct, has_aux=True)(
+                    params, part
+                )
                 return grads, value, metrics
 
         def body(total, part):
             return jax.tree.map(jnp.add, total, one(part)), None
 
         first = jax.tree.map(lambda x: x[0], parts)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first))
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first)
+        )
         (grads, *sums), _ = jax.lax.scan(body, zeros, parts)
         if not loss.coupled:
             value, metrics = sums
@@ -178,11 +193,14 @@ def make_train_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = {
-            k: EMA_DECAY * v + (1 - EMA_DECAY) * metrics[f"ema/{k}"] for k, v in state.ema.items()
+            k: EMA_DECAY * v + (1 - EMA_DECAY) * metrics[f"ema/{k}"]
+            for k, v in state.ema.items()
         }
         mean = state.average
         if mean is not None:
-            mean = jax.tree.map(lambda a, p: average * a + (1 - average) * p, mean, params)
+            mean = jax.tree.map(
+                lambda a, p: average * a + (1 - average) * p, mean, params
+            )
         metrics |= {"loss": value, "grad_norm": optax.global_norm(grads)}
         return TrainState(state.step + 1, params, opt_state, ema, mean), metrics
 
@@ -239,7 +257,11 @@ def train(config, workdir: str) -> TrainState:
         preemption() as stop,
     ):
         state = init_state(
-            run.policy.params, run.tx, run.mesh, ema=run.loss.ema, average=config.average > 0
+            run.policy.params,
+            run.tx,
+            run.mesh,
+            ema=run.loss.ema,
+            average=config.average > 0,
         )
         restored = checkpoint.restore(latest, state)
         record = {"value": None, "step": 0, "stale": 0}
@@ -249,8 +271,12 @@ def train(config, workdir: str) -> TrainState:
             record = meta["best"]
             run.say(f"resumed at step {int(state.step)} of {config.num_steps}")
         start = int(state.step)
-        run = run._replace(policy=LM(run.policy.config, None))  # the state holds the params
-        writer = Writer(run.workdir, step=start, wandb=config.wandb, config=config.to_dict())
+        run = run._replace(
+            policy=LM(run.policy.config, None)
+        )  # the state holds the params
+        writer = Writer(
+            run.workdir, step=start, wandb=config.wandb, config=config.to_dict()
+        )
         with writer:
             return _loop(config, run, state, record, latest, best, writer, stop, start)
 
@@ -282,8 +308,13 @@ def _loop(config, run, state, record, latest, best, writer, stop, start):
         if not config.best_metric or at == 0:
             return False
         if config.best_metric not in metrics:
-            raise ValueError(f"best_metric {config.best_metric!r} is not among {sorted(metrics)}")
-        value, sign = metrics[config.best_metric], 1 if config.best_mode == "max" else -1
+            raise ValueError(
+                f"best_metric {config.best_metric!r} is not among {sorted(metrics)}"
+            )
+        value, sign = (
+            metrics[config.best_metric],
+            1 if config.best_mode == "max" else -1,
+        )
         if record["value"] is None or sign * (value - record["value"]) > 0:
             record.update(value=value, step=at, stale=0)
             save(best, state)
@@ -332,7 +363,9 @@ def _loop(config, run, state, record, latest, best, writer, stop, start):
             shape = rows.tokens.shape
             seen.add(shape)
             if step.compilations(state) > len(seen):
-                raise RuntimeError(f"step {at} compiled again for a known shape {shape}")
+                raise RuntimeError(
+                    f"step {at} compiled again for a known shape {shape}"
+                )
             done = settle()
             if at == 0 and checked:
                 close_to_start(device_metrics, model)
@@ -342,7 +375,9 @@ def _loop(config, run, state, record, latest, best, writer, stop, start):
             pending = (at + 1, device_metrics, ids, tokens)
             now = at + 1
             ending = now == config.num_steps or stop()
-            evaluating = config.eval_every and now % config.eval_every == 0 and not ending
+            evaluating = (
+                config.eval_every and now % config.eval_every == 0 and not ending
+            )
             saving = config.checkpoint.every and now % config.checkpoint.every == 0
             if done and (at % config.log_every == 0 or ending):
                 writer.write(at, done)
@@ -361,10 +396,14 @@ def _loop(config, run, state, record, latest, best, writer, stop, start):
                 saved = now
             if stop() and now < config.num_steps:
                 latest.wait_until_finished()
-                raise Preempted(f"SIGTERM at step {now}: saved; the same command goes on")
+                raise Preempted(
+                    f"SIGTERM at step {now}: saved; the same command goes on"
+                )
             clock = time.monotonic() if evaluating or saving else clock
             if finished:
-                run.say(f"no better {config.best_metric} in {config.patience} evaluations: stop")
+                run.say(
+                    f"no better {config.best_metric} in {config.patience} evaluations: stop"
+                )
                 break
     at = int(state.step)
     if not finished:
@@ -389,13 +428,18 @@ def start_check(config, run, state, batch, writer) -> bool:
     if "ref_logps" not in run.loss.needs or config.lms.get("ref") != "init":
         return False
     score = jax.jit(functools.partial(logprob.score, mesh=run.mesh))
-    lms = {**run.lms, **{name: LM(run.policy.config, state.average) for name in run.moving}}
+    lms = {
+        **run.lms,
+        **{name: LM(run.policy.config, state.average) for name in run.moving},
+    }
     policy: Scores = score(LM(run.policy.config, state.params), batch)
     ref = score(lms["ref"], batch).logps
     largest = float(jnp.abs(policy.logps - ref).max())
     value = float(run.loss(policy, batch._replace(ref_logps=ref))[0].mean())
     writer.write(0, {"start/loss": value, "start/log_ratio": largest})
-    run.say(f"step 0: policy = reference: largest log-ratio {largest:g}, loss {value:.7f}")
+    run.say(
+        f"step 0: policy = reference: largest log-ratio {largest:g}, loss {value:.7f}"
+    )
     if largest != 0:
         raise RuntimeError(
             f"policy and reference differ by {largest:g} nats on one token before the first step"
@@ -409,7 +453,9 @@ def close_to_start(metrics: Metrics, model: ModelConfig) -> None:
     Raises:
       RuntimeError: a mean log-ratio of the first step is beyond the bound.
     """
-    bound = 1e-2 if model.dtype == "float32" else 1.0  # nats per response, summed over T
+    bound = (
+        1e-2 if model.dtype == "float32" else 1.0
+    )  # nats per response, summed over T
     for name in ("log_ratio_chosen", "log_ratio_rejected"):
         if name in metrics and abs(float(metrics[name])) > bound:
             raise RuntimeError(

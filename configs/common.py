@@ -25,7 +25,9 @@ def get_config() -> ConfigDict:
     c.model.remat = "none"  # none | block | dots
 
     c.loss = ConfigDict()  # name, and the loss's own hyper-parameters
-    c.lms = ConfigDict()  # frozen models: name -> 'init' | 'average' | path | 'stage:NAME'
+    c.lms = (
+        ConfigDict()
+    )  # frozen models: name -> 'init' | 'average' | path | 'stage:NAME'
     c.data = ConfigDict()  # name, and the data set's own parameters
     c.mixture = ConfigDict()  # instead of data: {part: {ratio, name, ...}}
 

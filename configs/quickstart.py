@@ -24,15 +24,32 @@ def get_config(arg: str = ""):
     sft = base.copy_and_resolve_references()
     sft.num_steps, sft.batch_size = steps[0], 32
     sft.loss = {"name": "sft", "reduction": "token"}
-    sft.data = {"name": "synthetic", "split": "train", "kind": "sft", "size": 8192, "swapped": False}
+    sft.data = {
+        "name": "synthetic",
+        "split": "train",
+        "kind": "sft",
+        "size": 8192,
+        "swapped": False,
+    }
     sft.optim.lr = 3e-3
     sft.eval_data = {"name": "synthetic", "split": "test", "kind": "sft", "size": 256}
     sft.evals = {"perplexity": {}}
 
     pairs = base.copy_and_resolve_references()
     pairs.batch_size = 32
-    pairs.data = {"name": "synthetic", "split": "train", "kind": "pairs", "size": 4096, "swapped": False}
-    pairs.eval_data = {"name": "synthetic", "split": "test", "kind": "pairs", "size": 256}
+    pairs.data = {
+        "name": "synthetic",
+        "split": "train",
+        "kind": "pairs",
+        "size": 4096,
+        "swapped": False,
+    }
+    pairs.eval_data = {
+        "name": "synthetic",
+        "split": "test",
+        "kind": "pairs",
+        "size": 256,
+    }
     pairs.evals = {"ranking_accuracy": {}}
     pairs.model.path = "stage:sft"
 
@@ -47,7 +64,11 @@ def get_config(arg: str = ""):
     dpo.loss = {"name": "dpo", "beta": 0.5, "label_smoothing": 0.0}
     dpo.lms = {"ref": "init"}
     dpo.optim.lr = 2e-4
-    dpo.evals.win_rate = {"reward": "alignax.data.synthetic.judge", "max_new": 56, "size": 256}
+    dpo.evals.win_rate = {
+        "reward": "alignax.data.synthetic.judge",
+        "max_new": 56,
+        "size": 256,
+    }
     dpo.eval_batch_size = 64
 
     base.stages = ConfigDict(

@@ -373,6 +373,8 @@ def test_evaluation_sees_every_example_once_in_a_fixed_order():
     assert sum(int(b.valid[:, 0].sum()) for b in batches) == 13
     assert [i + ":" for i in ids] == [p for b in batches for p in prompts_of(b)]
     assert {b.tokens.shape[0] for b in batches} == {4}
+    longest = [int(b.lengths.max()) for b in batches]
+    assert longest == sorted(longest)
     again = source.eval_batches(rows, TK, batch_size=4, length=32)
     for a, b in zip(batches, again, strict=True):
         same(a, b)

@@ -230,14 +230,22 @@ def test_merge_across_the_boundary_is_an_error_not_a_wrong_mask(chat):
         chat.tokenize(Example("x", "a", ["\n\nb"]))  # two newlines are one token
 
 
+def test_prefix_rule_holds_for_every_turn(chat):
+    response = [assistant("b"), user("c"), assistant("\n\nd")]
+    with pytest.raises(tokenizer.PrefixError):
+        chat.tokenize(Example("x", "a", [response]))
+
+
 def test_response_that_holds_eos_is_an_error(chat):
     with pytest.raises(ValueError, match="2 EOS"):
         chat.tokenize(Example("x", "a", ["b<|im_end|>c"]))
 
 
-def test_response_without_an_assistant_turn_is_an_error(chat):
-    with pytest.raises(ValueError, match="no assistant turn"):
-        chat.tokenize(Example("x", "a", [[user("b")]]))
+def test_response_without_an_assistant_turn_is_an_error(chat, raw):
+    for tk in (chat, raw):
+        for prompt in ([user("a")], [user("a"), assistant("b")]):
+            with pytest.raises(ValueError, match="no assistant turn"):
+                tk.tokenize(Example("x", prompt, [[user("c")]]))
 
 
 def test_old_turns_of_a_prompt_may_be_rendered_differently(tmp_path):
@@ -356,6 +364,18 @@ def pieces(pre, text):
 )
 def test_gguf_pre_tokenizer_decides_the_pieces(pre, expected):
     assert pieces(pre, "\n\n123 a") == expected
+
+
+def test_llama_takes_whole_words_of_the_vocabulary_before_it_merges():
+    fields = ggml(pre="llama-bpe")
+    fields["tokens"].append("zz")  # no merge makes it
+    fields["token_type"].append(1)
+    tk = tokenizer.from_ggml(fields, None, now=NOW)
+    assert tk.encode("zz") == [len(fields["tokens"]) - 1]
+    assert (
+        len(tokenizer.from_ggml(fields | {"pre": "qwen2"}, None, now=NOW).encode("zz"))
+        == 2
+    )
 
 
 def test_gguf_specials_are_whole_tokens_and_control_tokens_are_not_decoded():

@@ -24,7 +24,9 @@ def evaluate(
     """
     del lms, key, generate
     total, count, per_prompt = 0.0, 0, []
-    for batch in source.eval_batches(data, tokenizer, batch_size=batch_size, length=length):
+    for batch in source.eval_batches(
+        data, tokenizer, batch_size=batch_size, length=length
+    ):
         batch = batch._replace(extra=None)
         logps = score(lm, batch).logps[:, 0]
         keep = batch.valid[:, 0]
@@ -32,4 +34,8 @@ def evaluate(
         count += int(batch.mask[:, 0][keep].sum())
         per_prompt += logps[keep].sum(-1).tolist()
     nll = -total / max(count, 1)
-    return {"nll": nll, "perplexity": float(np.exp(nll)), **bootstrap(per_prompt).named("log_prob")}
+    return {
+        "nll": nll,
+        "perplexity": float(np.exp(nll)),
+        **bootstrap(per_prompt).named("log_prob"),
+    }

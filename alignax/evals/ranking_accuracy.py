@@ -34,13 +34,19 @@ def evaluate(
     """
     del key, generate
     pieces: dict[str, list] = {"policy": [], "implicit": [], "reward": []}
-    for batch in source.eval_batches(data, tokenizer, batch_size=batch_size, length=length):
+    for batch in source.eval_batches(
+        data, tokenizer, batch_size=batch_size, length=length
+    ):
         if batch.tokens.shape[1] < 2:
-            raise ValueError("ranking_accuracy needs pairs, the data have one response each")
+            raise ValueError(
+                "ranking_accuracy needs pairs, the data have one response each"
+            )
         keep = batch.valid[:, :2].all(-1)
         if lm.config.value_head:
             values = score(lm, batch, needs=("values",)).values
-            pieces["reward"].append(np.asarray(masked.last(values, batch.mask))[keep, :2])
+            pieces["reward"].append(
+                np.asarray(masked.last(values, batch.mask))[keep, :2]
+            )
             continue
         policy = score(lm, batch).logps.sum(-1)
         pieces["policy"].append(policy[keep, :2])

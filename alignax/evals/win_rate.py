@@ -50,15 +50,26 @@ def evaluate(
     """
     judge = plugin.load("rewards", reward)
     if baseline not in lms:
-        raise ValueError(f"win_rate needs an LM {baseline!r} to beat; there are {sorted(lms)}")
+        raise ValueError(
+            f"win_rate needs an LM {baseline!r} to beat; there are {sorted(lms)}"
+        )
     data = data[:size] if size else data
-    prompts = source.prompt_batches(data, tokenizer, batch_size=batch_size, length=length)
+    prompts = source.prompt_batches(
+        data, tokenizer, batch_size=batch_size, length=length
+    )
     ours, theirs, kl, ended, tokens, samples = [], [], [], [], [], []
     for i, p in enumerate(prompts):
         got = []
         for side, model in enumerate((lm, lms[baseline])):
             seed = jax.random.fold_in(key, 2 * i + side)
-            out = generate(model, p.tokens, p.lengths, seed, max_new=max_new, temperature=temperature)
+            out = generate(
+                model,
+                p.tokens,
+                p.lengths,
+                seed,
+                max_new=max_new,
+                temperature=temperature,
+            )
             out = jax.device_get(out)
             got.append((out, responses(tokenizer, out.batch)))
         (mine, texts), (base, base_texts) = got

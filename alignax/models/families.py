@@ -226,7 +226,9 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     if c.family not in FAMILIES:
         raise ValueError(f"unknown family {c.family!r}; known: {', '.join(FAMILIES)}")
     family, activation = FAMILIES[c.family], _SPELLING[c.activation]
-    eos = list(c.eos_ids) if len(c.eos_ids) != 1 else c.eos_ids[0]
+    eos: int | list[int] | None = list(c.eos_ids) or None
+    if len(c.eos_ids) == 1:
+        eos = c.eos_ids[0]
     if c.value_head:
         # transformers names its text-only Gemma 3 classifier after the text model
         prefix = "Gemma3Text" if c.family == "gemma3_text" else family.architecture
@@ -255,7 +257,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "rope_scaling": rope if c.rope_scaling else None,
         "rope_parameters": rope,
         "bos_token_id": c.bos_id,
-        "eos_token_id": eos or None,
+        "eos_token_id": eos,
     }
     if c.value_head:
         hf.update(id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0})

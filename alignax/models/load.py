@@ -47,11 +47,11 @@ def load(path: str | pathlib.Path, *, dtype: str = "float32") -> LM:
     path = pathlib.Path(path).expanduser()
     if path.is_dir():
         hf, readers = _read_directory(path)
-        config = families.from_hf(hf)
+        config = _config(hf, path)
         table = families.hf_names(config)
     elif path.is_file() and path.suffix == ".gguf":
         hf, readers = gguf.read(path)
-        config = families.from_hf(hf)
+        config = _config(hf, path)
         table = gguf.NAMES
     elif path.exists():
         raise ValueError(f"{path} is neither a directory nor a .gguf file")
@@ -66,6 +66,13 @@ def load(path: str | pathlib.Path, *, dtype: str = "float32") -> LM:
         dataclasses.replace(config, dtype=dtype),
         _assemble(config, readers, table, dtype, path),
     )
+
+
+def _config(hf: dict[str, Any], path: pathlib.Path) -> ModelConfig:
+    try:
+        return families.from_hf(hf)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from e
 
 
 def tree_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -163,7 +170,9 @@ def _read_directory(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Reade
         hf["eos_token_id"] = list(dict.fromkeys(ids[0] + ids[1]))
     index = path / "model.safetensors.index.json"
     if index.exists():
-        where = _json(index)["weight_map"]
+        where = _json(index).get("weight_map")
+        if not where:
+            raise ValueError(f"{index} has no weight_map")
     elif (path / "model.safetensors").exists():
         where = None
     else:

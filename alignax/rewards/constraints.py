@@ -20,7 +20,14 @@ KINDS = ("keywords", "avoid", "length", "pattern", "json")
 
 
 def check(
-    text: str, *, keywords=(), avoid=(), min_words=0, max_words=0, pattern="", as_json=False
+    text: str,
+    *,
+    keywords=(),
+    avoid=(),
+    min_words=0,
+    max_words=0,
+    pattern="",
+    as_json=False,
 ) -> dict[str, float]:
     """Which constraints a text satisfies, each in [0, 1].
 
@@ -28,7 +35,10 @@ def check(
     """
 
     def has(word):
-        return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) is not None
+        return (
+            re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE)
+            is not None
+        )
 
     out = {}
     if keywords:
@@ -37,7 +47,9 @@ def check(
         out["avoid"] = float(not any(map(has, avoid)))
     if min_words or max_words:
         count = len(text.split())
-        out["length"] = float(count >= min_words and (not max_words or count <= max_words))
+        out["length"] = float(
+            count >= min_words and (not max_words or count <= max_words)
+        )
     if pattern:
         out["pattern"] = float(re.search(pattern, text) is not None)
     if as_json:
@@ -84,13 +96,17 @@ def reward(
     weights = dict(weights or {})
     unknown = set(weights) - set(KINDS)
     if unknown:
-        raise ValueError(f"unknown constraint {sorted(unknown)}; known: {', '.join(KINDS)}")
+        raise ValueError(
+            f"unknown constraint {sorted(unknown)}; known: {', '.join(KINDS)}"
+        )
     asked = dict(
         keywords=keywords, avoid=avoid, min_words=min_words, max_words=max_words,
         pattern=pattern, as_json=as_json,
     )  # fmt: skip
     if not check("", **asked):
-        raise ValueError(f"rewards.constraints has no constraint; set one of {', '.join(asked)}")
+        raise ValueError(
+            f"rewards.constraints has no constraint; set one of {', '.join(asked)}"
+        )
 
     def one(text):
         met = check(text, **asked)

@@ -35,5 +35,7 @@ def reward(
       ValueError: no such LM, or it has no value head.
     """
     if model not in lms:
-        raise ValueError(f"rewards.model needs an LM {model!r}; there are {sorted(lms)}")
+        raise ValueError(
+            f"rewards.model needs an LM {model!r}; there are {sorted(lms)}"
+        )
     return _values(lms[model], batch)

@@ -46,6 +46,14 @@ def test_what_is_written_is_read_again(name):
     assert from_hf(in_the_old_style(hf)) == config
 
 
+@pytest.mark.parametrize("eos, ids", [(None, ()), (0, (0,)), ([0, 3], (0, 3))], ids=str)
+def test_end_ids_survive_in_every_spelling(eos, ids):
+    config = from_hf({**read("llama_tied"), "eos_token_id": eos, "bos_token_id": 0})
+    assert (config.eos_ids, config.bos_id) == (ids, 0)
+    assert to_hf(config)["eos_token_id"] == eos
+    assert from_hf(to_hf(config)) == config
+
+
 def test_rope_type_may_be_called_type():
     hf = in_the_old_style(read("llama_tied"))
     hf["rope_scaling"] = {"type": "linear", "factor": 2.0}

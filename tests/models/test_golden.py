@@ -9,6 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from alignax import decode, logprob
+from alignax.batch import LM, Batch
+from alignax.losses import dpo
 from alignax.models.load import load
 from alignax.models.transformer import hidden, unembed
 
@@ -112,6 +115,32 @@ def test_per_token_logps_and_dpo_loss_are_those_of_trl():
     np.testing.assert_allclose(losses.mean(), g["loss"], atol=1e-5)
 
 
+def test_dpo_loss_and_its_gradient_through_the_kernel_are_those_of_trl():
+    g = np.load(GOLDEN / "trl_dpo.npz")
+    policy, ref = load(GOLDEN / "llama_tied"), load(GOLDEN / "llama_ref")
+    rows = (g["mask"].shape[0], 2)
+    feedback, valid = np.tile([1.0, 0.0], (rows[0], 1)), np.ones(rows, bool)
+    batch = Batch(
+        *map(jnp.asarray, (g["tokens"], g["mask"], g["lengths"])),
+        jnp.asarray(feedback, jnp.float32),
+        jnp.asarray(valid),
+    )
+
+    def mean_loss(params):
+        scores = logprob.score(LM(policy.config, params), batch)
+        return dpo.loss(scores, batch, beta=float(g["beta"]))[0].mean()
+
+    with jax.default_matmul_precision("highest"):
+        batch = batch._replace(ref_logps=logprob.score(ref, batch).logps)
+        value, grads = jax.jit(jax.value_and_grad(mean_loss))(policy.params)
+    np.testing.assert_allclose(value, g["loss"], atol=1e-5)
+    norm = np.sqrt(sum(float((x**2).sum()) for x in jax.tree.leaves(grads)))
+    np.testing.assert_allclose(norm, g["grad_norm"], rtol=1e-5)
+    q = np.asarray(grads["blocks"]["attn"]["q"]["kernel"][0])
+    np.testing.assert_allclose(q.reshape(len(q), -1).T, g["grad_q"], atol=1e-5)
+    np.testing.assert_allclose(grads["norm"]["scale"], g["grad_final_norm"], atol=1e-5)
+
+
 def test_value_head_reads_the_last_real_token_as_the_reward_of_trl():
     g = np.load(GOLDEN / "trl_reward.npz")
     lm = load(GOLDEN / "llama_reward")
@@ -144,3 +173,28 @@ def test_smollm2_logps_on_preference_pairs_are_those_of_transformers():
     print(f"median {np.median(errors):.2e}, p99 {np.quantile(errors, 0.99):.2e} nats")
     assert np.median(errors) < 5e-5
     assert np.quantile(errors, 0.99) < 5e-4
+
+
+@pytest.mark.slow
+def test_smollm2_greedy_continuations_are_those_of_transformers():
+    path = os.environ.get("ALIGNAX_SMOLLM2")
+    if not path:
+        pytest.skip("set ALIGNAX_SMOLLM2 to SmolLM2-135M-Instruct.Q4_1.gguf")
+    g = np.load(GOLDEN / "smollm2_hh.npz")
+    assert g["gaps"].min() > 1e-3  # no step is nearer to a tie than float32 can tell
+    with jax.default_matmul_precision("highest"):
+        out = decode.generate(
+            load(path),
+            jnp.asarray(g["prompts"]),
+            jnp.asarray(g["prompt_lengths"]),
+            jax.random.key(0),
+            max_new=g["greedy"].shape[1],
+            temperature=0.0,
+        )
+    for row, n, want in zip(
+        np.asarray(out.batch.tokens)[:, 0],
+        g["prompt_lengths"],
+        g["greedy"],
+        strict=True,
+    ):
+        np.testing.assert_array_equal(row[n : n + len(want)], want)

@@ -198,10 +198,19 @@ def test_index_that_promises_too_much_is_an_error(copy):
     tensors = load_file(path / shard)
     lost = sorted(tensors)[0]
     save_file({k: v for k, v in tensors.items() if k != lost}, path / shard)
-    with pytest.raises(ValueError, match=lost):
+    with pytest.raises(ValueError, match=f"promises {lost}, but no shard has it"):
         load(path)
     (path / shard).unlink()
     with pytest.raises(FileNotFoundError, match=shard):
+        load(path)
+    (path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"index\.json has no weight_map"):
+        load(path)
+
+
+def test_a_refused_config_is_named_with_its_path(copy):
+    path = copy(model_type="mamba")
+    with pytest.raises(ValueError, match=f"{path}: unknown architecture 'mamba'"):
         load(path)
 
 

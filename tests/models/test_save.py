@@ -198,6 +198,25 @@ def test_a_failed_save_leaves_the_old_model_and_no_debris(tmp_path, monkeypatch)
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
+def test_the_old_model_is_put_back_if_the_new_one_cannot_take_its_place(
+    tmp_path, monkeypatch
+):
+    a, b = load(GOLDEN / "llama_tied"), load(GOLDEN / "llama_ref")
+    save(a, tmp_path / "m")
+    rename = pathlib.Path.rename
+
+    def fail(self, target):
+        if self.name == "new":
+            raise OSError("device gone")
+        return rename(self, target)
+
+    monkeypatch.setattr(pathlib.Path, "rename", fail)
+    with pytest.raises(OSError, match="device gone"):
+        save(b, tmp_path / "m", overwrite=True)
+    equal(load(tmp_path / "m").params, a.params)
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
 def test_tokenizer_files_are_copied(tmp_path):
     (tmp_path / "tok").mkdir()
     lm = load(GOLDEN / "llama_tied")
