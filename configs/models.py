@@ -21,3 +21,15 @@ def llama3_8b() -> dict:
         vocab_size=128_256, width=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128,
         mlp_width=14_336, max_length=8192, norm_eps=1e-5, rope_theta=500_000.0, tied=False,
     )  # fmt: skip
+
+
+def smoke(c, *, kind: str) -> None:
+    """Turns a config into two steps of a tiny model on data that it makes itself."""
+    c.model.path, c.model.sizes, c.model.dtype = "", tiny(), "float32"
+    c.tokenizer = "bytes"
+    c.mesh = (1, 1, 1)
+    c.num_steps, c.batch_size, c.length, c.buckets = 2, 4, 72, (72,)
+    c.optim.warmup = c.eval_every = c.checkpoint.every = 0
+    data = {"name": "synthetic", "kind": kind}
+    c.data = {**data, "split": "train", "size": 64}
+    c.eval_data = {**data, "split": "test", "size": 16}

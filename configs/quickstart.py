@@ -13,9 +13,10 @@ from configs import common, models
 
 def get_config(arg: str = ""):
     smoke = arg == "smoke"
-    steps = (2, 2, 2) if smoke else (220, 60, 100)
+    steps = (2, 2, 2) if smoke else (200, 40, 80)
     base = common.get_config()
-    base.length = 96
+    base.length = 72
+    base.buckets = (72,)
     base.tokenizer = "bytes"
     base.model.sizes = models.tiny() if smoke else models.small()
     base.optim.b2 = 0.98
@@ -54,7 +55,7 @@ def get_config(arg: str = ""):
     pairs.model.path = "stage:sft"
 
     reward_model = pairs.copy_and_resolve_references()
-    reward_model.num_steps = steps[1]
+    reward_model.num_steps, reward_model.batch_size = steps[1], 16
     reward_model.model.value_head = True
     reward_model.loss = {"name": "reward_model", "margin": 0.0, "centring": 0.01}
     reward_model.optim.lr = 5e-4
@@ -66,7 +67,7 @@ def get_config(arg: str = ""):
     dpo.optim.lr = 2e-4
     dpo.evals.win_rate = {
         "reward": "alignax.data.synthetic.judge",
-        "max_new": 56,
+        "max_new": 44,
         "size": 256,
     }
     dpo.eval_batch_size = 64

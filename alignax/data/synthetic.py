@@ -3,7 +3,7 @@
 Prompts name a topic and a place; responses are one sentence with three free words,
 drawn independently from a base law that is not uniform:
 
-  "Review the bakery in Lisbon: "  ->  "Truly stale food and helpful staff."
+  "Review the bakery in Lisbon: "  ->  "Truly greasy food and helpful staff."
 
 The 'human' has a real-valued lexicon, one weight per word and slot, and likes a response
 by their sum. No two responses have the same sum, so a tie means the same response. The
@@ -30,22 +30,21 @@ PLACES = (
 )  # fmt: skip
 # Word -> taste weight, one table per slot, most common word first. The scales of the
 # slots differ (about 0.5, 1.2 and 0.8); five digits keep the sums of all responses apart.
+# Within a slot initials are distinct: a word is one decision, also for a model of bytes.
 OPENING = {
-    "Fairly": -0.12708, "Mostly": -0.31112, "Really": 0.43311, "Rather": -0.24647, "Always": 0.57122,
-    "Hardly": -0.68395, "Truly": 0.65586, "Simply": 0.20840, "Oddly": -0.51933, "Barely": -0.74478,
+    "Fairly": -0.12708, "Mostly": -0.31112, "Really": 0.43311, "Always": 0.57122,
+    "Hardly": -0.68395, "Truly": 0.65586, "Simply": 0.20840, "Oddly": -0.51933,
 }  # fmt: skip
 FOOD = {
-    "decent": 0.17328, "bland": -0.91478, "fresh": 0.98705, "cold": -1.13975, "tasty": 1.21388,
-    "salty": -0.39121, "stale": -1.56256, "rich": 0.46282, "greasy": -1.30751, "lovely": 1.45193,
-    "burnt": -1.83566, "superb": 1.90348,
+    "decent": 0.17328, "bland": -0.91478, "fresh": 0.98705, "cold": -1.13975,
+    "tasty": 1.21388, "salty": -0.39121, "lovely": 1.45193, "greasy": -1.30751,
 }  # fmt: skip
 STAFF = {
-    "polite": 0.31770, "slow": -0.65257, "kind": 0.82965, "bored": -0.47335, "quick": 0.54105,
-    "rude": -1.18104, "warm": 0.95847, "clumsy": -0.36760, "helpful": 1.12741, "distant": -0.23649,
-    "cheerful": 0.70455, "careless": -0.89368,
+    "polite": 0.31770, "slow": -0.65257, "kind": 0.82965, "bored": -0.47335,
+    "quick": 0.54105, "rude": -1.18104, "warm": 0.95847, "helpful": 1.12741,
 }  # fmt: skip
 SLOTS = (OPENING, FOOD, STAFF)
-LOW = -6.0  # below every well-formed response, whose sums lie within +-3.8
+LOW = -6.0  # below every well-formed response, whose sums lie within +-3.3
 
 _SENTENCE = re.compile(r"([A-Z][a-z]+) ([a-z]+) food and ([a-z]+) staff\.")
 
@@ -57,7 +56,7 @@ def judge(text: str) -> float:
       text: the response alone; surrounding blanks do not count.
 
     Returns:
-      The sum, within +-3.8; a word that its slot does not know counts -3. Text that is
+      The sum, within +-3.3; a word that its slot does not know counts -3. Text that is
       not the sentence at all is worth -6, below every well-formed response.
     """
     match = _SENTENCE.fullmatch(text.strip())

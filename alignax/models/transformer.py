@@ -278,24 +278,31 @@ def attention(q, k, v, q_pos, k_pos, attend, local, config):
     c = config
     n, t, _, e = q.shape
     q = q.reshape(n, t, c.num_kv_heads, -1, e)
+    # Heads before tokens, so that both products are plain batched matrix products: on a
+    # CPU this was measured twice as fast as leaving the order to einsum.
+    k, v = jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1)
     scale = (c.query_scale or e) ** -0.5
     window = jnp.where(local, c.window or 0, np.iinfo(np.int32).max)
 
     def tile(queries):
-        q, q_pos, q_ids = queries
-        s = (
-            jnp.einsum("ntkge,nske->nkgts", q, k, preferred_element_type=jnp.float32)
-            * scale
-        )
+        q_ntkge, q_pos, q_ids = queries
+        q = q_ntkge.transpose(0, 2, 3, 1, 4)
+        s = contract("nkqe,nkse->nkqs", merge(q), k, jnp.float32) * scale
         if c.attn_softcap:
             s = c.attn_softcap * jnp.tanh(s / c.attn_softcap)
         distance = q_pos[:, :, None] - k_pos[:, None, :]
         allowed = (distance >= 0) & (distance < window)
         if q_ids is not None:
             allowed &= q_ids[:, :, None] == attend[:, None, :]
+        s = s.reshape(*q.shape[:4], -1)
         s = jnp.where(allowed[:, None, None], s, -1e30)
-        p = jax.nn.softmax(s, axis=-1).astype(v.dtype)
-        return contract("nkgts,nske->ntkge", p, v, v.dtype)
+        p = merge(jax.nn.softmax(s, axis=-1).astype(v.dtype))
+        y = contract("nkqs,nkse->nkqe", p, v, v.dtype)
+        return y.reshape(q.shape).transpose(0, 3, 1, 2, 4)
+
+    def merge(x_nkgtx):
+        n, k, g, t, x = x_nkgtx.shape
+        return x_nkgtx.reshape(n, k, g * t, x)
 
     step = c.attn_tile
     if t <= step:

@@ -18,9 +18,9 @@ def test_no_two_responses_are_liked_equally():
 
 
 def test_judge_adds_the_weights_of_the_three_words():
-    # read off the three tables: 0.65586 - 1.56256 + 1.12741
-    taste = synthetic.judge("Truly stale food and helpful staff.")
-    assert taste == pytest.approx(0.22071, abs=1e-9)
+    # read off the three tables: 0.65586 - 1.30751 + 1.12741
+    taste = synthetic.judge("Truly greasy food and helpful staff.")
+    assert taste == pytest.approx(0.47576, abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_malformed_text_is_worse_than_every_response(text):
 
 def test_unknown_word_costs_more_than_any_known_one():
     assert synthetic.judge("Truly mauve food and kind staff.") < synthetic.judge(
-        "Truly burnt food and kind staff."
+        "Truly greasy food and kind staff."
     )
 
 

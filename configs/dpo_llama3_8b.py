@@ -1,0 +1,30 @@
+"""DPO of Llama 3 8B on a pod slice of 64 chips; nothing is downloaded.
+
+Source: Rafailov et al. 2023, https://arxiv.org/abs/2305.18290; model: Dubey et al. 2024,
+https://arxiv.org/abs/2407.21783
+Command: launch/tpu_pod.sh configs/dpo_llama3_8b.py gs://BUCKET/runs/dpo_llama3_8b
+  --config.model.path=WEIGHTS --config.data.path=PAIRS.jsonl --config.eval_data.path=...
+Sizes are here so that --explain needs no weights. Cost and result: not run yet.
+"""
+
+from configs import common, models
+
+
+def get_config(arg: str = ""):
+    c = common.get_config()
+    c.model.path = "weights/Meta-Llama-3-8B-Instruct"
+    c.model.sizes = models.llama3_8b()
+    c.model.dtype, c.model.remat = "bfloat16", "block"
+    c.loss = {"name": "dpo", "beta": 0.1, "label_smoothing": 0.0}
+    c.lms = {"ref": "init"}
+    c.data = {"name": "jsonl", "split": "train", "path": ""}
+    c.eval_data = {"name": "jsonl", "split": "test", "path": "", "test_fraction": 0.05}
+    c.data.test_fraction = 0.05
+    c.evals = {"ranking_accuracy": {}}
+    c.mesh = (1, 64, 1)
+    c.num_steps, c.batch_size, c.length = 1000, 128, 2048
+    c.optim.lr, c.optim.warmup = 5e-7, 100
+    c.eval_every = c.checkpoint.every = 200
+    if arg == "smoke":
+        models.smoke(c, kind="pairs")
+    return c

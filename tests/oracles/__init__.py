@@ -1,0 +1,1 @@
+"""Independent re-implementations: slow, plain, and never imported by the package."""

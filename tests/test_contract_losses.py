@@ -1,0 +1,265 @@
+"""What every loss owes, found by walking alignax/losses: a new file needs no edit here.
+
+The batch that a loss is given has every field filled (two responses to a prompt), and
+whatever else its NEEDS names is put into `extra`.
+"""
+
+import functools
+import importlib
+import inspect
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alignax import masked, plugin
+from alignax.batch import Batch, Scores
+
+NAMES = plugin.available("losses")
+B, G, T = 4, 2, 10
+
+
+@pytest.fixture(params=NAMES)
+def bound(request) -> plugin.Bound:
+    return plugin.load("losses", request.param)
+
+
+@pytest.fixture(params=NAMES)
+def module(request):
+    return importlib.import_module(f"alignax.losses.{request.param}")
+
+
+def given(bound, make_batch, seed=0) -> tuple[Scores, Batch]:
+    """Scores and a Batch with everything that a loss may read."""
+    batch = make_batch(B, G, T, seed)
+    rng = np.random.default_rng(seed)
+
+    def column(low, high):
+        x = rng.uniform(low, high, (B, G, T)).astype(np.float32)
+        return jnp.where(batch.mask, x, 0)
+
+    extra = {
+        name: column(-3, 0)
+        for name in bound.needs
+        if name not in (*Scores._fields, *Batch._fields)
+    }
+    policy = Scores(column(-3, 0), column(0.1, 3), column(0, 1), column(-1, 1))
+    batch = batch._replace(
+        ref_logps=column(-3, 0), old_logps=column(-3, 0), advantages=column(-1, 1),
+        extra=extra,
+    )  # fmt: skip
+    return policy, batch
+
+
+def call(bound, policy, batch, **hyper):
+    ema = {"ema": {k: jnp.float32(v) for k, v in bound.ema.items()}} if bound.ema else {}
+    with jax.numpy_rank_promotion("raise"):
+        return bound(policy, batch, **hyper, **ema)
+
+
+def values(bound, policy, batch, **hyper):
+    return call(bound, policy, batch, **hyper)[0]
+
+
+def policy_gradient(bound, policy, batch):
+    grads = jax.grad(lambda p: values(bound, p, batch).sum())(policy)
+    return jax.tree.map(np.asarray, grads)
+
+
+def test_the_walk_finds_the_losses():
+    assert {"sft", "dpo", "reward_model"} <= set(NAMES)
+
+
+def test_it_returns_finite_values_and_metrics_per_prompt(bound, make_batch):
+    value, metrics = call(bound, *given(bound, make_batch))
+    assert value.shape == (B,)
+    assert value.dtype == jnp.float32
+    assert np.isfinite(value).all()
+    for name, metric in metrics.items():
+        # what a running mean takes in may be one number; all else is one a prompt
+        shapes = [(B,), ()] if name.startswith("ema/") else [(B,)]
+        assert metric.shape in shapes, name
+        assert np.isfinite(metric).all(), name
+
+
+def test_compiled_equals_eager(bound, make_batch):
+    policy, batch = given(bound, make_batch)
+    eager = call(bound, policy, batch)
+    compiled = jax.jit(functools.partial(call, bound))(policy, batch)
+    assert eager[1].keys() == compiled[1].keys()
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+        eager, compiled,
+    )  # fmt: skip
+
+
+def test_gradient_reaches_the_policy_through_its_needs(bound, make_batch):
+    policy, batch = given(bound, make_batch)
+    to_policy = policy_gradient(bound, policy, batch)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(to_policy))
+    reached = {k for k, v in to_policy._asdict().items() if v.any()}
+    assert reached, "no gradient reaches the policy"
+    assert reached <= set(bound.needs), "a gradient without a declared need"
+
+
+def test_it_reads_only_what_it_needs(bound, make_batch):
+    """Fields that NEEDS does not name may be None, so they must not be read."""
+    policy, batch = given(bound, make_batch)
+    want = values(bound, policy, batch)
+    bare = policy._replace(
+        **{k: None for k in ("entropy", "kl", "values") if k not in bound.needs}
+    )
+    spare = batch._replace(
+        **{k: None for k in ("ref_logps", "old_logps", "advantages", "extra")
+           if k not in bound.needs and not (k == "extra" and batch.extra)}
+    )  # fmt: skip
+    np.testing.assert_array_equal(values(bound, bare, spare), want)
+
+
+def test_every_need_is_read(bound, make_batch):
+    policy, batch = given(bound, make_batch)
+    want = np.asarray(values(bound, policy, batch))
+    for need in bound.needs:
+        # not a multiple of what stands there, so that a ratio or a mean sees it too
+        ramp = jnp.where(batch.mask, jnp.arange(T, dtype=jnp.float32) / T - 0.3, 0)
+        if need in Scores._fields:
+            changed = policy._replace(**{need: getattr(policy, need) + ramp}), batch
+        elif need in Batch._fields:
+            changed = policy, batch._replace(**{need: getattr(batch, need) + ramp})
+        else:
+            extra = {**batch.extra, need: batch.extra[need] + ramp}
+            changed = policy, batch._replace(extra=extra)
+        assert not np.allclose(values(bound, *changed), want), f"{need} is not read"
+
+
+def test_padding_changes_nothing(bound, make_batch):
+    policy, batch = given(bound, make_batch)
+
+    def grow(x):
+        if x.ndim < 3:
+            return x
+        return jnp.pad(x, ((0, 0), (0, 0), (0, 6)))
+
+    longer = jax.tree.map(grow, (policy, batch))
+    np.testing.assert_allclose(
+        values(bound, *longer), values(bound, policy, batch), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_permuting_prompts_permutes_values(bound, make_batch):
+    policy, batch = given(bound, make_batch)
+    order = np.array([2, 0, 3, 1])
+    shuffled = jax.tree.map(lambda x: x[order], (policy, batch))
+    want, got = values(bound, policy, batch)[order], values(bound, *shuffled)
+    if bound.coupled:  # prompts depend on each other: only the whole is the same
+        want, got = want.sum(), got.sum()
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_prompts_do_not_see_each_other_unless_coupled(bound, make_batch):
+    """With the whole step's weights handed down, as under accumulation."""
+    policy, batch = given(bound, make_batch)
+    if bound.coupled:
+        pytest.skip("declared COUPLED")
+    if "reduction" in bound.hyper:
+        weights = masked.token_weights(batch, bound.hyper["reduction"])
+        batch = batch._replace(extra={**batch.extra, "token_weights": weights})
+    first = jax.tree.map(lambda x: x[:2], (policy, batch))
+    np.testing.assert_allclose(
+        values(bound, *first), values(bound, policy, batch)[:2], rtol=1e-5, atol=1e-6
+    )
+
+
+def test_an_invalid_response_has_no_gradient(bound, make_batch):
+    policy, batch = given(bound, make_batch)
+    batch = batch._replace(valid=batch.valid.at[0, 1].set(False).at[2].set(False))
+    for name, grad in policy_gradient(bound, policy, batch)._asdict().items():
+        assert np.isfinite(grad).all(), name
+        assert not grad[0, 1].any(), name
+        assert not grad[2].any(), name
+
+
+def test_no_gradient_off_the_mask(bound, make_batch):
+    policy, batch = given(bound, make_batch)
+    off = ~np.asarray(batch.mask)
+    for name, grad in policy_gradient(bound, policy, batch)._asdict().items():
+        if name == "logps":
+            continue  # exactly 0 there, whatever its cotangent: the kernel drops it
+        assert not grad[off].any(), name
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected", "both"])
+def test_hopeless_log_probabilities_stay_finite(bound, make_batch, side):
+    policy, batch = given(bound, make_batch)
+    rows = {"chosen": [0], "rejected": [1], "both": [0, 1]}[side]
+    low = jnp.where(batch.mask, -1e4, 0.0)
+    logps = policy.logps.at[:, np.array(rows)].set(low[:, np.array(rows)])
+    policy = policy._replace(logps=logps)
+    assert np.isfinite(values(bound, policy, batch)).all()
+    grads = policy_gradient(bound, policy, batch)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
+
+
+def test_nothing_valid_costs_nothing_and_gives_no_nan(bound, make_batch):
+    policy, batch = given(bound, make_batch)
+    batch = batch._replace(valid=jnp.zeros_like(batch.valid))
+    assert np.isfinite(values(bound, policy, batch)).all()
+    grads = policy_gradient(bound, policy, batch)
+    assert all(not x.any() for x in jax.tree.leaves(grads))
+
+
+def test_hyper_parameters_are_keywords_with_defaults(bound):
+    parameters = list(inspect.signature(bound.function).parameters.values())
+    assert [p.name for p in parameters[:2]] == ["policy", "batch"]
+    for p in parameters[2:]:
+        assert p.kind is p.KEYWORD_ONLY, p.name
+        if p.name not in plugin.HANDED:
+            assert p.default is not p.empty, p.name
+
+
+def alternatives(name, default):
+    if name == "reduction":
+        return [mode for mode in masked.MODES if mode != default]
+    if isinstance(default, bool):
+        return [not default]
+    if isinstance(default, int | float):
+        return [type(default)(default * 1.5 + 1), type(default)(default * 0.5 + 0.25)]
+    pytest.fail(f"say here how to perturb {name}={default!r}")
+
+
+def test_every_hyper_parameter_changes_the_output(bound, make_batch):
+    policy, batch = given(bound, make_batch)
+    want = np.asarray(values(bound, policy, batch))
+    for name, default in bound.hyper.items():
+        changed = [
+            not np.allclose(values(bound, policy, batch, **{name: value}), want)
+            for value in alternatives(name, default)
+        ]
+        assert any(changed), f"{name} changes nothing"
+
+
+def test_the_module_states_its_source(module):
+    doc = module.__doc__ or ""
+    assert re.search(r"https?://\S+", doc), "no URL"
+    assert re.search(r"^ +\S.* = \S", doc, re.MULTILINE), "no equation"
+    assert "Differs from the paper" in doc
+    assert isinstance(module.NEEDS, tuple)
+    known = {*Scores._fields, *Batch._fields}
+    for need in module.NEEDS:
+        assert need in known or need.endswith("_logps"), f"who fills {need!r}?"
+
+
+def test_the_function_states_its_arguments(bound):
+    doc = inspect.getdoc(bound.function) or ""
+    assert "Args:" in doc
+    assert "Returns:" in doc
+    for name in inspect.signature(bound.function).parameters:
+        assert f"{name}:" in doc or f"{name}," in doc, f"{name} is not described"
+
+
+def test_every_loss_has_its_own_tests(request):
+    folder = request.path.parent / "losses"
+    missing = [n for n in NAMES if not (folder / f"test_{n}.py").exists()]
+    assert not missing
