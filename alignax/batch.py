@@ -210,7 +210,8 @@ def from_groups(
             valid[i, j] = mask[i, j].any()
             if feedback is not None:
                 values[i, j] = feedback[i][j]
-    return Batch(tokens, mask, lengths, values, valid)
+    fields: tuple[Any, ...] = (tokens, mask, lengths, values, valid)  # on the host
+    return Batch(*fields)
 
 
 def flatten(batch: Batch) -> tuple[Array, Array, Array]:

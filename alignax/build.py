@@ -261,7 +261,7 @@ def prepare(workdir: str, config) -> str:
 
 
 def _flat(tree, prefix="") -> dict[str, Any]:
-    out = {}
+    out: dict[str, Any] = {}
     for k, v in tree.items():
         out |= _flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v}
     return out

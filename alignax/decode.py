@@ -85,7 +85,7 @@ def _generate(lm, prompts, lengths, key, temperature, eos, *, max_new, group, gr
     n, t = b * group, p + max_new
     lm = transformer.unstack(lm)
     cache = transformer.init_cache(lm.config, b, t)
-    h, cache = transformer.hidden(lm, prompts, cache=cache)
+    h, filled = transformer.hidden(lm, prompts, cache=cache)
     h = jnp.take_along_axis(h, (lengths - 1)[:, None, None], 1)
 
     def fan_out(x):
@@ -118,6 +118,7 @@ def _generate(lm, prompts, lengths, key, temperature, eos, *, max_new, group, gr
         laws = s.law.at[row, at].set(law, mode="drop")
         position = jnp.minimum(s.ends, t - 1)[:, None]
         h, cache = transformer.hidden(lm, token[:, None], position, cache=s.cache)
+        assert cache is not None
         ends = s.ends + ~s.done
         done = s.done | (token[:, None] == eos[None]).any(-1)
         return _State(s.step + 1, tokens, ends, done, h, cache, raws, laws)
@@ -125,7 +126,7 @@ def _generate(lm, prompts, lengths, key, temperature, eos, *, max_new, group, gr
     done = jnp.zeros(n, bool)
     start = _State(
         jnp.int32(0), tokens, lengths, done, fan_out(h),
-        jax.tree.map(fan_out, cache), zeros, zeros,
+        jax.tree.map(fan_out, filled), zeros, zeros,
     )  # fmt: skip
     s = jax.lax.while_loop(lambda s: (s.step < max_new) & ~s.done.all(), body, start)
     at = jnp.arange(t)

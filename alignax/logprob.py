@@ -305,10 +305,10 @@ def _backward(walk, residuals, g):
             # A dead slot has g = 0 but lse = 0, so exp may be inf: select, do not scale.
             dz = jnp.where(new[None] & (g_x != 0)[:, None], dz, 0.0).astype(h.dtype)
             dx = dx + _dot(walk, dz, w, (1, walk.vocab_axis))
-            pair = (dz, x) if walk.vocab_axis == 0 else (x, dz)
+            left, right = (dz, x) if walk.vocab_axis == 0 else (x, dz)
             old = jax.lax.dynamic_slice_in_dim(dweight, start, vb, walk.vocab_axis)
             dweight = jax.lax.dynamic_update_slice_in_dim(
-                dweight, old + _dot(walk, *pair, (0, 0)), start, walk.vocab_axis
+                dweight, old + _dot(walk, left, right, (0, 0)), start, walk.vocab_axis
             )
             return dx, dweight
 

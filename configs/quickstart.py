@@ -13,17 +13,18 @@ from configs import common, models
 
 def get_config(arg: str = ""):
     smoke = arg == "smoke"
-    steps = (2, 2, 2) if smoke else (200, 40, 80)
+    steps = (2, 2, 2) if smoke else (400, 60, 160)
     base = common.get_config()
     base.length = 72
     base.buckets = (72,)
     base.tokenizer = "bytes"
     base.model.sizes = models.tiny() if smoke else models.small()
+    base.eval_batch_size = 64
     base.optim.b2 = 0.98
     base.optim.warmup = 10
 
     sft = base.copy_and_resolve_references()
-    sft.num_steps, sft.batch_size = steps[0], 32
+    sft.num_steps, sft.batch_size = steps[0], 16
     sft.loss = {"name": "sft", "reduction": "token"}
     sft.data = {
         "name": "synthetic",
@@ -32,12 +33,12 @@ def get_config(arg: str = ""):
         "size": 8192,
         "swapped": False,
     }
-    sft.optim.lr = 3e-3
+    sft.optim.lr, sft.optim.final = 6e-3, 0.0
     sft.eval_data = {"name": "synthetic", "split": "test", "kind": "sft", "size": 256}
     sft.evals = {"perplexity": {}}
 
     pairs = base.copy_and_resolve_references()
-    pairs.batch_size = 32
+    pairs.batch_size = 16
     pairs.data = {
         "name": "synthetic",
         "split": "train",
@@ -55,14 +56,14 @@ def get_config(arg: str = ""):
     pairs.model.path = "stage:sft"
 
     reward_model = pairs.copy_and_resolve_references()
-    reward_model.num_steps, reward_model.batch_size = steps[1], 16
+    reward_model.num_steps = steps[1]
     reward_model.model.value_head = True
     reward_model.loss = {"name": "reward_model", "margin": 0.0, "centring": 0.01}
     reward_model.optim.lr = 5e-4
 
     dpo = pairs.copy_and_resolve_references()
     dpo.num_steps = steps[2]
-    dpo.loss = {"name": "dpo", "beta": 0.5, "label_smoothing": 0.0}
+    dpo.loss = {"name": "dpo", "beta": 2.0, "label_smoothing": 0.0}
     dpo.lms = {"ref": "init"}
     dpo.optim.lr = 2e-4
     dpo.evals.win_rate = {
@@ -70,7 +71,6 @@ def get_config(arg: str = ""):
         "max_new": 44,
         "size": 256,
     }
-    dpo.eval_batch_size = 64
 
     base.stages = ConfigDict(
         {"sft": sft, "reward_model": reward_model, "dpo": dpo}, sort_keys=False

@@ -23,7 +23,7 @@ import jax  # noqa: E402 the flags above are read when the backend starts
 
 jax.config.update("jax_platforms", "cpu")  # a plug-in may have imported jax already
 jax.config.update("jax_compilation_cache_dir", CACHE)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_disable_most_optimizations", True)
 
 import jax.numpy as jnp  # noqa: E402

@@ -16,7 +16,10 @@ def test_from_pairs_joins_before_it_pads():
     batch = pairs()
     np.testing.assert_array_equal(
         batch.tokens,
-        [[[1, 2, 4, 36, 36], [1, 2, 7, 8, 36]], [[3, 5, 6, 36, 36], [3, 9, 36, 36, 36]]],
+        [
+            [[1, 2, 4, 36, 36], [1, 2, 7, 8, 36]],
+            [[3, 5, 6, 36, 36], [3, 9, 36, 36, 36]],
+        ],
     )
     np.testing.assert_array_equal(batch.lengths, [[3, 4], [3, 2]])
     np.testing.assert_array_equal(batch.mask[0, 1], [0, 0, 1, 1, 0])

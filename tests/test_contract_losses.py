@@ -54,7 +54,9 @@ def given(bound, make_batch, seed=0) -> tuple[Scores, Batch]:
 
 
 def call(bound, policy, batch, **hyper):
-    ema = {"ema": {k: jnp.float32(v) for k, v in bound.ema.items()}} if bound.ema else {}
+    ema = (
+        {"ema": {k: jnp.float32(v) for k, v in bound.ema.items()}} if bound.ema else {}
+    )
     with jax.numpy_rank_promotion("raise"):
         return bound(policy, batch, **hyper, **ema)
 

@@ -99,9 +99,7 @@ def test_values_and_gradients_are_those_of_float64(head, tiles):
     h, weight, tokens, mask = case(config)
     cotangent = np.random.default_rng(1).normal(size=mask.shape).astype(np.float32)
     want, want_dh, want_dw = exact(config, h, weight, tokens, mask, cotangent)
-    run = value_and_pull(
-        lambda h, w: kernel(config, h, w, tokens, mask, tiles=tiles)
-    )
+    run = value_and_pull(lambda h, w: kernel(config, h, w, tokens, mask, tiles=tiles))
     got, dh, dw = run(h, weight, cotangent)
     # float32: logits of order 10, sums over 12 and 37
     np.testing.assert_allclose(got, want, atol=2e-5)
@@ -166,7 +164,9 @@ def test_gradient_is_that_of_finite_differences():
         return kernel(config, h, weight, tokens, mask)
 
     # float32 differences of order eps 1e-2: cubic error 1e-4, rounding 1e-4
-    check_grads(run, (h, weight), order=1, modes=["rev"], eps=1e-2, atol=2e-2, rtol=2e-2)
+    check_grads(
+        run, (h, weight), order=1, modes=["rev"], eps=1e-2, atol=2e-2, rtol=2e-2
+    )
 
 
 @pytest.mark.parametrize("size, tolerance", [(50, 1e-4), (500, 1e-3)])
@@ -321,9 +321,7 @@ def gradient_of(forward, config, n, t):
     return jax.grad(total, (0, 1)), *shapes
 
 
-production = functools.partial(
-    kernel, tiles=(logprob.TOKEN_TILE, logprob.VOCAB_TILE)
-)
+production = functools.partial(kernel, tiles=(logprob.TOKEN_TILE, logprob.VOCAB_TILE))
 
 
 @pytest.mark.usefixtures("optimised")

@@ -47,7 +47,9 @@ def test_sequence_mode_is_the_mean_over_responses():
 def test_constant_mode_divides_every_response_by_one_length(length, divisor):
     x = jnp.zeros((3, 2, 5)).at[0, 1].set(jnp.arange(5.0)).at[1].set(10.0)
     want = (0 + 6 + 20) / 3 / divisor
-    assert reduce(ragged(), "constant", x, length=length) == pytest.approx(want, rel=1e-6)
+    assert reduce(ragged(), "constant", x, length=length) == pytest.approx(
+        want, rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("mode", masked.MODES)
@@ -94,9 +96,9 @@ MASK = np.array([[1, 1, 0], [1, 1, 0]], bool)
 def test_mean_and_var_are_those_of_what_is_masked_in():
     assert float(masked.mean(jnp.asarray(X), jnp.asarray(MASK))) == 4
     assert float(masked.var(jnp.asarray(X), jnp.asarray(MASK))) == 5
-    assert float(masked.var(jnp.asarray(X), jnp.asarray(MASK), ddof=1)) == pytest.approx(
-        20 / 3
-    )
+    assert float(
+        masked.var(jnp.asarray(X), jnp.asarray(MASK), ddof=1)
+    ) == pytest.approx(20 / 3)
 
 
 def test_mean_and_var_of_nothing_are_zero():

@@ -145,9 +145,7 @@ def test_tiled_attention_is_whole_attention(name, tiny_config, make_lm):
         lm.params
     )
     np.testing.assert_allclose(tiled, value, rtol=1e-5)
-    for a, b in zip(
-        jax.tree.leaves(tiled_grads), jax.tree.leaves(grads), strict=True
-    ):
+    for a, b in zip(jax.tree.leaves(tiled_grads), jax.tree.leaves(grads), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max() + 1e-6)
 
 

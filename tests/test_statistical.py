@@ -79,7 +79,9 @@ def test_responses_follow_the_exact_law(lm, next_logits, temperature):
 
 def test_the_measure_sees_a_wrong_temperature(lm, next_logits):
     """The control: 10 % off is noticed with this many samples."""
-    law = decoding.law(next_logits, [2, 3, 4], max_new=NEW, eos_ids=EOS, temperature=1.1)
+    law = decoding.law(
+        next_logits, [2, 3, 4], max_new=NEW, eos_ids=EOS, temperature=1.1
+    )
     seen = sample(lm, 1.0)[0]
     counts = [seen.count(response) for response in law]
     assert p_value(counts, np.array([*law.values()]) * GROUP) < 1e-4

@@ -11,15 +11,14 @@ import sys
 import time
 
 import jax
-import jax.numpy as jnp
 
 from alignax.data import synthetic
-from alignax.losses import dpo, sft
+from alignax.losses import dpo
 from configs import common
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAUSE = "ALIGNAX_TEST_PAUSE"  # seconds that `slow_dpo` waits in every step
-NEEDS = dpo.NEEDS
+NEEDS = dpo.NEEDS  # of the losses below
 
 
 def config(kind: str = "sft", **changes):
@@ -75,16 +74,16 @@ def slow_dpo(policy, batch, *, beta: float = 0.1):
     return dpo.loss(policy, batch, beta=beta)
 
 
-def nan_loss(policy, batch):
-    """SFT that is nan where an example's feedback is."""
-    value, metrics = sft.loss(policy, batch)
+def nan_dpo(policy, batch, *, beta: float = 0.1):
+    """DPO that is nan where an example's feedback is."""
+    value, metrics = dpo.loss(policy, batch, beta=beta)
     return value + 0.0 * batch.feedback.sum(-1), metrics
 
 
 def poisoned(*, split: str, size: int = 32, at: int = 5):
-    """Generated examples of which one has a feedback of nan: the loss above meets it."""
-    rows = list(synthetic.examples(split=split, kind="sft", size=size))
-    rows[at] = rows[at]._replace(feedback=(float("nan"),))
+    """Generated pairs of which one has a feedback of nan: `nan_dpo` stumbles over it."""
+    rows = list(synthetic.examples(split=split, kind="pairs", size=size))
+    rows[at] = rows[at]._replace(feedback=(float("nan"), 0.0))
     return rows
 
 

@@ -57,7 +57,8 @@ def evaluate(
     prompts = source.prompt_batches(
         data, tokenizer, batch_size=batch_size, length=length
     )
-    ours, theirs, kl, ended, tokens, samples = [], [], [], [], [], []
+    ours, theirs, kl, ended, tokens = [], [], [], [], []
+    samples: list[dict] = []
     for i, p in enumerate(prompts):
         got = []
         for side, model in enumerate((lm, lms[baseline])):
@@ -91,13 +92,13 @@ def evaluate(
                     "reward before": float(r_base[j]), "reward after": float(r[j]),
                 }
             )  # fmt: skip
-    ours, theirs = np.concatenate(ours), np.concatenate(theirs)
-    wins, ties = (ours > theirs).astype(float), (ours == theirs).astype(float)
+    r, r_base = np.concatenate(ours), np.concatenate(theirs)
+    wins, ties = np.float64(r > r_base), np.float64(r == r_base)
     out = {
         **bootstrap(wins + ties / 2).named("win_rate"),
         **bootstrap(wins).named("strict_wins"),
-        **bootstrap(ours).named("reward"),
-        **bootstrap(theirs).named("baseline_reward"),
+        **bootstrap(r).named("reward"),
+        **bootstrap(r_base).named("baseline_reward"),
         "ended": float(np.concatenate(ended).mean()),
         "tokens": float(np.concatenate(tokens).mean()),
         "samples": samples,

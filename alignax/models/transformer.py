@@ -12,7 +12,7 @@ g = h/k queries per kv head, e head size, f mlp width, v vocabulary.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -413,16 +413,18 @@ def hidden(
         else rotary(positions, c.head_dim, c.rope_theta, c.rope_scaling),
     )
 
-    def block(x, layer_params, layer, local, kv):
+    def block(x, layer_params, layer, local, kv) -> tuple[Any, Any]:
         args = (x, ropes, positions, attend, local, kv)
-        x, kv = Block(c).apply({"params": layer_params}, *args)
+        x, kv = cast(Any, Block(c).apply({"params": layer_params}, *args))
         return (x if edit is None else edit(x, layer)), kv
 
-    blocks, locals_ = params["blocks"], _local_layers(c)
+    blocks: Any = params["blocks"]
+    locals_ = _local_layers(c)
     if cache is None and not isinstance(blocks, tuple):
 
         def body(x, xs):
-            return block(x, *xs, None)[0], None
+            layer_params, layer, local = xs
+            return block(x, layer_params, layer, local, None)[0], None
 
         if c.remat == "block":
             body = jax.checkpoint(body)
@@ -432,16 +434,16 @@ def hidden(
         layers = jnp.arange(c.num_layers)
         x, _ = jax.lax.scan(body, x, (blocks, layers, jnp.asarray(locals_)))
     else:
-        layers = blocks if isinstance(blocks, tuple) else unstack(lm).params["blocks"]
+        unrolled = blocks if isinstance(blocks, tuple) else unstack(lm).params["blocks"]
         kvs = []
-        for i, layer_params in enumerate(layers):
+        for i, layer_params in enumerate(unrolled):
             kv = None if cache is None else (cache.k[i], cache.v[i])
             x, kv = block(x, layer_params, i, bool(locals_[i]), kv)
             kvs.append(kv)
         if cache is not None:
             cache = Cache(tuple(kv[0] for kv in kvs), tuple(kv[1] for kv in kvs))
-    h = Norm(c.norm_eps, c.norm_offset).apply({"params": params["norm"]}, x)
-    return h, cache
+    norm = Norm(c.norm_eps, c.norm_offset)
+    return cast(Array, norm.apply({"params": params["norm"]}, x)), cache
 
 
 def head(lm: LM) -> tuple[Array, int]:

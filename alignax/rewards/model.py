@@ -14,6 +14,7 @@ from alignax.batch import LM, Batch
 @jax.jit
 def _values(lm: LM, batch: Batch) -> Array:
     values = logprob.score(lm, batch, needs=("values",)).values
+    assert values is not None
     return jnp.where(batch.valid, masked.last(values, batch.mask), 0.0)
 
 

@@ -58,7 +58,9 @@ def test_conservative_dpo_is_least_at_its_logit(eps):
     assert float(jax.grad(value)(jnp.float32(best))) == pytest.approx(0, abs=1e-6)
     at = [float(value(jnp.float32(best + d))) for d in (-0.5, 0, 0.5)]
     assert at[1] < min(at[0], at[2])
-    assert at[1] == pytest.approx(-(1 - eps) * np.log(1 - eps) - eps * np.log(eps), rel=1e-5)
+    assert at[1] == pytest.approx(
+        -(1 - eps) * np.log(1 - eps) - eps * np.log(eps), rel=1e-5
+    )
 
 
 def test_small_beta_is_a_linear_loss():
@@ -68,7 +70,9 @@ def test_small_beta_is_a_linear_loss():
 
 
 def test_large_margins_neither_overflow_nor_vanish():
-    good, bad = (float(dpo.loss(*pair(h, 0.0), beta=1.0)[0][0]) for h in (500.0, -500.0))
+    good, bad = (
+        float(dpo.loss(*pair(h, 0.0), beta=1.0)[0][0]) for h in (500.0, -500.0)
+    )
     assert good == 0
     assert bad == pytest.approx(500, rel=1e-6)
 
@@ -95,8 +99,8 @@ def test_random_pairs_are_those_of_the_oracle(make_batch):
 def test_a_pair_without_one_of_its_sides_costs_nothing(slot):
     scores, batch = pair(3.0, -1.0)
     batch = batch._replace(valid=batch.valid.at[0, slot].set(False))
-    values, grad = jax.value_and_grad(
-        lambda x: dpo.loss(Scores(x), batch)[0].sum()
-    )(scores.logps)
+    values, grad = jax.value_and_grad(lambda x: dpo.loss(Scores(x), batch)[0].sum())(
+        scores.logps
+    )
     assert float(values) == 0
     assert not np.asarray(grad).any()
