@@ -17,7 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from alignax import (
     checkpoint,
@@ -68,6 +70,7 @@ def build(config, workdir: str) -> Run:
     """
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size(config.batch_size, config.accumulate, mesh)
+    sharding.check_batch_size(config.eval_batch_size or config.batch_size, 1, mesh)
     loss = bind(config, "losses", config.loss)
     evals = {
         name: bind(config, "evals", {"name": name, **e})
@@ -117,7 +120,10 @@ def build(config, workdir: str) -> Run:
             lm = with_value_head(lm, False)
         changes = {"dtype": config.model.dtype, "remat": "none"}
         lm = LM(dataclasses.replace(lm.config, **changes), lm.params)
-        lms[name] = LM(lm.config, sharding.put_params(lm.params, mesh))
+        params = jax.tree.map(
+            lambda x: jnp.asarray(x, config.model.param_dtype), lm.params
+        )
+        lms[name] = LM(lm.config, sharding.put_params(params, mesh))
     missing = [n for n in loss.needs if n.endswith("_logps") and n != "old_logps"
                and n.removesuffix("_logps") not in (*lms, *moving)]  # fmt: skip
     if missing:
@@ -283,22 +289,33 @@ def summary(report: dict[str, Any]) -> str:
 
 @functools.cache
 def _score(mesh: Mesh, needs: tuple[str, ...]):
-    return jax.jit(functools.partial(logprob.score, mesh=mesh, needs=needs))
+    whole = NamedSharding(mesh, P())  # every host reads the result
+    score = functools.partial(logprob.score, mesh=mesh, needs=needs)
+    return jax.jit(score, out_shardings=whole)
 
 
 def evaluate(run: Run, lm: LM, lms: dict[str, LM], step: int, config) -> Metrics:
     """Runs the config's evaluations; names are 'eval/<evaluation>/<metric>'."""
 
+    rows = NamedSharding(run.mesh, sharding.BATCH)
+
     def score(lm, batch, needs=()):
-        out = _score(run.mesh, tuple(needs))(lm, sharding.put_batch(batch, run.mesh))
-        return jax.device_get(out)
+        # every host holds the whole batch here, unlike in training
+        batch = jax.device_put(jax.tree.map(np.asarray, batch), rows)
+        return jax.device_get(_score(run.mesh, tuple(needs))(lm, batch))
+
+    def generate(*args, **kwargs):
+        eos_ids = sorted(run.tokenizer.eos_ids)
+        out = decode.generate(*args, eos_ids=eos_ids, **kwargs)
+        if jax.process_count() > 1:
+            out = multihost_utils.process_allgather(out, tiled=True)
+        return out
 
     out: Metrics = {}
     for name, evaluation in run.evals.items():
         got = evaluation(
             lm, lms, run.eval_data, key=jax.random.key(config.seed), tokenizer=run.tokenizer,
-            generate=functools.partial(decode.generate, eos_ids=sorted(run.tokenizer.eos_ids)),
-            score=score, batch_size=config.eval_batch_size or config.batch_size,
+            generate=generate, score=score, batch_size=config.eval_batch_size or config.batch_size,
             length=config.length,
         )  # fmt: skip
         out["samples"] = out.get("samples", []) + got.pop("samples", [])

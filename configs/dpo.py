@@ -16,11 +16,13 @@ def get_config(arg: str = ""):
     c.loss = {"name": "dpo", "beta": 0.1, "label_smoothing": 0.0}
     c.lms = {"ref": "init"}
     c.data = {"name": "hh_rlhf", "split": "train", "kind": "pairs", "path": ""}
+    c.data.size = 400  # pairs, about 2.4 epochs; 0 takes all
     c.eval_data = {"name": "hh_rlhf", "split": "test", "kind": "pairs", "path": ""}
     c.evals = {"ranking_accuracy": {}}
-    c.num_steps, c.batch_size, c.length = 160, 8, 256
-    c.optim.lr, c.optim.warmup = 2e-5, 10
-    c.checkpoint.every = 80
+    c.num_steps, c.batch_size = 120, 8
+    c.length, c.buckets = 160, (96, 160)
+    c.optim.lr, c.optim.warmup = 4e-5, 10
+    c.checkpoint.every = 40
     if arg == "smoke":
         models.smoke(c, kind="pairs")
     return c

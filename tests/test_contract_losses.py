@@ -18,7 +18,7 @@ from alignax import masked, plugin
 from alignax.batch import Batch, Scores
 
 NAMES = plugin.available("losses")
-B, G, T = 4, 2, 10
+B, G = 4, 2
 
 
 @pytest.fixture(params=NAMES)
@@ -33,11 +33,13 @@ def module(request):
 
 def given(bound, make_batch, seed=0) -> tuple[Scores, Batch]:
     """Scores and a Batch with everything that a loss may read."""
-    batch = make_batch(B, G, T, seed)
+    batch = make_batch(B, G, 16, seed)
+    longest = int(batch.lengths.max())  # one row has no padding, the others do
+    batch = jax.tree.map(lambda x: x[..., :longest] if x.ndim == 3 else x, batch)
     rng = np.random.default_rng(seed)
 
     def column(low, high):
-        x = rng.uniform(low, high, (B, G, T)).astype(np.float32)
+        x = rng.uniform(low, high, batch.mask.shape).astype(np.float32)
         return jnp.where(batch.mask, x, 0)
 
     extra = {
@@ -125,7 +127,8 @@ def test_every_need_is_read(bound, make_batch):
     want = np.asarray(values(bound, policy, batch))
     for need in bound.needs:
         # not a multiple of what stands there, so that a ratio or a mean sees it too
-        ramp = jnp.where(batch.mask, jnp.arange(T, dtype=jnp.float32) / T - 0.3, 0)
+        ramp = jnp.linspace(-0.3, 0.7, batch.mask.shape[-1])
+        ramp = jnp.where(batch.mask, ramp, 0)
         if need in Scores._fields:
             changed = policy._replace(**{need: getattr(policy, need) + ramp}), batch
         elif need in Batch._fields:
@@ -219,6 +222,16 @@ def test_hyper_parameters_are_keywords_with_defaults(bound):
         assert p.kind is p.KEYWORD_ONLY, p.name
         if p.name not in plugin.HANDED:
             assert p.default is not p.empty, p.name
+
+
+def test_numbers_may_be_traced(bound, make_batch):
+    """The step hands them in as arguments of one program, so that a sweep compiles once."""
+    policy, batch = given(bound, make_batch)
+    numbers = {k: v for k, v in bound.hyper.items() if type(v) in (int, float)}
+    traced = jax.jit(lambda hyper: values(bound, policy, batch, **hyper))(numbers)
+    np.testing.assert_allclose(
+        traced, values(bound, policy, batch), rtol=1e-5, atol=1e-6
+    )
 
 
 def alternatives(name, default):

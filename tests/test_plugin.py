@@ -63,7 +63,7 @@ def test_unknown_hyper_parameter_lists_the_functions_own():
 
 
 def test_what_the_caller_hands_in_is_no_hyper_parameter():
-    with pytest.raises(ValueError, match="evals.perplexity has no hyper-parameter 'length'.*it takes none"):  # fmt: skip
+    with pytest.raises(ValueError, match=r"evals.perplexity has no hyper-parameter 'length'.*it takes none"):  # fmt: skip
         plugin.load("evals", "perplexity", {"length": 8})
 
 
@@ -79,7 +79,7 @@ def test_a_flag_must_be_a_flag():
 
 
 def test_a_value_without_default_is_asked_for():
-    with pytest.raises(ValueError, match="data.synthetic needs a value for 'split'"):
+    with pytest.raises(ValueError, match=r"data.synthetic needs a value for 'split'"):
         plugin.load("data", "synthetic")
 
 

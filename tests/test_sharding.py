@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from alignax import logprob, optim, plugin, sharding
 from alignax.batch import LM
 from alignax.sharding import make_mesh
-from alignax.train import init_state, make_train_step
+from alignax.step import init_state, make_train_step
 
 MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 8, 1)]
 CASES = {
@@ -143,7 +143,7 @@ def test_parameters_and_optimiser_state_are_split_by_the_same_rules(tiny_lm):
 
 def test_a_path_without_a_rule_is_an_error_that_names_it():
     tree = {"blocks": {"attn": {"gate_proj": np.zeros((4, 4))}}}
-    with pytest.raises(ValueError, match="'blocks/attn/gate_proj'.*PARAM_RULES"):
+    with pytest.raises(ValueError, match=r"'blocks/attn/gate_proj'.*PARAM_RULES"):
         sharding.shardings(tree, make_mesh((1, 1, 1)))
 
 
@@ -172,7 +172,7 @@ def test_batches_are_split_over_prompts_never_within_a_group(make_batch, mesh):
 
 def test_a_batch_that_the_mesh_does_not_divide_is_an_error(make_batch, tiny_lm):
     mesh = make_mesh((2, 2, 2))
-    with pytest.raises(ValueError, match=r"12 rows do not divide .* 8 shards"):
+    with pytest.raises(ValueError, match=r"12 rows do not divide .*=8 shards"):
         jax.eval_shape(
             lambda b: logprob.score(tiny_lm, b, mesh=make_mesh((4, 2, 1))),
             make_batch(6, 2, 12),

@@ -34,6 +34,7 @@ def examples(
     path: str,
     kind: str = "pairs",
     test_fraction: float = 0.25,
+    size: int = 0,
     cache_dir: str | None = None,
     strict: bool = False,
 ) -> Examples:
@@ -45,6 +46,7 @@ def examples(
       kind: 'pairs', 'sft' (the chosen side) or 'prompts'.
       test_fraction: share of dialogues held out as 'test', by a hash of the first human
         turn: dialogues that open alike are on the same side, so no prompt is on both.
+      size: use only so many pairs of the split, from its start; 0 uses all.
       cache_dir: where prepared copies live; by default $ALIGNAX_CACHE, or alignax/ in the
         user's cache folder.
       strict: raises at the first row that cannot be used instead of counting it.
@@ -80,6 +82,7 @@ def examples(
     ]
     if not picked:
         raise ValueError(f"{source} has no row in split {split!r} among {len(rows)}")
+    picked = picked[: size or None]
     convert = functools.partial(_example, rows, source.name, kind)
     as_kind(Example("", "", []), kind)  # an unknown kind is an error now, not at a row
     return Examples(picked, convert, report)

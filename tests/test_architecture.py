@@ -1,0 +1,218 @@
+"""Rules of structure that are real: broken, they cost a reader or a user something."""
+
+import ast
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+ROOT = tiny.ROOT
+PACKAGE = ROOT / "alignax"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+LEAVES = [
+    path
+    for folder in ("losses", "evals", "rewards", "data")
+    for path in sorted((PACKAGE / folder).glob("*.py"))
+    if path.stem != "__init__"
+]
+
+
+def name(path):
+    return str(path.relative_to(ROOT))
+
+
+def imports(path):
+    """Modules of alignax that a file imports, wherever the import stands in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{name(path)}: relative import"
+            inner = {f"{node.module}.{a.name}" for a in node.names}
+            found |= inner | {node.module}
+    return {m for m in found if m.split(".")[0] == "alignax"}
+
+
+def modules(path):
+    """The files of alignax behind `imports`, as 'models/load' or 'batch'."""
+    files = {str(p.relative_to(PACKAGE).with_suffix("")) for p in MODULES}
+    dotted = {m.removeprefix("alignax.").replace(".", "/") for m in imports(path)}
+    return dotted & files
+
+
+def test_batch_imports_nothing_of_alignax():
+    assert modules(PACKAGE / "batch.py") == set()
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "losses").glob("*.py")), ids=name)
+def test_a_loss_sees_no_model(path):
+    assert modules(path) <= {"batch", "masked"}
+
+
+LOOP = {"train", "step", "build", "main", "source", "optim", "checkpoint"}
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "models").glob("*.py")), ids=name)
+def test_models_know_nothing_of_training(path):
+    assert not modules(path) & LOOP
+    assert all(m == "batch" or m.startswith("models/") for m in modules(path))
+
+
+@pytest.mark.parametrize("path", LEAVES, ids=name)
+def test_a_leaf_knows_nothing_of_the_loop(path):
+    assert not modules(path) & (LOOP - {"source"})
+
+
+def test_only_the_entry_points_import_the_loop():
+    for path in MODULES:
+        if "train" in modules(path):
+            assert path.stem == "main", name(path)
+
+
+def test_linen_stays_in_models():
+    for path in MODULES:
+        if path.parent.name != "models":
+            assert not re.search(r"\b(linen|flax)\b", path.read_text(), re.I), name(
+                path
+            )
+
+
+def calls(path, *attributes):
+    """(enclosing function, attribute) of every call of one of `attributes`."""
+    found = []
+
+    def visit(node, function):
+        if isinstance(node, ast.FunctionDef):
+            function = node.name
+        if isinstance(node, ast.Attribute) and node.attr in attributes:
+            found.append((function, node.attr))
+        for child in ast.iter_child_nodes(node):
+            visit(child, function)
+
+    visit(ast.parse(path.read_text()), "")
+    return found
+
+
+NORMALISERS = {
+    # logits that already exist, [N, V]: the public helper of the kernel
+    ("alignax/logprob.py", "token_logps", "logsumexp"),
+    # a few verified positions, [N, K, V]: a sampler needs the whole row
+    ("alignax/logprob.py", "rows", "log_softmax"),
+    # [N, V] of one decoding step: the law after the temperature
+    ("alignax/decode.py", "draw", "log_softmax"),
+}
+
+
+def test_logits_are_normalised_in_the_kernel_alone():
+    found = {
+        (name(path), function, call)
+        for path in MODULES
+        for function, call in calls(path, "log_softmax", "logsumexp")
+    }
+    assert found == NORMALISERS
+
+
+def test_tokens_are_shifted_in_the_kernel_alone():
+    found = {(name(p), f) for p in MODULES for f, _ in calls(p, "roll")}
+    assert found == {("alignax/logprob.py", "_logps")}
+
+
+@pytest.mark.parametrize("path", LEAVES, ids=name)
+def test_a_leaf_names_its_source(path):
+    text = ast.get_docstring(ast.parse(path.read_text()))
+    assert text
+    # the user's own files, and what the project makes itself, have no source
+    if name(path) not in ("alignax/data/jsonl.py", "alignax/data/synthetic.py"):
+        assert re.search(r"https://\S+", text)
+    if path.parent.name in ("losses", "evals"):
+        assert re.search(r"^Differs from the (paper|papers|source): ", text, re.M)
+
+
+@pytest.mark.parametrize("path", LEAVES, ids=name)
+def test_a_leaf_has_its_tests(path):
+    folder = path.parent.name
+    own = ROOT / "tests" / folder / f"test_{path.stem}.py"
+    shared = ROOT / "tests" / f"test_{folder}.py"
+    assert own.exists() or re.search(rf"\b{path.stem}\b", shared.read_text())
+
+
+@pytest.mark.parametrize(
+    "path", sorted((PACKAGE / "losses").glob("[!_]*.py")), ids=name
+)
+def test_a_loss_has_a_config(path):
+    users = [
+        p for p in (ROOT / "configs").glob("*.py") if f'"{path.stem}"' in p.read_text()
+    ]
+    assert users
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_a_module_says_what_it_is(path):
+    assert ast.get_docstring(ast.parse(path.read_text()))
+    assert path.stem not in ("utils", "common", "helpers", "types")
+    assert len(path.relative_to(PACKAGE).parts) <= 2
+
+
+def test_importing_everything_loads_no_heavy_library(tmp_path):
+    dotted = [
+        ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for p in MODULES
+    ]
+    code = (
+        f"import importlib, sys\nfor m in {dotted!r}: importlib.import_module(m)\n"
+        "heavy = 'torch tensorflow transformers wandb datasets gguf matplotlib.pyplot'\n"
+        "print(*[m for m in heavy.split() if m in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=tiny.environment(), text=True,
+        capture_output=True, check=True,
+    )  # fmt: skip
+    assert result.stdout.split() == []
+
+
+def tracked():
+    """The files of the repository; of a tarball, all that are not products."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if listed.returncode == 0 and listed.stdout:
+        return [
+            ROOT / p for p in listed.stdout.split("\0") if p and (ROOT / p).is_file()
+        ]
+    products = r"(^|/)(\.venv\w*|\.git|runs|build|dist|__pycache__|\.\w+_cache|[\w-]+\.egg-info)(/|$)"  # fmt: skip
+    everything = (p for p in ROOT.rglob("*") if p.is_file())
+    return [p for p in everything if not re.search(products, name(p))]
+
+
+# The home of a user or the scratch of a machine; a page of the web may have such a path.
+LOCAL = re.compile(r"(?<![\w.:/~$}])/" + r"(work|root|home|Users|scratch|mnt|data)/\w")
+HOSTS = re.compile(r"(pypi|pythonhosted)\.org|localhost:\d")
+
+
+def test_no_file_mentions_the_machine_it_was_written_on():
+    found = []
+    for path in tracked():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        for pattern in (LOCAL, HOSTS):
+            found += [f"{name(path)}: {m.group()}" for m in pattern.finditer(text)]
+    assert found == []
+
+
+def test_the_patterns_find_what_they_should():
+    for prefix in ("work", "home", "Users"):
+        assert LOCAL.search(f'path = "/{prefix}/me/file"')
+    assert not LOCAL.search("https://example.com/home/page and runs/work/x")
+    assert not LOCAL.search("~/.cache and $HOME/root/x")
+
+
+def test_everything_that_is_tracked_is_found():
+    names = {name(p) for p in tracked()}
+    assert {"setup.cfg", "alignax/train.py", "configs/dpo.py"} <= names
+    assert pathlib.Path(__file__).name == "test_architecture.py"

@@ -1,0 +1,269 @@
+"""A config that cannot run is refused before anything compiles, and leaves no trace."""
+
+import json
+import os
+import pathlib
+
+import jax
+import pytest
+import tiny
+
+from alignax import build, checkpoint, sharding, tokenizer, train
+from alignax.models import load, save, transformer
+
+
+def refuse(tmp_path, message, config, error=(ValueError, OSError)):
+    """`config` is refused with `message`, and may be corrected in the same workdir.
+
+    A ValueError or an OSError is what `main` answers with one line.
+    """
+    workdir = tmp_path / "run"
+    with pytest.raises(error, match=message) as caught:
+        build.build(config, str(workdir))
+    assert not workdir.exists(), "the workdir was touched by a config that cannot run"
+    return str(caught.value)
+
+
+PAIRS = {"kind": "pairs"}
+BAD = {
+    "unknown loss": (
+        {"loss": {"name": "dpoo"}}, r"unknown name 'dpoo' in losses \(did you mean 'dpo'\?\)",
+    ),
+    "unknown data": (
+        {"data": {"name": "synthetics", "split": "train"}},
+        r"unknown name 'synthetics' in data \(did you mean 'synthetic'\?\); available: hh_rlhf,",
+    ),
+    "unknown evaluation": (
+        {"evals": {"win_rates": {}}}, r"unknown name 'win_rates' in evals \(did you mean 'win_rate'\?\)",
+    ),
+    "unknown hyper-parameter of a loss": (
+        {"loss": {"name": "dpo", "betta": 0.1}},
+        r"losses\.dpo has no hyper-parameter 'betta' \(did you mean 'beta'\?\); it takes 'beta'",
+    ),
+    "unknown parameter of the data": (
+        {"data": {"name": "synthetic", "split": "train", "sizes": 4}},
+        r"data\.synthetic has no hyper-parameter 'sizes' \(did you mean 'size'\?\)",
+    ),
+    "unknown parameter of the evaluation data": (
+        {"eval_data": {"name": "synthetic", "splt": "test"}},
+        r"data\.synthetic has no hyper-parameter 'splt' \(did you mean 'split'\?\)",
+    ),
+    "unknown hyper-parameter of an evaluation": (
+        {"evals": {"win_rate": {"reward": "x", "max_now": 3}}},
+        r"evals\.win_rate has no hyper-parameter 'max_now' \(did you mean 'max_new'\?\)",
+    ),
+    "evaluation without data": (
+        {"evals": {"perplexity": {}}}, r"evals \['perplexity'\] need config\.eval_data",
+    ),
+    "no name of a loss": ({"loss": {"beta": 0.1}}, r"config\.loss.*name"),
+    "no name of the data": ({"data": {"split": "train"}}, r"config\.data.*name"),
+    "batch that the mesh does not divide": (
+        {"mesh": (2, 2, 1), "batch_size": 6},
+        r"batch_size=6 does not divide over accumulate=1 x data\*fsdp=4; use a multiple of 4",
+    ),
+    "batch that micro-batches do not divide": (
+        {"accumulate": 3}, r"batch_size=4 does not divide over accumulate=3 .* multiple of 3",
+    ),
+    "evaluation batch that the mesh does not divide": (
+        {"mesh": (4, 1, 1), "eval_batch_size": 6, "evals": {"perplexity": {}},
+         "eval_data": {"name": "synthetic", "split": "test"}},
+        r"eval_batch_size=6 does not divide over data\*fsdp=4",
+    ),
+    "more devices than there are": (
+        {"mesh": (16, 1, 1), "batch_size": 16}, r"mesh shape \(16, 1, 1\) needs 16 devices, there are 8",
+    ),
+    "two sizes of a mesh": ({"mesh": (2, 1)}, r"mesh shape \(2, 1\) should be three sizes"),
+    "neither weights nor sizes": (
+        {"model.sizes": {}}, r"config\.model needs a path to weights, or sizes",
+    ),
+    "unknown size": (
+        {"model.sizes": {"widht": 16}}, r"model\.sizes has no \['widht'\]; it takes \['activation'",
+    ),
+    "no tokenizer": ({"tokenizer": ""}, r"config\.tokenizer is empty and config\.model\.path names no weights"),
+    "rows longer than the context": (
+        {"length": 256, "buckets": ()}, r"config\.length=256 is beyond the model's context of 128",
+    ),
+    "tokenizer larger than the model": (
+        {"model.sizes": {**tiny.config().model.sizes.to_dict(), "vocab_size": 200}},
+        r"the tokenizer has 2\d\d ids, the model only 200",
+    ),
+    "unknown remat": ({"model.remat": "blok"}, r"unknown remat 'blok'"),
+    "unknown optimiser": ({"optim.name": "adam"}, r"unknown optimiser 'adam'; known: adamw"),
+    "unknown schedule": ({"optim.schedule": "cosin"}, r"unknown schedule 'cosin'; known: constant"),
+    "a loss without its frozen model": (
+        PAIRS | {"loss": {"name": "dpo"}, "lms": {}}, r"loss 'losses\.dpo' needs \['ref_logps'\]: add config\.lms",
+    ),
+    "a loss without its head": (
+        PAIRS | {"loss": {"name": "reward_model"}}, r"loss 'losses\.reward_model' needs config\.model\.value_head=True",
+    ),
+    "an average that nobody keeps": (
+        PAIRS | {"lms": {"ref": "average"}}, r"lms\.ref='average' needs config\.average > 0",
+    ),
+    "a frozen model that is not there": (
+        PAIRS | {"lms": {"ref": "/no/such/model"}}, r"/no/such/model",
+    ),
+    "best of nothing": (
+        {"best_metric": "eval/ranking_accuracy/accuracy"}, r"best_metric.*ranking_accuracy",
+    ),
+    "neither max nor min": ({"best_mode": "mx"}, r"best_mode.*'mx'"),
+    "patience with nothing": ({"patience": 2}, r"patience.*best_metric"),
+    "a ratio that the batch cannot hold": (
+        {"data": {}, "mixture": {
+            "a": {"name": "synthetic", "split": "train", "kind": "sft", "size": 8, "ratio": 5},
+            "b": {"name": "synthetic", "split": "test", "kind": "sft", "size": 8, "ratio": 1}}},
+        r"batch_size 4 cannot hold the ratio .*; use a multiple of 6",
+    ),
+    "a part of a mixture without its ratio": (
+        {"data": {}, "mixture": {"a": {"name": "synthetic", "split": "train", "kind": "sft"}}},
+        r"mixture\.a.*ratio",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_config_is_refused(tmp_path, case):
+    changes, message = BAD[case]
+    changes = dict(changes)
+    refuse(tmp_path, message, tiny.config(changes.pop("kind", "sft"), **changes))
+
+
+def test_missing_weights_are_named(tmp_path):
+    path = str(tmp_path / "SmolLM3")
+    message = refuse(tmp_path, "SmolLM3", tiny.config(**{"model.path": path}), OSError)
+    assert path in message
+
+
+def test_an_empty_folder_is_no_model(tmp_path):
+    (tmp_path / "empty").mkdir()
+    config = tiny.config(**{"model.path": str(tmp_path / "empty")})
+    refuse(tmp_path, r"empty.*config\.json", config)
+
+
+@pytest.fixture
+def small_vocabulary(tmp_path):
+    """A Hugging Face folder whose table is smaller than the byte tokenizer's ids."""
+    config = build.model_config(tiny.config(), 100)
+    lm = build.LM(config, transformer.init(config, jax.random.key(0)))
+    save.save(lm, tmp_path / "hf")
+    return str(tmp_path / "hf")
+
+
+def test_ids_beyond_the_vocabulary_of_loaded_weights(tmp_path, small_vocabulary):
+    assert load.load(small_vocabulary).config.vocab_size == 100
+    config = tiny.config(**{"model.path": small_vocabulary})
+    refuse(tmp_path, r"the tokenizer has 2\d\d ids, the model only 100", config)
+
+
+# -- the workdir
+
+
+@pytest.fixture
+def begun(tmp_path):
+    workdir = tmp_path / "run"
+    build.prepare(str(workdir), tiny.config("pairs"))
+    return str(workdir)
+
+
+def test_a_workdir_of_another_config_lists_the_keys(begun):
+    other = tiny.config(
+        "pairs", **{"loss.beta": 0.2, "optim.lr": 3e-4, "loss.name": "dpo"}
+    )
+    with pytest.raises(ValueError) as error:
+        build.prepare(begun, other)
+    assert str(error.value) == (
+        f"{begun} holds a run of another config; take another workdir or undo: "
+        "loss.beta (0.1 there, 0.2 here); optim.lr (0.01 there, 0.0003 here)"
+    )
+    stored = json.loads((pathlib.Path(begun) / "config.json").read_text())
+    assert stored["loss"]["beta"] == 0.1
+
+
+def test_a_key_that_only_one_config_has_is_listed(begun):
+    other = tiny.config("pairs", **{"loss.label_smoothing": 0.1})
+    with pytest.raises(ValueError, match=r"loss\.label_smoothing \(absent there, 0\.1 here\)"):  # fmt: skip
+        build.prepare(begun, other)
+
+
+def test_what_changes_no_number_may_change(begun):
+    config = tiny.config("pairs", **{"log_every": 7, "checkpoint.every": 2, "checkpoint.keep": 1, "profile": (1, 2)})  # fmt: skip
+    assert build.prepare(begun, config) == begun
+
+
+def test_the_same_config_is_the_same_after_json(begun):
+    """Tuples become lists in config.json."""
+    assert build.prepare(begun, tiny.config("pairs", buckets=[72])) == begun
+
+
+def test_a_file_in_the_place_of_the_workdir(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OSError, match=f"cannot write to workdir {path}: ") as error:
+            build.prepare(str(path), tiny.config())
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_a_folder_that_may_not_be_written(tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(OSError, match=r"cannot write to workdir .*: Permission denied"):
+        build.prepare(str(tmp_path / "locked"), tiny.config())
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_the_run(tmp_path):
+    """The config is the same and the checkpoint is not: somebody copied it there."""
+    config = tiny.config(num_steps=1)
+    ids = tokenizer.load("bytes").vocab_size
+    model = build.model_config(tiny.config(**{"model.sizes.width": 24}), ids)
+    mesh = sharding.make_mesh((1, 1, 1))
+    tx = build.optim.make_tx(1e-3)
+    state = train.init_state(transformer.init(model, jax.random.key(0)), tx, mesh)
+    with checkpoint.manager(tmp_path / "checkpoints", asynchronous=False) as manager:
+        checkpoint.save(manager, state, model=model, meta={"data": {}})
+    with pytest.raises(checkpoint.CheckpointError, match=r"checkpoint .*/checkpoints/0 is of another model or optimiser: \S+ is \[\["):  # fmt: skip
+        train.train(config, str(tmp_path))
+
+
+# -- pieces
+
+
+def test_the_tokenizer_of_a_run_is_found_through_the_runs_folder(tmp_path):
+    build.prepare(str(tmp_path / "a"), tiny.config())
+    config = tiny.config(**{"model.path": str(tmp_path / "a"), "tokenizer": ""})
+    assert build.tokenizer_path(config) == "bytes"
+
+
+def test_a_value_head_starts_at_zero_and_comes_off_again(tiny_lm):
+    lm = build.with_value_head(tiny_lm, True)
+    assert lm.config.value_head
+    assert not lm.params["value_head"]["kernel"].any()
+    back = build.with_value_head(lm, False)
+    assert back.config == tiny_lm.config
+    assert jax.tree.structure(back.params) == jax.tree.structure(tiny_lm.params)
+
+
+def test_table_puts_the_interval_beside_its_value():
+    text = build.table({"a": 0.5, "bb": 2.0, "a/lo": 0.25, "a/hi": 0.75, "samples": []})
+    assert text == "  a   0.5  [0.25, 0.75]\n  bb  2"
+
+
+def test_summary_counts_and_names():
+    report = dict(
+        read=5, used=3, cut=1, dropped=1, malformed=1, padding=0.125,
+        dropped_ids=["a:2: too long"], malformed_ids=["a:4: not JSON"],
+    )  # fmt: skip
+    assert build.summary(report).splitlines() == [
+        "5 read, 3 used, 1 cut, 1 dropped, 1 malformed, 12.5% padding",
+        "  dropped: a:2: too long",
+        "  malformed: a:4: not JSON",
+    ]
+
+
+def test_explain_counts_parameters_and_splits_them():
+    config = tiny.config("pairs", mesh=(1, 4, 2))
+    text = build.explain(config)
+    model = build.model_config(config, tokenizer.load("bytes").vocab_size)
+    shapes = jax.eval_shape(lambda key: transformer.init(model, key), jax.random.key(0))
+    total = sum(x.size for x in jax.tree.leaves(shapes))
+    assert f"{total:,} parameters, 1 layers" in text
+    assert "None, 'fsdp', 'model')" in text
+    assert "2 copies (policy, frozen LMs)" in text

@@ -1,0 +1,256 @@
+"""Every config is a lab note that loads, locks, binds and traces; no key is for nobody."""
+
+import ast
+import functools
+import importlib
+import inspect
+import json
+import math
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+from ml_collections import ConfigDict
+
+from alignax import build, optim, plugin, sharding, step, tokenizer, train
+from alignax.batch import LM, Batch
+from alignax.models import transformer
+from configs import common
+
+FILES = sorted(
+    path
+    for path in (tiny.ROOT / "configs").glob("*.py")
+    if path.stem not in ("__init__", "common", "models")
+)
+names = pytest.mark.parametrize("name", [path.stem for path in FILES])
+variants = pytest.mark.parametrize("arg", ["", "smoke"])
+
+
+def load(name, arg=""):
+    return importlib.import_module(f"configs.{name}").get_config(arg)
+
+
+def stages(config):
+    """The runs that a config describes."""
+    return list(config.stages.values()) if config.get("stages") else [config]
+
+
+def test_there_are_configs():
+    assert {"quickstart", "sft", "reward_model", "dpo", "dpo_llama3_8b"} <= {
+        path.stem for path in FILES
+    }
+
+
+@names
+def test_docstring_names_its_source_and_its_command(name):
+    text = ast.get_docstring(ast.parse((tiny.ROOT / f"configs/{name}.py").read_text()))
+    assert re.search(r"https://\S+", text)
+    command = re.search(r"^Command:(.*)", text, re.M | re.S)
+    assert command, "the docstring has no line 'Command: ...'"
+    assert f"configs/{name}.py" in command.group(1)
+    (script,) = re.findall(r"(launch/\w+\.sh)", command.group(1))[:1] or ["Makefile"]
+    assert (tiny.ROOT / script).exists()
+
+
+@names
+def test_is_flat_and_short_and_imports_no_jax(name):
+    source = (tiny.ROOT / f"configs/{name}.py").read_text()
+    # The quickstart describes three runs.
+    assert len(source.splitlines()) <= (90 if name == "quickstart" else 60)
+    imported = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            imported |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module)
+    assert imported <= {"configs", "ml_collections"}
+
+
+@names
+@variants
+def test_names_and_hyper_parameters_bind(name, arg):
+    for config in stages(load(name, arg)):
+        loss = build.bind(config, "losses", config.loss)
+        for evaluation, hyper in config.evals.items():
+            bound = build.bind(config, "evals", {"name": evaluation, **hyper})
+            if "reward" in bound.hyper:
+                plugin.load("rewards", bound.hyper["reward"])
+        assert not config.evals or config.eval_data, "evaluations without data"
+        for section in (config.data, config.eval_data, *config.mixture.values()):
+            if section:
+                spec = {k: v for k, v in section.items() if k != "ratio"}
+                build.bind(config, "data", spec)
+        for need in loss.needs:
+            if need.endswith("_logps"):
+                assert need.removesuffix("_logps") in config.lms
+        assert loss.needs != ("values",) or config.model.value_head
+        rest = ("lr", "schedule", "warmup", "final")
+        optim.make_tx(1.0, **{k: v for k, v in config.optim.items() if k not in rest})
+        assert config.num_steps > config.optim.warmup
+
+
+@names
+@variants
+def test_has_only_the_keys_of_common(name, arg):
+    """Sections that a method fills (loss, data, ...) have their own keys."""
+    want = common.get_config()
+    for config in stages(load(name, arg)):
+        assert set(config) - {"stages"} == set(want)
+        for section in ("model", "optim", "checkpoint"):
+            assert set(config[section]) == set(want[section])
+
+
+@names
+@variants
+def test_survives_json_and_overrides(name, arg):
+    config = load(name, arg)
+    assert json.loads(json.dumps(config.to_dict()))
+    config.lock()
+    with pytest.raises(AttributeError, match='Did you mean "batch_size"'):
+        config.batch_sise = 8
+
+
+@names
+def test_a_typo_in_python_is_answered_with_the_nearest_name(name):
+    """A notebook has no flags that would lock the config."""
+    config = stages(load(name))[0]
+    with pytest.raises(AttributeError, match='Did you mean "batch_size"'):
+        config.batch_sise = 8
+    with pytest.raises(AttributeError, match='Did you mean "warmup"'):
+        config.optim.warm_up = 8
+
+
+@names
+def test_smoke_is_two_steps_that_need_no_file_and_no_network(name):
+    for config in stages(load(name, "smoke")):
+        assert config.num_steps == 2
+        assert config.model.path == "" or config.model.path.startswith("stage:")
+        assert config.tokenizer == "bytes"
+        assert config.data.name == config.eval_data.name == "synthetic"
+        assert math.prod(config.mesh) == 1
+
+
+@names
+@variants
+def test_step_traces(name, arg):
+    """Shapes of a whole step at the config's own sizes; nothing is compiled or held."""
+    for config in stages(load(name, arg)):
+        if not config.model.sizes:
+            assert not arg, ":smoke has no sizes"
+            continue
+        shape = config.mesh if math.prod(config.mesh) <= 8 else (1, 8, 1)
+        mesh = sharding.make_mesh(shape)
+        ids = tokenizer.load(config.tokenizer).vocab_size if config.tokenizer else 0
+        model = build.model_config(config, ids)
+        changes = dict(
+            dtype=config.model.dtype, remat=config.model.remat,
+            value_head=config.model.value_head,
+        )  # fmt: skip
+        model = type(model)(**{**model.__dict__, **changes})
+        loss = build.bind(config, "losses", config.loss)
+        tx = optim.make_tx(1e-3, name=config.optim.name, clip=config.optim.clip)
+        run = step.make_train_step(model, tx, loss, mesh, accumulate=config.accumulate)
+
+        def place(tree, mesh=mesh):
+            return jax.tree.map(
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+                tree, sharding.shardings(tree, mesh),
+            )  # fmt: skip
+
+        params = jax.eval_shape(
+            functools.partial(transformer.init, model), jax.random.key(0)
+        )
+        number = jax.ShapeDtypeStruct((), jnp.int32)
+        state = place(
+            train.TrainState(number, params, jax.eval_shape(tx.init, params), {})
+        )
+        group = 1 if config.loss.name == "sft" else 2
+        row = (config.batch_size, group)
+
+        def array(shape, dtype, mesh=mesh):
+            spec = jax.NamedSharding(mesh, sharding.BATCH)
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=spec)
+
+        batch = Batch(
+            array((*row, config.length), jnp.int32), array((*row, config.length), bool),
+            array(row, jnp.int32), array(row, jnp.float32), array(row, bool),
+        )  # fmt: skip
+        lms = {k: LM(model, state.params) for k in config.lms}
+        after, metrics = jax.eval_shape(
+            run.program(state), state, lms, batch, run.hyper
+        )
+        assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+        assert metrics["loss"].shape == ()
+
+
+# -- common.py
+
+
+def keys(config, prefix=""):
+    for key, value in config.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, ConfigDict):
+            yield from keys(value, f"{prefix}{key}.")
+
+
+@functools.cache
+def read_somewhere():
+    """Attributes and subscripts that alignax reads, as the last one or two names."""
+    found = set()
+    for path in (tiny.ROOT / "alignax").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute):
+                found.add(node.attr)
+                if isinstance(node.value, ast.Attribute | ast.Name):
+                    before = node.value
+                    owner = (
+                        before.attr if isinstance(before, ast.Attribute) else before.id
+                    )
+                    found.add(f"{owner}.{node.attr}")
+    # `**config.optim.items()` reads what the two functions take.
+    for function in (optim.make_tx, optim.schedule):
+        found |= {f"optim.{p}" for p in inspect.signature(function).parameters}
+    return found
+
+
+SHORT = {
+    "model": "m",
+    "checkpoint": "ckpt",
+}  # what build.py and train.py call a section
+
+
+@pytest.mark.parametrize("key", list(keys(common.get_config())))
+def test_every_key_is_read(key):
+    section, _, leaf = key.rpartition(".")
+    found = read_somewhere()
+    if not section:
+        assert f"config.{leaf}" in found
+    else:
+        assert {f"{section}.{leaf}", f"{SHORT.get(section, section)}.{leaf}"} & found
+
+
+def test_a_key_that_nobody_reads_is_noticed():
+    assert "config.no_such_key" not in read_somewhere()
+    assert "optim.no_such_key" not in read_somewhere()
+
+
+@pytest.mark.slow
+def test_quickstart_smoke_runs_from_end_to_end(tmp_path):
+    result = tiny.main("--config", "configs/quickstart.py:smoke", "--workdir", tmp_path)
+    assert result.returncode == 0, result.stderr
+    for name in ("sft", "reward_model", "dpo"):
+        assert f"== {name} ==" in result.stdout
+        assert list((tmp_path / name / "checkpoints" / "2").iterdir())
+    assert "step 0: policy = reference: largest log-ratio 0, loss 0.693147" in result.stdout  # fmt: skip
+    table = result.stdout.split("== results ==")[1]
+    for metric in (
+        "sft/perplexity/nll", "reward_model/ranking_accuracy/accuracy",
+        "dpo/ranking_accuracy/accuracy", "dpo/win_rate/win_rate", "dpo/win_rate/kl",
+    ):  # fmt: skip
+        assert re.search(rf"{metric} +\S+", table), metric
+    assert (tmp_path / "learning_curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert "# dpo" in (tmp_path / "samples.md").read_text()
+    assert pathlib.Path(tmp_path, "dpo", "metrics.jsonl").exists()

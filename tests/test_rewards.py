@@ -1,0 +1,105 @@
+"""Rewards: constraints by hand, the head's last scored value, and functions of text."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alignax import logprob, plugin, rewards
+from alignax.rewards import constraints, model
+
+TEXTS = [["The quick fox.", "Slow"], ['{"fox": 1}', "a FOX and a foxglove"]]
+
+
+@pytest.fixture
+def batch(make_batch):
+    return make_batch(2, 2, 16)
+
+
+def test_keywords_count_by_coverage_of_whole_words_in_any_case(batch):
+    got = constraints.reward(batch, TEXTS, {}, keywords=("fox", "quick"))
+    np.testing.assert_allclose(got, [[1.0, 0.0], [0.5, 0.5]])
+    got = constraints.reward(batch, [["foxglove", "a fox"]], {}, keywords=("fox",))
+    np.testing.assert_allclose(got, [[0.0, 1.0]])
+
+
+@pytest.mark.parametrize(
+    "asked, want",
+    [
+        ({"avoid": ("slow",)}, [[1, 0], [1, 1]]),
+        ({"min_words": 2}, [[1, 0], [1, 1]]),
+        ({"max_words": 3}, [[1, 1], [1, 0]]),
+        ({"min_words": 2, "max_words": 3}, [[1, 0], [1, 0]]),
+        ({"pattern": r"^[A-Z]\w+$"}, [[0, 1], [0, 0]]),
+        ({"as_json": True}, [[0, 0], [1, 0]]),
+    ],
+)  # fmt: skip
+def test_each_constraint_by_hand(batch, asked, want):
+    got = constraints.reward(batch, TEXTS, {}, **asked)
+    assert got.dtype == np.float32
+    np.testing.assert_array_equal(got, want)
+
+
+def test_constraints_are_averaged_with_their_weights(batch):
+    asked = {"keywords": ("fox",), "max_words": 3}
+    got = constraints.reward(batch, TEXTS, {}, **asked)
+    np.testing.assert_allclose(got, [[1, 0.5], [1, 0.5]])
+    got = constraints.reward(batch, TEXTS, {}, **asked, weights={"keywords": 3.0})
+    np.testing.assert_allclose(got, [[1, 0.25], [1, 0.75]])
+
+
+def test_no_constraint_and_an_unknown_weight_are_errors(batch):
+    with pytest.raises(ValueError, match=r"rewards\.constraints has no constraint; set one of keywords,"):  # fmt: skip
+        constraints.reward(batch, TEXTS, {})
+    with pytest.raises(ValueError, match=r"unknown constraint \['lenght'\]; known: keywords,"):  # fmt: skip
+        constraints.reward(batch, TEXTS, {}, max_words=3, weights={"lenght": 1.0})
+
+
+def test_a_reward_model_is_read_at_the_last_scored_token(
+    make_lm, tiny_config, make_batch
+):
+    lm = make_lm(dataclasses.replace(tiny_config, value_head=True))
+    batch = make_batch(3, 2, 16, seed=3)
+    batch = batch._replace(valid=batch.valid.at[1, 1].set(False))
+    got = np.asarray(model.reward(batch, [], {"reward": lm}))
+    values = np.asarray(logprob.score(lm, batch, needs=("values",)).values)
+    for i in range(3):
+        for j in range(2):
+            end = int(batch.lengths[i, j]) - 1
+            want = 0.0 if (i, j) == (1, 1) else values[i, j, end]
+            assert got[i, j] == pytest.approx(want, abs=1e-6)
+    assert len(set(got.ravel().tolist())) == 6
+    # What stands on padding cannot be read.
+    padding = jnp.arange(16) >= batch.lengths[..., None]
+    other = batch._replace(tokens=jnp.where(padding, 5, batch.tokens))
+    np.testing.assert_array_equal(model.reward(other, [], {"reward": lm}), got)
+
+
+def test_a_reward_model_that_is_not_there_or_has_no_head_is_named(tiny_lm, batch):
+    with pytest.raises(ValueError, match=r"rewards\.model needs an LM 'judge'; there are \['ref'\]"):  # fmt: skip
+        model.reward(batch, [], {"ref": tiny_lm}, model="judge")
+    with pytest.raises(ValueError, match="value_head=True"):
+        model.reward(batch, [], {"reward": tiny_lm})
+
+
+def vowels(text: str, *, bonus: float = 0.0) -> float:
+    return sum(c in "aeiou" for c in text) + bonus
+
+
+def test_a_function_of_text_is_a_reward_by_its_dotted_name(batch):
+    judge = plugin.load("rewards", f"{__name__}.vowels", {"bonus": 1})
+    got = rewards.call(judge, batch, [["aei", "x"], ["", "you"]], {})
+    assert got.dtype == np.float32
+    np.testing.assert_array_equal(got, [[4, 1], [1, 3]])
+
+
+def test_a_reward_file_gets_batch_texts_and_models(batch, make_lm, tiny_config):
+    judge = plugin.load("rewards", "constraints", {"keywords": ("fox",)})
+    np.testing.assert_array_equal(
+        rewards.call(judge, batch, TEXTS, {}), [[1, 0], [1, 1]]
+    )
+    lm = make_lm(dataclasses.replace(tiny_config, value_head=True))
+    got = rewards.call(plugin.load("rewards", "model"), batch, TEXTS, {"reward": lm})
+    np.testing.assert_array_equal(got, jax.device_get(model.reward(batch, [], {"reward": lm})))  # fmt: skip
