@@ -183,7 +183,7 @@ def tracked():
         return [
             ROOT / p for p in listed.stdout.split("\0") if p and (ROOT / p).is_file()
         ]
-    products = r"(^|/)(\.venv\w*|\.git|runs|build|dist|__pycache__|\.\w+_cache|[\w-]+\.egg-info)(/|$)"  # fmt: skip
+    products = r"(^|/)(\.venv\w*|\.git|\.hypothesis|runs|build|dist|__pycache__|\.\w+_cache|[\w-]+\.egg-info)(/|$)"  # fmt: skip
     everything = (p for p in ROOT.rglob("*") if p.is_file())
     return [p for p in everything if not re.search(products, name(p))]
 

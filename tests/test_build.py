@@ -67,7 +67,7 @@ BAD = {
     "evaluation batch that the mesh does not divide": (
         {"mesh": (4, 1, 1), "eval_batch_size": 6, "evals": {"perplexity": {}},
          "eval_data": {"name": "synthetic", "split": "test"}},
-        r"eval_batch_size=6 does not divide over data\*fsdp=4",
+        r"batch_size=6 does not divide over .*data\*fsdp=4",
     ),
     "more devices than there are": (
         {"mesh": (16, 1, 1), "batch_size": 16}, r"mesh shape \(16, 1, 1\) needs 16 devices, there are 8",

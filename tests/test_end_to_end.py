@@ -23,7 +23,7 @@ def get_config(arg=""):
         "checkpoint.asynchronous": True, "loss.name": "tiny.slow_dpo", "average": 0.9,
         "eval_every": 2, "evals": {{"ranking_accuracy": {{}}}},
         "eval_data": {{"name": "synthetic", "split": "test", "size": 8}},
-        "best_metric": "eval/ranking_accuracy/margin",
+        "best_metric": "eval/ranking_accuracy/log_ratio_gap",
     }})
 """
 

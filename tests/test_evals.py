@@ -120,7 +120,7 @@ def test_ranking_by_hand_with_ties_wrong(tiny_config):
     assert got["policy_accuracy"] == pytest.approx(1 / 3)  # right, tie, wrong
     # log-ratio gaps: (0 - -4) = 4, (-1 - 1) = -2, (2 - -1) = 3
     assert got["accuracy"] == pytest.approx(2 / 3)
-    assert got["margin"] == pytest.approx((4 - 2 + 3) / 3)
+    assert got["log_ratio_gap"] == pytest.approx((4 - 2 + 3) / 3)
     assert got["accuracy/lo"] < got["accuracy"] < got["accuracy/hi"]
 
 
@@ -130,7 +130,7 @@ def test_identical_policy_and_reference_rank_nothing(tiny_config):
     lm = made_up(tiny_config, "pi")
     got = run(ranking_accuracy, lm, {"ref": lm}, PAIRS, score)
     assert got["accuracy"] == 0
-    assert got["margin"] == 0
+    assert got["log_ratio_gap"] == 0
 
 
 def test_without_a_reference_only_the_policys_ranking_is_told(tiny_config):

@@ -29,7 +29,7 @@ def evaluate(
 
     Returns:
       For a model with a value head 'accuracy' and 'margin'. Otherwise
-      'policy_accuracy' and, with a reference, 'accuracy' and 'margin' (nats) of the
+      'policy_accuracy' and, with a reference, 'accuracy' and 'log_ratio_gap' (nats) of the
       log-ratio. 'pairs' is the number of pairs.
     """
     del key, generate
@@ -61,5 +61,6 @@ def evaluate(
             right = int((chosen > rejected).sum())
             out |= wilson(right, len(chosen)).named(f"{prefix}accuracy")
             if not prefix:
-                out |= bootstrap(chosen - rejected).named("margin")
+                gap = "margin" if kind == "reward" else "log_ratio_gap"
+                out |= bootstrap(chosen - rejected).named(gap)
     return out
