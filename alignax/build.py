@@ -5,18 +5,19 @@ Everything that can be wrong in a config is found here, before anything compiles
 
 import contextlib
 import dataclasses
+import datetime
 import functools
 import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -68,7 +69,9 @@ def build(config, workdir: str) -> Run:
       ValueError, OSError: what is wrong, and where; the workdir is not touched by a
         config that cannot run.
     """
+    check(config)
     mesh = sharding.make_mesh(config.mesh)
+    sharding.check_hosts(mesh)
     sharding.check_batch_size(config.batch_size, config.accumulate, mesh)
     sharding.check_batch_size(config.eval_batch_size or config.batch_size, 1, mesh)
     loss = bind(config, "losses", config.loss)
@@ -76,7 +79,8 @@ def build(config, workdir: str) -> Run:
         name: bind(config, "evals", {"name": name, **e})
         for name, e in config.evals.items()
     }
-    text = tokenizer.load(tokenizer_path(config))
+    now = datetime.datetime.fromisoformat(config.date)
+    text = tokenizer.load(tokenizer_path(config), now=now)
     policy = make_policy(config, text)
     if loss.needs and "values" in loss.needs and not policy.config.value_head:
         raise ValueError(f"loss {loss.name!r} needs config.model.value_head=True")
@@ -100,6 +104,13 @@ def build(config, workdir: str) -> Run:
     say = functools.partial(print, flush=True) if jax.process_index() == 0 else _quiet
     if data is not None:
         say(f"data: {summary(data.report())}")
+    if eval_data is not None:
+        size = config.eval_batch_size or config.batch_size
+        batches = source.eval_batches(
+            eval_data, text, batch_size=size, length=config.length,
+            vocab_size=policy.config.vocab_size,
+        )  # fmt: skip
+        say(f"evaluation data: {summary(batches.report)}")
     rate = optim.schedule(
         config.optim.lr, config.num_steps, kind=config.optim.schedule,
         warmup=config.optim.warmup, final=config.optim.final,
@@ -118,6 +129,16 @@ def build(config, workdir: str) -> Run:
         lm = policy if path == "init" else load_lm(path)
         if lm is policy and lm.config.value_head:
             lm = with_value_head(lm, False)
+        if lm.config.vocab_size < text.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {text.vocab_size} ids, lms.{name} only "
+                f"{lm.config.vocab_size}"
+            )
+        if lm.config.max_length < config.length:
+            raise ValueError(
+                f"config.length={config.length} is beyond the context of lms.{name}, "
+                f"{lm.config.max_length}"
+            )
         changes = {"dtype": config.model.dtype, "remat": "none"}
         lm = LM(dataclasses.replace(lm.config, **changes), lm.params)
         params = jax.tree.map(
@@ -131,9 +152,32 @@ def build(config, workdir: str) -> Run:
             f"loss {loss.name!r} needs {missing}: add config.lms, there are {sorted(lms)}"
         )
     return Run(
-        Path(folder).name, folder, mesh, text, policy, lms, tuple(moving), loss, rate, tx,
+        epath.Path(folder).name, folder, mesh, text, policy, lms, tuple(moving), loss, rate, tx,
         data, evals, eval_data, say,
     )  # fmt: skip
+
+
+def check(config) -> None:
+    """Raises ValueError for sections that contradict each other; the key is named."""
+    if config.best_mode not in ("max", "min"):
+        raise ValueError(f"best_mode is {config.best_mode!r}, expected 'max' or 'min'")
+    names = [f"eval/{name}/" for name in config.evals]
+    if config.best_metric and not config.best_metric.startswith(tuple(names)):
+        raise ValueError(
+            f"best_metric {config.best_metric!r} begins with none of {names}"
+        )
+    if config.patience and not (config.best_metric and config.eval_every):
+        raise ValueError("patience needs best_metric and eval_every")
+    if config.num_steps and bool(config.data) == bool(config.mixture):
+        raise ValueError("a run that trains needs either config.data or config.mixture")
+    for part, spec in config.mixture.items():
+        if "ratio" not in spec:
+            raise ValueError(f"mixture.{part} has no 'ratio'")
+    sections = {"loss": config.loss, "data": config.data, "eval_data": config.eval_data}
+    sections |= {f"mixture.{k}": v for k, v in config.mixture.items()}
+    for name, spec in sections.items():
+        if (spec or name == "loss") and "name" not in spec:
+            raise ValueError(f"config.{name} has no 'name'")
 
 
 def bind(config, folder: str, spec: Mapping[str, Any]) -> plugin.Bound:
@@ -154,7 +198,10 @@ def tokenizer_path(config) -> str:
     """The tokenizer a config means: its own, or the one that lies with the weights."""
     if config.tokenizer:
         return config.tokenizer
-    saved = Path(config.model.path or ".") / "config.json"
+    folder = epath.Path(config.model.path or ".")
+    if folder.name in ("best", "checkpoints"):
+        folder = folder.parent
+    saved = folder / "config.json"
     if config.model.path and saved.is_file():
         inner = json.loads(saved.read_text())
         if "batch_size" in inner:  # the folder of a run, not of Hugging Face weights
@@ -217,7 +264,7 @@ def make_policy(config, text: tokenizer.Tokenizer) -> LM:
 
 def load_lm(path: str) -> LM:
     """Weights from a run's folder, a Hugging Face directory or a .gguf file."""
-    if (Path(path) / "checkpoints").is_dir():
+    if checkpoint.holds(path):
         return checkpoint.load_lm(path)
     return load.load(path)
 
@@ -239,8 +286,8 @@ def prepare(workdir: str, config) -> str:
       ValueError: the folder holds a run of another config; the keys are listed.
       OSError: it cannot be written.
     """
-    folder = Path(workdir).absolute()
-    path, now = folder / "config.json", json.loads(json.dumps(config.to_dict()))
+    folder = checkpoint.absolute(workdir)
+    path, now = folder / "config.json", plain(config)
     if path.exists():
         before = json.loads(path.read_text())
         a, b = _flat(before), _flat(now)
@@ -262,8 +309,15 @@ def prepare(workdir: str, config) -> str:
     except OSError as error:
         raise OSError(f"cannot write to workdir {folder}: {error.strerror}") from error
     if jax.process_index() == 0:
-        path.write_text(json.dumps(now, indent=1))
+        fresh = folder / ".config.json"  # a kill must not leave half of it
+        fresh.write_text(json.dumps(now, indent=1))
+        fresh.replace(path)
     return str(folder)
+
+
+def plain(config) -> dict[str, Any]:
+    """A config as JSON holds it."""
+    return json.loads(json.dumps(config.to_dict()))
 
 
 def _flat(tree, prefix="") -> dict[str, Any]:
@@ -288,7 +342,8 @@ def summary(report: dict[str, Any]) -> str:
 
 
 @functools.cache
-def _score(mesh: Mesh, needs: tuple[str, ...]):
+def compiled_score(mesh: Mesh, needs: tuple[str, ...]) -> Callable:
+    """score(lm, batch) of batches that are spread over the mesh, for every host."""
     whole = NamedSharding(mesh, P())  # every host reads the result
     score = functools.partial(logprob.score, mesh=mesh, needs=needs)
     return jax.jit(score, out_shardings=whole)
@@ -302,7 +357,7 @@ def evaluate(run: Run, lm: LM, lms: dict[str, LM], step: int, config) -> Metrics
     def score(lm, batch, needs=()):
         # every host holds the whole batch here, unlike in training
         batch = jax.device_put(jax.tree.map(np.asarray, batch), rows)
-        return jax.device_get(_score(run.mesh, tuple(needs))(lm, batch))
+        return jax.device_get(compiled_score(run.mesh, tuple(needs))(lm, batch))
 
     def generate(*args, **kwargs):
         eos_ids = sorted(run.tokenizer.eos_ids)
@@ -352,10 +407,12 @@ def finish(config, run: Run, metrics: Metrics, record) -> None:
 def run_stages(config, workdir: str, train):
     """Trains the stages of a config in order; 'stage:NAME' is the folder of one.
 
+    A stage is a whole config: nothing beside `stages` is read.
+
     Returns:
       The last stage's TrainState.
     """
-    state, folder = None, Path(workdir).absolute()
+    state, folder = None, checkpoint.absolute(workdir)
     for name, stage in config.stages.items():
         stage = stage.copy_and_resolve_references()
         stage.model.path = _stage_path(stage.model.path, folder)
@@ -381,7 +438,7 @@ def run_stages(config, workdir: str, train):
     return state
 
 
-def _stage_path(path: str, folder: Path) -> str:
+def _stage_path(path: str, folder: epath.Path) -> str:
     return (
         str(folder / path.removeprefix("stage:")) if path.startswith("stage:") else path
     )
@@ -389,6 +446,9 @@ def _stage_path(path: str, folder: Path) -> str:
 
 def explain(config) -> str:
     """Parameters, shapes, specs and bytes per device, without reading any weights."""
+    if config.get("stages"):
+        parts = (f"== {name} ==\n{explain(c)}" for name, c in config.stages.items())
+        return "\n".join(parts)
     mesh = sharding.make_mesh(config.mesh)
     if config.model.sizes:
         vocab_size = (

@@ -7,14 +7,15 @@ is used; a checkpoint of another model is an error, never a fallback.
 """
 
 import dataclasses
+import functools
 import logging
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from alignax.batch import LM
 from alignax.models.transformer import ModelConfig
@@ -28,7 +29,7 @@ class CheckpointError(ValueError):
 
 
 def manager(
-    folder: str | Path, *, keep: int = 3, asynchronous: bool = True
+    folder, *, keep: int = 3, asynchronous: bool = True
 ) -> ocp.CheckpointManager:
     """Opens (or makes) a folder of checkpoints and keeps the newest `keep`."""
     options = ocp.CheckpointManagerOptions(
@@ -36,7 +37,7 @@ def manager(
         enable_async_checkpointing=asynchronous,
         cleanup_tmp_directories=True,
     )
-    return ocp.CheckpointManager(Path(folder).absolute(), options=options)
+    return ocp.CheckpointManager(absolute(folder), options=options)
 
 
 def shapes(tree) -> dict[str, list]:
@@ -79,14 +80,18 @@ def save(
         **meta,
         "model": dataclasses.asdict(model),
         "shapes": {"params": shapes(state.params), "rest": shapes(rest)},
-        "checksum": int(checksum((state.params, rest))),
+        "checksum": _sums(state.params, rest),
     }
     args = ocp.args.Composite(
         params=ocp.args.StandardSave(state.params),
         rest=ocp.args.StandardSave(rest),
         meta=ocp.args.JsonSave(meta),
     )
-    manager.save(int(state.step), args=args, force=True)
+    step = int(state.step)
+    if step in manager.all_steps():  # the same step, evaluated or reached again
+        manager.wait_until_finished()
+        manager.delete(step)
+    manager.save(step, args=args, force=True)
 
 
 def restore(manager: ocp.CheckpointManager, state):
@@ -106,46 +111,34 @@ def restore(manager: ocp.CheckpointManager, state):
     steps = sorted(manager.all_steps(), reverse=True)
     rest = _rest(state)
     for step in steps:
+        where = manager.directory / str(step)
         try:
-            meta = manager.restore(
-                step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
-            ).meta
-            saved = meta["shapes"]
+            meta = _meta(manager, step)
+            saved, sums = meta["shapes"], meta["checksum"]
         except Exception as error:
-            log.warning(
-                "checkpoint %d in %s does not read back: %s",
-                step,
-                manager.directory,
-                _line(error),
-            )
+            _unreadable(step, manager.directory, error)
             continue
-        _compare(saved["params"], shapes(state.params), manager.directory / str(step))
-        _compare(saved["rest"], shapes(rest), manager.directory / str(step))
+        _compare(saved["params"], shapes(state.params), where)
+        _compare(saved["rest"], shapes(rest), where)
         try:
             args = ocp.args.Composite(
                 params=ocp.args.StandardRestore(_abstract(state.params)),
                 rest=ocp.args.StandardRestore(_abstract(rest)),
             )
             got = manager.restore(step, args=args)
-            if int(checksum((got.params, got.rest))) != meta["checksum"]:
-                raise CheckpointError(
-                    "its checksum differs from the one it was saved with"
-                )
+            if _sums(got.params, got.rest) != sums:
+                raise CheckpointError("its checksum differs from the saved one")
         except Exception as error:
-            log.warning(
-                "checkpoint %d in %s does not read back: %s",
-                step,
-                manager.directory,
-                _line(error),
-            )
+            _unreadable(step, manager.directory, error)
             continue
         if step != steps[0]:
             log.warning("falling back to checkpoint %d in %s", step, manager.directory)
-            for newer in [s for s in steps if s > step]:
-                manager.delete(newer)  # the run will come to these steps again
-        return state._replace(
-            step=got.rest["step"], params=got.params, **_fields(got.rest)
-        ), meta
+            for newer in [s for s in steps if s > step]:  # set aside, not deleted
+                aside = manager.directory.parent / f"unreadable-{newer}"
+                (manager.directory / str(newer)).rename(aside)
+            manager.reload()
+        fields = {k: v for k, v in got.rest.items() if k != "step"}
+        return state._replace(step=got.rest["step"], params=got.params, **fields), meta
     if steps:
         raise CheckpointError(
             f"none of the checkpoints {steps} in {manager.directory} reads back"
@@ -153,35 +146,67 @@ def restore(manager: ocp.CheckpointManager, state):
     return None
 
 
-def load_lm(folder: str | Path) -> LM:
-    """The policy of the newest checkpoint that reads back in a run's folder.
+def holds(folder) -> bool:
+    """Whether a folder is a run's, its 'best' or its 'checkpoints'."""
+    folder = epath.Path(folder)
+    if not folder.is_dir():
+        return False
+    return (folder / "checkpoints").is_dir() or any(
+        p.name.isdigit() for p in folder.iterdir()
+    )
+
+
+def load_lm(folder) -> LM:
+    """The policy of the newest checkpoint that reads back, on the host.
+
+    Args:
+      folder: of a run (its 'checkpoints' are read), or a folder of checkpoints such as
+        WORKDIR/best.
 
     Raises:
       CheckpointError: the folder holds no checkpoint that reads back.
     """
-    folder = Path(folder).absolute()
-    for place in (folder, folder / "checkpoints"):
-        if not place.is_dir():
-            continue
-        with manager(place, asynchronous=False) as read:
-            for step in sorted(read.all_steps(), reverse=True):
-                try:
-                    names = ocp.args.Composite(
-                        meta=ocp.args.JsonRestore(), params=ocp.args.StandardRestore()
+    folder = absolute(folder)
+    inner = folder / "checkpoints"
+    place = inner if inner.is_dir() else folder
+    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    with ocp.CheckpointManager(place, options=options) as read:
+        for step in sorted(read.all_steps(), reverse=True):
+            try:
+                meta = _meta(read, step)
+                # Told where to put them: the mesh that saved them may not exist here.
+                target: dict[str, Any] = {}
+                for path, (shape, dtype) in meta["shapes"]["params"].items():
+                    *parents, name = path.split("/")
+                    node = functools.reduce(
+                        lambda d, k: d.setdefault(k, {}), parents, target
                     )
-                    got = read.restore(step, args=names)
-                    fields = {k: _tuples(v) for k, v in got.meta["model"].items()}
-                    return LM(
-                        ModelConfig(**fields), jax.tree.map(np.asarray, got.params)
-                    )
-                except Exception as error:
-                    log.warning(
-                        "checkpoint %d in %s does not read back: %s",
-                        step,
-                        place,
-                        _line(error),
-                    )
+                    node[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=host)
+                args = ocp.args.Composite(params=ocp.args.StandardRestore(target))
+                params = read.restore(step, args=args).params
+                if int(checksum(params)) != meta["checksum"]["params"]:
+                    raise CheckpointError("its checksum differs from the saved one")
+                fields = {k: _tuples(v) for k, v in meta["model"].items()}
+                return LM(ModelConfig(**fields), params)
+            except Exception as error:
+                _unreadable(step, place, error)
     raise CheckpointError(f"no checkpoint that reads back in {folder}")
+
+
+def absolute(path) -> epath.Path:
+    """A local path made absolute; a remote one (gs://...) as it is."""
+    return epath.Path(path) if "://" in str(path) else epath.Path(path).absolute()
+
+
+def _meta(manager, step: int) -> dict[str, Any]:
+    args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+    return manager.restore(step, args=args).meta
+
+
+def _unreadable(step: int, folder, error: Exception) -> None:
+    line = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:300]
+    log.warning("checkpoint %d in %s does not read back: %s", step, folder, line)
 
 
 def _rest(state) -> dict[str, Any]:
@@ -189,8 +214,8 @@ def _rest(state) -> dict[str, Any]:
     return rest if state.average is None else {**rest, "average": state.average}
 
 
-def _fields(rest) -> dict[str, Any]:
-    return {k: v for k, v in rest.items() if k != "step"}
+def _sums(params, rest) -> dict[str, int]:
+    return {"params": int(checksum(params)), "rest": int(checksum(rest))}
 
 
 def _abstract(tree):
@@ -210,11 +235,3 @@ def _compare(saved: dict[str, list], want: dict[str, list], where) -> None:
 
 def _tuples(value):
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
-
-
-def _line(error: Exception) -> str:
-    return (
-        f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[
-            :300
-        ]
-    )

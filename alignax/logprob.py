@@ -25,7 +25,7 @@ from alignax.batch import LM, Batch, Scores, flatten
 from alignax.models import transformer
 
 TOKEN_TILE, VOCAB_TILE = 256, 4096  # one logit tile is 4 MiB
-SCORES = ("logps", "values")  # what one pass can return
+FILLED = ("logps", "values")  # the fields of Scores that one pass fills
 
 
 def token_logps(
@@ -63,7 +63,7 @@ def score(
     Args:
       lm: the model; differentiable in its parameters.
       batch: [B, G, T]; only positions where `mask` is True are unembedded.
-      needs: what to return besides `logps`, out of SCORES. Names that describe the
+      needs: what to return besides `logps`, out of FILLED. Names that describe the
         batch (such as 'ref_logps') are somebody else's to fill and are ignored here.
       mesh: devices that hold the batch; None when it lives on one.
       tiles: tokens and vocabulary entries per logit tile.
@@ -75,9 +75,12 @@ def score(
       prefix that ends with token t, 0 where mask is False.
 
     Raises:
-      ValueError: 'values' needed of a model without a value head, or B that the mesh
-        does not divide.
+      ValueError: a field of Scores that this kernel does not fill, 'values' of a model
+        without a value head, or B that the mesh does not divide.
     """
+    unknown = [n for n in needs if n in Scores._fields and n not in FILLED]
+    if unknown:
+        raise ValueError(f"score does not fill {unknown}; it fills {FILLED}")
     b, g, t = batch.tokens.shape
     tokens, mask, _ = flatten(batch)
     h, _ = transformer.hidden(lm, tokens)
@@ -119,10 +122,10 @@ def sequence_logps(
 
 def _logps(lm, h, tokens, mask, mesh, tiles, precision):
     """[N, T] log-probabilities from hidden states: the shift, then the walk."""
+    tokens, mask = jnp.asarray(tokens), jnp.asarray(mask)  # host batches are welcome
     targets = jnp.roll(tokens, -1, axis=1)
     scored = jnp.roll(mask.at[:, 0].set(False), -1, axis=1)
     weight, axis = transformer.head(lm)
-    weight = weight.astype(h.dtype)
     walk = Walk(axis, lm.config.final_softcap, tiles, precision)
     if mesh is None or mesh.size == 1:
         out = _local(walk, h, weight, targets, scored)
@@ -209,14 +212,14 @@ def _plan(walk, h, weight, scored):
     return order, num_tiles, c, vb, -(-v // vb)
 
 
-def _tile(walk, weight, j, vb):
+def _tile(walk, weight, dtype, j, vb):
     """Vocabulary tile j: its weights, first column, and which columns are new.
 
     The last tile is moved back to end at V; columns already seen are masked.
     """
     v = weight.shape[walk.vocab_axis]
     start = jnp.minimum(j * vb, v - vb)
-    w = jax.lax.dynamic_slice_in_dim(weight, start, vb, walk.vocab_axis)
+    w = jax.lax.dynamic_slice_in_dim(weight, start, vb, walk.vocab_axis).astype(dtype)
     return w, start, start + jnp.arange(vb) >= j * vb
 
 
@@ -247,7 +250,7 @@ def _forward(walk, h, weight, targets, scored):
 
         def block(j, carry):
             top, total, target = carry
-            w, start, new = _tile(walk, weight, j, vb)
+            w, start, new = _tile(walk, weight, h.dtype, j, vb)
             z = transformer.softcap(
                 _dot(walk, x, w, (1, 1 - walk.vocab_axis)), walk.cap
             )
@@ -294,7 +297,7 @@ def _backward(walk, residuals, g):
 
         def block(j, carry):
             dx, dweight = carry
-            w, start, new = _tile(walk, weight, j, vb)
+            w, start, new = _tile(walk, weight, h.dtype, j, vb)
             z = transformer.softcap(
                 _dot(walk, x, w, (1, 1 - walk.vocab_axis)), walk.cap
             )

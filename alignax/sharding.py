@@ -115,6 +115,20 @@ def put_params(params, mesh: Mesh):
     return place(params)
 
 
+def check_hosts(mesh: Mesh) -> None:
+    """Raises ValueError if several hosts cannot feed this mesh; logs idle devices."""
+    hosts, devices = jax.process_count(), len(jax.devices())
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if hosts > 1 and (mesh.size != devices or shards % hosts):
+        raise ValueError(
+            f"mesh {dict(mesh.shape)} on {hosts} hosts: it must use all {devices} devices, "
+            f"and data*fsdp={shards} must be a multiple of {hosts}, so that each host "
+            "feeds rows of its own"
+        )
+    if mesh.size < devices:
+        log.warning("the mesh uses %d of %d devices", mesh.size, devices)
+
+
 def check_batch_size(batch_size: int, accumulate: int, mesh: Mesh) -> None:
     """Raises ValueError if a step's prompts do not divide over micro-batches and mesh."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]

@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignax import build, checkpoint, logprob, sharding
+from alignax import build, checkpoint, sharding
 from alignax.batch import LM, Metrics, Scores
 from alignax.metrics import Writer, flops_per_token, mfu
 from alignax.models import transformer
 from alignax.models.transformer import ModelConfig
 from alignax.progress import progress
-from alignax.source import describe
+from alignax.source import annotate, describe
 from alignax.step import TrainState, init_state, make_train_step
 
 log = logging.getLogger(__name__)
@@ -93,10 +93,14 @@ def _loop(config, run, state, record, latest, best, writer, stop, start):
         accumulate=config.accumulate, average=config.average, moving=run.moving,
     )  # fmt: skip
     flops = flops_per_token(transformer.num_params(state.params), "train")
-    seen, saved, clock = set(), start, time.monotonic()
+    seen, clock = set(), time.monotonic()
+    saved = f"step {start} in {run.workdir}/checkpoints" if start else "none yet"
 
     def save(to, state):
-        meta = {"data": run.source.state(), "best": record, "seed": config.seed}
+        meta = {
+            "data": run.source.state() if run.source else None, "best": record,
+            "seed": config.seed, "config": build.plain(config),
+        }  # fmt: skip
         checkpoint.save(to, state, model=model, meta=meta)
 
     def evaluate(state, at):
@@ -140,8 +144,7 @@ def _loop(config, run, state, record, latest, best, writer, stop, start):
         if not np.isfinite([metrics["train/loss"], metrics["train/grad_norm"]]).all():
             raise NonFiniteLoss(
                 f"loss {metrics['train/loss']}, gradient norm {metrics['train/grad_norm']} at "
-                f"step {at}; batch {ids}; last good checkpoint: step {saved} in "
-                f"{run.workdir}/checkpoints"
+                f"step {at}; batch {ids}; last good checkpoint: {saved}"
             )
         seconds, clock = time.monotonic() - clock, time.monotonic()
         metrics["train/tokens_per_second"] = tokens / seconds
@@ -152,17 +155,21 @@ def _loop(config, run, state, record, latest, best, writer, stop, start):
         return metrics
 
     metrics = evaluate(state, 0) if start == 0 and config.eval_at_start else {}
-    finished = False
+    finished = bool(config.patience) and record["stale"] >= config.patience
+    last = start if finished else config.num_steps
+    profiling = False
     with progress(config.num_steps, start=start, name=run.name) as show:
-        for at in range(start, config.num_steps):
+        for at in range(start, last):
             rows = run.source.next(state.params, at)
             ids = run.source.report().get("ids", [])
             batch = sharding.put_batch(rows, run.mesh)
             if at == 0:
                 run.say(describe(rows, run.tokenizer))
                 checked = start_check(config, run, state, batch, writer)
-            if config.profile and at == config.profile[0]:
-                jax.profiler.start_trace(f"{run.workdir}/profile")
+            if config.profile and config.profile[0] <= at < config.profile[1]:
+                if not profiling:
+                    jax.profiler.start_trace(f"{run.workdir}/profile")
+                profiling = True
             with jax.transfer_guard("disallow"):
                 state, device_metrics = step(state, run.lms, batch)
             shape = rows.tokens.shape
@@ -190,16 +197,19 @@ def _loop(config, run, state, record, latest, best, writer, stop, start):
                 done = settle()
                 writer.write(now, done)
             show(now, done)
-            if config.profile and now == config.profile[1]:
+            if profiling and (ending or now == config.profile[1]):
                 jax.profiler.stop_trace()
+                profiling = False
             if evaluating:
                 metrics = evaluate(state, now)
                 finished = judged(metrics, state, now)
-            if ending or saving or finished:
-                if latest.latest_step() != now:
-                    save(latest, state)
-                saved = now
-            if stop() and now < config.num_steps:
+            stopping = stop()  # it may also have come during the evaluation
+            if stopping and pending:
+                writer.write(now, settle())
+            if ending or saving or finished or stopping:
+                save(latest, state)
+                saved = f"step {now} in {run.workdir}/checkpoints"
+            if stopping and now < config.num_steps:
                 latest.wait_until_finished()
                 raise Preempted(
                     f"SIGTERM at step {now}: saved; the same command goes on"
@@ -214,6 +224,8 @@ def _loop(config, run, state, record, latest, best, writer, stop, start):
     if not finished:
         metrics = evaluate(state, at)
         judged(metrics, state, at)
+        if config.best_metric and start < config.num_steps:
+            save(latest, state)  # with what the last evaluation found
     latest.wait_until_finished()
     best.wait_until_finished()
     build.finish(config, run, metrics, record)
@@ -232,15 +244,13 @@ def start_check(config, run, state, batch, writer) -> bool:
     """
     if "ref_logps" not in run.loss.needs or config.lms.get("ref") != "init":
         return False
-    score = jax.jit(functools.partial(logprob.score, mesh=run.mesh))
-    lms = {
-        **run.lms,
-        **{name: LM(run.policy.config, state.average) for name in run.moving},
-    }
+    score = build.compiled_score(run.mesh, run.loss.needs)
+    moving = {name: LM(run.policy.config, state.average) for name in run.moving}
+    batch = annotate(batch, {**run.lms, **moving}, needs=run.loss.needs, score=score)
     policy: Scores = score(LM(run.policy.config, state.params), batch)
-    ref = score(lms["ref"], batch).logps
-    largest = float(jnp.abs(policy.logps - ref).max())
-    value = float(run.loss(policy, batch._replace(ref_logps=ref))[0].mean())
+    largest = float(jnp.abs(policy.logps - batch.ref_logps).max())
+    given = {"ema": state.ema} if run.loss.ema else {}
+    value = float(run.loss(policy, batch, **given)[0].mean())
     writer.write(0, {"start/loss": value, "start/log_ratio": largest})
     run.say(
         f"step 0: policy = reference: largest log-ratio {largest:g}, loss {value:.7f}"

@@ -14,6 +14,7 @@ def get_config() -> ConfigDict:
     c.buckets = ()  # the values of T that occur; () = length and its 1/2, 1/4, 1/8
     c.mesh = (1, 1, 1)  # data, fsdp, model; one may be -1
     c.average = 0.0  # decay of the parameters' exponential average; 0 keeps none
+    c.date = "2024-07-26"  # what a chat template that prints a date prints
     c.tokenizer = ""  # 'bytes', a folder or a .gguf; '' = the one beside the weights
 
     c.model = ConfigDict()
@@ -59,4 +60,7 @@ def get_config() -> ConfigDict:
     c.plots = True
     c.profile = ()  # (first, last) step of a profiler window
     c.wandb = False
+    c.lock()
+    for section in (c.model.sizes, c.loss, c.lms, c.data, c.mixture, c.evals, c.eval_data):
+        section.unlock()
     return c

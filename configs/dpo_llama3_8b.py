@@ -3,7 +3,7 @@
 Source: Rafailov et al. 2023, https://arxiv.org/abs/2305.18290; model: Dubey et al. 2024,
 https://arxiv.org/abs/2407.21783
 Command: launch/tpu_pod.sh configs/dpo_llama3_8b.py gs://BUCKET/runs/dpo_llama3_8b
-  --config.model.path=WEIGHTS --config.data.path=PAIRS.jsonl --config.eval_data.path=...
+  --config.model.path=WEIGHTS --config.data.path=PAIRS.jsonl
 Sizes are here so that --explain needs no weights. Cost and result: not run yet.
 """
 
@@ -17,9 +17,9 @@ def get_config(arg: str = ""):
     c.model.dtype, c.model.remat = "bfloat16", "block"
     c.loss = {"name": "dpo", "beta": 0.1, "label_smoothing": 0.0}
     c.lms = {"ref": "init"}
-    c.data = {"name": "jsonl", "split": "train", "path": ""}
-    c.eval_data = {"name": "jsonl", "split": "test", "path": "", "test_fraction": 0.05}
-    c.data.test_fraction = 0.05
+    c.data = {"name": "jsonl", "split": "train", "path": "", "test_fraction": 0.05}
+    c.eval_data = {**c.data, "split": "test"}
+    c.eval_data.path = c.data.get_oneway_ref("path")  # one file, two splits
     c.evals = {"ranking_accuracy": {}}
     c.mesh = (1, 64, 1)
     c.num_steps, c.batch_size, c.length = 1000, 128, 2048

@@ -72,7 +72,5 @@ def get_config(arg: str = ""):
         "size": 256,
     }
 
-    base.stages = ConfigDict(
-        {"sft": sft, "reward_model": reward_model, "dpo": dpo}, sort_keys=False
-    )
-    return base
+    stages = {"sft": sft, "reward_model": reward_model, "dpo": dpo}
+    return ConfigDict({"stages": ConfigDict(stages, sort_keys=False)})

@@ -81,8 +81,10 @@ def test_an_unwritable_workdir_is_one_line(config, tmp_path):
     assert_one_line(result, f"cannot write to workdir {tmp_path}/file/run")
 
 
+@pytest.mark.slow
 def test_debug_runs_without_jit_and_shows_tracebacks(config, tmp_path):
-    flags = ("--debug", "--config.num_steps=1", "--config.batch_size=1")
+    flags = ["--debug", "--config.num_steps=1", "--config.batch_size=1"]
+    flags += ["--config.length=40", "--config.buckets=(40,)"]
     result = run(config, *flags, "--workdir", tmp_path / "run")
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "run" / "metrics.jsonl").exists()

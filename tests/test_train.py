@@ -386,4 +386,6 @@ def test_tokens_per_second_is_never_more_than_was_done(tmp_path, monkeypatch):
 def test_log_every_thins_the_lines_and_keeps_the_last(tmp_path):
     train.train(tiny.config(log_every=4), str(tmp_path))
     told = list(rows(tmp_path, "train/loss"))
-    assert (told[0], told[-1]) == (4, 6)
+    assert 4 in told
+    assert not {2, 3} & set(told)
+    assert told[-1] == 6

@@ -129,7 +129,7 @@ class Norm(nn.Module):
         scale = self.param("scale", init, (x.shape[-1],))
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32**2, -1, keepdims=True) + self.eps)
-        return (x32 * (scale + 1.0 if self.offset else scale)).astype(x.dtype)
+        return (x32 * (scale.astype(jnp.float32) + float(self.offset))).astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
@@ -403,7 +403,7 @@ def hidden(
     c, params = lm.config, lm.params
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-    x = params["embed"].astype(c.dtype)[tokens]
+    x = params["embed"][tokens].astype(c.dtype)  # the table's gradient stays float32
     if c.embed_scale:
         x = x * jnp.asarray(c.width**0.5, x.dtype)
     ropes = (

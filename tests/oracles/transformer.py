@@ -110,7 +110,7 @@ def mlp(config, p, x):
 def hidden(config, params, tokens):
     """Hidden states [T, D] of one row of ids [T], after the final norm."""
     local = config.local_layers or [config.window is not None] * config.num_layers
-    x = params["embed"][tokens]
+    x = params["embed"][jnp.asarray(tokens)]
     if config.embed_scale:
         x = x * math.sqrt(config.width)
     for layer in range(config.num_layers):
@@ -138,11 +138,10 @@ def row_logps(logits_tv, tokens):
     """[T]: log p(tokens[t] | tokens[<t]); 0 at t = 0."""
     z = logits_tv - logits_tv.max(-1, keepdims=True)
     z = z - jnp.log(jnp.exp(z).sum(-1, keepdims=True))
-    picked = z[np.arange(len(tokens) - 1), tokens[1:]]
+    picked = z[np.arange(len(tokens) - 1), jnp.asarray(tokens)[1:]]
     return jnp.concatenate([jnp.zeros(1, z.dtype), picked])
 
 
 def logps(config, params, tokens):
     """[N, T] of rows of ids [N, T], every token but the first scored."""
-    rows = [row_logps(logits(config, params, row), row) for row in np.asarray(tokens)]
-    return jnp.stack(rows)
+    return jax.vmap(lambda row: row_logps(logits(config, params, row), row))(tokens)
