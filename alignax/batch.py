@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 Params = dict[str, Any]  # nested dict of arrays, the tree that a model owns
+Number = float | Float[Array, ""]  # a hyper-parameter of a loss: traced in a step
 Metrics = dict[str, Any]  # name -> scalar (evaluations may add 'samples': rows of text)
 Message = dict[str, str]  # {'role': 'system' | 'user' | 'assistant', 'content': text}
 

@@ -10,7 +10,7 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -100,17 +100,6 @@ def build(config, workdir: str) -> Run:
     eval_data = load_examples(config.eval_data) if config.eval_data else None
     if evals and eval_data is None:
         raise ValueError(f"evals {sorted(evals)} need config.eval_data")
-    folder = prepare(workdir, config)
-    say = functools.partial(print, flush=True) if jax.process_index() == 0 else _quiet
-    if data is not None:
-        say(f"data: {summary(data.report())}")
-    if eval_data is not None:
-        size = config.eval_batch_size or config.batch_size
-        batches = source.eval_batches(
-            eval_data, text, batch_size=size, length=config.length,
-            vocab_size=policy.config.vocab_size,
-        )  # fmt: skip
-        say(f"evaluation data: {summary(batches.report)}")
     rate = optim.schedule(
         config.optim.lr, config.num_steps, kind=config.optim.schedule,
         warmup=config.optim.warmup, final=config.optim.final,
@@ -151,6 +140,18 @@ def build(config, workdir: str) -> Run:
         raise ValueError(
             f"loss {loss.name!r} needs {missing}: add config.lms, there are {sorted(lms)}"
         )
+    # Last, so that a config that cannot run leaves nothing behind.
+    folder = prepare(workdir, config)
+    say = functools.partial(print, flush=True) if jax.process_index() == 0 else _quiet
+    if data is not None:
+        say(f"data: {summary(data.report())}")
+    if eval_data is not None:
+        size = config.eval_batch_size or config.batch_size
+        batches = source.eval_batches(
+            eval_data, text, batch_size=size, length=config.length,
+            vocab_size=policy.config.vocab_size,
+        )  # fmt: skip
+        say(f"evaluation data: {summary(batches.report)}")
     return Run(
         epath.Path(folder).name, folder, mesh, text, policy, lms, tuple(moving), loss, rate, tx,
         data, evals, eval_data, say,
@@ -180,15 +181,13 @@ def check(config) -> None:
             raise ValueError(f"config.{name} has no 'name'")
 
 
-def bind(config, folder: str, spec: Mapping[str, Any]) -> plugin.Bound:
+def bind(config, folder: str, spec: Any) -> plugin.Bound:
     """Loads the plug-in that a config section names; the other keys are its own."""
     spec = dict(spec)
     return plugin.load(folder, spec.pop("name"), spec)
 
 
-def load_examples(
-    spec: Mapping[str, Any], drop: tuple[str, ...] = ()
-) -> Sequence[Example]:
+def load_examples(spec: Any, drop: tuple[str, ...] = ()) -> Sequence[Example]:
     """The examples that a data section describes."""
     spec = {k: v for k, v in spec.items() if k not in drop}
     return plugin.load("data", spec.pop("name"), spec)()

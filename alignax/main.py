@@ -48,13 +48,13 @@ def main(argv):
     from alignax import build, train  # after the backend is set up
     from alignax.checkpoint import CheckpointError
 
-    if EXPLAIN.value:
-        print(build.explain(CONFIG.value))
-        return
-    if not WORKDIR.value:
+    if not WORKDIR.value and not EXPLAIN.value:
         raise app.UsageError("--workdir is needed")
     try:
-        train.train(CONFIG.value, WORKDIR.value)
+        if EXPLAIN.value:
+            print(build.explain(CONFIG.value))
+            return
+        train.train(CONFIG.value, str(WORKDIR.value))
     except train.Preempted as event:
         print(event, file=sys.stderr)
         sys.exit(os.EX_TEMPFAIL)

@@ -69,9 +69,11 @@ def make_tx(
     makers = {
         "adamw": lambda: optax.adamw(rate, b1, b2, weight_decay=weight_decay, mask=decayed),
         "lion": lambda: optax.lion(rate, b1, b2, weight_decay=weight_decay, mask=decayed),
-        "adafactor": lambda: optax.adafactor(
-            rate, multiply_by_parameter_scale=False, clipping_threshold=None,
-            weight_decay_rate=weight_decay or None, weight_decay_mask=decayed,
+        # not optax.adafactor, whose weight decay the learning rate does not scale
+        "adafactor": lambda: optax.chain(
+            optax.scale_by_factored_rms(),
+            optax.add_decayed_weights(weight_decay, decayed),
+            optax.scale_by_learning_rate(rate),
         ),
     }  # fmt: skip
     if name not in makers:

@@ -94,6 +94,8 @@ def bind(
                 f"{name} has no hyper-parameter {key!r}{hint}; it takes {names}"
             )
         default = takes[key].default
+        if isinstance(default, bool) and not isinstance(value, bool):
+            raise ValueError(f"{name}: {key}={value!r} should be True or False")
         number = isinstance(default, int | float) and not isinstance(default, bool)
         if number and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise ValueError(

@@ -16,7 +16,7 @@ import numpy as np
 
 from alignax import build, checkpoint, sharding
 from alignax.batch import LM, Metrics, Scores
-from alignax.metrics import Writer, flops_per_token, mfu
+from alignax.metrics import Writer, flops_per_token, mfu, read
 from alignax.models import transformer
 from alignax.models.transformer import ModelConfig
 from alignax.progress import progress
@@ -93,7 +93,8 @@ def _loop(config, run, state, record, latest, best, writer, stop, start):
         accumulate=config.accumulate, average=config.average, moving=run.moving,
     )  # fmt: skip
     flops = flops_per_token(transformer.num_params(state.params), "train")
-    seen, clock = set(), time.monotonic()
+    seen = set()
+    clock, window = time.monotonic(), 0  # since the devices were last idle: s, tokens
     saved = f"step {start} in {run.workdir}/checkpoints" if start else "none yet"
 
     def save(to, state):
@@ -135,7 +136,7 @@ def _loop(config, run, state, record, latest, best, writer, stop, start):
 
     def settle():
         """Waits for the step before and checks its metrics."""
-        nonlocal pending, clock
+        nonlocal pending, window
         if pending is None:
             return {}
         at, metrics, ids, tokens = pending
@@ -146,15 +147,17 @@ def _loop(config, run, state, record, latest, best, writer, stop, start):
                 f"loss {metrics['train/loss']}, gradient norm {metrics['train/grad_norm']} at "
                 f"step {at}; batch {ids}; last good checkpoint: {saved}"
             )
-        seconds, clock = time.monotonic() - clock, time.monotonic()
-        metrics["train/tokens_per_second"] = tokens / seconds
-        utilisation = mfu(flops * tokens, seconds, run.mesh.devices.flatten())
+        window += tokens
+        seconds = time.monotonic() - clock
+        metrics["train/tokens_per_second"] = window / seconds
+        utilisation = mfu(flops * window, seconds, list(run.mesh.devices.flat))
         if utilisation is not None:
             metrics["train/mfu"] = utilisation
         metrics["train/lr"] = float(run.rate(at - 1))
         return metrics
 
     metrics = evaluate(state, 0) if start == 0 and config.eval_at_start else {}
+    done_before = start == config.num_steps and evaluated(run.workdir, start)
     finished = bool(config.patience) and record["stale"] >= config.patience
     last = start if finished else config.num_steps
     profiling = False
@@ -170,7 +173,9 @@ def _loop(config, run, state, record, latest, best, writer, stop, start):
                 if not profiling:
                     jax.profiler.start_trace(f"{run.workdir}/profile")
                 profiling = True
-            with jax.transfer_guard("disallow"):
+            # Without jit (--debug) every constant is a transfer.
+            eager: bool = jax.config.jax_disable_jit  # type: ignore[attr-defined]
+            with jax.transfer_guard("allow" if eager else "disallow"):
                 state, device_metrics = step(state, run.lms, batch)
             shape = rows.tokens.shape
             seen.add(shape)
@@ -193,7 +198,8 @@ def _loop(config, run, state, record, latest, best, writer, stop, start):
             saving = config.checkpoint.every and now % config.checkpoint.every == 0
             if done and (at % config.log_every == 0 or ending):
                 writer.write(at, done)
-            if ending or evaluating or saving:  # nothing unchecked is ever saved
+            idle = ending or evaluating or saving or at == start
+            if idle:  # nothing unchecked is ever saved
                 done = settle()
                 writer.write(now, done)
             show(now, done)
@@ -214,14 +220,15 @@ def _loop(config, run, state, record, latest, best, writer, stop, start):
                 raise Preempted(
                     f"SIGTERM at step {now}: saved; the same command goes on"
                 )
-            clock = time.monotonic() if evaluating or saving else clock
+            if idle:
+                clock, window = time.monotonic(), 0
             if finished:
                 run.say(
                     f"no better {config.best_metric} in {config.patience} evaluations: stop"
                 )
                 break
     at = int(state.step)
-    if not finished:
+    if not finished and not done_before:
         metrics = evaluate(state, at)
         judged(metrics, state, at)
         if config.best_metric and start < config.num_steps:
@@ -230,6 +237,12 @@ def _loop(config, run, state, record, latest, best, writer, stop, start):
     best.wait_until_finished()
     build.finish(config, run, metrics, record)
     return state
+
+
+def evaluated(workdir: str, step: int) -> bool:
+    """Whether the evaluations of `step` > 0 are in the metrics already."""
+    rows = [row for row in read(workdir) if row["step"] == step] if step else []
+    return any(key.startswith("eval/") for row in rows for key in row)
 
 
 def start_check(config, run, state, batch, writer) -> bool:

@@ -61,6 +61,14 @@ def get_config() -> ConfigDict:
     c.profile = ()  # (first, last) step of a profiler window
     c.wandb = False
     c.lock()
-    for section in (c.model.sizes, c.loss, c.lms, c.data, c.mixture, c.evals, c.eval_data):
+    for section in (
+        c.model.sizes,
+        c.loss,
+        c.lms,
+        c.data,
+        c.mixture,
+        c.evals,
+        c.eval_data,
+    ):
         section.unlock()
     return c

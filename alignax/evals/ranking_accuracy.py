@@ -10,6 +10,7 @@ Differs from the paper: the idealised accuracy, which needs the labellers' agree
 not computed.
 """
 
+import jax.numpy as jnp
 import numpy as np
 
 from alignax import masked, source
@@ -45,7 +46,9 @@ def evaluate(
         if lm.config.value_head:
             values = score(lm, batch, needs=("values",)).values
             pieces["reward"].append(
-                np.asarray(masked.last(values, batch.mask))[keep, :2]
+                np.asarray(masked.last(jnp.asarray(values), jnp.asarray(batch.mask)))[
+                    keep, :2
+                ]
             )
             continue
         policy = score(lm, batch).logps.sum(-1)

@@ -10,6 +10,7 @@ judge with the reward that trained the policy.
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from alignax import plugin, rewards, source
@@ -65,8 +66,8 @@ def evaluate(
             seed = jax.random.fold_in(key, 2 * i + side)
             out = generate(
                 model,
-                p.tokens,
-                p.lengths,
+                jnp.asarray(p.tokens),
+                jnp.asarray(p.lengths),
                 seed,
                 max_new=max_new,
                 temperature=temperature,

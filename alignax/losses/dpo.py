@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from alignax.batch import Batch, Metrics, Scores
+from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps", "ref_logps")
 
 
 def loss(
-    policy: Scores, batch: Batch, *, beta: float = 0.1, label_smoothing: float = 0.0
+    policy: Scores, batch: Batch, *, beta: Number = 0.1, label_smoothing: Number = 0.0
 ) -> tuple[Float[Array, " B"], Metrics]:
     """Logistic loss on the difference of implicit rewards.
 

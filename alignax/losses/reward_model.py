@@ -14,13 +14,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from alignax import masked
-from alignax.batch import Batch, Metrics, Scores
+from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("values",)
 
 
 def loss(
-    policy: Scores, batch: Batch, *, margin: float = 0.0, centring: float = 0.0
+    policy: Scores, batch: Batch, *, margin: Number = 0.0, centring: Number = 0.0
 ) -> tuple[Float[Array, " B"], Metrics]:
     """Logistic loss on the difference of two scalar rewards.
 
