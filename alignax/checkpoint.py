@@ -9,6 +9,7 @@ is used; a checkpoint of another model is an error, never a fallback.
 import dataclasses
 import functools
 import logging
+import time
 from typing import Any
 
 import jax
@@ -134,7 +135,8 @@ def restore(manager: ocp.CheckpointManager, state):
         if step != steps[0]:
             log.warning("falling back to checkpoint %d in %s", step, manager.directory)
             for newer in [s for s in steps if s > step]:  # set aside, not deleted
-                aside = manager.directory.parent / f"unreadable-{newer}"
+                name = f"{manager.directory.name}-{newer}-unreadable-{time.time_ns()}"
+                aside = manager.directory.parent / name
                 (manager.directory / str(newer)).rename(aside)
             manager.reload()
         fields = {k: v for k, v in got.rest.items() if k != "step"}

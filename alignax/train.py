@@ -95,7 +95,9 @@ def _loop(config, run, state, record, latest, best, writer, stop, start):
     flops = flops_per_token(transformer.num_params(state.params), "train")
     seen = set()
     clock, window = time.monotonic(), 0  # since the devices were last idle: s, tokens
-    saved = f"step {start} in {run.workdir}/checkpoints" if start else "none yet"
+    saved = (
+        f"step {start} in {run.workdir}/checkpoints" if start else "no checkpoint yet"
+    )
 
     def save(to, state):
         meta = {

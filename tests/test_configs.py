@@ -110,7 +110,7 @@ def test_survives_json_and_overrides(name, arg):
     assert json.loads(json.dumps(config.to_dict()))
     config.lock()
     with pytest.raises(AttributeError, match='Did you mean "batch_size"'):
-        config.batch_sise = 8
+        stages(config)[0].batch_sise = 8
 
 
 @names
