@@ -305,7 +305,7 @@ def _backward(walk, residuals, g):
             dz = g_x[:, None] * (hit - jnp.exp(z - lse[:, None]))
             if walk.cap is not None:
                 dz = dz * (1 - (z / walk.cap) ** 2)
-            # A dead slot has g = 0 but lse = 0, so exp may be inf: select, do not scale.
+            # Repeated columns of the last tile, and rows without a cotangent, add nothing.
             dz = jnp.where(new[None] & (g_x != 0)[:, None], dz, 0.0).astype(h.dtype)
             dx = dx + _dot(walk, dz, w, (1, walk.vocab_axis))
             left, right = (dz, x) if walk.vocab_axis == 0 else (x, dz)
