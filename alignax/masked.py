@@ -52,6 +52,16 @@ def token_weights(
     return scored * share / (length or batch.mask.shape[-1])
 
 
+def reference(batch: Batch) -> Float[Array, "B G T"]:
+    """`ref_logps`, nats; raises ValueError when nothing has filled them."""
+    if batch.ref_logps is None:
+        raise ValueError(
+            "Batch.ref_logps is None: name a frozen reference (config.lms.ref='init') "
+            "or fill the field with source.annotate(batch, {'ref': lm})"
+        )
+    return batch.ref_logps
+
+
 def mean(x: Float[Array, "*S"], mask: Bool[Array, "*S"]) -> Float[Array, ""]:
     """Mean of x where mask; 0 where nothing is."""
     return jnp.where(mask, x, 0.0).sum() / jnp.maximum(mask.sum(), 1)

@@ -52,7 +52,8 @@ def load(folder: str, name: str, hyper: Mapping[str, Any] | None = None) -> Boun
 
     Raises:
       ValueError: unknown name (alternatives are listed), unknown hyper-parameter (the
-        function's own are listed), or a value whose type cannot be the parameter's.
+        function's own are listed), a value whose type cannot be the parameter's, or one
+        outside the interval that the module states in RANGES.
     """
     module, function = _find(folder, name)
     return bind(function, hyper, name=f"{folder}.{name}", module=module)
@@ -103,6 +104,7 @@ def bind(
             )
         if isinstance(default, float):
             given[key] = float(value)
+        _check_range(name, key, given[key], getattr(module, "RANGES", {}).get(key))
     missing = [k for k, p in takes.items() if p.default is p.empty and k not in given]
     if missing:
         raise ValueError(f"{name} needs a value for {', '.join(map(repr, missing))}")
@@ -113,6 +115,17 @@ def bind(
         bool(getattr(module, "COUPLED", False)),
         dict(getattr(module, "EMA", {})),
     )  # fmt: skip
+
+
+def _check_range(name: str, key: str, value: Any, interval: str | None) -> None:
+    """Raises ValueError for a number outside its interval, as in '[0, 0.5)'."""
+    if interval is None:
+        return
+    low, high = map(float, interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    below = value <= high if interval[-1] == "]" else value < high
+    if not (above and below):
+        raise ValueError(f"{name}: {key}={value!r} is outside {interval}")
 
 
 def _find(folder: str, name: str):

@@ -20,15 +20,15 @@ def get_config(arg: str = ""):
     c.loss = {"name": "dpo", "beta": 0.1, "label_smoothing": 0.0}
     c.lms = {"ref": "init"}
     c.data = {"name": "hh_rlhf", "split": "train", "kind": "pairs", "path": ""}
-    c.data.size = 192  # pairs; 0 takes all
+    c.data.size = 800  # pairs; 0 takes all
     c.data.test_fraction = 0.25
     c.eval_data = {**c.data, "split": "test", "size": 0}
     c.eval_data.path = c.data.get_oneway_ref("path")  # one file, two splits
     c.evals = {"ranking_accuracy": {}}
-    c.num_steps, c.batch_size = 48, 8
+    c.num_steps, c.batch_size = 240, 8
     c.length, c.buckets = 128, (64, 96, 128)
-    c.optim.lr, c.optim.warmup = 5e-5, 5
-    c.checkpoint.every = 24
+    c.optim.lr, c.optim.warmup = 4e-5, 10
+    c.checkpoint.every = 120
     if arg == "smoke":
         models.smoke(c, kind="pairs")
     return c

@@ -255,6 +255,14 @@ def test_every_hyper_parameter_changes_the_output(bound, make_batch):
         assert any(changed), f"{name} changes nothing"
 
 
+def test_a_range_is_that_of_a_hyper_parameter_and_holds_its_default(module):
+    """Binding the defaults has checked them against the ranges already."""
+    bound = plugin.bind(module.loss)
+    ranges = getattr(module, "RANGES", {})
+    assert set(ranges) <= set(bound.hyper)
+    assert "beta" not in bound.hyper or ranges["beta"].startswith("(0,")
+
+
 def test_the_module_states_its_source(module):
     doc = module.__doc__ or ""
     assert re.search(r"https?://\S+", doc), "no URL"

@@ -1,5 +1,6 @@
 """Names and hyper-parameters: what is found, and what the error says when it is not."""
 
+import re
 import sys
 import textwrap
 import types
@@ -156,3 +157,23 @@ def test_calling_a_bound_plugin_passes_its_hyper_parameters():
         return x, a, b
 
     assert plugin.bind(f, {"a": 5})(0, b=7) == (0, 5.0, 7)
+
+
+@pytest.mark.parametrize(
+    ("hyper", "interval"),
+    [
+        ({"beta": 0.0}, "(0, inf)"),
+        ({"beta": -1}, "(0, inf)"),
+        ({"beta": float("nan")}, "(0, inf)"),
+        ({"label_smoothing": 0.5}, "[0, 0.5)"),
+        ({"label_smoothing": -0.1}, "[0, 0.5)"),
+    ],
+)
+def test_a_number_outside_its_range_is_refused(hyper, interval):
+    (name,) = hyper
+    with pytest.raises(ValueError, match=f"{name}=.* is outside {re.escape(interval)}"):
+        plugin.load("losses", "dpo", hyper)
+
+
+def test_the_ends_of_a_range_are_kept_where_it_is_closed():
+    assert plugin.load("losses", "dpo", {"label_smoothing": 0}).hyper["beta"] == 0.1

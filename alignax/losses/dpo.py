@@ -9,12 +9,13 @@ Differs from the paper: nothing.
 """
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from alignax import pairs
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps", "ref_logps")
+RANGES = {"beta": "(0, inf)", "label_smoothing": "[0, 0.5)"}
 
 
 def loss(
@@ -29,21 +30,15 @@ def loss(
       label_smoothing: probability that a label is flipped, in [0, 0.5).
 
     Returns:
-      [B] values (0 where either response is invalid) and metrics 'accuracy' (share of
-      pairs ranked right, ties count half), 'margin' (β h), 'log_ratio_chosen' and
+      As `pairs.outcome`, of implicit rewards; 'log_ratio_chosen' and
       'log_ratio_rejected' (nats).
     """
-    log_ratio = (policy.logps - batch.ref_logps).sum(-1)
-    chosen, rejected = log_ratio[:, 0], log_ratio[:, 1]
+    chosen, rejected = pairs.log_ratios(policy, batch)
     margin = beta * (chosen - rejected)
     value = -(1 - label_smoothing) * jax.nn.log_sigmoid(
         margin
     ) - label_smoothing * jax.nn.log_sigmoid(-margin)
-    metrics = {
-        "accuracy": (jnp.sign(margin) + 1) / 2,
-        "margin": margin,
-        "log_ratio_chosen": chosen,
-        "log_ratio_rejected": rejected,
-    }
-    valid = batch.valid[:, :2].all(-1)
-    return jnp.where(valid, value, 0.0), metrics
+    return pairs.outcome(
+        batch, value, beta * chosen, beta * rejected,
+        log_ratio_chosen=chosen, log_ratio_rejected=rejected,
+    )  # fmt: skip

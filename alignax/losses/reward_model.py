@@ -10,13 +10,13 @@ from the mask, so that neither padding nor template tokens after EOS can be read
 """
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from alignax import masked
+from alignax import masked, pairs
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("values",)
+RANGES = {"margin": "[0, inf)", "centring": "[0, inf)"}
 
 
 def loss(
@@ -31,18 +31,12 @@ def loss(
       centring: weight of the squared sum, >= 0; pins the free additive constant.
 
     Returns:
-      [B] values (0 where either response is invalid) and metrics 'accuracy' (ties count
-      half), 'margin' (reward difference), 'reward_chosen', 'reward_rejected'.
+      As `pairs.outcome`, of rewards; 'reward_chosen' and 'reward_rejected'.
     """
     reward = masked.last(policy.values, batch.mask)
-    chosen, rejected = reward[:, 0], reward[:, 1]
-    gap = chosen - rejected
-    value = -jax.nn.log_sigmoid(gap - margin) + centring * (chosen + rejected) ** 2
-    metrics = {
-        "accuracy": (jnp.sign(gap) + 1) / 2,
-        "margin": gap,
-        "reward_chosen": chosen,
-        "reward_rejected": rejected,
-    }
-    valid = batch.valid[:, :2].all(-1)
-    return jnp.where(valid, value, 0.0), metrics
+    chosen, rejected = pairs.sides(reward, batch)
+    value = -jax.nn.log_sigmoid(chosen - rejected - margin)
+    value += centring * (chosen + rejected) ** 2
+    return pairs.outcome(
+        batch, value, chosen, rejected, reward_chosen=chosen, reward_rejected=rejected
+    )

@@ -104,3 +104,16 @@ def test_a_pair_without_one_of_its_sides_costs_nothing(slot):
     )
     assert float(values) == 0
     assert not np.asarray(grad).any()
+
+
+def test_one_response_a_prompt_is_no_pair(make_batch):
+    batch = make_batch(2, 1, 8)
+    scores = Scores(jnp.zeros(batch.mask.shape))
+    with pytest.raises(ValueError, match="pairs got 1 responses a prompt"):
+        dpo.loss(scores, batch._replace(ref_logps=scores.logps))
+
+
+def test_a_missing_reference_is_named(make_batch):
+    batch = make_batch(2, 2, 8)
+    with pytest.raises(ValueError, match="ref_logps is None: name a frozen reference"):
+        dpo.loss(Scores(jnp.zeros(batch.mask.shape)), batch)
