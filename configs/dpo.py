@@ -4,10 +4,11 @@ Source: Rafailov et al. 2023, https://arxiv.org/abs/2305.18290; data: Bai et al.
 https://arxiv.org/abs/2204.05862
 Command: python -m alignax.main --config configs/dpo.py --workdir runs/dpo
   --config.data.path=pairs.jsonl.gz
-Cost: 2 shared CPU cores, bfloat16: 10 to 28 s a step, 40 to 90 real tokens/s, 9.2 GB.
-Result: no run of it has ended yet, so no accuracy is claimed. A first run (400 pairs, lr
-4e-5, T <= 160) made 41 steps: loss 0.693 at step 0 with a log-ratio of exactly 0, 0.49 to
-0.71 around step 35.
+Cost: 44 minutes on 2 CPU cores (all of it, evaluation too): 100 to 120 real tokens/s,
+15 s a step in bfloat16, 9.6 GB of memory.
+Result: on 459 unseen pairs the implicit reward ranks .608 [.563, .651] right (before the
+run: the reference, .5), on 400 of its own training pairs .985 [.968, .993]. Pairs seen for
+the first time were ranked .65 right during the first epoch, all of them in the second.
 """
 
 from configs import common, models
@@ -25,10 +26,10 @@ def get_config(arg: str = ""):
     c.eval_data = {**c.data, "split": "test", "size": 0}
     c.eval_data.path = c.data.get_oneway_ref("path")  # one file, two splits
     c.evals = {"ranking_accuracy": {}}
-    c.num_steps, c.batch_size = 240, 8
+    c.num_steps, c.batch_size = 150, 8
     c.length, c.buckets = 128, (64, 96, 128)
     c.optim.lr, c.optim.warmup = 4e-5, 10
-    c.checkpoint.every = 120
-    if arg == "smoke":
+    c.checkpoint.every = 75
+    if models.is_smoke(arg):
         models.smoke(c, kind="pairs")
     return c
