@@ -7,7 +7,8 @@ SFT is G=1, preference pairs are G=2 (slot 0 chosen, slot 1 rejected), rankings 
 RL groups and best-of-N G=N.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,9 @@ from jaxtyping import Array, Bool, Float, Int
 Params = dict[str, Any]  # nested dict of arrays, the tree that a model owns
 Number = float | Float[Array, ""]  # a hyper-parameter of a loss: traced in a step
 Metrics = dict[str, Any]  # name -> scalar (evaluations may add 'samples': rows of text)
-Message = dict[str, str]  # {'role': 'system' | 'user' | 'assistant', 'content': text}
+# {'role': 'system' | 'user' | 'assistant', 'content': text}; an assistant's may have a
+# 'prefill': the beginning of its content that it is given and that is not scored.
+Message = dict[str, str]
 
 
 class Example(NamedTuple):
@@ -33,6 +36,7 @@ class Example(NamedTuple):
         str | Sequence[Message]
     ]  # G of them; pairs are (chosen, rejected)
     feedback: Sequence[float] = ()  # G numbers: label, rank or reward; () means zeros
+    columns: Mapping[str, float] = MappingProxyType({})  # one number each: Batch.extra
 
 
 class Batch(NamedTuple):
@@ -67,10 +71,12 @@ class Scores(NamedTuple):
     entropy: Float[Array, "B G T"] | None = (
         None  # each filled only when a loss NEEDS it
     )
-    kl: Float[Array, "B G T"] | None = None  # exact full-vocabulary KL to a frozen LM
+    kl: Float[Array, "B G T"] | None = None  # exact, over the vocabulary: KL(π ‖ ref)
     values: Float[Array, "B G T"] | None = (
         None  # scalar head on the prefix that ends at t
     )
+    forward_kl: Float[Array, "B G T"] | None = None  # KL(ref ‖ π), likewise
+    collision: Float[Array, "B G T"] | None = None  # log Σ_v π(v)²
 
 
 class LM(NamedTuple):
@@ -215,7 +221,7 @@ def from_groups(
     return Batch(*fields)
 
 
-def flatten(batch: Batch) -> tuple[Array, Array, Array]:
+def flatten(batch: Batch) -> tuple[Any, Any, Any]:
     """Returns (tokens, mask, lengths) as [N, T], [N, T], [N] with N = B*G."""
     b, g, t = batch.tokens.shape
     return (

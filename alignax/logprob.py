@@ -6,6 +6,9 @@ log-sum-exp; the backward pass recomputes each tile from the saved log-sum-exp:
 
   log p(y) = z_y - lse(z),   d log p(y) / d z_v = 1[v = y] - exp(z_v - lse(z))
 
+The same walk reads what else a loss may need of the whole row: entropy, log Σ p², and
+the exact KL to a frozen LM either way, whose logits it tiles side by side.
+
 Its definition is temperature-free: training, reference, sampler and guidance agree.
 Under a mesh the walk runs inside `shard_map`: tokens stay where they are, the head is
 gathered over `fsdp`, the vocabulary stays split over `model`.
@@ -16,7 +19,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
@@ -25,7 +27,8 @@ from alignax.batch import LM, Batch, Scores, flatten
 from alignax.models import transformer
 
 TOKEN_TILE, VOCAB_TILE = 256, 4096  # one logit tile is 4 MiB
-FILLED = ("logps", "values")  # the fields of Scores that one pass fills
+READ = ("entropy", "collision", "kl", "forward_kl")  # read in the same walk, if asked
+COMPARED = ("kl", "forward_kl")  # of these, what needs a frozen LM
 
 
 def token_logps(
@@ -54,6 +57,7 @@ def score(
     batch: Batch,
     *,
     needs: tuple[str, ...] = (),
+    kl_to: LM | None = None,
     mesh: Mesh | None = None,
     tiles: tuple[int, int] = (TOKEN_TILE, VOCAB_TILE),
     precision: str = "highest",
@@ -63,8 +67,10 @@ def score(
     Args:
       lm: the model; differentiable in its parameters.
       batch: [B, G, T]; only positions where `mask` is True are unembedded.
-      needs: what to return besides `logps`, out of FILLED. Names that describe the
-        batch (such as 'ref_logps') are somebody else's to fill and are ignored here.
+      needs: fields of Scores to return besides `logps`. Names that describe the batch
+        (such as 'ref_logps') are somebody else's to fill and are ignored here.
+      kl_to: the frozen LM that 'kl' and 'forward_kl' compare with; no gradient reaches
+        it. It shares the vocabulary, not the architecture.
       mesh: devices that hold the batch; None when it lives on one.
       tiles: tokens and vocabulary entries per logit tile.
       precision: of the head matmul (on TPU, float32 runs in bf16 passes unless raised).
@@ -72,19 +78,22 @@ def score(
     Returns:
       Scores with `logps[b, g, t] = log p(tokens[t] | tokens[<t])` in nats, exactly 0
       where mask is False; with 'values', `values[b, g, t]` is the scalar head on the
-      prefix that ends with token t, 0 where mask is False.
+      prefix that ends with token t, 0 where mask is False. The fields in READ are [b, g, t]
+      too, of the law of tokens[t] given tokens[<t], in nats.
 
     Raises:
-      ValueError: a field of Scores that this kernel does not fill, 'values' of a model
-        without a value head, or B that the mesh does not divide.
+      ValueError: 'values' of a model without a value head, a KL to nothing or to another
+        vocabulary, or B that the mesh does not divide.
     """
-    unknown = [n for n in needs if n in Scores._fields and n not in FILLED]
-    if unknown:
-        raise ValueError(f"score does not fill {unknown}; it fills {FILLED}")
     b, g, t = batch.tokens.shape
-    tokens, mask, _ = flatten(batch)
+    tokens, mask, _ = map(jnp.asarray, flatten(batch))  # host batches are welcome
+    fields = tuple(n for n in READ if n in needs)
+    other = None
+    if compared := [n for n in fields if n in COMPARED]:
+        other = _frozen(lm, kl_to, tokens, compared)
     h, _ = transformer.hidden(lm, tokens)
-    logps = _logps(lm, h, tokens, mask, mesh, tiles, precision).reshape(b, g, t)
+    read = _read(lm, h, tokens, mask, mesh, tiles, precision, fields, other)
+    read = {k: v.reshape(b, g, t) for k, v in read.items()}
     values = None
     if "values" in needs:
         if not lm.config.value_head:
@@ -94,7 +103,22 @@ def score(
             "ntd,d->nt", h.astype(jnp.float32), kernel, precision=precision
         )
         values = jnp.where(mask, values, 0.0).reshape(b, g, t)
-    return Scores(logps, values=values)
+    return Scores(**read, values=values)
+
+
+def _frozen(lm, kl_to, tokens, compared):
+    """(the LM to compare with, its hidden states)."""
+    if kl_to is None:
+        raise ValueError(
+            f"{compared} compare with a frozen LM: pass kl_to (config.lms.ref)"
+        )
+    ours, theirs = lm.config.vocab_size, kl_to.config.vocab_size
+    if ours != theirs:
+        raise ValueError(
+            f"{compared}: the LM has a vocabulary of {ours}, kl_to one of {theirs}"
+        )
+    kl_to = jax.lax.stop_gradient(kl_to)
+    return kl_to, transformer.hidden(kl_to, tokens)[0]
 
 
 def sequence_logps(
@@ -117,70 +141,98 @@ def sequence_logps(
     if mask is None:
         mask = jnp.ones(tokens.shape, bool)
     h, _ = transformer.hidden(lm, tokens)
-    return _logps(lm, h, tokens, mask, mesh, tiles, precision)
+    return _read(lm, h, tokens, mask, mesh, tiles, precision)["logps"]
 
 
-def _logps(lm, h, tokens, mask, mesh, tiles, precision):
-    """[N, T] log-probabilities from hidden states: the shift, then the walk."""
-    tokens, mask = jnp.asarray(tokens), jnp.asarray(mask)  # host batches are welcome
+def _read(lm, h, tokens, mask, mesh, tiles, precision, fields=(), other=None):
+    """{field: [N, T]} from hidden states: the shift, then the walk.
+
+    `other` is (frozen LM, its hidden states), for the fields that compare with it.
+    """
+    tokens, mask = jnp.asarray(tokens), jnp.asarray(mask)
     targets = jnp.roll(tokens, -1, axis=1)
     scored = jnp.roll(mask.at[:, 0].set(False), -1, axis=1)
     weight, axis = transformer.head(lm)
-    walk = Walk(axis, lm.config.final_softcap, tiles, precision)
+    sides, heads = [(h, weight)], [Head(axis, lm.config.final_softcap)]
+    if other is not None:
+        weight, axis = transformer.head(other[0])
+        sides.append((other[1], weight))
+        heads.append(Head(axis, other[0].config.final_softcap))
+    walk = Walk(tuple(heads), fields, tiles, precision)
     if mesh is None or mesh.size == 1:
-        out = _local(walk, h, weight, targets, scored)
+        out = _local(walk, tuple(sides), targets, scored)
     else:
-        out = _sharded(walk, mesh, h, weight, targets, scored)
-    return jnp.roll(out, 1, axis=1)
+        out = _sharded(walk, mesh, tuple(sides), targets, scored)
+    return {k: jnp.roll(v, 1, axis=1) for k, v in out.items()}
+
+
+class Head(NamedTuple):
+    """What is static about an output head."""
+
+    vocab_axis: int
+    cap: float | None
 
 
 class Walk(NamedTuple):
     """What is static about a walk."""
 
-    vocab_axis: int
-    cap: float | None
+    heads: tuple[Head, ...]  # the policy's and, if it is compared, the frozen LM's
+    fields: tuple[str, ...]  # what is read besides 'logps'
     tiles: tuple[int, int]
     precision: str
     mesh_axes: tuple[str, ...] = ()  # non-empty inside shard_map
     split: bool = False  # the vocabulary is split over the mesh axis 'model'
 
+    @property
+    def laws(self) -> tuple[str, ...]:
+        """'p' is the policy, 'r' the frozen LM that it is compared with."""
+        return ("p", "r")[: len(self.heads)]
 
-def _local(walk, h, weight, targets, scored):
-    n, t, d = h.shape
-    flat = (h.reshape(n * t, d), weight, targets.reshape(-1), scored.reshape(-1))
-    return _target_logps(walk, *flat).reshape(n, t)
+
+def _local(walk, sides, targets, scored):
+    n, t = targets.shape
+    sides = tuple((h.reshape(n * t, -1), w) for h, w in sides)
+    out = _walk(walk, sides, targets.reshape(-1), scored.reshape(-1))
+    return {k: v.reshape(n, t) for k, v in out.items()}
 
 
-def _sharded(walk, mesh, h, weight, targets, scored):
-    """The walk on each shard of tokens. Transposes of the two casts sum gradients."""
+def _sharded(walk, mesh, sides, targets, scored):
+    """The walk on each shard of tokens. Transposes of the casts sum gradients."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if h.shape[0] % shards:
+    if targets.shape[0] % shards:
         raise ValueError(
-            f"{h.shape[0]} rows do not divide over data*fsdp={shards} shards"
+            f"{targets.shape[0]} rows do not divide over data*fsdp={shards} shards"
         )
-    v, d = weight.shape[walk.vocab_axis], weight.shape[1 - walk.vocab_axis]
+    v = sides[0][1].shape[walk.heads[0].vocab_axis]
     split = v % mesh.shape["model"] == 0
-    gather = d % mesh.shape["fsdp"] == 0
-    names = ("model" if split else None, "fsdp" if gather else None)
-    head_spec = P(*(names if walk.vocab_axis == 0 else names[::-1]))
+    gather = [
+        w.shape[1 - head.vocab_axis] % mesh.shape["fsdp"] == 0
+        for (_, w), head in zip(sides, walk.heads, strict=True)
+    ]
     tokens_spec = P(("data", "fsdp"))
+    specs = []
+    for head, gathered in zip(walk.heads, gather, strict=True):
+        names = ("model" if split else None, "fsdp" if gathered else None)
+        specs.append(
+            (tokens_spec, P(*(names if head.vocab_axis == 0 else names[::-1])))
+        )
     axes = ("data", "fsdp", "model") if split else ("data", "fsdp")
     walk = walk._replace(mesh_axes=axes, split=split)
 
-    def shard(h, weight, targets, scored):
-        if gather:
-            weight = jax.lax.all_gather(
-                weight, "fsdp", axis=1 - walk.vocab_axis, tiled=True
-            )
-        if split:
-            h = _vary(h, ("model",))
-        weight = _vary(weight, ("data",) if gather else ("data", "fsdp"))
-        return _local(walk, h, weight, targets, scored)
+    def shard(sides, targets, scored):
+        whole = []
+        for (h, w), head, gathered in zip(sides, walk.heads, gather, strict=True):
+            if gathered:
+                w = jax.lax.all_gather(w, "fsdp", axis=1 - head.vocab_axis, tiled=True)
+            if split:
+                h = _vary(h, ("model",))
+            whole.append((h, _vary(w, ("data",) if gathered else ("data", "fsdp"))))
+        return _local(walk, tuple(whole), targets, scored)
 
     return jax.shard_map(
-        shard, mesh=mesh, in_specs=(tokens_spec, head_spec, tokens_spec, tokens_spec),
+        shard, mesh=mesh, in_specs=(tuple(specs), tokens_spec, tokens_spec),
         out_specs=tokens_spec,
-    )(h, weight, targets, scored)  # fmt: skip
+    )(sides, targets, scored)  # fmt: skip
 
 
 def _vary(x, axes):
@@ -189,14 +241,14 @@ def _vary(x, axes):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _target_logps(walk, h, weight, targets, scored):
-    """[M] log-probabilities of `targets` where `scored`, else 0. h is [M, D]."""
-    return _forward(walk, h, weight, targets, scored)[0]
+def _walk(walk, sides, targets, scored):
+    """{'logps', *walk.fields: [M]} of `targets` where `scored`, else 0; h is [M, D]."""
+    return _forward(walk, sides, targets, scored)[0]
 
 
-def _plan(walk, h, weight, scored):
+def _plan(walk, sides, scored):
     """Scored positions first, in tiles: (positions, number of tiles, sizes)."""
-    m, v = h.shape[0], weight.shape[walk.vocab_axis]
+    m, v = scored.shape[0], sides[0][1].shape[walk.heads[0].vocab_axis]
     c, vb = min(walk.tiles[0], m), min(walk.tiles[1], v)
     count = scored.sum()
     order = jnp.argsort(~scored, stable=True)
@@ -212,17 +264,6 @@ def _plan(walk, h, weight, scored):
     return order, num_tiles, c, vb, -(-v // vb)
 
 
-def _tile(walk, weight, dtype, j, vb):
-    """Vocabulary tile j: its weights, first column, and which columns are new.
-
-    The last tile is moved back to end at V; columns already seen are masked.
-    """
-    v = weight.shape[walk.vocab_axis]
-    start = jnp.minimum(j * vb, v - vb)
-    w = jax.lax.dynamic_slice_in_dim(weight, start, vb, walk.vocab_axis).astype(dtype)
-    return w, start, start + jnp.arange(vb) >= j * vb
-
-
 def _dot(walk, a, b, contract):
     return jax.lax.dot_general(
         a, b, ((contract[:1], contract[1:]), ((), ())),
@@ -230,100 +271,193 @@ def _dot(walk, a, b, contract):
     )  # fmt: skip
 
 
+def _logits(walk, head, x, weight, j, vb):
+    """Vocabulary tile j: its logits, weights, first column, and which columns are new.
+
+    The last tile is moved back to end at V; columns already seen are masked.
+    """
+    v = weight.shape[head.vocab_axis]
+    start = jnp.minimum(j * vb, v - vb)
+    w = jax.lax.dynamic_slice_in_dim(weight, start, vb, head.vocab_axis).astype(x.dtype)
+    z = transformer.softcap(_dot(walk, x, w, (1, 1 - head.vocab_axis)), head.cap)
+    return z, w, start, (start + jnp.arange(vb) >= j * vb)[None]
+
+
 def _first_column(walk, weight):
     """Vocabulary id of this shard's first column."""
     if not walk.split:
         return 0
-    return jax.lax.axis_index("model") * weight.shape[walk.vocab_axis]
+    return jax.lax.axis_index("model") * weight.shape[walk.heads[0].vocab_axis]
 
 
-def _forward(walk, h, weight, targets, scored):
-    order, num_tiles, c, vb, num_blocks = _plan(walk, h, weight, scored)
-    m = h.shape[0]
-    offset = _first_column(walk, weight)
+def _take(x, at):
+    """Rows `at` of x; zeros for the positions that are nowhere."""
+    return x.at[at].get(mode="fill", fill_value=0)
+
+
+# What a field is made of: sums over the vocabulary of the policy's logits z and the frozen
+# LM's logits a. A name begins with the law of its weights, p ~ e^z or r ~ e^a.
+#   p: Σ e^z   pz: Σ e^z z   pp: Σ e^2z   pd: Σ e^z (z - a)   r: Σ e^a   rd: Σ e^a (a - z)
+SUMS = {"entropy": "pz", "collision": "pp", "kl": "pd", "forward_kl": "rd"}
+
+
+def _sums(walk, logits, new):
+    """(maxima {law: [C]}, sums {name: [C]}) of one tile, e^ taken under its maxima."""
+    logits = [jnp.where(new, z, 0.0) for z in logits]
+    tops, weights = {}, {}
+    for law, z in zip(walk.laws, logits, strict=True):
+        tops[law] = jnp.where(new, z, -jnp.inf).max(-1)
+        weights[law] = jnp.where(new, jnp.exp(z - tops[law][:, None]), 0.0)
+    sums = {law: e.sum(-1) for law, e in weights.items()}
+    if "collision" in walk.fields:
+        sums["pp"] = (weights["p"] ** 2).sum(-1)
+    if "entropy" in walk.fields:
+        sums["pz"] = (weights["p"] * logits[0]).sum(-1)
+    if "kl" in walk.fields:
+        sums["pd"] = (weights["p"] * (logits[0] - logits[1])).sum(-1)
+    if "forward_kl" in walk.fields:
+        sums["rd"] = (weights["r"] * (logits[1] - logits[0])).sum(-1)
+    return tops, sums
+
+
+def _rescale(tops, sums, top):
+    """The sums under other maxima."""
+    scale = {law: jnp.exp(tops[law] - top[law]) for law in tops}
+    scale["pp"] = scale["p"] ** 2
+    return {k: v * scale["pp" if k == "pp" else k[0]] for k, v in sums.items()}
+
+
+def _fields(walk, tops, sums, target):
+    """{field: [C]} from the sums over the whole vocabulary."""
+    log_total = {law: jnp.log(sums[law]) for law in tops}
+    lse = {law: tops[law] + log_total[law] for law in tops}
+    # (target - top) first: near-equal large logits cancel before the small log.
+    out = {"lse": lse["p"], "logps": (target - tops["p"]) - log_total["p"]}
+    if "entropy" in walk.fields:
+        out["entropy"] = log_total["p"] + (tops["p"] - sums["pz"] / sums["p"])
+    if "collision" in walk.fields:
+        out["collision"] = jnp.log(sums["pp"]) - 2 * log_total["p"]
+    if len(walk.heads) > 1:
+        out["other_lse"] = lse["r"]
+        shift = lse["p"] - lse["r"]
+    if "kl" in walk.fields:
+        out["kl"] = sums["pd"] / sums["p"] - shift
+    if "forward_kl" in walk.fields:
+        out["forward_kl"] = sums["rd"] / sums["r"] + shift
+    return out
+
+
+def _forward(walk, sides, targets, scored):
+    order, num_tiles, c, vb, num_blocks = _plan(walk, sides, scored)
+    offset = _first_column(walk, sides[0][1])
 
     def tile(i, carry):
-        logps, lses = carry
         at = jax.lax.dynamic_slice_in_dim(order, i * c, c)
-        x = h.at[at].get(mode="fill", fill_value=0)
-        y = targets.at[at].get(mode="fill", fill_value=0) - offset
+        xs = [_take(h, at) for h, _ in sides]
+        y = _take(targets, at) - offset
 
         def block(j, carry):
-            top, total, target = carry
-            w, start, new = _tile(walk, weight, h.dtype, j, vb)
-            z = transformer.softcap(
-                _dot(walk, x, w, (1, 1 - walk.vocab_axis)), walk.cap
+            tops, sums, target = carry
+            tiles = [
+                _logits(walk, head, x, w, j, vb)
+                for head, x, (_, w) in zip(walk.heads, xs, sides, strict=True)
+            ]
+            z, _, start, new = tiles[0]
+            here = _sums(walk, [z for z, *_ in tiles], new)
+            top = jax.tree.map(jnp.maximum, tops, here[0])
+            sums = jax.tree.map(
+                jnp.add, _rescale(tops, sums, top), _rescale(here[0], here[1], top)
             )
-            z = jnp.where(new[None], z, -jnp.inf)
-            top_new = jnp.maximum(top, z.max(-1))
-            total = total * jnp.exp(top - top_new) + jnp.exp(z - top_new[:, None]).sum(
-                -1
-            )
-            hit = (y[:, None] == (start + jnp.arange(vb))[None]) & new[None]
-            target = target + jnp.where(hit, z, 0.0).sum(-1)
-            return top_new, total, target
+            hit = (y[:, None] == (start + jnp.arange(vb))[None]) & new
+            return top, sums, target + jnp.where(hit, z, 0.0).sum(-1)
 
         zero = _vary(jnp.zeros(c, jnp.float32), walk.mesh_axes)
-        first = (zero + jnp.finfo(jnp.float32).min, zero, zero)
-        top, total, target = jax.lax.fori_loop(0, num_blocks, block, first)
+        names = walk.laws + tuple(SUMS[field] for field in walk.fields)
+        first = (
+            {law: zero + jnp.finfo(jnp.float32).min for law in walk.laws},
+            dict.fromkeys(names, zero),
+            zero,
+        )
+        tops, sums, target = jax.lax.fori_loop(0, num_blocks, block, first)
         if walk.split:
-            local, top = top, jax.lax.pmax(top, "model")
-            total = jax.lax.psum(total * jnp.exp(local - top), "model")
-            target = jax.lax.psum(target, "model")
-        log_total = jnp.log(total)
-        # (target - top) first: near-equal large logits cancel before the small log.
-        logps = logps.at[at].set((target - top) - log_total, mode="drop")
-        return logps, lses.at[at].set(top + log_total, mode="drop")
+            top = jax.tree.map(lambda x: jax.lax.pmax(x, "model"), tops)
+            sums = jax.lax.psum(_rescale(tops, sums, top), "model")
+            tops, target = top, jax.lax.psum(target, "model")
+        found = _fields(walk, tops, sums, target)
+        return {k: v.at[at].set(found[k], mode="drop") for k, v in carry.items()}
 
     zeros = _vary(
-        jnp.zeros(m, jnp.float32), tuple(a for a in walk.mesh_axes if a != "model")
+        jnp.zeros(scored.shape, jnp.float32),
+        tuple(a for a in walk.mesh_axes if a != "model"),
     )
-    logps, lses = jax.lax.fori_loop(0, num_tiles, tile, (zeros, zeros))
-    return logps, (h, weight, targets, scored, lses)
+    lses = ("lse", "other_lse")[: len(walk.heads)]
+    carry = dict.fromkeys((*lses, "logps", *walk.fields), zeros)
+    read = jax.lax.fori_loop(0, num_tiles, tile, carry)
+    out = {k: v for k, v in read.items() if k not in lses}
+    return out, (sides, targets, scored, read)
+
+
+def _slope(walk, g, read, logits, hit):
+    """[C, VB] gradient of the fields, weighted by their cotangents g, in the logits."""
+    logp = logits[0] - read["lse"]
+    p = jnp.exp(logp)
+    dz = g["logps"] * (hit - p)
+    if "entropy" in walk.fields:
+        dz -= g["entropy"] * p * (logp + read["entropy"])
+    if "collision" in walk.fields:
+        dz += 2 * g["collision"] * (jnp.exp(2 * logp - read["collision"]) - p)
+    if len(walk.heads) > 1:
+        logr = logits[1] - read["other_lse"]
+    if "kl" in walk.fields:
+        dz += g["kl"] * p * (logp - logr - read["kl"])
+    if "forward_kl" in walk.fields:
+        dz += g["forward_kl"] * (p - jnp.exp(logr))
+    return dz
 
 
 def _backward(walk, residuals, g):
-    h, weight, targets, scored, lses = residuals
-    order, num_tiles, c, vb, num_blocks = _plan(walk, h, weight, scored)
+    sides, targets, scored, read = residuals
+    (h, weight), head = sides[0], walk.heads[0]
+    order, num_tiles, c, vb, num_blocks = _plan(walk, sides, scored)
     offset = _first_column(walk, weight)
 
     def tile(i, carry):
         dh, dweight = carry
         at = jax.lax.dynamic_slice_in_dim(order, i * c, c)
-        x = h.at[at].get(mode="fill", fill_value=0)
-        y = targets.at[at].get(mode="fill", fill_value=0) - offset
-        lse = lses.at[at].get(mode="fill", fill_value=0)
-        g_x = g.at[at].get(mode="fill", fill_value=0)
+        xs = [_take(h, at) for h, _ in sides]
+        y = _take(targets, at) - offset
+        g_x, read_x = jax.tree.map(lambda v: _take(v, at)[:, None], (g, read))
 
         def block(j, carry):
             dx, dweight = carry
-            w, start, new = _tile(walk, weight, h.dtype, j, vb)
-            z = transformer.softcap(
-                _dot(walk, x, w, (1, 1 - walk.vocab_axis)), walk.cap
-            )
+            tiles = [
+                _logits(walk, head, x, w, j, vb)
+                for head, x, (_, w) in zip(walk.heads, xs, sides, strict=True)
+            ]
+            z, w, start, new = tiles[0]
             hit = y[:, None] == (start + jnp.arange(vb))[None]
-            dz = g_x[:, None] * (hit - jnp.exp(z - lse[:, None]))
-            if walk.cap is not None:
-                dz = dz * (1 - (z / walk.cap) ** 2)
-            # Repeated columns of the last tile, and rows without a cotangent, add nothing.
-            dz = jnp.where(new[None] & (g_x != 0)[:, None], dz, 0.0).astype(h.dtype)
-            dx = dx + _dot(walk, dz, w, (1, walk.vocab_axis))
-            left, right = (dz, x) if walk.vocab_axis == 0 else (x, dz)
-            old = jax.lax.dynamic_slice_in_dim(dweight, start, vb, walk.vocab_axis)
+            dz = _slope(walk, g_x, read_x, [z for z, *_ in tiles], hit)
+            if head.cap is not None:
+                dz = dz * (1 - (z / head.cap) ** 2)
+            # Repeated columns of the last tile add nothing.
+            dz = jnp.where(new, dz, 0.0).astype(h.dtype)
+            dx = dx + _dot(walk, dz, w, (1, head.vocab_axis))
+            left, right = (dz, xs[0]) if head.vocab_axis == 0 else (xs[0], dz)
+            old = jax.lax.dynamic_slice_in_dim(dweight, start, vb, head.vocab_axis)
             dweight = jax.lax.dynamic_update_slice_in_dim(
-                dweight, old + _dot(walk, left, right, (0, 0)), start, walk.vocab_axis
+                dweight, old + _dot(walk, left, right, (0, 0)), start, head.vocab_axis
             )
             return dx, dweight
 
-        dx = _vary(jnp.zeros(x.shape, jnp.float32), walk.mesh_axes)
+        dx = _vary(jnp.zeros(xs[0].shape, jnp.float32), walk.mesh_axes)
         dx, dweight = jax.lax.fori_loop(0, num_blocks, block, (dx, dweight))
         return dh.at[at].set(dx.astype(h.dtype), mode="drop"), dweight
 
     zeros = (jnp.zeros(h.shape, h.dtype), jnp.zeros(weight.shape, jnp.float32))
     zeros = tuple(_vary(z, walk.mesh_axes) for z in zeros)
     dh, dweight = jax.lax.fori_loop(0, num_tiles, tile, zeros)
-    none = np.zeros(targets.shape, jax.dtypes.float0)
-    return dh, dweight.astype(weight.dtype), none, none
+    frozen = (None,) * (len(sides) - 1)
+    return ((dh, dweight.astype(weight.dtype)), *frozen), None, None
 
 
-_target_logps.defvjp(_forward, _backward)
+_walk.defvjp(_forward, _backward)

@@ -62,6 +62,14 @@ def reference(batch: Batch) -> Float[Array, "B G T"]:
     return batch.ref_logps
 
 
+def per_prompt(
+    x: Float[Array, "B G T"], mask: Bool[Array, "B G T"]
+) -> Float[Array, " B"]:
+    """Mean of x over the True positions of each prompt's responses; 0 where none is."""
+    total = jnp.where(mask, x, 0.0).sum((1, 2))
+    return total / jnp.maximum(mask.sum((1, 2)), 1)
+
+
 def mean(x: Float[Array, "*S"], mask: Bool[Array, "*S"]) -> Float[Array, ""]:
     """Mean of x where mask; 0 where nothing is."""
     return jnp.where(mask, x, 0.0).sum() / jnp.maximum(mask.sum(), 1)

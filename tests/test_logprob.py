@@ -31,7 +31,7 @@ def head_only(tied=False, cap=None, vocab=V, width=D, **kwargs):
 def kernel(config, h, weight, tokens, mask, *, tiles=(8, 16), precision="highest"):
     """The walk alone, from hidden states: what `score` does after the decoder."""
     lm = LM(config, {"embed" if config.tied else "head": weight})
-    return logprob._logps(lm, h, tokens, mask, None, tiles, precision)
+    return logprob._read(lm, h, tokens, mask, None, tiles, precision)["logps"]
 
 
 def naive(config, h, weight, tokens, mask):
@@ -301,6 +301,129 @@ def test_values_of_a_model_without_a_head_is_an_error(tiny_lm, make_batch):
         score(tiny_lm, make_batch(), needs=("values",))
 
 
+# What else the walk reads of a row.
+
+
+def fields(configs, arrays, tokens, mask, *, needs, tiles=(8, 16)):
+    """{field: [N, T]} of one LM, or of one compared with another, from hidden states."""
+    lms = [
+        LM(c, {"embed" if c.tied else "head": w})
+        for c, (_, w) in zip(configs, arrays, strict=True)
+    ]
+    other = (lms[1], arrays[1][0]) if len(lms) > 1 else None
+    return logprob._read(
+        lms[0], arrays[0][0], tokens, mask, None, tiles, "highest", needs, other
+    )
+
+
+def naive_fields(configs, arrays, mask, needs):
+    """The definitions, on whole rows of whatever dtype the arrays have."""
+    laws = []
+    for config, (h, w) in zip(configs, arrays, strict=True):
+        z = oracle.cap(h @ (w.T if config.tied else w), config.final_softcap)
+        laws.append(z - jax.scipy.special.logsumexp(z, -1, keepdims=True))
+    p, r = laws[0], laws[-1]
+    all_of_them = {
+        "entropy": -(jnp.exp(p) * p).sum(-1),
+        "collision": jnp.log(jnp.exp(2 * p).sum(-1)),
+        "kl": (jnp.exp(p) * (p - r)).sum(-1),
+        "forward_kl": (jnp.exp(r) * (r - p)).sum(-1),
+    }
+    # the row at t - 1 is the law of the token at t
+    shifted = {k: jnp.roll(all_of_them[k], 1, 1) for k in needs}
+    return {k: jnp.where(mask, v, 0) for k, v in shifted.items()}
+
+
+@pytest.mark.parametrize("tiles", TILES.values(), ids=TILES)
+@pytest.mark.parametrize(
+    "heads", [("untied", "tied-softcap"), ("tied-softcap", "untied")]
+)
+def test_fields_and_their_gradients_are_those_of_float64(heads, tiles):
+    """All four at once; the frozen LM has another width, head and soft-cap."""
+    ours, theirs = head_only(**HEADS[heads[0]]), head_only(**HEADS[heads[1]], width=5)
+    h, weight, tokens, mask = case(ours)
+    frozen = case(theirs, seed=1)[:2]
+    needs = logprob.READ
+    rng = np.random.default_rng(2)
+    g = {k: rng.normal(size=mask.shape).astype(np.float32) for k in needs}
+
+    def walk(h, w):
+        arrays = ((h, w), frozen)
+        out = fields((ours, theirs), arrays, tokens, mask, needs=needs, tiles=tiles)
+        return {k: out[k] for k in needs}
+
+    got, dh, dw = jax.jit(
+        lambda h, w: (lambda o, pull: (o, *pull(g)))(*jax.vjp(walk, h, w))
+    )(h, weight)
+    with jax.enable_x64(True):
+        exact_frozen = tuple(map(oracle.float64, frozen))
+        want, pull = jax.vjp(
+            lambda h, w: naive_fields(
+                (ours, theirs), ((h, w), exact_frozen), np.asarray(mask), needs
+            ),
+            oracle.float64(h), oracle.float64(weight),
+        )  # fmt: skip
+        want_dh, want_dw = pull(jax.tree.map(oracle.float64, g))
+    for name in needs:
+        np.testing.assert_allclose(got[name], want[name], atol=5e-5, err_msg=name)
+    # float32: differences of logits of order 10, times cotangents of order 1
+    np.testing.assert_allclose(dh, want_dh, atol=2e-4)
+    np.testing.assert_allclose(dw, want_dw, atol=5e-4)
+
+
+@pytest.mark.parametrize("need", logprob.READ)
+def test_a_field_alone_is_what_it_is_beside_the_others(need):
+    config = head_only()
+    h, weight, tokens, mask = case(config)
+    arrays = ((h, weight), case(config, seed=1)[:2])
+    alone, beside = (
+        fields((config, config), arrays, tokens, mask, needs=needs)
+        for needs in ((need,), logprob.READ)
+    )
+    assert set(alone) == {"logps", need}
+    np.testing.assert_allclose(alone[need], beside[need], rtol=1e-6)
+    np.testing.assert_array_equal(alone["logps"], beside["logps"])
+
+
+def test_kl_of_a_model_to_itself_is_exactly_zero(tiny_lm, make_batch):
+    batch = make_batch(2, 2, 12)
+    both = jax.jit(logprob.score, static_argnames="needs")(
+        tiny_lm, batch, needs=("kl", "forward_kl"), kl_to=tiny_lm
+    )
+    assert not np.asarray(both.kl).any()
+    assert not np.asarray(both.forward_kl).any()
+
+
+def test_kl_is_to_the_lm_that_is_given_and_no_gradient_reaches_it(
+    tiny_lm, make_lm, make_batch
+):
+    batch, other = make_batch(2, 2, 12), make_lm(tiny_lm.config, seed=1)
+
+    def total(params, frozen):
+        lm, kl_to = LM(tiny_lm.config, params), LM(tiny_lm.config, frozen)
+        scores = logprob.score(lm, batch, needs=("kl",), kl_to=kl_to)
+        return scores.kl.sum()
+
+    value, (ours, theirs) = jax.jit(jax.value_and_grad(total, (0, 1)))(
+        tiny_lm.params, other.params
+    )
+    assert value > 0
+    assert any(np.asarray(x).any() for x in jax.tree.leaves(ours))
+    assert not any(np.asarray(x).any() for x in jax.tree.leaves(theirs))
+
+
+def test_a_kl_to_nothing_or_to_another_vocabulary_is_an_error(
+    tiny_lm, make_lm, make_batch
+):
+    with pytest.raises(
+        ValueError, match=r"\['kl'\] compare with a frozen LM: pass kl_to"
+    ):
+        logprob.score(tiny_lm, make_batch(), needs=("kl",))
+    other = make_lm(dataclasses.replace(tiny_lm.config, vocab_size=41))
+    with pytest.raises(ValueError, match="vocabulary of 37, kl_to one of 41"):
+        logprob.score(tiny_lm, make_batch(), needs=("kl",), kl_to=other)
+
+
 # Memory, as XLA plans it: nothing below is run.
 
 
@@ -329,6 +452,22 @@ def test_the_kernels_gradient_needs_little_memory():
     config = head_only(vocab=32_768, width=256)
     used = temp(*gradient_of(production, config, 8, 1024))
     assert 0 < used < 64 * MIB  # measured 8.8 MiB
+
+
+@pytest.mark.usefixtures("optimised")
+def test_reading_every_field_needs_little_memory_too():
+    config = head_only(vocab=32_768, width=256)
+
+    def forward(config, h, weight, tokens, mask):
+        side = (jax.lax.stop_gradient(h), jax.lax.stop_gradient(weight))
+        tiles = (logprob.TOKEN_TILE, logprob.VOCAB_TILE)
+        out = fields(
+            (config, config), ((h, weight), side), tokens, mask,
+            needs=logprob.READ, tiles=tiles,
+        )  # fmt: skip
+        return sum(out.values())
+
+    assert 0 < temp(*gradient_of(forward, config, 8, 1024)) < 64 * MIB
 
 
 @pytest.mark.usefixtures("optimised")

@@ -39,16 +39,20 @@ def close(got, want, tolerance):
 
 
 def scored(config, mesh):
-    """jitted (params, batch, cotangent) -> (scores, gradient of their sum with it)."""
-    needs = ("values",) if config.value_head else ()
+    """jitted (params, frozen, batch, cotangent) -> (scores, gradient of their sum with it)."""
+    needs = logprob.READ + (("values",) if config.value_head else ())
 
     @jax.jit
-    def run(params, batch, cotangent):
+    def run(params, frozen, batch, cotangent):
         def total(params):
-            scores = logprob.score(LM(config, params), batch, needs=needs, mesh=mesh,
-                                   tiles=(16, 8))  # fmt: skip
-            values = 0 if scores.values is None else scores.values
-            return ((scores.logps + values) * cotangent).sum(), scores
+            scores = logprob.score(
+                LM(config, params), batch, needs=needs, kl_to=LM(config, frozen),
+                mesh=mesh, tiles=(16, 8),
+            )  # fmt: skip
+            # Powers, so that no two fields have gradients that cancel.
+            fields = [x for x in scores if x is not None]
+            total = sum(x * cotangent ** (i + 1) for i, x in enumerate(fields))
+            return total.sum(), scores
 
         (_, scores), grads = jax.value_and_grad(total, has_aux=True)(params)
         return scores, grads
@@ -58,18 +62,19 @@ def scored(config, mesh):
 
 @pytest.fixture(scope="module")
 def on_one_device(tiny_config, make_lm, make_batch):
-    """name -> (lm, (batch, cotangent), scores, gradients), each worked out once."""
+    """name -> (lms, (batch, cotangent), scores, gradients), each worked out once."""
 
     @functools.cache
     def run(name):
-        lm = make_lm(dataclasses.replace(tiny_config, **CASES[name]))
-        batch = make_batch(8, 2, 12, vocab=lm.config.vocab_size)
+        config = dataclasses.replace(tiny_config, **CASES[name])
+        lms = [make_lm(config, seed) for seed in (0, 1)]
+        batch = make_batch(8, 2, 12, vocab=config.vocab_size)
         batch = batch._replace(
             mask=batch.mask.at[0].set(False)
         )  # shards differ in work
         cotangent = np.random.default_rng(0).normal(size=batch.mask.shape)
         rows = batch, jnp.asarray(cotangent, jnp.float32)
-        return lm, rows, *scored(lm.config, None)(lm.params, *rows)
+        return lms, rows, *scored(config, None)(*[lm.params for lm in lms], *rows)
 
     return run
 
@@ -80,11 +85,11 @@ def on_one_device(tiny_config, make_lm, make_batch):
     ids=lambda x: x if isinstance(x, str) else "x".join(map(str, x)),
 )
 def test_kernel_on_a_mesh_is_the_kernel_on_one_device(name, shape, on_one_device):
-    lm, rows, want_scores, want_grads = on_one_device(name)
+    lms, rows, want_scores, want_grads = on_one_device(name)
     mesh, batch = make_mesh(shape), rows[0]
-    params = sharding.put_params(lm.params, mesh)
-    run = scored(lm.config, mesh)
-    scores, grads = run(params, *sharding.put_batch(rows, mesh))
+    params = [sharding.put_params(lm.params, mesh) for lm in lms]
+    run = scored(lms[0].config, mesh)
+    scores, grads = run(*params, *sharding.put_batch(rows, mesh))
     close(scores, want_scores, 1e-5)
     close(grads, want_grads, 1e-5)
     assert (np.asarray(scores.logps)[~np.asarray(batch.mask)] == 0).all()
@@ -125,6 +130,48 @@ def test_three_dpo_steps_agree_with_one_device(trained, mesh, make_lm, make_batc
         np.abs(a - b).max() > 1e-3
         for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(moved), strict=True)
     )
+
+
+def two_steps(loss, config, make_lm, make_batch, shape, accumulate):
+    """(metrics of two steps, parameters, running means) of a loss on labelled pairs."""
+    mesh, tx = make_mesh(shape), optim.make_tx(1e-2)
+    step = make_train_step(config, tx, loss, mesh, accumulate=accumulate)
+    state = init_state(make_lm(config).params, tx, mesh, ema=loss.ema)
+    lms = {"ref": LM(config, sharding.put_params(make_lm(config, 1).params, mesh))}
+    log = []
+    for seed in range(2):
+        batch = make_batch(8, 2, 12, seed, vocab=config.vocab_size)
+        # labels that neither a shard nor a micro-batch has an equal share of
+        labels = jnp.zeros((8, 2)).at[:3].set(1.0).at[6, 0].set(1.0)
+        valid = batch.valid.at[5, 1].set(False)
+        batch = batch._replace(feedback=labels, valid=valid)
+        state, metrics = step(state, lms, sharding.put_batch(batch, mesh))
+        log.append(jax.device_get(metrics))
+    return log, *jax.device_get((state.params, state.ema))
+
+
+COUPLED = [n for n in plugin.available("losses") if plugin.load("losses", n).coupled]
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_losses_that_couple_prompts_see_the_whole_step(
+    name, tiny_config, make_lm, make_batch
+):
+    """However it is split: over eight devices, or into micro-batches."""
+    loss = plugin.load("losses", name)
+    args = (loss, tiny_config, make_lm, make_batch)
+    want_log, want, want_ema = two_steps(*args, (1, 1, 1), 1)
+    for shape, accumulate in (((8, 1, 1), 1), ((2, 2, 2), 1), ((1, 1, 1), 4)):
+        log, params, ema = two_steps(*args, shape, accumulate)
+        for got, expected in zip(log, want_log, strict=True):
+            for key in got:
+                assert got[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-5), key
+        close(params, want, 2e-4)
+        close(ema, want_ema, 1e-4)
+
+
+def test_the_losses_that_need_a_global_view_say_so():
+    assert {"kto", "bco", "aot", "aot_unpaired"} <= set(COUPLED)
 
 
 def test_parameters_and_optimiser_state_are_split_by_the_same_rules(tiny_lm):
