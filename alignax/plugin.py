@@ -8,12 +8,12 @@ import difflib
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 ROLES = {  # folder -> the function every file in it defines
-    "losses": "loss", "shaping": "shape", "rewards": "reward",
+    "losses": "loss", "reweight": "reweight", "shaping": "shape", "rewards": "reward",
     "evals": "evaluate", "data": "examples",
 }  # fmt: skip
 
@@ -115,6 +115,32 @@ def bind(
         bool(getattr(module, "COUPLED", False)),
         dict(getattr(module, "EMA", {})),
     )  # fmt: skip
+
+
+def compose(loss: Bound, weights: Sequence[Bound]) -> Bound:
+    """A loss under reweightings, as one loss: they apply in order, before it.
+
+    Args:
+      loss: of the folder losses/.
+      weights: of the folder reweight/; their hyper-parameters become 'name.parameter'.
+    """
+    if not weights:
+        return loss
+
+    def function(policy, batch, **hyper):
+        scale = 1.0
+        for w in weights:
+            own = {k: hyper.pop(f"{w.name}.{k}") for k in w.hyper}
+            policy, batch, factor = w.function(policy, batch, **own)
+            scale = scale * factor
+        values, metrics = loss.function(policy, batch, **hyper)
+        return values * scale, metrics | {"weight": scale}
+
+    hyper = {f"{w.name}.{k}": v for w in weights for k, v in w.hyper.items()}
+    needs = dict.fromkeys(n for b in (loss, *weights) for n in b.needs)
+    return loss._replace(
+        function=function, hyper={**loss.hyper, **hyper}, needs=tuple(needs)
+    )
 
 
 def _check_range(name: str, key: str, value: Any, interval: str | None) -> None:

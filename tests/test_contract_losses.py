@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignax import masked, plugin
+from alignax import logprob, masked, plugin
 from alignax.batch import Batch, Scores
 
 NAMES = plugin.available("losses")
@@ -47,10 +47,14 @@ def given(bound, make_batch, seed=0) -> tuple[Scores, Batch]:
         for name in bound.needs
         if name not in (*Scores._fields, *Batch._fields)
     }
-    policy = Scores(column(-3, 0), column(0.1, 3), column(0, 1), column(-1, 1))
+    policy = Scores(
+        logps=column(-3, 0), entropy=column(0.1, 3), kl=column(0, 1),
+        values=column(-1, 1), forward_kl=column(0, 1), collision=column(-3, 0),
+    )  # fmt: skip
     batch = batch._replace(
         ref_logps=column(-3, 0), old_logps=column(-3, 0), advantages=column(-1, 1),
         extra=extra,
+        feedback=jnp.float32([[1, 0], [0, 1], [1, 1], [0, 0]]),  # labels, all pairs of them
     )  # fmt: skip
     return policy, batch
 
@@ -113,7 +117,7 @@ def test_it_reads_only_what_it_needs(bound, make_batch):
     policy, batch = given(bound, make_batch)
     want = values(bound, policy, batch)
     bare = policy._replace(
-        **{k: None for k in ("entropy", "kl", "values") if k not in bound.needs}
+        **{k: None for k in Scores._fields if k not in ("logps", *bound.needs)}
     )
     spare = batch._replace(
         **{k: None for k in ("ref_logps", "old_logps", "advantages", "extra")
@@ -190,7 +194,7 @@ def test_no_gradient_off_the_mask(bound, make_batch):
     policy, batch = given(bound, make_batch)
     off = ~np.asarray(batch.mask)
     for name, grad in policy_gradient(bound, policy, batch)._asdict().items():
-        if name == "logps":
+        if name in ("logps", *logprob.READ):
             continue  # exactly 0 there, whatever its cotangent: the kernel drops it
         assert not grad[off].any(), name
 
@@ -234,9 +238,13 @@ def test_numbers_may_be_traced(bound, make_batch):
     )
 
 
-def alternatives(name, default):
-    if name == "reduction":
-        return [mode for mode in masked.MODES if mode != default]
+def alternatives(bound, name, default):
+    if isinstance(default, str):  # 'constraint' is one of CONSTRAINTS beside the loss
+        module = inspect.getmodule(bound.function)
+        known = getattr(module, f"{name.upper()}S", None)
+        known = masked.MODES if name == "reduction" else known
+        assert known, f"say in {name.upper()}S what {name} may be"
+        return [value for value in known if value != default]
     if isinstance(default, bool):
         return [not default]
     if isinstance(default, int | float):
@@ -244,13 +252,21 @@ def alternatives(name, default):
     pytest.fail(f"say here how to perturb {name}={default!r}")
 
 
-def test_every_hyper_parameter_changes_the_output(bound, make_batch):
+def test_every_hyper_parameter_changes_the_value_or_its_gradient(bound, make_batch):
     policy, batch = given(bound, make_batch)
-    want = np.asarray(values(bound, policy, batch))
+
+    def both(**hyper):
+        def total(p):
+            out = values(bound, p, batch, **hyper)
+            return out.sum(), out
+
+        return jax.tree.leaves(jax.value_and_grad(total, has_aux=True)(policy))
+
+    want = both()
     for name, default in bound.hyper.items():
         changed = [
-            not np.allclose(values(bound, policy, batch, **{name: value}), want)
-            for value in alternatives(name, default)
+            not all(map(np.allclose, both(**{name: value}), want))
+            for value in alternatives(bound, name, default)
         ]
         assert any(changed), f"{name} changes nothing"
 

@@ -34,7 +34,7 @@ def loss(
     scored = batch.mask & batch.valid[..., None]
     total = jnp.where(scored, policy.logps, 0.0).sum((1, 2))
     metrics = {
-        "nll": -total / jnp.maximum(scored.sum((1, 2)), 1),
+        "nll": -masked.per_prompt(policy.logps, scored),
         "log_prob": total / jnp.maximum(batch.valid.sum(-1), 1),
     }
     return -(weights * policy.logps).sum((1, 2)), metrics

@@ -4,20 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from losses_pairs import pair
 from oracles import losses as oracle
 
-from alignax.batch import Scores, from_pairs
+from alignax.batch import Scores
 from alignax.losses import dpo
-
-
-def pair(chosen=0.0, rejected=0.0):
-    """One pair whose log-ratios are the arguments, spread over two tokens each."""
-    batch = from_pairs([[1]], [[2, 3]], [[4, 5]], length=4)
-    batch = jax.tree.map(jnp.asarray, batch)
-    ref = jnp.asarray([[[0.0, -1, -2, 0], [0, -3, -1, 0]]])
-    ratio = jnp.stack([jnp.asarray(chosen), jnp.asarray(rejected)])
-    logps = ref + jnp.where(batch.mask, ratio[None, :, None] / 2, 0)
-    return Scores(logps), batch._replace(ref_logps=ref)
 
 
 def test_golden_number():

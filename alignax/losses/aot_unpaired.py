@@ -1,0 +1,54 @@
+"""Alignment via optimal transport, unpaired: chosen rewards dominate rejected ones.
+
+  ρ = Σ_t log π/π_ref;  ρ₍ᵢ₎ the i-th smallest of the batch
+  d = ρ⁺₍ᵢ₎ - ρ⁻₍ᵢ₎,  i the rank of this pair's ρ⁺
+  L = -(1-ε) log σ(βd) - ε log σ(-βd)
+
+Source: Melnyk et al. 2024, https://arxiv.org/abs/2406.05882
+Differs from the paper: of its convex penalties only the logistic one; hard sorting;
+there are as many chosen as rejected responses.
+Differs from TRL: the order statistics are those of the whole optimiser step, so that
+neither accumulation nor the number of devices changes the loss; TRL sorts each
+micro-batch of each device.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from alignax import pairs
+from alignax.batch import Batch, Metrics, Number, Scores
+
+NEEDS = ("logps", "ref_logps")
+RANGES = {"beta": "(0, inf)", "label_smoothing": "[0, 0.5)"}
+COUPLED = True
+
+
+def loss(
+    policy: Scores, batch: Batch, *, beta: Number = 0.01, label_smoothing: Number = 0.0
+) -> tuple[Float[Array, " B"], Metrics]:
+    """Logistic loss on the quantiles of chosen over those of rejected log-ratios.
+
+    Args:
+      policy: logps [B, 2, T]; slot 0 chosen, slot 1 rejected, of any prompt.
+      batch: ref_logps [B, 2, T], valid [B, 2]; a pair lacking a valid side has no rank.
+      beta: KL strength, > 0.
+      label_smoothing: ε, probability that a label is flipped, in [0, 0.5).
+
+    Returns:
+      As `pairs.outcome`, of implicit rewards; 'log_ratio_chosen' and
+      'log_ratio_rejected' (nats), 'quantile_gap' (β times d).
+    """
+    valid = batch.valid.all(-1)
+    chosen, rejected = pairs.log_ratios(policy, batch)
+    # Invalid pairs rank last on both sides, where they only meet each other.
+    rank = jnp.argsort(jnp.argsort(jnp.where(valid, chosen, jnp.inf)))
+    partner = jnp.sort(jnp.where(valid, rejected, jnp.inf))[rank]
+    gap = beta * (chosen - jnp.where(valid, partner, 0.0))
+    value = -(1 - label_smoothing) * jax.nn.log_sigmoid(
+        gap
+    ) - label_smoothing * jax.nn.log_sigmoid(-gap)
+    return pairs.outcome(
+        batch, value, beta * chosen, beta * rejected,
+        log_ratio_chosen=chosen, log_ratio_rejected=rejected, quantile_gap=gap,
+    )  # fmt: skip

@@ -1,0 +1,50 @@
+"""Gradient ascent: unlearning that makes the forgotten rows ever less likely.
+
+  forget: L = 1/|y| Σ_t log π(y)
+  retain: L = -c/|y| Σ_t log π(y)
+
+With c = 0 it is plain gradient ascent; it has no minimum, which is why NPO exists.
+
+Source: the baselines of Zhang et al. 2024, https://arxiv.org/abs/2404.05868, and of TOFU
+(Maini et al. 2024), https://arxiv.org/abs/2401.06121, where c = 1 is gradient difference
+Differs from the paper: every response counts the same, not every token of a micro-batch;
+the share of forget rows in a step (config.mixture) also weighs the two terms.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from alignax import masked
+from alignax.batch import Batch, Metrics, Number, Scores
+
+NEEDS = ("logps",)
+RANGES = {"retain_weight": "[0, inf)"}
+
+
+def loss(
+    policy: Scores, batch: Batch, *, retain_weight: Number = 1.0
+) -> tuple[Float[Array, " B"], Metrics]:
+    """Likelihood, with a minus on retain rows.
+
+    Args:
+      policy: logps [B, G, T].
+      batch: mask [B, G, T]; feedback [B, G], <= 0.5 on forget rows and > 0.5 on retain
+        rows; valid [B, G].
+      retain_weight: weight c of a retain row's mean nats per token, >= 0.
+
+    Returns:
+      [B] values, means over a prompt's responses, and metrics 'forget_nll' and
+      'retain_nll' (nats per token): means over a prompt's forget or retain rows, 0
+      without any.
+    """
+    nll = -policy.logps.sum(-1) / jnp.maximum(batch.mask.sum(-1), 1)
+    forget = batch.valid & (batch.feedback <= 0.5)
+    retain = batch.valid & ~forget
+
+    def mean(x, rows):
+        return masked.per_prompt(x[..., None], rows[..., None])
+
+    return mean(jnp.where(forget, -nll, retain_weight * nll), batch.valid), {
+        "forget_nll": mean(nll, forget),
+        "retain_nll": mean(nll, retain),
+    }

@@ -1,0 +1,42 @@
+"""NCA on pairs: noise-contrastive alignment, which holds the chosen likelihood up.
+
+  r = β Σ_t log π/π_ref
+  L = -log σ(r⁺) - ½ log σ(-r⁺) - ½ log σ(-r⁻)
+
+Source: Chen et al. 2024, https://arxiv.org/abs/2402.05369
+Differs from the paper: its K responses with explicit rewards are two here, with all the
+reward on the chosen one.
+"""
+
+import jax
+from jaxtyping import Array, Float
+
+from alignax import pairs
+from alignax.batch import Batch, Metrics, Number, Scores
+
+NEEDS = ("logps", "ref_logps")
+RANGES = {"beta": "(0, inf)"}
+
+
+def loss(
+    policy: Scores, batch: Batch, *, beta: Number = 0.01
+) -> tuple[Float[Array, " B"], Metrics]:
+    """Classifies the chosen response as data and both as noise.
+
+    Args:
+      policy: logps [B, 2, T]; slot 0 chosen, slot 1 rejected.
+      batch: ref_logps [B, 2, T], valid [B, 2].
+      beta: KL strength, > 0.
+
+    Returns:
+      As `pairs.outcome`, of implicit rewards; 'log_ratio_chosen' and
+      'log_ratio_rejected' (nats).
+    """
+    log_ratios = pairs.log_ratios(policy, batch)
+    chosen, rejected = beta * log_ratios[0], beta * log_ratios[1]
+    noise = jax.nn.log_sigmoid(-chosen) + jax.nn.log_sigmoid(-rejected)
+    value = -jax.nn.log_sigmoid(chosen) - noise / 2
+    return pairs.outcome(
+        batch, value, chosen, rejected,
+        log_ratio_chosen=log_ratios[0], log_ratio_rejected=log_ratios[1],
+    )  # fmt: skip

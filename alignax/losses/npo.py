@@ -1,0 +1,58 @@
+"""Negative preference optimisation: forgetting that slows down as it succeeds.
+
+  forget: L = 2/β log [1 + (π(y)/π_ref(y))^β]
+  retain: L = -c/|y| Σ_t log π(y)
+
+The gradient on a forget row is that of gradient ascent times 2σ(β log π/π_ref), which is 1
+at the reference and vanishes as the row is forgotten; small β is gradient ascent.
+
+Source: Zhang et al. 2024, https://arxiv.org/abs/2404.05868
+Differs from the paper: every response counts the same, so the share of forget rows in a
+step (config.mixture; 1:1 in the paper) also weighs the two terms. The retain term is NLL;
+the variant with a KL term instead is not here.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from alignax import masked
+from alignax.batch import Batch, Metrics, Number, Scores
+
+NEEDS = ("logps", "ref_logps")
+RANGES = {"beta": "(0, inf)", "retain_weight": "[0, inf)"}
+
+
+def loss(
+    policy: Scores, batch: Batch, *, beta: Number = 0.1, retain_weight: Number = 1.0
+) -> tuple[Float[Array, " B"], Metrics]:
+    """DPO without the chosen side on forget rows, likelihood on retain rows.
+
+    Args:
+      policy: logps [B, G, T].
+      batch: ref_logps, mask [B, G, T]; feedback [B, G], <= 0.5 on forget rows and > 0.5
+        on retain rows; valid [B, G].
+      beta: inverse temperature, > 0.
+      retain_weight: weight c of a retain row's mean nats per token, >= 0.
+
+    Returns:
+      [B] values, means over a prompt's responses, and metrics 'forget_weight' (of the
+      gradient, 2σ(β log-ratio)), 'forget_log_ratio' (nats) and 'retain_nll' (nats per
+      token): means over a prompt's forget or retain rows, 0 without any.
+    """
+    log_ratio = (policy.logps - masked.reference(batch)).sum(-1)
+    nll = -policy.logps.sum(-1) / jnp.maximum(batch.mask.sum(-1), 1)
+    forget = batch.valid & (batch.feedback <= 0.5)
+    retain = batch.valid & ~forget
+    value = jnp.where(
+        forget, 2 / beta * jax.nn.softplus(beta * log_ratio), retain_weight * nll
+    )
+
+    def mean(x, rows):
+        return masked.per_prompt(x[..., None], rows[..., None])
+
+    return mean(value, batch.valid), {
+        "forget_weight": mean(2 * jax.nn.sigmoid(beta * log_ratio), forget),
+        "forget_log_ratio": mean(log_ratio, forget),
+        "retain_nll": mean(nll, retain),
+    }

@@ -1,0 +1,59 @@
+"""PoFT: fine-tuning that asks to be more likely than aligned models find the same data.
+
+  L = -log σ(β [m_π(y) - 1/M Σ_j m_j(y)] + γ),   m = 1/|y| Σ_t log p(y)
+
+Its gradient is that of fine-tuning, weighed by σ(-·): data that the aligned models find
+unlikely are soon outdone and stop counting.
+
+Source: Fan et al. 2024, https://arxiv.org/abs/2412.12865
+Differs from the paper: only response tokens are scored, by the policy and by the M aligned
+models alike, and these share the policy's tokenizer.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from alignax import masked
+from alignax.batch import Batch, Metrics, Number, Scores
+
+NEEDS = ("logps", "aligned_logps")
+RANGES = {"beta": "(0, inf)"}
+
+
+def loss(
+    policy: Scores, batch: Batch, *, beta: Number = 1.0, gamma: Number = 0.0
+) -> tuple[Float[Array, " B"], Metrics]:
+    """Bradley-Terry between the policy and the mean of M frozen models.
+
+    Args:
+      policy: logps [B, G, T]; every response is data to learn from (usually G=1).
+      batch: mask [B, G, T], valid [B, G]; extra 'aligned_logps' [B, G, T], and any other
+        column called 'aligned_*_logps': one for each of the M models.
+      beta: scale of the difference of mean log-probabilities, > 0.
+      gamma: added to the logit; below 0 it asks for more than the aligned models.
+
+    Returns:
+      [B] values in nats, means over a prompt's responses, and metrics 'gradient_weight'
+      (factor of the fine-tuning gradient, in (0, 1)), 'margin' (policy - aligned, nats
+      per token) and 'nll' (nats per token).
+    """
+    columns = [batch.extra["aligned_logps"]] + [
+        column
+        for name, column in sorted(batch.extra.items())
+        if name.startswith("aligned_") and name.endswith("_logps")
+        if name != "aligned_logps"
+    ]
+    length = jnp.maximum(batch.mask.sum(-1), 1)
+    score = policy.logps.sum(-1) / length
+    aligned = sum(column.sum(-1) for column in columns) / len(columns) / length
+    logit = beta * (score - aligned) + gamma
+
+    def mean(x):
+        return masked.per_prompt(x[..., None], batch.valid[..., None])
+
+    return mean(-jax.nn.log_sigmoid(logit)), {
+        "gradient_weight": mean(jax.nn.sigmoid(-logit)),
+        "margin": mean(score - aligned),
+        "nll": mean(-score),
+    }

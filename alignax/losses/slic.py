@@ -1,0 +1,39 @@
+"""SLiC-HF: sequence likelihood calibration, a hinge on log-probs plus NLL.
+
+  Δ = log π(y⁺) - log π(y⁻)
+  L = max(0, δ - Δ) - λ log π(y⁺) / |y⁺|
+
+Source: Zhao et al. 2023, https://arxiv.org/abs/2305.10425
+Differs from the paper: the likelihood is that of the chosen response, where the paper has
+a separate target of supervised fine-tuning, and a mean over its tokens.
+"""
+
+import jax
+from jaxtyping import Array, Float
+
+from alignax import pairs
+from alignax.batch import Batch, Metrics, Number, Scores
+
+NEEDS = ("logps",)
+RANGES = {"delta": "[0, inf)", "lam": "[0, inf)"}
+
+
+def loss(
+    policy: Scores, batch: Batch, *, delta: Number = 1.0, lam: Number = 0.5
+) -> tuple[Float[Array, " B"], Metrics]:
+    """How far the difference of log-probs is short of δ, plus the chosen response's NLL.
+
+    Args:
+      policy: logps [B, 2, T]; slot 0 chosen, slot 1 rejected.
+      batch: mask [B, 2, T], valid [B, 2].
+      delta: δ, the margin asked for, nats, >= 0.
+      lam: λ, weight of the negative log-likelihood, >= 0.
+
+    Returns:
+      As `pairs.outcome`, of log-probs (nats); 'nll' (nats per scored token of the chosen
+      response).
+    """
+    chosen, rejected = pairs.log_probs(policy, batch)
+    nll = -chosen / pairs.lengths(batch)[0]
+    value = jax.nn.relu(delta - (chosen - rejected)) + lam * nll
+    return pairs.outcome(batch, value, chosen, rejected, nll=nll)

@@ -1,0 +1,6 @@
+"""What changes the weight of tokens or pairs, under any loss: one file per method,
+`reweight(policy: Scores, batch: Batch, *, ...) -> (policy, batch, weight f32[B])`.
+
+`config.reweight = {name: hyper-parameters}` applies them in order before `config.loss`;
+the loss's values are multiplied by the weights. NEEDS and RANGES as in losses/.
+"""

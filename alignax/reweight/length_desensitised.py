@@ -1,0 +1,37 @@
+"""LD: what one response has beyond the length of the other counts less.
+
+  log π(y) = Σ_{t ≤ l} log π(y_t) + α Σ_{t > l} log π(y_t),   l = min(|y⁺|, |y⁻|)
+
+Source: Liu et al. 2024 (LD-DPO), https://arxiv.org/abs/2409.06411
+Differs from the paper: it applies to whatever loss follows, and to the reference too.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from alignax.batch import Batch, Number, Scores
+
+NEEDS = ("logps",)
+RANGES = {"alpha": "[0, 1]"}
+
+
+def reweight(
+    policy: Scores, batch: Batch, *, alpha: Number = 0.5
+) -> tuple[Scores, Batch, Float[Array, " B"]]:
+    """Scales the log-probabilities of the longer response's tail.
+
+    Args:
+      policy: logps [B, G, T].
+      batch: mask; ref_logps, where there are any.
+      alpha: weight of the tail, in [0, 1]; 1 changes nothing.
+
+    Returns:
+      The scores and the batch with scaled log-probabilities, and weights of 1.
+    """
+    position = jnp.cumsum(batch.mask, -1)  # of a scored token in its response, from 1
+    shortest = batch.mask.sum(-1).min(-1)[:, None, None]
+    scale = jnp.where(position > shortest, alpha, 1.0)
+    if batch.ref_logps is not None:
+        batch = batch._replace(ref_logps=batch.ref_logps * scale)
+    policy = policy._replace(logps=policy.logps * scale)
+    return policy, batch, jnp.ones(batch.mask.shape[0])

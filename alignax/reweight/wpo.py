@@ -1,0 +1,32 @@
+"""WPO: a pair counts as far as the policy would have written it itself.
+
+  w(y) = exp(mean_t [log π(y_t | x, y_<t) - log Σ_v π(v | x, y_<t)²]),   L ← w(y⁺) w(y⁻) L
+
+Source: Zhou et al. 2024, https://arxiv.org/abs/2406.11827 (weights by sampled alignment);
+no gradient flows through w.
+Differs from the paper: nothing.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from alignax.batch import Batch, Scores
+
+NEEDS = ("logps", "collision")
+
+
+def reweight(policy: Scores, batch: Batch) -> tuple[Scores, Batch, Float[Array, " B"]]:
+    """Weights of pairs from the policy's own law; it may exceed 1.
+
+    Args:
+      policy: logps and collision [B, G, T], nats.
+      batch: mask [B, G, T], valid [B, G].
+
+    Returns:
+      The scores and the batch as they are, and the product of the responses' weights.
+    """
+    lengths = jnp.maximum(batch.mask.sum(-1), 1)
+    log_weight = (policy.logps - policy.collision).sum(-1) / lengths
+    log_weight = jnp.where(batch.valid, log_weight, 0.0).sum(-1)
+    return policy, batch, jax.lax.stop_gradient(jnp.exp(log_weight))
