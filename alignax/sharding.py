@@ -14,8 +14,9 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from alignax.models.transformer import PARAM_RULES
+from alignax.models import lora, transformer
 
+PARAM_RULES = (*transformer.PARAM_RULES, *lora.PARAM_RULES)
 AXES = ("data", "fsdp", "model")
 BATCH = P(("data", "fsdp"))  # shards B; a group G is never split
 log = logging.getLogger(__name__)

@@ -176,10 +176,23 @@ class Project(nn.Module):
         init = nn.initializers.normal(self.fan_in**-0.5)
         kernel = self.param("kernel", init, self.shape)
         y = contract(self.equation, x, kernel, x.dtype)
+        if self.has_variable("params", "a"):  # what lora.attach put beside the kernel
+            y = y + self.low_rank(x)
         if self.bias_shape:
             bias = self.param("bias", nn.initializers.zeros, self.bias_shape)
             y = y + bias.astype(x.dtype)
         return y
+
+    def low_rank(self, x):
+        """(x A) B, through one narrow axis r."""
+        inputs, out = self.equation.split("->")
+        left, right = inputs.split(",")
+        inner = "".join(c for c in right if c in left)
+        outer = "".join(c for c in right if c not in left)
+        narrow = "".join(c for c in left if c not in inner) + "r"
+        a, b = cast(Any, [self.get_variable("params", name) for name in "ab"])
+        y = contract(f"{left},{inner}r->{narrow}", x, a, x.dtype)
+        return contract(f"{narrow},r{outer}->{out}", y, b, x.dtype)
 
 
 class Attention(nn.Module):

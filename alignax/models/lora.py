@@ -1,0 +1,243 @@
+"""LoRA: low-rank adapters beside frozen kernels, a small tree of their own.
+
+  y = x W + s (x A) B,   A: [in, r],   B: [r, out], zero at the start,   s = α / r
+
+The base is frozen and *is* the reference: adapters at zero leave every log-probability
+as it was, bit for bit. Only the adapters have gradients and optimiser state.
+
+Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685; rank-stabilised scaling
+s = α / √r: Kalajdzievski 2023, https://arxiv.org/abs/2312.03732
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from alignax.batch import LM, Params
+from alignax.models import families
+from alignax.models.transformer import ModelConfig
+
+PARAM_RULES = ((r"/(a|b)$", P()),)  # L ... r and L r ...: small, on every device
+TARGETS = {  # name of a projection -> (where it stands, axes of its input)
+    "q": ("attn", 1), "k": ("attn", 1), "v": ("attn", 1), "o": ("attn", 2),
+    "gate": ("mlp", 1), "up": ("mlp", 1), "down": ("mlp", 1),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """What is static about adapters."""
+
+    rank: int
+    alpha: float = 16.0
+    targets: tuple[str, ...] = tuple(TARGETS)
+    rank_stabilised: bool = False
+
+    def __post_init__(self):
+        unknown = sorted(set(self.targets) - set(TARGETS))
+        if unknown or not self.targets:
+            raise ValueError(
+                f"lora.targets is {list(self.targets)}; it takes some of {list(TARGETS)}"
+            )
+        if self.rank < 1:
+            raise ValueError(f"lora.rank is {self.rank}, expected at least 1")
+
+    @property
+    def scale(self) -> float:
+        """s, what the product of A and B is multiplied by."""
+        return self.alpha / (
+            math.sqrt(self.rank) if self.rank_stabilised else self.rank
+        )
+
+
+def init(base: LM, lora: Lora, key) -> Params:
+    """Draws adapters for a model: A uniform in ±1/√in, as PEFT does, B zero.
+
+    Args:
+      base: the frozen model; its value head, if it has one, is trained whole.
+      lora: rank and targets.
+      key: `jax.random.key`.
+
+    Returns:
+      {'blocks': {'attn' | 'mlp': {name: {'a': [L, *in, r], 'b': [L, r, *out]}}}}.
+    """
+    blocks: Params = {}
+    for i, name in enumerate(sorted(lora.targets)):
+        part, inputs = TARGETS[name]
+        layers, *shape = base.params["blocks"][part][name]["kernel"].shape
+        bound = math.prod(shape[:inputs]) ** -0.5
+        a = jax.random.uniform(
+            jax.random.fold_in(key, i), (layers, *shape[:inputs], lora.rank),
+            minval=-bound, maxval=bound,
+        )  # fmt: skip
+        b = jnp.zeros((layers, lora.rank, *shape[inputs:]))
+        blocks.setdefault(part, {})[name] = {"a": a, "b": b}
+    head = {k: v for k, v in base.params.items() if k == "value_head"}
+    return {"blocks": blocks, **head}
+
+
+def attach(base: LM, adapters: Params, lora: Lora) -> LM:
+    """The adapted model: the base's tree with A and s·B beside each target's kernel."""
+    scaled = jax.tree_util.tree_map_with_path(
+        lambda path, x: x * lora.scale if path[-1].key == "b" else x, adapters
+    )
+    return LM(base.config, _update(base.params, scaled))
+
+
+def merge(base: LM, adapters: Params, lora: Lora) -> LM:
+    """A plain model that computes what the adapted one does: W + s A B, in W's dtype."""
+
+    def fold(node):
+        if not isinstance(node, dict):
+            return node
+        if "a" not in node:
+            return {k: fold(v) for k, v in node.items()}
+        rest = {k: v for k, v in node.items() if k not in ("a", "b")}
+        a, b, kernel = node["a"], node["b"], node["kernel"]
+        layers, rank = a.shape[0], a.shape[-1]
+        product = jnp.matmul(
+            a.reshape(layers, -1, rank),
+            b.reshape(layers, rank, -1),
+            precision="highest",
+        )
+        whole = kernel.astype(jnp.float32) + product.reshape(kernel.shape)
+        return {**rest, "kernel": whole.astype(kernel.dtype)}
+
+    return LM(base.config, fold(attach(base, adapters, lora).params))
+
+
+def is_adapters(params: Params) -> bool:
+    """Whether a tree is adapters alone: it has no embedding."""
+    return "embed" not in params
+
+
+def save(
+    adapters: Params, lora: Lora, config: ModelConfig, path: str | pathlib.Path,
+    *, base: str = "",
+) -> None:  # fmt: skip
+    """Writes a PEFT adapter directory (adapter_config.json, adapter_model.safetensors).
+
+    Args:
+      adapters: from `init`, trained.
+      lora: its settings.
+      config: of the base model; it knows the names of Hugging Face.
+      path: the directory to make.
+      base: what adapter_config.json calls the base model.
+
+    Raises:
+      FileExistsError: `path` is not empty.
+      ValueError: adapters with a value head, which PEFT keeps elsewhere.
+    """
+    from safetensors.numpy import save_file
+
+    path = pathlib.Path(path).expanduser()
+    if path.exists() and any(path.iterdir()):
+        raise FileExistsError(f"{path} is not empty")
+    if set(adapters) != {"blocks"}:
+        raise ValueError("adapters with a value head cannot be written as PEFT's")
+    tensors = {}
+    for name, (key, layer, matrix) in _peft_names(adapters, config).items():
+        part, target = key
+        tensor = np.asarray(adapters["blocks"][part][target][matrix][layer], np.float32)
+        rows = lora.rank if matrix == "b" else -1
+        flat = tensor.reshape(rows, lora.rank if matrix == "a" else -1)
+        tensors[name] = np.ascontiguousarray(flat.T)
+    names = families.hf_names(config)
+    settings = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": lora.rank,
+        "lora_alpha": lora.alpha, "use_rslora": lora.rank_stabilised, "bias": "none",
+        "lora_dropout": 0.0, "fan_in_fan_out": False, "inference_mode": True,
+        "base_model_name_or_path": base,
+        "target_modules": sorted(_module(names, t) for t in lora.targets),
+    }  # fmt: skip
+    path.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+    (path / "adapter_config.json").write_text(text, encoding="utf-8")
+
+
+def load(path: str | pathlib.Path, base: LM) -> tuple[Params, Lora]:
+    """Reads a PEFT adapter directory for a base model.
+
+    Raises:
+      ValueError: a variant that this file does not compute (DoRA, a rank per module,
+        biases, ...), an unknown module, a missing or an unused tensor: it is named.
+    """
+    from safetensors.numpy import load_file
+
+    path = pathlib.Path(path).expanduser()
+    settings: dict[str, Any] = json.loads((path / "adapter_config.json").read_text())
+    plain = {
+        "peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_out": False,
+        "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None,
+        "layers_to_transform": None, "lora_bias": False,
+    }  # fmt: skip
+    for key, value in plain.items():
+        if (settings.get(key) or value) != value:
+            raise ValueError(f"{path}: {key}={settings[key]!r} is not supported")
+    names = families.hf_names(base.config)
+    modules = {_module(names, t): t for t in TARGETS}
+    wanted = settings["target_modules"]
+    if unknown := sorted(set(wanted) - set(modules)):
+        raise ValueError(f"{path}: unknown modules {unknown}; known: {sorted(modules)}")
+    lora = Lora(
+        settings["r"], settings["lora_alpha"], tuple(sorted(modules[m] for m in wanted)),
+        bool(settings.get("use_rslora")),
+    )  # fmt: skip
+    adapters = jax.tree.map(
+        lambda x: np.zeros(x.shape, np.float32),
+        jax.eval_shape(lambda: init(base, lora, jax.random.key(0))),
+    )
+    adapters = {"blocks": adapters["blocks"]}
+    tensors = load_file(path / "adapter_model.safetensors")
+    expected = _peft_names(adapters, base.config)
+    if tensors.keys() != expected.keys():
+        missing = sorted(expected.keys() - tensors.keys())
+        unused = sorted(tensors.keys() - expected.keys())
+        raise ValueError(f"{path}: missing {missing[:3]}, unused {unused[:3]}")
+    for name, ((part, target), layer, matrix) in expected.items():
+        place = adapters["blocks"][part][target][matrix]
+        value = tensors[name].astype(np.float32).T
+        if value.size != place[layer].size:
+            raise ValueError(
+                f"{path}: {name} has shape {value.T.shape}, which is not that of the base"
+            )
+        place[layer] = value.reshape(place[layer].shape)
+    return jax.tree.map(jnp.asarray, adapters), lora
+
+
+def _module(names: dict[str, str], target: str) -> str:
+    """What Hugging Face calls a projection: 'q' -> 'q_proj'."""
+    return names[f"blocks/{TARGETS[target][0]}/{target}/kernel"].split(".")[-2]
+
+
+def _peft_names(adapters: Params, config: ModelConfig):
+    """{name in a PEFT file: ((part, target), layer, 'a' | 'b')}."""
+    names, out = families.hf_names(config), {}
+    for part, targets in adapters["blocks"].items():
+        for target in targets:
+            weight = names[f"blocks/{part}/{target}/kernel"]
+            for layer in range(config.num_layers):
+                stem = "base_model.model." + weight.format(layer).removesuffix(
+                    ".weight"
+                )
+                for matrix in ("a", "b"):
+                    name = f"{stem}.lora_{matrix.upper()}.weight"
+                    out[name] = ((part, target), layer, matrix)
+    return out
+
+
+def _update(tree: Params, other: Params) -> Params:
+    """A nested dict with the leaves of another put into it; neither is changed."""
+    out = dict(tree)
+    for key, value in other.items():
+        nested = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = _update(out[key], value) if nested else value
+    return out
