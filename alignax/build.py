@@ -10,8 +10,8 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -29,13 +29,14 @@ from alignax import (
     optim,
     plots,
     plugin,
+    refcache,
     sharding,
     source,
     tokenizer,
 )
-from alignax.batch import LM, Example, Metrics
+from alignax.batch import LM, Example, Metrics, Params
 from alignax.metrics import read
-from alignax.models import load, transformer
+from alignax.models import load, lora, transformer
 from alignax.models.transformer import ModelConfig
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,8 @@ class Run(NamedTuple):
     workdir: str
     mesh: Mesh
     tokenizer: tokenizer.Tokenizer
-    policy: LM
+    policy: LM  # its parameters are those that are trained
+    assemble: Callable[[Params, Mapping[str, LM]], LM]  # from them, the whole policy
     lms: dict[str, LM]  # frozen, on the mesh
     moving: tuple[str, ...]  # names that mean the policy's average
     loss: plugin.Bound
@@ -74,7 +76,7 @@ def build(config, workdir: str) -> Run:
     sharding.check_hosts(mesh)
     sharding.check_batch_size(config.batch_size, config.accumulate, mesh)
     sharding.check_batch_size(config.eval_batch_size or config.batch_size, 1, mesh)
-    loss = bind(config, "losses", config.loss)
+    loss = bind_loss(config)
     evals = {
         name: bind(config, "evals", {"name": name, **e})
         for name, e in config.evals.items()
@@ -84,6 +86,13 @@ def build(config, workdir: str) -> Run:
     policy = make_policy(config, text)
     if loss.needs and "values" in loss.needs and not policy.config.value_head:
         raise ValueError(f"loss {loss.name!r} needs config.model.value_head=True")
+    for name, e in evals.items():
+        longest = config.length + e.hyper.get("max_new", 0)
+        if longest > policy.config.max_length:
+            raise ValueError(
+                f"evals.{name}: config.length + max_new = {longest} is beyond the "
+                f"context of the policy, {policy.config.max_length}"
+            )
     host = (jax.process_index(), jax.process_count())
     parts = {
         k: (load_examples(d, drop=("ratio",)), d["ratio"])
@@ -107,6 +116,10 @@ def build(config, workdir: str) -> Run:
     rest = ("lr", "schedule", "warmup", "final")
     tx = optim.make_tx(rate, **{k: v for k, v in config.optim.items() if k not in rest})
     lms, moving = {}, []
+    on_mesh = {}  # weights that the policy starts from, once they are somebody's frozen LM
+    if adapters := lora_settings(config):
+        base = LM(policy.config, sharding.put_params(policy.params, mesh))
+        on_mesh["init"] = lms["base"] = base
     for name, path in config.lms.items():
         if path == "average":
             if not config.average:
@@ -130,16 +143,36 @@ def build(config, workdir: str) -> Run:
             )
         changes = {"dtype": config.model.dtype, "remat": "none"}
         lm = LM(dataclasses.replace(lm.config, **changes), lm.params)
-        params = jax.tree.map(
-            lambda x: jnp.asarray(x, config.model.param_dtype), lm.params
-        )
-        lms[name] = LM(lm.config, sharding.put_params(params, mesh))
-    missing = [n for n in loss.needs if n.endswith("_logps") and n != "old_logps"
-               and n.removesuffix("_logps") not in (*lms, *moving)]  # fmt: skip
+        if path in on_mesh:  # the base of the adapters: one copy is enough
+            params = {k: on_mesh[path].params[k] for k in lm.params}
+        else:
+            params = jax.tree.map(
+                lambda x: jnp.asarray(x, config.model.param_dtype), lm.params
+            )
+            params = sharding.put_params(params, mesh)
+        lms[name] = LM(lm.config, params)
+    missing = [n for n in loss.needs if frozen(n) not in (None, *lms, *moving)]
     if missing:
         raise ValueError(
             f"loss {loss.name!r} needs {missing}: add config.lms, there are {sorted(lms)}"
         )
+    model = policy.config
+
+    def assemble(params: Params, lms: Mapping[str, LM]) -> LM:
+        if adapters is None:
+            return LM(model, params)
+        return lora.attach(lms["base"], params, adapters)
+
+    if adapters:
+        key = jax.random.key(config.seed)
+        policy = LM(model, lora.init(policy, adapters, key))
+    if (config.reference_cache or config.reference_data) and data is not None:
+        if "ref" not in lms or config.mixture:
+            raise ValueError(
+                "reference_cache and reference_data need a frozen lms.ref and config.data "
+                "(no mixture)"
+            )
+        data = cached(config, data, text, lms["ref"], examples, mesh)
     # Last, so that a config that cannot run leaves nothing behind.
     folder = prepare(workdir, config)
     say = functools.partial(print, flush=True) if jax.process_index() == 0 else _quiet
@@ -153,9 +186,17 @@ def build(config, workdir: str) -> Run:
         )  # fmt: skip
         say(f"evaluation data: {summary(batches.report)}")
     return Run(
-        epath.Path(folder).name, folder, mesh, text, policy, lms, tuple(moving), loss, rate, tx,
-        data, evals, eval_data, say,
+        epath.Path(folder).name, folder, mesh, text, policy, assemble, lms, tuple(moving),
+        loss, rate, tx, data, evals, eval_data, say,
     )  # fmt: skip
+
+
+def frozen(need: str) -> str | None:
+    """The name of the frozen LM that fills a need of a loss; None if none does."""
+    if need in logprob.COMPARED:
+        return "ref"
+    name = need.removesuffix("_logps")
+    return None if name in (need, "old") else name
 
 
 def check(config) -> None:
@@ -169,12 +210,17 @@ def check(config) -> None:
         )
     if config.patience and not (config.best_metric and config.eval_every):
         raise ValueError("patience needs best_metric and eval_every")
+    if config.average_every < 1:
+        raise ValueError(
+            f"average_every is {config.average_every}, expected at least 1 step"
+        )
     if config.num_steps and bool(config.data) == bool(config.mixture):
         raise ValueError("a run that trains needs either config.data or config.mixture")
     for part, spec in config.mixture.items():
         if "ratio" not in spec:
             raise ValueError(f"mixture.{part} has no 'ratio'")
     sections = {"loss": config.loss, "data": config.data, "eval_data": config.eval_data}
+    sections["reference_data"] = config.reference_data
     sections |= {f"mixture.{k}": v for k, v in config.mixture.items()}
     for name, spec in sections.items():
         if (spec or name == "loss") and "name" not in spec:
@@ -183,32 +229,40 @@ def check(config) -> None:
 
 def bind(config, folder: str, spec: Any) -> plugin.Bound:
     """Loads the plug-in that a config section names; the other keys are its own."""
-    spec = dict(spec)
+    spec = _inner_dicts(spec)
     return plugin.load(folder, spec.pop("name"), spec)
+
+
+def bind_loss(config) -> plugin.Bound:
+    """The loss of a config, under its reweightings."""
+    weights = [
+        bind(config, "reweight", {"name": name, **hyper})
+        for name, hyper in config.reweight.items()
+    ]
+    return plugin.compose(bind(config, "losses", config.loss), weights)
 
 
 def load_examples(spec: Any, drop: tuple[str, ...] = ()) -> Sequence[Example]:
     """The examples that a data section describes."""
-    spec = {k: v for k, v in spec.items() if k not in drop}
+    spec = {k: v for k, v in _inner_dicts(spec).items() if k not in drop}
     return plugin.load("data", spec.pop("name"), spec)()
+
+
+def _inner_dicts(spec) -> dict[str, Any]:
+    """A section as plain dicts, also inside: plug-ins know nothing of ConfigDict."""
+    return {k: v.to_dict() if hasattr(v, "to_dict") else v for k, v in spec.items()}
 
 
 def tokenizer_path(config) -> str:
     """The tokenizer a config means: its own, or the one that lies with the weights."""
     if config.tokenizer:
         return config.tokenizer
-    folder = epath.Path(config.model.path or ".")
-    if folder.name in ("best", "checkpoints"):
-        folder = folder.parent
-    saved = folder / "config.json"
-    if config.model.path and saved.is_file():
-        inner = json.loads(saved.read_text())
-        if "batch_size" in inner:  # the folder of a run, not of Hugging Face weights
-            return inner["tokenizer"] or tokenizer_path(_Plain(inner))
     if not config.model.path:
         raise ValueError(
             "config.tokenizer is empty and config.model.path names no weights"
         )
+    if inner := saved_config(config.model.path):
+        return inner["tokenizer"] or tokenizer_path(_Plain(inner))
     return config.model.path
 
 
@@ -261,11 +315,67 @@ def make_policy(config, text: tokenizer.Tokenizer) -> LM:
     return LM(dataclasses.replace(lm.config, dtype=m.dtype, remat=m.remat), params)
 
 
+def cached(config, data, text, ref: LM, examples, mesh: Mesh) -> source.Source:
+    """The source with reference log-probs computed once, or read from the cache."""
+
+    def whole(examples):
+        return source.eval_batches(
+            examples, text, batch_size=config.batch_size, length=config.length,
+            buckets=config.buckets,
+        )  # fmt: skip
+
+    rows = read = whole(examples)
+    if config.reference_data:
+        read = whole(load_examples(config.reference_data))
+    key = refcache.describe(ref, read, tokenizer=text.fingerprint, length=config.length)
+    folder = checkpoint.absolute(config.reference_cache or ".")
+    path = folder / "reference.npz"
+    if config.reference_cache and path.exists():
+        table = refcache.load(path, key)
+    else:
+        table = refcache.compute(read, lambda batch: scorer(mesh)(ref, batch).logps)
+        if config.reference_cache and jax.process_index() == 0:
+            refcache.save(path, table, key)
+    if config.reference_data:
+        table = refcache.transfer(rows, read, table)
+    return refcache.attach(data, table)
+
+
+def lora_settings(config) -> lora.Lora | None:
+    """The adapters that a config asks for; None for a rank of 0."""
+    if not config.lora.rank:
+        return None
+    return lora.Lora(**{**config.lora, "targets": tuple(config.lora.targets)})
+
+
 def load_lm(path: str) -> LM:
-    """Weights from a run's folder, a Hugging Face directory or a .gguf file."""
-    if checkpoint.holds(path):
-        return checkpoint.load_lm(path)
-    return load.load(path)
+    """Weights from a run's folder, a Hugging Face directory or a .gguf file.
+
+    Adapters are merged into the base that their run names.
+    """
+    if not checkpoint.holds(path):
+        return load.load(path)
+    lm = checkpoint.load_lm(path)
+    if not lora.is_adapters(lm.params):
+        return lm
+    config = _Plain(saved_config(path) or {})
+    if not config:
+        raise ValueError(f"{path} holds adapters, and no config.json that names a base")
+    base = LM(
+        lm.config,
+        with_value_head(load_lm(config.model.path), lm.config.value_head).params,
+    )
+    return lora.merge(base, lm.params, cast(lora.Lora, lora_settings(config)))
+
+
+def saved_config(path: str) -> dict[str, Any] | None:
+    """The config of the run that a folder belongs to (also its 'best'); None of no run."""
+    folder = epath.Path(path)
+    if folder.name in ("best", "checkpoints"):
+        folder = folder.parent
+    file = folder / "config.json"
+    config = json.loads(file.read_text()) if file.is_file() else {}
+    return config if "batch_size" in config else None
 
 
 def with_value_head(lm: LM, wanted: bool) -> LM:
@@ -348,15 +458,19 @@ def compiled_score(mesh: Mesh, needs: tuple[str, ...]) -> Callable:
     return jax.jit(score, out_shardings=whole)
 
 
+def scorer(mesh: Mesh) -> Callable:
+    """score(lm, batch, needs, ...) -> Scores on the host; every host holds the batch."""
+    rows = NamedSharding(mesh, sharding.BATCH)
+
+    def score(lm, batch, needs=(), **more):
+        batch = jax.device_put(jax.tree.map(np.asarray, batch), rows)
+        return jax.device_get(compiled_score(mesh, tuple(needs))(lm, batch, **more))
+
+    return score
+
+
 def evaluate(run: Run, lm: LM, lms: dict[str, LM], step: int, config) -> Metrics:
     """Runs the config's evaluations; names are 'eval/<evaluation>/<metric>'."""
-
-    rows = NamedSharding(run.mesh, sharding.BATCH)
-
-    def score(lm, batch, needs=()):
-        # every host holds the whole batch here, unlike in training
-        batch = jax.device_put(jax.tree.map(np.asarray, batch), rows)
-        return jax.device_get(compiled_score(run.mesh, tuple(needs))(lm, batch))
 
     def generate(*args, **kwargs):
         eos_ids = sorted(run.tokenizer.eos_ids)
@@ -369,7 +483,7 @@ def evaluate(run: Run, lm: LM, lms: dict[str, LM], step: int, config) -> Metrics
     for name, evaluation in run.evals.items():
         got = evaluation(
             lm, lms, run.eval_data, key=jax.random.key(config.seed), tokenizer=run.tokenizer,
-            generate=generate, score=score, batch_size=config.eval_batch_size or config.batch_size,
+            generate=generate, score=scorer(run.mesh), batch_size=config.eval_batch_size or config.batch_size,
             length=config.length,
         )  # fmt: skip
         out["samples"] = out.get("samples", []) + got.pop("samples", [])

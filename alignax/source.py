@@ -11,10 +11,7 @@ stays) down to one; then the response loses its right end and, with it, its EOS;
 response without a scored token left drops the example. All of it is counted.
 """
 
-import functools
-import hashlib
 import itertools
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -25,11 +22,12 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from alignax import logprob
-from alignax.batch import LM, Batch, Example, from_groups
+from alignax.batch import LM, Batch, Example
+from alignax.plan import ENDLESS, Order, Plan, Row, bucket_sizes, fit
+from alignax.plan import identity as plan_identity
 from alignax.tokenizer import Tokenized, Tokenizer
 
 SHOWN = 20  # how many dropped or malformed ids a report lists
-ENDLESS = 2**62  # steps
 
 
 class Source(NamedTuple):
@@ -59,19 +57,6 @@ class PromptBatch(NamedTuple):
     valid: Bool[np.ndarray, " B"]  # False on rows that fill up the last batch
     texts: list[str]  # the prompts as the model reads them
     ids: list[str]
-
-
-class _Row(NamedTuple):
-    """One example, cut to length: int32 ids and bools."""
-
-    id: str
-    prompt: np.ndarray
-    responses: list[np.ndarray]
-    scored: list[np.ndarray]
-    feedback: Sequence[float]
-
-    def length(self) -> int:
-        return len(self.prompt) + max(len(r) for r in self.responses)
 
 
 def dataset_source(
@@ -138,7 +123,7 @@ def dataset_source(
             for rows, b in zip(data, shares, strict=True)]  # fmt: skip
     steps = ENDLESS if epochs is None else max(need)
     orders = [
-        _Order(
+        Order(
             [row.length() for row in rows],
             share,
             window=window,
@@ -148,9 +133,9 @@ def dataset_source(
         )
         for i, (rows, share, n) in enumerate(zip(data, shares, need, strict=True))
     ]
-    plan = _Plan(
+    plan = Plan(
         data, orders, steps,
-        buckets=_buckets(buckets, length), host=host, pad=tokenizer.pad_id,
+        buckets=bucket_sizes(buckets, length), host=host, pad=tokenizer.pad_id,
         mixture=isinstance(examples, Mapping),
     )  # fmt: skip
     # The state is worth nothing on other data or another layout: it says which it is of.
@@ -162,7 +147,7 @@ def dataset_source(
         plan.buckets,
     )
     settings += (shuffle, epochs, window, shares)
-    identity = _identity(data, settings)
+    identity = plan_identity(data, settings)
     walk = iter(
         grain.MapDataset.source(plan).to_iter_dataset(
             grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
@@ -193,7 +178,7 @@ def dataset_source(
 class EvalBatches:
     """Every example once, at known places: `batches[i]` holds the examples `ids(i)`."""
 
-    def __init__(self, plan: "_Plan", report: dict[str, Any]):
+    def __init__(self, plan: "Plan", report: dict[str, Any]):
         self._plan, self.report = plan, report
 
     def __len__(self) -> int:
@@ -238,14 +223,12 @@ def eval_batches(
         )
     counts = _counts()
     rows = _read(examples, tokenizer, length, vocab_size, counts)
-    rows.sort(key=_Row.length)
+    rows.sort(key=Row.length)
     lengths = [row.length() for row in rows]
-    order = _Order(
-        lengths, batch_size, window=1, seed=0, shuffle=False, limit=len(rows)
-    )
-    plan = _Plan(
+    order = Order(lengths, batch_size, window=1, seed=0, shuffle=False, limit=len(rows))
+    plan = Plan(
         [rows], [order], -(-len(rows) // batch_size),
-        buckets=_buckets(buckets, length), host=host, pad=tokenizer.pad_id, mixture=False,
+        buckets=bucket_sizes(buckets, length), host=host, pad=tokenizer.pad_id, mixture=False,
     )  # fmt: skip
     counts["padding"] = plan.padding(len(plan))
     return EvalBatches(plan, counts)
@@ -273,7 +256,7 @@ def prompt_batches(
     """
     if not len(examples):
         raise ValueError("no prompts: the data set is empty")
-    sizes = _buckets(buckets, length)
+    sizes = bucket_sizes(buckets, length)
     out = []
     for start in range(0, len(examples), batch_size):
         some = [
@@ -282,9 +265,7 @@ def prompt_batches(
         ids = [cut_prompt(tokenizer.prompt(e), length, tokenizer.bos_id) for e in some]
         fill = batch_size - len(some)
         ids, some = ids + ids[:1] * fill, some + some[:1] * fill
-        tokens = np.full(
-            (batch_size, _fit(max(map(len, ids)), sizes)), tokenizer.pad_id
-        )
+        tokens = np.full((batch_size, fit(max(map(len, ids)), sizes)), tokenizer.pad_id)
         for row, prompt in zip(tokens, ids, strict=True):
             row[: len(prompt)] = prompt
         out.append(
@@ -333,6 +314,15 @@ def cut(
     ), True
 
 
+def texts(batch: Batch, tokenizer: Tokenizer) -> list[list[str]]:
+    """The scored tokens of every response as text: B lists of G."""
+    tokens, mask = np.asarray(batch.tokens), np.asarray(batch.mask)
+    return [
+        [tokenizer.decode(t[m].tolist()) for t, m in zip(*group, strict=True)]
+        for group in zip(tokens, mask, strict=True)
+    ]
+
+
 def describe(batch: Batch, tokenizer: Tokenizer, row: int = 0) -> str:
     """One prompt of a batch as text, with what is scored between ⟦ and ⟧.
 
@@ -359,117 +349,7 @@ def describe(batch: Batch, tokenizer: Tokenizer, row: int = 0) -> str:
     return "\n".join(lines)
 
 
-class _Order:
-    """Which examples make up batch k: a pure function of k.
-
-    Positions 0, 1, ... run through epoch after epoch, in Grain's order; batch k takes
-    positions kb..(k+1)b-1. Batches within one epoch are sorted by length in windows; a
-    batch that straddles two epochs stands alone, or copies of one example would meet.
-    """
-
-    def __init__(self, lengths: list[int], share: int, *, window, seed, shuffle, limit):
-        self.lengths, self.share, self.limit = lengths, share, limit
-        self.window, self.seed, self.shuffle = window, seed, shuffle
-        order = grain.MapDataset.range(len(lengths)).seed(seed)
-        self.order = (order.shuffle() if shuffle else order).repeat()
-        self._sorted = functools.lru_cache(maxsize=2)(self._sort)
-
-    def batch(self, k: int) -> list[int | None]:
-        """Indices of the examples in batch k; None fills up behind the last epoch."""
-        n, b = len(self.lengths), self.share
-        epoch = k * b // n
-        first, stop = (
-            -(-epoch * n // b),
-            (epoch + 1) * n // b,
-        )  # batches within the epoch
-        if not self.shuffle or not first <= k < stop:
-            end = ENDLESS if self.limit is None else self.limit
-            return [
-                self.order[p] if p < end else None for p in range(k * b, (k + 1) * b)
-            ]
-        start = k - (k - first) % self.window
-        return self._sorted(start, min(start + self.window, stop))[k - start]
-
-    def _sort(self, start: int, stop: int) -> list[list[int]]:
-        b = self.share
-        rows = [self.order[p] for p in range(start * b, stop * b)]
-        rows.sort(key=self.lengths.__getitem__)
-        shuffled = np.random.default_rng([self.seed, start]).permutation(stop - start)
-        return [rows[i * b : (i + 1) * b] for i in shuffled.tolist()]
-
-
-class _Plan:
-    """Random access to the batches of all steps: what Grain iterates over."""
-
-    def __init__(self, data, orders, steps, *, buckets, host, pad, mixture):
-        self.data, self.orders, self.steps = data, orders, steps
-        self.buckets, self.host, self.pad, self.mixture = buckets, host, pad, mixture
-        self.group = max(len(row.responses) for rows in data for row in rows)
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def rows(self, k: int) -> list[tuple[int, _Row | None]]:
-        """(which part of the mixture, example or None) of all hosts' rows."""
-        return [
-            (part, None if i is None else self.data[part][i])
-            for part, order in enumerate(self.orders)
-            for i in order.batch(k)
-        ]
-
-    def ids(self, k: int) -> list[str]:
-        return [row.id for _, row in self.rows(k) if row is not None]
-
-    def __getitem__(self, k: int) -> tuple[Batch, list[str]]:
-        rows = self.rows(k)
-        size = _fit(
-            max(row.length() for _, row in rows if row is not None), self.buckets
-        )
-        index, count = self.host
-        each = len(rows) // count
-        mine = rows[index * each : (index + 1) * each]
-        batch = _build([row for _, row in mine], self.group, size, self.pad)
-        if self.mixture:
-            parts: Any = np.array([part for part, _ in mine], np.int32)
-            batch = batch._replace(extra={"source": parts})
-        return batch, [row.id for _, row in rows if row is not None]
-
-    def padding(self, steps: int) -> float:
-        """Share of padding among all tokens of the first `steps` batches."""
-        real = total = 0
-        for k in range(steps):
-            rows = self.rows(k)
-            used = [row for _, row in rows if row is not None]
-            size = _fit(max(row.length() for row in used), self.buckets)
-            total += len(rows) * self.group * size
-            real += sum(len(r.prompt) + len(a) for r in used for a in r.responses)
-        return 1.0 - real / total
-
-
-def _build(rows: list[_Row | None], group: int, size: int, pad: int) -> Batch:
-    """A batch [len(rows), group, size]; None makes an invalid row."""
-    used = [row for row in rows if row is not None]
-    zeros = [[0.0] * len(r.responses) for r in used]
-    packed = from_groups(
-        [r.prompt for r in used],
-        [r.responses for r in used],
-        length=size,
-        pad=pad,
-        feedback=[r.feedback or z for r, z in zip(used, zeros, strict=True)],
-        scored=[r.scored for r in used],
-    )
-    at = [i for i, row in enumerate(rows) if row is not None]
-
-    def spread(field, fill):
-        out = np.full((len(rows), group, *field.shape[2:]), fill, field.dtype)
-        out[at, : field.shape[1]] = field
-        return out
-
-    fills = (pad, False, 0, 0.0, False)
-    return Batch(*(spread(x, fill) for x, fill in zip(packed[:5], fills, strict=True)))
-
-
-def _read(examples, tokenizer, length, vocab_size, counts) -> list[_Row]:
+def _read(examples, tokenizer, length, vocab_size, counts) -> list[Row]:
     """Tokenises and cuts all examples; what happened to them is added to `counts`."""
     if length < 2:
         raise ValueError(f"length is {length}, expected at least 2")
@@ -478,7 +358,7 @@ def _read(examples, tokenizer, length, vocab_size, counts) -> list[_Row]:
         name = "malformed" if kind == "malformed" else "dropped"
         _note(counts, name, *lines)
         counts["read"] += len(lines)
-    rows = []
+    rows: list[Row] = []
     for i in range(len(examples)):
         example = examples[i]
         counts["read"] += 1
@@ -503,13 +383,19 @@ def _read(examples, tokenizer, length, vocab_size, counts) -> list[_Row]:
             continue
         counts["cut"] += was_cut
         counts["used"] += 1
-        row = _Row(
+        row = Row(
             example.id,
             np.array(part.prompt_ids, np.int32),
             [np.array(r, np.int32) for r in part.responses],
             [np.array(s, bool) for s in part.scored],
             tuple(map(float, example.feedback)),
+            {k: float(v) for k, v in example.columns.items()},
         )
+        if rows and row.columns.keys() != rows[0].columns.keys():
+            raise ValueError(
+                f"{example.id} has columns {sorted(row.columns)}, {rows[0].id} has "
+                f"{sorted(rows[0].columns)}"
+            )
         if vocab_size is not None:
             top = max(int(x.max()) for x in (row.prompt, *row.responses))
             if top >= vocab_size:
@@ -554,24 +440,15 @@ def _shares(ratios: dict[str, float], batch_size: int) -> list[int]:
     return [int(r) for r in rows]
 
 
-def _buckets(buckets: Sequence[int], length: int) -> tuple[int, ...]:
-    sizes = sorted(set(buckets) or {-(-length * k // 8) for k in (1, 2, 3, 4, 6, 8)})
-    if sizes[0] < 1 or sizes[-1] > length:
-        raise ValueError(f"buckets {sizes} must lie between 1 and length={length}")
-    return tuple(sizes) if sizes[-1] == length else (*sizes, length)
-
-
-def _fit(tokens: int, buckets: tuple[int, ...]) -> int:
-    return next(b for b in buckets if b >= tokens)
-
-
-def _identity(data: list[list[_Row]], settings: tuple) -> str:
-    digest = hashlib.sha256(json.dumps([str(s) for s in settings]).encode())
-    for rows in data:
-        for row in rows:
-            for ids in (row.prompt, *row.responses, *row.scored):
-                digest.update(len(ids).to_bytes(4, "big") + ids.tobytes())
-    return digest.hexdigest()[:16]
+def unfilled(batch: Batch, needs: Sequence[str]) -> list[str]:
+    """The '<name>_logps' among `needs` that a batch does not bring along."""
+    extra = batch.extra or {}
+    columns = [n for n in needs if n.endswith("_logps") and n != "old_logps"]
+    return [
+        n
+        for n in columns
+        if (batch.ref_logps if n == "ref_logps" else extra.get(n)) is None
+    ]
 
 
 def annotate(
@@ -595,13 +472,8 @@ def annotate(
     Raises:
       ValueError: a need without its LM; the ones that exist are listed.
     """
-    for need in needs:
+    for need in unfilled(batch, needs):
         name = need.removesuffix("_logps")
-        if name == need or name == "old":
-            continue
-        extra = batch.extra or {}
-        if (batch.ref_logps if name == "ref" else extra.get(need)) is not None:
-            continue
         if name not in lms:
             raise ValueError(
                 f"{need!r} is needed but there is no LM {name!r}; there are {sorted(lms)}"
@@ -610,5 +482,5 @@ def annotate(
         if name == "ref":
             batch = batch._replace(ref_logps=logps)
         else:
-            batch = batch._replace(extra={**extra, need: logps})
+            batch = batch._replace(extra={**(batch.extra or {}), need: logps})
     return batch

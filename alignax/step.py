@@ -19,7 +19,7 @@ from alignax import logprob, masked, sharding
 from alignax.batch import LM, Batch, Metrics, Params
 from alignax.models.transformer import ModelConfig
 from alignax.plugin import Bound, bind
-from alignax.source import annotate
+from alignax.source import annotate, unfilled
 
 EMA_DECAY = 0.99  # of the running means that a loss asks for
 
@@ -35,18 +35,27 @@ class TrainState(NamedTuple):
 
 
 class TrainStep(NamedTuple):
-    """step(state, lms, batch) -> (state, metrics). The state is donated."""
+    """step(state, lms, batch) -> (state, metrics). The state is donated.
 
+    Frozen LMs are read by a program of their own: a column that the batch brings along
+    (from a cache) gives the same step, bit for bit, as one that is filled here.
+    """
+
+    fill: Callable[[Any, dict[str, LM], Batch], Batch]  # jitted: what frozen LMs say
     program: Callable[[TrainState], Any]  # the jitted function for a state's shardings
     hyper: dict[str, Array]  # numeric hyper-parameters of the loss: traced scalars
+    needs: tuple[str, ...]  # of the loss
 
     def __call__(
         self, state: TrainState, lms: dict[str, LM], batch: Batch
     ) -> tuple[TrainState, Metrics]:
+        if unfilled(batch, self.needs):
+            batch = self.fill(state.average, lms, batch)
         return self.program(state)(state, lms, batch, self.hyper)
 
     def lower(self, state: TrainState, lms: dict[str, LM], batch: Batch) -> Any:
         """The lowered program, for inspection; nothing runs."""
+        batch = jax.eval_shape(self.fill, state.average, lms, batch)
         return self.program(state).lower(state, lms, batch, self.hyper)
 
     def compilations(self, state: TrainState) -> int:
@@ -84,7 +93,9 @@ def make_train_step(
     *,
     accumulate: int = 1,
     average: float = 0.0,
+    average_every: int = 1,
     moving: tuple[str, ...] = (),
+    assemble: Callable[[Params, Mapping[str, LM]], LM] | None = None,
 ) -> TrainStep:
     """Builds the jitted optimiser step. The state it is given is donated.
 
@@ -98,11 +109,19 @@ def make_train_step(
       mesh: devices; None is one device.
       accumulate: micro-batches per step; the gradient is that of the whole batch.
       average: decay of the parameters' exponential average, 0 for none.
+      average_every: steps between two updates of that average.
       moving: names of frozen LMs that are the average of the policy instead.
+      assemble: (what is trained, frozen LMs) -> the policy; by default the parameters
+        are the policy's own, with adapters they are attached to a frozen base.
 
     Returns:
       A TrainStep.
     """
+    if assemble is None:
+
+        def assemble(params, lms):
+            return LM(config, params)
+
     if not isinstance(loss, Bound):
         loss = bind(loss)
     score = functools.partial(logprob.score, mesh=mesh)
@@ -121,12 +140,13 @@ def make_train_step(
         total = {k: jnp.where(keep, v, 0.0).sum() for k, v in metrics.items()}
         return jnp.where(keep, values, 0.0).sum(), total
 
-    def gradient(params, batch, ema, hyper):
+    def gradient(params, lms, batch, ema, hyper):
         """(loss, metrics), gradient: means over the whole step's prompts."""
         count = jnp.maximum(masked.prompts(batch).sum(), 1)
 
         def forward(params, part):
-            return score(LM(config, params), part, needs=loss.needs)
+            policy = assemble(params, lms)
+            return score(policy, part, needs=loss.needs, kl_to=lms.get("ref"))
 
         def direct(params, part):
             value, metrics = evaluate_loss(forward(params, part), part, ema, hyper)
@@ -189,16 +209,23 @@ def make_train_step(
     def join(x):
         return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
 
-    def update(state: TrainState, lms, batch: Batch, hyper):
-        if state.average is not None:
-            lms = {**lms, **{name: LM(config, state.average) for name in moving}}
-        fill = functools.partial(annotate, lms=lms, needs=loss.needs, score=score)
+    def frozen(average, lms):
+        if not moving:
+            return lms
+        return {**lms, **dict.fromkeys(moving, assemble(average, lms))}
+
+    def fill(average, lms, batch: Batch) -> Batch:
+        one = functools.partial(
+            annotate, lms=frozen(average, lms), needs=loss.needs, score=score
+        )
         if accumulate == 1:
-            batch = fill(batch)
-        else:
-            parts = jax.lax.map(fill, jax.tree.map(split, batch))
-            batch = jax.tree.map(join, parts)
-        value, metrics, grads = gradient(state.params, batch, state.ema, hyper)
+            return one(batch)
+        parts = jax.lax.map(one, jax.tree.map(split, batch))
+        return jax.tree.map(join, parts)
+
+    def update(state: TrainState, lms, batch: Batch, hyper):
+        lms = frozen(state.average, lms)
+        value, metrics, grads = gradient(state.params, lms, batch, state.ema, hyper)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = {
@@ -207,10 +234,12 @@ def make_train_step(
         }
         mean = state.average
         if mean is not None:
+            due = (state.step + 1) % average_every == 0
             mean = jax.tree.map(
-                lambda a, p: average * a + (1 - average) * p, mean, params
-            )
-        metrics |= {"loss": value, "grad_norm": optax.global_norm(grads)}
+                lambda a, p: jnp.where(due, average * a + (1 - average) * p, a),
+                mean, params,
+            )  # fmt: skip
+        metrics |= {"loss": value, "grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, opt_state, ema, mean), metrics
 
     def place(x):
@@ -230,4 +259,5 @@ def make_train_step(
         leaves, tree = jax.tree.flatten(jax.tree.map(lambda x: x.sharding, state))
         return program((tuple(leaves), tree))
 
-    return TrainStep(jitted, hyper)
+    rows = None if mesh is None else NamedSharding(mesh, sharding.BATCH)
+    return TrainStep(jax.jit(fill, out_shardings=rows), jitted, hyper, loss.needs)

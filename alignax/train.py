@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignax import build, checkpoint, sharding
+from alignax import build, checkpoint, logprob, sharding
 from alignax.batch import LM, Metrics, Scores
 from alignax.metrics import Writer, flops_per_token, mfu, read
 from alignax.models import transformer
@@ -90,9 +90,11 @@ def _loop(config, run, state, record, latest, best, writer, stop, start):
     model = run.policy.config
     step = make_train_step(
         model, run.tx, run.loss, run.mesh,
-        accumulate=config.accumulate, average=config.average, moving=run.moving,
+        accumulate=config.accumulate, average=config.average,
+        average_every=config.average_every, moving=run.moving, assemble=run.assemble,
     )  # fmt: skip
-    flops = flops_per_token(transformer.num_params(state.params), "train")
+    whole = run.assemble(state.params, run.lms)
+    flops = flops_per_token(transformer.num_params(whole.params), "train")
     seen = set()
     clock, window = time.monotonic(), 0  # since the devices were last idle: s, tokens
     saved = (
@@ -107,9 +109,8 @@ def _loop(config, run, state, record, latest, best, writer, stop, start):
         checkpoint.save(to, state, model=model, meta=meta)
 
     def evaluate(state, at):
-        lm = LM(model, state.params)
-        lms = {**run.lms, **{name: LM(model, state.average) for name in run.moving}}
-        metrics = build.evaluate(run, lm, lms, at, config)
+        lm = run.assemble(state.params, run.lms)
+        metrics = build.evaluate(run, lm, frozen_lms(run, state), at, config)
         writer.samples(at, metrics.pop("samples", []))
         if metrics:
             writer.write(at, metrics)
@@ -247,6 +248,13 @@ def evaluated(workdir: str, step: int) -> bool:
     return any(key.startswith("eval/") for row in rows for key in row)
 
 
+def frozen_lms(run, state) -> dict[str, LM]:
+    """The frozen LMs, with the policy's average where one of them means it."""
+    if not run.moving:
+        return run.lms
+    return run.lms | dict.fromkeys(run.moving, run.assemble(state.average, run.lms))
+
+
 def start_check(config, run, state, batch, writer) -> bool:
     """Where the reference is the initial policy, they must agree exactly at step 0.
 
@@ -259,10 +267,19 @@ def start_check(config, run, state, batch, writer) -> bool:
     """
     if "ref_logps" not in run.loss.needs or config.lms.get("ref") != "init":
         return False
-    score = build.compiled_score(run.mesh, run.loss.needs)
-    moving = {name: LM(run.policy.config, state.average) for name in run.moving}
-    batch = annotate(batch, {**run.lms, **moving}, needs=run.loss.needs, score=score)
-    policy: Scores = score(LM(run.policy.config, state.params), batch)
+    if config.reference_data:  # the two read different prompts
+        return False
+    lms, needs = frozen_lms(run, state), run.loss.needs
+    read = tuple(n for n in needs if n in Scores._fields and n != "logps")
+    score = build.compiled_score(run.mesh, ())
+    cached = batch.ref_logps
+    batch = annotate(batch._replace(ref_logps=None), lms, needs=needs, score=score)
+    if cached is not None:
+        check_cache(float(jnp.abs(cached - batch.ref_logps).max()), run.policy.config)
+    score = build.compiled_score(run.mesh, read)
+    ours = run.assemble(state.params, run.lms)
+    compared = {"kl_to": lms["ref"]} if {*read} & {*logprob.COMPARED} else {}
+    policy: Scores = score(ours, batch, **compared)
     largest = float(jnp.abs(policy.logps - batch.ref_logps).max())
     given = {"ema": state.ema} if run.loss.ema else {}
     value = float(run.loss(policy, batch, **given)[0].mean())
@@ -275,6 +292,19 @@ def start_check(config, run, state, batch, writer) -> bool:
             f"policy and reference differ by {largest:g} nats on one token before the first step"
         )
     return True
+
+
+def check_cache(largest: float, model: ModelConfig) -> None:
+    """Raises RuntimeError if cached reference log-probs are not those of the reference.
+
+    A cached row may have stood in a batch of another shape: rounding may differ.
+    """
+    bound = 1e-3 if model.dtype == "float32" else 0.5  # nats per token
+    if largest > bound:
+        raise RuntimeError(
+            f"reference_cache is {largest:g} nats off on one token, beyond {bound}: "
+            "delete it"
+        )
 
 
 def close_to_start(metrics: Metrics, model: ModelConfig) -> None:

@@ -31,7 +31,7 @@ BAD = {
     ),
     "unknown data": (
         {"data": {"name": "synthetics", "split": "train"}},
-        r"unknown name 'synthetics' in data \(did you mean 'synthetic'\?\); available: hh_rlhf,",
+        r"unknown name 'synthetics' in data \(did you mean 'synthetic'\?\); available: .*hh_rlhf,",
     ),
     "unknown evaluation": (
         {"evals": {"win_rates": {}}}, r"unknown name 'win_rates' in evals \(did you mean 'win_rate'\?\)",
@@ -51,6 +51,23 @@ BAD = {
     "unknown hyper-parameter of an evaluation": (
         {"evals": {"win_rate": {"reward": "x", "max_now": 3}}},
         r"evals\.win_rate has no hyper-parameter 'max_now' \(did you mean 'max_new'\?\)",
+    ),
+    "responses beyond the context": (
+        {"evals": {"win_rate": {"reward": "model", "max_new": 57}},
+         "eval_data": {"name": "synthetic", "split": "test"}},
+        r"evals\.win_rate: config\.length \+ max_new = 129 is beyond the context of the policy, 128",
+    ),
+    "a KL without the LM it is to": (
+        {"loss": {"name": "gkd"}},
+        r"loss 'losses\.gkd' needs \['kl', 'forward_kl'\]: add config\.lms, there are \[\]",
+    ),
+    "an average that is never updated": ({"average_every": 0}, "average_every is 0"),
+    "unknown reweighting": (
+        {"reweight": {"wpoo": {}}}, r"unknown name 'wpoo' in reweight \(did you mean 'wpo'\?\)",
+    ),
+    "adapters of what is no projection": (
+        {"lora": {"rank": 2, "alpha": 4.0, "targets": ("query",), "rank_stabilised": False}},
+        r"lora\.targets is \['query'\]; it takes some of \['q',",
     ),
     "evaluation without data": (
         {"evals": {"perplexity": {}}}, r"evals \['perplexity'\] need config\.eval_data",

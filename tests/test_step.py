@@ -197,6 +197,21 @@ def test_parameters_are_averaged(tiny_lm, lms, make_batch):
         np.testing.assert_allclose(mean, 0.75 * old + 0.25 * new, atol=1e-6)
 
 
+def test_an_average_is_updated_every_so_many_steps(tiny_lm, lms, make_batch):
+    """As TR-DPO does: in between, the reference stands still."""
+    step, state = start(tiny_lm, LOSSES["dpo"], average=0.25, average_every=2)
+    means = [jax.device_get(state.average)]
+    for seed in range(2):
+        state, _ = step(state, lms, make_batch(4, 2, 12, seed))
+        means.append(jax.device_get(state.average))
+    first, between, after = map(jax.tree.leaves, means)
+    for a, b, c, p in zip(
+        first, between, after, jax.tree.leaves(state.params), strict=True
+    ):
+        np.testing.assert_array_equal(b, a)
+        np.testing.assert_allclose(c, 0.25 * a + 0.75 * p, atol=1e-6)
+
+
 def test_a_moving_reference_is_the_average_of_the_policy(tiny_lm, make_batch):
     step, state = start(tiny_lm, LOSSES["dpo"], average=0.75, moving=("ref",))
     batch = make_batch(4, 2, 12)

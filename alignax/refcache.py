@@ -1,0 +1,160 @@
+"""Log-probabilities under the frozen reference, computed once and kept on disk.
+
+The reference never changes, so its forward pass over a data set need not be repeated
+every epoch and every run. A file holds, for each distinct row (tokens and mask), the
+log-probabilities of its scored tokens; a row is found by its content, whatever batch it
+stands in. The file states what it was made of: if any of that differs, it is refused.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from alignax import checkpoint
+from alignax.batch import LM, Batch
+from alignax.source import EvalBatches, Source
+
+KERNEL = 1  # raised when logprob.score changes its numbers by more than rounding
+Table = dict[bytes, np.ndarray]  # content of a row -> float32 log-probs, scored tokens
+
+
+def describe(lm: LM, batches: Iterable[Batch], **more: Any) -> dict[str, str]:
+    """What a cache is made of, part by part.
+
+    Args:
+      lm: the reference.
+      batches: the whole data set.
+      **more: further parts, such as tokenizer and length.
+    """
+    digest = hashlib.sha256()
+    for batch in batches:
+        for content, _ in _rows(batch):
+            digest.update(content)
+    model = dataclasses.replace(lm.config, dtype="float32", remat="none")
+    return {
+        "data": digest.hexdigest()[:16],
+        "parameters": f"{int(checkpoint.checksum(lm.params)):08x}",
+        "dtype": str(lm.config.dtype),
+        "model": hashlib.sha256(repr(model).encode()).hexdigest()[:16],
+        "kernel": str(KERNEL),
+        **{k: str(v) for k, v in more.items()},
+    }
+
+
+def compute(batches: Iterable[Batch], score: Callable[[Batch], np.ndarray]) -> Table:
+    """Scores every row of a data set.
+
+    Args:
+      batches: the whole data set, on the host.
+      score: batch -> log-probs under the reference, [B, G, T].
+    """
+    table: Table = {}
+    for batch in batches:
+        logps = np.asarray(score(batch), np.float32)
+        for content, (b, g) in _rows(batch):
+            table[content] = logps[b, g][np.asarray(batch.mask)[b, g]]
+    return table
+
+
+def transfer(rows: EvalBatches, others: EvalBatches, table: Table) -> Table:
+    """Numbers on the responses of other rows, for the same responses here.
+
+    So the reference may read another prompt than the policy: examples are matched by
+    their ids, responses by their place, scored tokens by their order.
+
+    Args:
+      rows: the data set that is trained on.
+      others: the one that `table` was computed on.
+      table: from `compute`.
+
+    Raises:
+      ValueError: an example that `others` lacks, or a response with another number of
+        scored tokens there.
+    """
+    found = {
+        (others.ids(i)[b], g): table[content]
+        for i in range(len(others))
+        for content, (b, g) in _rows(others[i])
+    }
+    out: Table = {}
+    for i in range(len(rows)):
+        batch = rows[i]
+        for content, (b, g) in _rows(batch):
+            name, tokens = rows.ids(i)[b], int(batch.mask[b, g].sum())
+            if (name, g) not in found:
+                raise ValueError(f"reference_data has no response {g} of {name}")
+            out[content] = found[name, g]
+            if len(out[content]) != tokens:
+                raise ValueError(
+                    f"response {g} of {name} has {tokens} scored tokens, but "
+                    f"{len(out[content])} in reference_data"
+                )
+    return out
+
+
+def save(path, table: Table, key: dict[str, str]) -> None:
+    """Writes a table and what it was made of; the file appears complete or not at all."""
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.parent / f".{path.name}"
+    with fresh.open("wb") as file:
+        np.savez(
+            file,
+            key=np.array(json.dumps(key)),
+            rows=np.frombuffer(b"".join(table), np.uint8).reshape(len(table), -1),
+            ends=np.cumsum([len(x) for x in table.values()]),
+            logps=np.concatenate([*table.values(), np.zeros(0, np.float32)]),
+        )
+    fresh.replace(path)
+
+
+def load(path, key: dict[str, str]) -> Table:
+    """Reads a table that was made of exactly what `key` says.
+
+    Raises:
+      ValueError: it was made of something else; the parts that differ are named.
+    """
+    with epath.Path(path).open("rb") as file:
+        saved = dict(np.load(file))
+    made_of = json.loads(str(saved["key"]))
+    differ = [
+        f"{k} ({made_of.get(k, 'absent')} there, {key.get(k, 'absent')} here)"
+        for k in sorted({*made_of, *key})
+        if made_of.get(k) != key.get(k)
+    ]
+    if differ:
+        raise ValueError(
+            f"{path} holds log-probabilities of something else: {'; '.join(differ)}; "
+            "name another folder in config.reference_cache, or delete the file"
+        )
+    parts = np.split(saved["logps"], saved["ends"][:-1])
+    return {row.tobytes(): x for row, x in zip(saved["rows"], parts, strict=True)}
+
+
+def attach(source: Source, table: Table) -> Source:
+    """The source, with `ref_logps` filled in every batch."""
+
+    def next_batch(params: Any = None, step: int = 0) -> Batch:
+        batch = source.next(params, step)
+        ref: Any = np.zeros(batch.mask.shape, np.float32)
+        for content, (b, g) in _rows(batch):
+            ref[b, g][batch.mask[b, g]] = table[content]
+        return batch._replace(ref_logps=ref)
+
+    return source._replace(next=next_batch)
+
+
+def _rows(batch: Batch):
+    """(digest of tokens and mask, (b, g)) of every valid row; padding is not content."""
+    tokens, mask = np.asarray(batch.tokens), np.asarray(batch.mask)
+    lengths = np.asarray(batch.lengths)
+    for b, g in np.argwhere(np.asarray(batch.valid)):
+        n = lengths[b, g]
+        content = hashlib.sha256(tokens[b, g, :n].astype(np.int32).tobytes())
+        content.update(mask[b, g, :n].tobytes())
+        yield content.digest(), (b, g)
