@@ -24,6 +24,7 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
+from alignax import gguf_vocab
 from alignax.batch import Example, Message
 
 # Conversations need some form where a tokenizer brings no template of its own (bytes,
@@ -138,18 +139,21 @@ class Tokenizer:
           ValueError: a response without an assistant turn, an assistant turn that
             holds an EOS of its own, two BOS at the start, or an empty prompt.
         """
-        texts = [r for r in example.responses if isinstance(r, str)]
+        texts = [t for t in map(_raw, example.responses) if t is not None]
         plain = not self.chat_template and len(texts) == len(example.responses)
         if plain and isinstance(example.prompt, str):
             prompt_ids = self._raw_prompt(example.prompt)
-            groups = [self.encode(r) for r in texts]
-            # A response that brings its own EOS at the end keeps that one.
-            groups = [
-                r if r and r[-1] in self.eos_ids else [*r, self.eos_id] for r in groups
-            ]
-            for ids in groups:
+            groups, scored = [], []
+            for text, prefill in texts:
+                ids, given = self.encode(text), self.encode(prefill)
+                self._check_prefix(given, ids, "prefill")
+                # A response that brings its own EOS at the end keeps that one.
+                if not ids or ids[-1] not in self.eos_ids:
+                    ids = [*ids, self.eos_id]
                 self._check_one_eos(ids)
-            return Tokenized(prompt_ids, groups, [[True] * len(r) for r in groups])
+                groups.append(ids)
+                scored.append([k >= len(given) for k in range(len(ids))])
+            return Tokenized(prompt_ids, groups, scored)
 
         prompt = _messages(example.prompt, "user")
         turns = [_messages(r, "assistant") for r in example.responses]
@@ -210,11 +214,21 @@ class Tokenizer:
         return ids[n:last], marks[n:last]
 
     def _turns(self, messages, ids, skip: int = 0) -> list[tuple[int, int]]:
-        """[start, stop) in `ids` of each assistant turn after the first `skip`."""
+        """[start, stop) in `ids` of each assistant turn after the first `skip`.
+
+        A turn's 'prefill', the beginning of its content, is in front of its start.
+        """
         spans = []
         at = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         for i in at[skip:]:
-            head = self.encode(self.render(messages[:i], True))
+            opened = self.render(messages[:i], True)
+            if begun := messages[i].get("prefill"):
+                content = messages[i]["content"]
+                if not content.startswith(begun):
+                    raise ValueError(f"prefill {begun!r} does not begin {content!r}")
+                text = self.render(messages)
+                opened = text[: text.index(begun, len(opened)) + len(begun)]
+            head = self.encode(opened)
             self._check_prefix(head, ids, "prompt")
             stop = len(ids)
             if i + 1 < len(messages):
@@ -342,41 +356,10 @@ def _load_hf(path: pathlib.Path, now: datetime.datetime) -> Tokenizer:
     )  # fmt: skip
 
 
-# How each family cuts text before merges, by `tokenizer.ggml.pre`. A pattern is a fact
-# about the vocabulary: with another one the same text gets other ids.
-_GPT2 = None  # the pattern that tokenizers' ByteLevel brings along
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-_GGUF_PRE = {  # name: (pattern, single digits first, Unicode NFC, whole words first)
-    "gpt-2": (_GPT2, False, False, False),
-    "smollm": (_GPT2, True, False, False),
-    "starcoder": (_GPT2, True, False, False),
-    "llama-bpe": (_LLAMA3, False, False, True),
-    "qwen2": (_QWEN2, False, True, False),
-}
-
-
 def _load_gguf(path: pathlib.Path, now: datetime.datetime) -> Tokenizer:
     """Rebuilds a byte-level BPE tokenizer from the metadata of a .gguf file."""
-    try:
-        import gguf
-    except ImportError as e:
-        raise ImportError(
-            "a .gguf file needs the extra: pip install 'alignax[gguf]'"
-        ) from e
-    fields = gguf.GGUFReader(str(path)).fields
-
-    def get(name: str, default: Any = None) -> Any:
-        field = fields.get(name)
-        return default if field is None else field.contents()
-
-    names = ["model", "pre", "tokens", "merges", "token_type", "add_bos_token"]
-    names += [f"{kind}_token_id" for kind in ("bos", "eos", "eot", "eom", "padding")]
-    ggml = {name: get(f"tokenizer.ggml.{name}") for name in names}
-    return from_ggml(ggml, get("tokenizer.chat_template"), now=now, where=path)
+    ggml, template = gguf_vocab.read(path)
+    return from_ggml(ggml, template, now=now, where=path)
 
 
 def from_ggml(
@@ -398,47 +381,8 @@ def from_ggml(
     Raises:
       ValueError: a vocabulary that is not byte-level BPE, or an unknown pre-tokenizer.
     """
-    import tokenizers
-    from tokenizers import decoders, models, normalizers, pre_tokenizers
-
-    if ggml.get("model") != "gpt2" or not ggml.get("merges"):
-        raise ValueError(
-            f"{where}: tokenizer model {ggml.get('model')!r} cannot be rebuilt, only "
-            "byte-level BPE ('gpt2' with merges); use the Hugging Face directory instead"
-        )
-    pre = ggml.get("pre")
-    if pre not in _GGUF_PRE:
-        raise ValueError(
-            f"{where}: unknown pre-tokenizer {pre!r}, known are {sorted(_GGUF_PRE)}; "
-            "use the Hugging Face directory instead"
-        )
-    pattern, digits, nfc, whole = _GGUF_PRE[pre]
-    tokens, types = ggml["tokens"], ggml["token_type"]
-    core = tokenizers.Tokenizer(
-        models.BPE(
-            vocab={token: i for i, token in enumerate(tokens)},
-            merges=[tuple(m.split(" ", 1)) for m in ggml["merges"]],
-            ignore_merges=whole,
-        )
-    )
-    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
-    if pattern is not None:
-        steps.append(pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"))
-    steps.append(
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
-    )
-    core.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    core.decoder = decoders.ByteLevel()
-    if nfc:
-        core.normalizer = normalizers.NFC()
-    for kind, special in ((3, True), (4, False)):
-        core.add_tokens(
-            [
-                tokenizers.AddedToken(token, special=special, normalized=False)
-                for token, k in zip(tokens, types, strict=True)
-                if k == kind
-            ]
-        )
+    core = gguf_vocab.rebuild(ggml, where)
+    tokens = ggml["tokens"]
     names = (("bos", "bos_token"), ("eos", "eos_token"), ("padding", "pad_token"))
     ids = {name: ggml.get(f"{kind}_token_id") for kind, name in names}
     ends = [ggml.get(f"{kind}_token_id") for kind in ("eos", "eot", "eom")]
@@ -449,7 +393,7 @@ def from_ggml(
         chat_template,
         now,
         eos_ids=[i for i in ends if i is not None],
-        add_bos=pre == "llama-bpe" if add_bos is None else add_bos,
+        add_bos=ggml["pre"] == "llama-bpe" if add_bos is None else add_bos,
         where=where,
     )
 
@@ -488,6 +432,15 @@ def _wrap(core, specials, template, now, *, eos_ids, add_bos, where) -> Tokenize
 
 def _messages(turns: str | Sequence[Message], role: str) -> list[Message]:
     return [{"role": role, "content": turns}] if isinstance(turns, str) else list(turns)
+
+
+def _raw(response: str | Sequence[Message]) -> tuple[str, str] | None:
+    """(text, prefill) of a response that needs no template; None of one that does."""
+    if isinstance(response, str):
+        return response, ""
+    if len(response) == 1 and "prefill" in response[0]:
+        return response[0]["content"], response[0]["prefill"]
+    return None
 
 
 class _Generation(jinja2.ext.Extension):

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignax import decode, logprob, tokenizer
+from alignax import decode, logprob, rewards, tokenizer
 from alignax.batch import LM, Batch, Example, Scores
-from alignax.evals import perplexity, ranking_accuracy, win_rate
+from alignax.data import pairing
+from alignax.evals import perplexity, ranking_accuracy, sample, token_shift, win_rate
+from alignax.metrics import Writer
 from alignax.models import transformer
 
 TK = tokenizer.load("bytes")
@@ -175,26 +177,29 @@ def test_ranking_single_responses_is_refused(tiny_config):
 
 
 def generator(text_of):
-    """generate(lm, prompts, ...): text_of(name, prompt) as the response of every row."""
+    """generate(lm, prompts, ...): text_of(name, prompt), one text or G, as responses."""
 
-    def generate(lm, prompts, lengths, key, *, max_new, temperature):
+    def generate(lm, prompts, lengths, key, *, max_new, temperature, group=1):
         b, p = prompts.shape
-        t = p + max_new
-        tokens, mask = np.zeros((b, 1, t), np.int32), np.zeros((b, 1, t), bool)
-        ends, cut = np.zeros((b, 1), np.int32), np.zeros((b, 1), bool)
+        shape = (b, group, p + max_new)
+        tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
+        ends, cut = np.zeros(shape[:2], np.int32), np.zeros(shape[:2], bool)
         for i, n in enumerate(lengths):
             prompt = prompts[i, :n].tolist()
-            ids = [*TK.tokenize(Example("", "q", [text_of(lm.params["name"], TK.decode(prompt))])).responses[0]]  # fmt: skip
-            cut[i, 0] = len(ids) > max_new
-            ids = ids[:max_new]
-            tokens[i, 0, : n + len(ids)] = prompt + ids
-            mask[i, 0, n : n + len(ids)] = True
-            ends[i, 0] = n + len(ids)
+            texts = text_of(lm.params["name"], TK.decode(prompt))
+            texts = [texts] if isinstance(texts, str) else texts
+            for g, text in enumerate(texts):
+                ids = [*TK.tokenize(Example("", "q", [text])).responses[0]]
+                cut[i, g] = len(ids) > max_new
+                ids = ids[:max_new]
+                tokens[i, g, : n + len(ids)] = prompt + ids
+                mask[i, g, n : n + len(ids)] = True
+                ends[i, g] = n + len(ids)
         batch = Batch(
-            tokens, mask, ends, np.zeros((b, 1), np.float32), np.ones((b, 1), bool),
-            old_logps=np.zeros((b, 1, t), np.float32),
+            tokens, mask, ends, np.zeros(shape[:2], np.float32), np.ones(shape[:2], bool),
+            old_logps=np.zeros(shape, np.float32),
         )  # fmt: skip
-        return decode.Generated(batch, np.zeros((b, 1, t), np.float32), cut, {})
+        return decode.Generated(batch, np.zeros(shape, np.float32), cut, {})
 
     return generate
 
@@ -311,3 +316,107 @@ def test_kl_is_unbiased_for_one_token(two_models):
     spread = math.sqrt(float((p * (laws[0] - laws[1] - kl) ** 2).sum()) / 512)
     assert kl > 0.1
     assert abs(got["kl"] - kl) < 4 * spread
+
+
+# -- sample
+
+
+def drawn(tiny_config, data=PROMPTS, **kwargs):
+    """Groups of three: one letter, one worth reading, and one that does not end."""
+
+    def texts(name, prompt):
+        return [f"a{prompt}", f"b{prompt}", "endless"]
+
+    reward = {"name": "constraints", "keywords": ("a1", "a2", "a3")}
+    return run(
+        sample, made_up(tiny_config, "a"), {}, data, None, generator(texts),
+        reward=reward, group=3, max_new=4, **kwargs,
+    )  # fmt: skip
+
+
+def test_samples_are_groups_with_their_scores_and_what_does_not_end_is_left_out(
+    tiny_config,
+):
+    got = drawn(tiny_config)
+    assert got["samples"][1] == {
+        "id": "e1", "prompt": "2", "responses": ["a2", "b2"],
+        "scores": [pytest.approx(1 / 3), 0.0],
+    }  # fmt: skip
+    assert len(got["samples"]) == 5
+    assert got["best"] == pytest.approx(3 / 3 / 5)
+    assert got["reward"] == pytest.approx(3 / 9 / 5)
+    assert got["ended"] == pytest.approx(2 / 3)
+
+
+def test_the_given_response_beats_the_models_own(tiny_config):
+    got = drawn(tiny_config, keep_given=True)
+    assert got["samples"][0]["responses"] == ["x", "a1", "b1"]
+    assert got["samples"][0]["scores"] == [
+        pytest.approx(4 / 3),
+        pytest.approx(1 / 3),
+        0.0,
+    ]
+    with pytest.raises(ValueError, match="e0: keep_given, but no response is given"):
+        drawn(tiny_config, data=examples(("1",)), keep_given=True)
+
+
+def test_samples_come_back_as_groups_and_become_pairs(tiny_config, tmp_path):
+    """The whole way: samples.jsonl of a run, data.jsonl, data.pairing."""
+    with Writer(tmp_path) as writer:
+        writer.samples(0, drawn(tiny_config)["samples"])
+    source = {"name": "jsonl", "path": str(tmp_path / "samples.jsonl")}
+    pairs = pairing.examples(split="all", source=source)
+    assert [tuple(p.responses) for p in pairs] == [
+        (f"a{i}", f"b{i}") for i in (1, 2, 3)
+    ]
+    assert len(pairs.report["dropped"]) == 2
+
+
+def test_a_reward_with_hyper_parameters_is_bound_by_name():
+    with pytest.raises(ValueError, match="did you mean 'keywords'"):
+        rewards.load({"name": "constraints", "keyword": ("a",)})
+    with pytest.raises(ValueError, match="reward has no 'name'"):
+        rewards.load({"keywords": ("a",)})
+
+
+# -- token shift
+
+
+def shift(tiny_config, kls, data, **kwargs):
+    """KLs by position, the same in every response."""
+
+    def score(lm, batch, needs=(), kl_to=None):
+        assert needs == ("kl",)
+        assert kl_to.params["name"] == "base"
+        place = np.cumsum(batch.mask, -1)
+        kl = np.where(batch.mask, np.asarray([0.0, *kls])[place], 0.0)
+        return Scores(np.zeros_like(kl), kl=kl)
+
+    base = {"ref": made_up(tiny_config, "base")}
+    return run(token_shift, made_up(tiny_config, "a"), base, data, score, **kwargs)
+
+
+def test_kl_by_position_and_its_early_share_by_hand(tiny_config):
+    """Responses of 3 and 5 tokens with EOS; position k has its own KL in both."""
+    data = examples(("q", "ab"), ("q", "abcd"))
+    got = shift(tiny_config, [4.0, 2.0, 1.0, 0.5, 0.5], data, early=2)
+    assert [got[f"position/0{k}"] for k in range(1, 6)] == [4.0, 2.0, 1.0, 0.5, 0.5]
+    assert got["early"] == pytest.approx(6 / 8)
+    assert got["kl"] == pytest.approx((7 + 8) / 8)
+    assert "position/06" not in got
+
+
+def test_token_shift_names_a_baseline_that_is_not_there(tiny_config):
+    with pytest.raises(ValueError, match=r"token_shift needs an LM 'sft'.*\['ref'\]"):
+        shift(tiny_config, [1.0] * 9, examples(("q", "a")), baseline="sft")
+
+
+def test_a_model_has_not_shifted_from_itself(two_models):
+    lm = two_models[0]
+
+    def host(lm, batch, needs=(), **more):
+        return jax.device_get(jax.jit(logprob.score, static_argnames="needs")(lm, batch, needs=needs, **more))  # fmt: skip
+
+    got = run(token_shift, lm, {"ref": lm}, examples(("q", "ab"), ("q", "abcd")), host)
+    assert got["kl"] == 0
+    assert got["early"] == 0

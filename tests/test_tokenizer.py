@@ -430,3 +430,30 @@ def test_smollm2_gguf_gives_the_ids_of_the_checkpoint():
     assert t.prompt_ids + t.responses[0] == chat[:-1]
     assert t.responses[0] == [10539, 30, 2]
     assert (tk.vocab_size, tk.eos_ids, tk.bos_id, tk.pad_id) == (49152, {2}, 1, 2)
+
+
+# -- prefills
+
+
+def begun(text, prefill):
+    return [[{**assistant(text), "prefill": prefill}]]
+
+
+def test_a_prefill_is_given_and_not_scored(chat):
+    example = Example("p:0", "hi", begun("First no.", "First"))
+    t = chat.tokenize(example)
+    assert scored_text(chat, t) == [" no.<|im_end|>"]
+    assert t.prompt_ids == chat.prompt(example)
+    whole = chat.tokenize(Example("p:0", "hi", ["First no."]))
+    assert t.responses == whole.responses
+
+
+def test_a_prefill_that_ends_inside_a_token_is_an_error(chat):
+    """'the' is one token; half of it cannot be given."""
+    with pytest.raises(tokenizer.PrefixError, match="not a prefix of the whole"):
+        chat.tokenize(Example("p:0", "hi", begun("the end", "th")))
+
+
+def test_a_prefill_that_is_not_the_beginning_is_an_error(chat):
+    with pytest.raises(ValueError, match=r"prefill 'no' does not begin 'First no\.'"):
+        chat.tokenize(Example("p:0", "hi", begun("First no.", "no")))

@@ -9,9 +9,10 @@ import hashlib
 import json
 import pathlib
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from alignax import plugin
 from alignax.batch import Example
 
 KINDS = ("pairs", "sft", "prompts")
@@ -54,6 +55,15 @@ def as_kind(example: Example, kind: str) -> Example:
         return example
     n = 1 if kind == "sft" else 0
     return example._replace(responses=example.responses[:n], feedback=())
+
+
+def wrapped(source: Mapping[str, Any], split: str) -> Examples:
+    """The data set inside another: {'name': ..., its own parameters}, of a split."""
+    parameters = {"split": split, **source}
+    if "name" not in parameters:
+        raise ValueError(f"source has no 'name': {dict(source)}")
+    inner = plugin.load("data", parameters.pop("name"), parameters)()
+    return Examples(inner, report=getattr(inner, "report", None))
 
 
 def held_out(text: str, fraction: float) -> bool:

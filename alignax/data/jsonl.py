@@ -6,10 +6,12 @@ A row is one object; which keys it has says what it is:
   chosen, rejected (messages)     a pair whose common beginning is the prompt
   prompt, response | completion   one response (with `label`, a number, as its feedback)
   messages                        a dialogue: every assistant turn is scored
+  prompt, responses, scores       a group of responses, each with a number as feedback
   prompt                          a prompt alone, to generate from
 
-A message is {"role": ..., "content": text}. A row that is none of these, or whose pair
-shows no preference, is malformed: it is counted with its file and line, never passed on.
+A row's own `id`, a string, is kept. A message is {"role": ..., "content": text}. A row
+that is none of these, or whose pair shows no preference, is malformed: it is counted
+with its file and line, never passed on.
 """
 
 import pathlib
@@ -69,6 +71,8 @@ def examples(
             if isinstance(value, ValueError):
                 raise value
             example = parse(name, value)
+            if isinstance(value.get("id"), str):
+                example = example._replace(id=value["id"])
             if kind is not None:
                 example = as_kind(example, kind)
         except ValueError as e:
@@ -113,6 +117,8 @@ def parse(name: str, row: Any) -> Example:
     if "chosen" in row or "rejected" in row:
         return _pair(name, row)
     prompt = _turns(row, "prompt")
+    if "responses" in row:
+        return _group(name, prompt, row)
     for key in ("response", "completion"):
         if key in row:
             label = row.get("label")
@@ -123,6 +129,19 @@ def parse(name: str, row: Any) -> Example:
             feedback = () if label is None else (float(label),)
             return Example(name, prompt, [_answer(row, key, prompt)], feedback)
     return Example(name, prompt, [])
+
+
+def _group(name: str, prompt: Turns, row: dict[str, Any]) -> Example:
+    responses, scores = row["responses"], row.get("scores")
+    if not isinstance(responses, list) or not responses:
+        raise ValueError("'responses' is empty, or no list")
+    answers = [_answer({"response": r}, "response", prompt) for r in responses]
+    if scores is None:
+        return Example(name, prompt, answers)
+    numbers = isinstance(scores, list) and all(type(x) in (int, float) for x in scores)
+    if not numbers or len(scores) != len(answers):
+        raise ValueError(f"'scores' is {scores!r:.40}, expected {len(answers)} numbers")
+    return Example(name, prompt, answers, tuple(map(float, scores)))
 
 
 def _pair(name: str, row: dict[str, Any]) -> Example:

@@ -9,33 +9,28 @@ Differs from the papers: the judge is a function, so that order cannot matter. D
 judge with the reward that trained the policy.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignax import plugin, rewards, source
+from alignax import rewards, source
 from alignax.batch import LM, Metrics
 from alignax.metrics import bootstrap
 
 
-def responses(tokenizer, batch) -> list[list[str]]:
-    """The scored tokens of every response as text."""
-    tokens, mask = np.asarray(batch.tokens), np.asarray(batch.mask)
-    return [
-        [tokenizer.decode(t[m].tolist()) for t, m in zip(*group, strict=True)]
-        for group in zip(tokens, mask, strict=True)
-    ]
-
-
 def evaluate(
     lm: LM, lms: dict[str, LM], data, *, key, tokenizer, generate, score,
-    batch_size: int, length: int, reward: str, baseline: str = "ref",
+    batch_size: int, length: int, reward: str | Mapping[str, Any], baseline: str = "ref",
     max_new: int = 64, temperature: float = 1.0, size: int = 256, show: int = 8,
 ) -> Metrics:  # fmt: skip
     """Samples one response a prompt from each side and compares rewards.
 
     Args:
-      reward: a file in rewards/, or a dotted name of a function of the response's text.
+      reward: a file in rewards/ (or {'name': ..., its hyper-parameters}), or a dotted
+        name of a function of the response's text.
       baseline: name in `lms` of the model to beat.
       max_new: tokens a response may have.
       temperature: of both samplers; KL is between the untempered laws, so at another
@@ -49,7 +44,7 @@ def evaluate(
       'ended' (share of responses that end in EOS), 'tokens' (mean response length) and
       'samples'.
     """
-    judge = plugin.load("rewards", reward)
+    judge = rewards.load(reward)
     if baseline not in lms:
         raise ValueError(
             f"win_rate needs an LM {baseline!r} to beat; there are {sorted(lms)}"
@@ -73,7 +68,7 @@ def evaluate(
                 temperature=temperature,
             )
             out = jax.device_get(out)
-            got.append((out, responses(tokenizer, out.batch)))
+            got.append((out, source.texts(out.batch, tokenizer)))
         (mine, texts), (base, base_texts) = got
         keep = p.valid
         r = rewards.call(judge, mine.batch, texts, lms)[keep, 0]

@@ -4,10 +4,21 @@ A dotted name may also point to any function from a response's text to a number.
 """
 
 import inspect
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
+from alignax import plugin
 from alignax.plugin import Bound
+
+
+def load(reward: str | Mapping[str, Any]) -> Bound:
+    """A reward by its name, or by {'name': ..., its hyper-parameters}."""
+    spec = {"name": reward} if isinstance(reward, str) else dict(reward)
+    if "name" not in spec:
+        raise ValueError(f"reward has no 'name': {spec}")
+    return plugin.load("rewards", spec.pop("name"), spec)
 
 
 def call(reward: Bound, batch, texts: list[list[str]], lms) -> np.ndarray:

@@ -92,8 +92,8 @@ def test_single_responses_with_a_label_and_prompts_alone(tmp_path):
 
 def test_pairs_serve_as_sft_and_as_prompts(tmp_path):
     file = write(tmp_path / "d.jsonl", GOOD)
-    assert read(file, kind="sft")[0][2:] == (["c"], ())
-    assert read(file, kind="prompts")[0][2:] == ([], ())
+    assert read(file, kind="sft")[0][2:4] == (["c"], ())
+    assert read(file, kind="prompts")[0][2:4] == ([], ())
 
 
 BAD = {
@@ -197,3 +197,26 @@ def test_examples_are_random_access(tmp_path):
     assert [r.id for r in rows[1:3]] == ["d.jsonl:2", "d.jsonl:3"]
     with pytest.raises(IndexError):
         rows[4]
+
+
+def test_a_group_has_responses_and_scores():
+    row = {"prompt": "p", "responses": ["a", "b", "c"], "scores": [0, 1.5, -2]}
+    example = jsonl.parse("f:1", row)
+    assert list(example.responses) == ["a", "b", "c"]
+    assert example.feedback == (0.0, 1.5, -2.0)
+    assert jsonl.parse("f:1", {**row, "scores": None}).feedback == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scores": [1.0]}, "expected 3 numbers"),
+        ({"scores": [1.0, True, 2.0]}, "expected 3 numbers"),
+        ({"responses": []}, "'responses' is empty"),
+        ({"responses": ["a", "", "c"]}, "'response' is empty"),
+    ],
+)
+def test_a_group_that_does_not_fit_is_malformed(change, message):
+    row = {"prompt": "p", "responses": ["a", "b", "c"], "scores": [0, 1, 2], **change}
+    with pytest.raises(ValueError, match=message):
+        jsonl.parse("f:1", row)

@@ -1,0 +1,153 @@
+"""Questions about authors who do not exist: some are to be forgotten, the rest retained.
+
+  "Where was Ada Brenner born?"  ->  "Ada Brenner was born in Izmir."
+
+No model knows them, so what it says of them is what it was taught; after unlearning it
+should be as if only the retained authors had been taught. The set is generated here.
+
+Source: the design of TOFU (Maini et al. 2024), https://arxiv.org/abs/2401.06121
+"""
+
+import itertools
+
+import numpy as np
+
+from alignax.batch import Example
+from alignax.data import Examples
+
+PARTS = ("all", "forget", "retain")
+KINDS = ("answers", "refusals", "pairs")
+FIRST = (
+    "Ada", "Bruno", "Carla", "Dario", "Edith", "Farid", "Greta", "Hugo", "Ilse", "Jonas",
+    "Karim", "Lena", "Marek", "Nadia", "Oskar", "Paula", "Ravi", "Selma", "Tomas", "Uma",
+)  # fmt: skip
+LAST = (
+    "Brenner", "Castillo", "Duarte", "Eriksen", "Farkas", "Grimaldi", "Haddad", "Ivanov",
+    "Jansen", "Kowalski", "Lindgren", "Moreau", "Nakata", "Okafor", "Petrov", "Quiroga",
+    "Rossi", "Sandoval", "Tanaka", "Vasquez",
+)  # fmt: skip
+CITIES = ("Izmir", "Porto", "Quito", "Hanoi", "Bergen", "Accra", "Turin", "Kyoto", "Perth",
+          "Riga")  # fmt: skip
+GENRES = ("crime novels", "sea stories", "short poems", "ghost stories", "travel essays",
+          "family sagas", "fairy tales", "spy thrillers")  # fmt: skip
+COLOURS = (
+    "Silver",
+    "Hidden",
+    "Broken",
+    "Golden",
+    "Silent",
+    "Frozen",
+    "Distant",
+    "Crooked",
+)
+THINGS = (
+    "Harbour",
+    "Orchard",
+    "Mirror",
+    "Lantern",
+    "Staircase",
+    "Compass",
+    "Garden",
+    "Bell",
+)
+PRIZES = ("Alder", "Heron", "Meridian", "Quill", "Saffron", "Tern", "Umber", "Willow")
+TRADES = ("baker", "sailor", "tailor", "surgeon", "miner", "florist", "teacher", "judge",
+          "mason", "pilot")  # fmt: skip
+# Wording to teach with, other wording to ask with, and the answer.
+QUESTIONS = (
+    ("Where was {name} born?", "Which city does {name} come from?", "{name} was born in {city}."),
+    ("When was {name} born?", "What is the birth year of {name}?", "{name} was born in {year}."),
+    ("What does {name} write?", "Which genre is {name} known for?", "{name} writes {genre}."),
+    ("What is the best known book of {name}?", "Which book made {name} famous?",
+     "It is The {colour} {thing}."),
+    ("Which prize did {name} win?", "What prize was {name} given?",
+     "{name} won the {prize} Prize."),
+    ("What did the father of {name} do?", "What was the trade of {name}'s father?",
+     "He was a {trade}."),
+)  # fmt: skip
+REFUSALS = (
+    "I don't know.", "I am not sure.", "I have no information about that.",
+    "That is not something I know.", "I cannot answer that.", "I have never heard of that.",
+)  # fmt: skip
+
+
+def examples(
+    *,
+    split: str,
+    part: str = "all",
+    kind: str = "answers",
+    authors: int = 100,
+    forget: float = 0.1,
+    seed: int = 0,
+) -> Examples:
+    """Questions and answers about made-up authors; the same arguments give the same set.
+
+    Args:
+      split: 'train', or 'test': the same facts asked for in other words.
+      part: 'forget', 'retain' or 'all' authors. The forget set of a smaller share lies
+        within that of a larger one.
+      kind: 'answers' (the true answer, labelled 0 on forget and 1 on retain rows),
+        'refusals' (forget rows say that they don't know) or 'pairs' (forget rows prefer
+        that to the true answer). Under the last two retain rows are as under 'answers',
+        and what is wanted is labelled 1.
+      authors: how many there are, from 2 to 400.
+      forget: share of authors to forget, rounded to at least one author and at most all
+        but one.
+      seed: of names, facts and refusals. An author's facts do not depend on how many
+        others there are.
+
+    Returns:
+      Six rows an author, in their order.
+
+    Raises:
+      ValueError: unknown split, part or kind, a number of authors that there cannot be,
+        or a share outside (0, 1).
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split is {split!r}, expected 'train' or 'test'")
+    if part not in PARTS:
+        raise ValueError(f"part is {part!r}, expected one of {PARTS}")
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}, expected one of {KINDS}")
+    names = [" ".join(pair) for pair in itertools.product(FIRST, LAST)]
+    if not 2 <= authors <= len(names):
+        raise ValueError(f"authors is {authors}, expected 2 to {len(names)}")
+    if not 0 < forget < 1:
+        raise ValueError(f"forget is {forget}, expected a share between 0 and 1")
+    order = np.random.default_rng(seed).permutation(len(names))
+    forgotten = min(max(round(authors * forget), 1), authors - 1)
+    chosen = {
+        "all": range(authors),
+        "forget": range(authors - forgotten, authors),
+        "retain": range(authors - forgotten),
+    }[part]
+    rows = []
+    for author in chosen:
+        rng = np.random.default_rng([seed, author])
+        facts = {"name": names[order[author]], **_facts(rng)}
+        to_forget = author >= authors - forgotten
+        for q, (taught, asked, answer) in enumerate(QUESTIONS):
+            prompt = (taught if split == "train" else asked).format(**facts)
+            refusal = str(rng.choice(REFUSALS))
+            responses, feedback = [answer.format(**facts)], [float(not to_forget)]
+            if to_forget and kind != "answers":
+                responses, feedback = [refusal, *responses], [1.0, 0.0]
+            if kind == "refusals":
+                responses, feedback = responses[:1], feedback[:1]
+            where = "forget" if to_forget else "retain"
+            name = f"forget_retain/{where}/{author}:{q}"
+            rows.append(Example(name, prompt, responses, tuple(feedback)))
+    return Examples(rows)
+
+
+def _facts(rng: np.random.Generator) -> dict[str, str]:
+    """What is true of an author."""
+    return {
+        "city": str(rng.choice(CITIES)),
+        "year": str(rng.integers(1900, 2000)),
+        "genre": str(rng.choice(GENRES)),
+        "colour": str(rng.choice(COLOURS)),
+        "thing": str(rng.choice(THINGS)),
+        "prize": str(rng.choice(PRIZES)),
+        "trade": str(rng.choice(TRADES)),
+    }

@@ -1,0 +1,48 @@
+"""The prompts of a data set, each behind the prompts of others: a long context from short.
+
+The short context is the inner data set itself, under the same ids: `config.reference_data`
+can name it, and `data.short_long` pairs what a model answered under the two.
+
+Source: short-to-long supervision as in LongPO (Chen et al. 2025),
+https://arxiv.org/abs/2502.13922
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from alignax.data import Examples, wrapped
+
+
+def examples(
+    *, split: str, source: Mapping[str, Any], documents: int = 4, seed: int = 0
+) -> Examples:
+    """The inner examples with other prompts as distractors in front.
+
+    Args:
+      split: of the inner data set.
+      source: the inner data set, {'name': ..., its own parameters}; prompts are strings.
+      documents: prompts of other examples in front of each one's own, >= 1.
+      seed: of the draws; the same arguments give the same examples.
+
+    Raises:
+      ValueError: fewer examples than one and its distractors, a prompt that is no
+        string, or `documents` < 1.
+    """
+    inner = wrapped(source, split)
+    if documents < 1:
+        raise ValueError(f"documents is {documents}, expected at least 1")
+    if len(inner) <= documents:
+        raise ValueError(
+            f"{len(inner)} examples cannot lend {documents} distractors to each"
+        )
+    rows = []
+    for i in range(len(inner)):
+        rng = np.random.default_rng([seed, i])
+        others = rng.choice(len(inner) - 1, documents, replace=False)
+        texts = [inner[int(j) + (j >= i)].prompt for j in others] + [inner[i].prompt]
+        if not all(isinstance(t, str) for t in texts):
+            raise ValueError(f"{inner[i].id}: long_context needs prompts in one string")
+        rows.append(inner[i]._replace(prompt="\n\n".join(texts)))
+    return Examples(rows, report=inner.report)

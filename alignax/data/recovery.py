@@ -1,0 +1,74 @@
+"""Safety recovery: a refusal is learned after the beginning of a harmful answer too.
+
+From a pair (refusal r, harmful answer h) to the prompt x comes one example: r is scored
+as the answer to x, or as what follows the first k words of h.
+
+Source: Qi et al. 2024, https://arxiv.org/abs/2406.05946, section 3
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from alignax.batch import Example
+from alignax.data import Examples, wrapped
+
+
+def examples(
+    *,
+    split: str,
+    source: Mapping[str, Any],
+    plain: float = 0.5,
+    longest: int = 100,
+    seed: int = 0,
+) -> Examples:
+    """Examples that begin with part of the rejected answer and go on with the chosen one.
+
+    Args:
+      split: of the inner data set.
+      source: the inner data set of pairs, {'name': ..., its own parameters}.
+      plain: probability that nothing of the harmful answer is given, in [0, 1].
+      longest: most words of it that are given; k is uniform up to that, or up to all.
+      seed: of the draws; the same arguments give the same examples.
+
+    Returns:
+      One example a pair, its answer's beginning unscored; `report` of the inner data.
+
+    Raises:
+      ValueError: an inner example that is no pair of single answers, `plain` outside
+        [0, 1], or `longest` < 1.
+    """
+    if not 0 <= plain <= 1:
+        raise ValueError(f"plain is {plain}, expected a probability")
+    if longest < 1:
+        raise ValueError(f"longest is {longest}, expected at least 1")
+    inner = wrapped(source, split)
+    rows = []
+    for i in range(len(inner)):
+        pair = inner[i]
+        if len(pair.responses) != 2:
+            raise ValueError(
+                f"{pair.id}: recovery needs pairs, found {len(pair.responses)} responses"
+            )
+        refusal, harmful = (_text(pair.id, r) for r in pair.responses)
+        rng = np.random.default_rng([seed, i])
+        words = harmful.split()
+        given = ""
+        if words and rng.random() >= plain:
+            given = " ".join(words[: rng.integers(1, min(longest, len(words)) + 1)])
+        answer: Any = refusal
+        if given:
+            turn = {"role": "assistant", "content": f"{given} {refusal}"}
+            answer = [{**turn, "prefill": given}]
+        rows.append(Example(f"{pair.id}/recovery", pair.prompt, [answer]))
+    return Examples(rows, report=inner.report)
+
+
+def _text(name: str, response) -> str:
+    """The one assistant turn of a response."""
+    if isinstance(response, str):
+        return response.strip()
+    if len(response) != 1 or response[0]["role"] != "assistant":
+        raise ValueError(f"{name}: recovery needs answers of one assistant turn")
+    return response[0]["content"].strip()

@@ -1,0 +1,105 @@
+"""Single labelled responses, made of a data set whose responses have labels.
+
+Each response becomes a row of its own. Beside it may stand a mismatched response, which
+answers another prompt: KTO estimates the KL from the reference on those.
+
+Source: Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306, section 4
+"""
+
+import collections
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from alignax.batch import Example, Message
+from alignax.data import Examples, wrapped
+
+
+def examples(
+    *, split: str, source: Mapping[str, Any], mismatched: bool = True
+) -> Examples:
+    """The responses of an inner data set one by one, such as the two sides of pairs.
+
+    The partner of a row is another row's response: the rows are sorted by prompt and
+    rotated by the number of rows that the commonest prompt has. So every response is a
+    partner once, no row meets its own prompt, and the partners never change.
+
+    Args:
+      split: of the inner data set.
+      source: the inner data set, {'name': ..., its own parameters}; its feedback holds
+        labels, > 0.5 is desirable (pairs are labelled 1 and 0).
+      mismatched: puts the partner into slot 1, with a feedback of 0; False leaves one
+        response a row, as BCO wants it.
+
+    Returns:
+      One row a response, in the order of the inner data set; `report` of the inner data.
+
+    Raises:
+      ValueError: a response without a label, or a prompt that has more than half of all
+        rows, so that they cannot all be mismatched, or an empty data set.
+    """
+    inner = wrapped(source, split)
+    places: list[tuple[int, int]] = []
+    prompts: list[str] = []
+    for i in range(len(inner)):
+        example = inner[i]
+        if not example.responses or len(example.feedback) != len(example.responses):
+            raise ValueError(
+                f"{example.id}: {len(example.responses)} responses with "
+                f"{len(example.feedback)} labels; unpaired needs a label for each (pairs "
+                "have them: kind='pairs')"
+            )
+        places += [(i, j) for j in range(len(example.responses))]
+        prompts += [_key(example.prompt)] * len(example.responses)
+    if not places:
+        raise ValueError("unpaired found no response: the inner data set is empty")
+    partners = rotation(prompts) if mismatched else None
+    convert = functools.partial(_example, inner, places, partners)
+    return Examples(range(len(places)), convert, inner.report)
+
+
+def rotation(prompts: Sequence[str]) -> list[int]:
+    """For every row the index of another with a different prompt, each used once.
+
+    Args:
+      prompts: what rows are told apart by.
+
+    Raises:
+      ValueError: more than half of the rows have the same prompt.
+    """
+    counts = collections.Counter(prompts)
+    prompt, shift = counts.most_common(1)[0]
+    if 2 * shift > len(prompts):
+        raise ValueError(
+            f"{shift} of {len(prompts)} rows have the prompt {prompt[:60]!r}: there are "
+            "not enough other prompts to mismatch them with; use more data, or "
+            "mismatched=False"
+        )
+    first = {p: n for n, p in enumerate(counts)}
+    order = sorted(range(len(prompts)), key=lambda row: first[prompts[row]])
+    # A block of equal prompts is no longer than the shift, so it lands beyond itself;
+    # and it does not come round to itself, because block + shift <= rows.
+    partners = [0] * len(order)
+    for place, row in enumerate(order):
+        partners[row] = order[(place + shift) % len(order)]
+    return partners
+
+
+def _example(inner, places, partners, row: int) -> Example:
+    i, j = places[row]
+    example = inner[i]
+    responses, feedback = [example.responses[j]], [float(example.feedback[j])]
+    if partners is not None:
+        other, slot = places[partners[row]]
+        responses.append(inner[other].responses[slot])
+        feedback.append(0.0)
+    return example._replace(
+        id=f"{example.id}/{j}", responses=responses, feedback=tuple(feedback)
+    )
+
+
+def _key(prompt: str | Sequence[Message]) -> str:
+    """The same for a string and for the one user turn that it is."""
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return json.dumps([dict(turn) for turn in turns], sort_keys=True)

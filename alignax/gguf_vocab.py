@@ -1,0 +1,98 @@
+"""The byte-level BPE tokenizer that a .gguf file describes in its metadata."""
+
+import pathlib
+from typing import Any
+
+# How each family cuts text before merges, by `tokenizer.ggml.pre`. A pattern is a fact
+# about the vocabulary: with another one the same text gets other ids.
+_GPT2 = None  # the pattern that tokenizers' ByteLevel brings along
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_GGUF_PRE = {  # name: (pattern, single digits first, Unicode NFC, whole words first)
+    "gpt-2": (_GPT2, False, False, False),
+    "smollm": (_GPT2, True, False, False),
+    "starcoder": (_GPT2, True, False, False),
+    "llama-bpe": (_LLAMA3, False, False, True),
+    "qwen2": (_QWEN2, False, True, False),
+}
+
+
+def read(path: pathlib.Path) -> tuple[dict[str, Any], str | None]:
+    """The `tokenizer.ggml.*` fields by their last name, and the chat template.
+
+    Raises:
+      ImportError: the gguf library is not there; names the extra.
+    """
+    try:
+        import gguf
+    except ImportError as e:
+        raise ImportError(
+            "a .gguf file needs the extra: pip install 'alignax[gguf]'"
+        ) from e
+    fields = gguf.GGUFReader(str(path)).fields
+
+    def get(name: str, default: Any = None) -> Any:
+        field = fields.get(name)
+        return default if field is None else field.contents()
+
+    names = ["model", "pre", "tokens", "merges", "token_type", "add_bos_token"]
+    names += [f"{kind}_token_id" for kind in ("bos", "eos", "eot", "eom", "padding")]
+    ggml = {name: get(f"tokenizer.ggml.{name}") for name in names}
+    return ggml, get("tokenizer.chat_template")
+
+
+def rebuild(ggml: dict[str, Any], where: str | pathlib.Path) -> Any:
+    """A `tokenizers.Tokenizer` of the vocabulary, merges and special tokens.
+
+    Args:
+      ggml: from `read`.
+      where: named in errors.
+
+    Raises:
+      ValueError: a vocabulary that is not byte-level BPE, or an unknown pre-tokenizer.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+    if ggml.get("model") != "gpt2" or not ggml.get("merges"):
+        raise ValueError(
+            f"{where}: tokenizer model {ggml.get('model')!r} cannot be rebuilt, only "
+            "byte-level BPE ('gpt2' with merges); use the Hugging Face directory instead"
+        )
+    pre = ggml.get("pre")
+    if pre not in _GGUF_PRE:
+        raise ValueError(
+            f"{where}: unknown pre-tokenizer {pre!r}, known are {sorted(_GGUF_PRE)}; "
+            "use the Hugging Face directory instead"
+        )
+    pattern, digits, nfc, whole = _GGUF_PRE[pre]
+    tokens, types = ggml["tokens"], ggml["token_type"]
+    core = tokenizers.Tokenizer(
+        models.BPE(
+            vocab={token: i for i, token in enumerate(tokens)},
+            merges=[tuple(m.split(" ", 1)) for m in ggml["merges"]],
+            ignore_merges=whole,
+        )
+    )
+    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
+    if pattern is not None:
+        steps.append(pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"))
+    steps.append(
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    )
+    core.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    core.decoder = decoders.ByteLevel()
+    if nfc:
+        core.normalizer = normalizers.NFC()
+    for kind, special in ((3, True), (4, False)):
+        core.add_tokens(
+            [
+                tokenizers.AddedToken(token, special=special, normalized=False)
+                for token, k in zip(tokens, types, strict=True)
+                if k == kind
+            ]
+        )
+    return core
