@@ -1,0 +1,1 @@
+"""The papers' mathematics in float64 numpy: no models, no jax, nothing of alignax."""
