@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 CONFIGS := $(filter-out %/__init__.py %/common.py %/models.py,$(wildcard configs/*.py))
 SCRATCH = $(shell mktemp -d)
 
-.PHONY: help quickstart test test-fast lint types smoke smoke-all check repro bench colabs
+.PHONY: help quickstart test test-fast lint types smoke smoke-all check repro real bench colabs
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -22,10 +22,10 @@ quickstart: $(VENV)/run.stamp  ## SFT, reward model, DPO and evaluation of a sma
 	$(PY) -m alignax.main --config configs/quickstart.py --workdir runs/quickstart $(ARGS)
 
 test: lint types  ## lint, types and every test: what CI runs
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest -n auto $(PYTEST_ARGS)
 
 test-fast: $(VENV)/test.stamp  ## tests that are not marked slow
-	$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(PY) -m pytest -n auto -m "not slow" $(PYTEST_ARGS)
 
 lint: $(VENV)/test.stamp  ## ruff: rules and format
 	$(PY) -m ruff check .
@@ -46,8 +46,11 @@ smoke-all: $(VENV)/run.stamp  ## two steps of every config
 	  rm -rf $$dir; \
 	done
 
-repro: $(VENV)/test.stamp  ## the real run: SmolLM2-135M on DATA=pairs.jsonl[.gz], about an hour
-	@test -n "$(DATA)" || { echo "usage: make repro DATA=pairs.jsonl.gz"; exit 2; }
+repro: $(VENV)/test.stamp  ## claims of papers at laptop size; writes launch/results/
+	$(PY) tests/reproductions $(ARGS)
+
+real: $(VENV)/test.stamp  ## SmolLM2-135M on DATA=pairs.jsonl[.gz], most of an hour
+	@test -n "$(DATA)" || { echo "usage: make real DATA=pairs.jsonl.gz"; exit 2; }
 	PYTHON=$(PY) launch/local.sh configs/dpo.py runs/dpo --config.data.path=$(DATA) \
 	  --config.model.path="$$(PYTHON=$(PY) launch/fetch_smollm2.sh)" $(ARGS)
 

@@ -14,6 +14,7 @@ def get_config() -> ConfigDict:
     c.buckets = ()  # the values of T that occur; () = length and its 1/2, 1/4, 1/8
     c.mesh = (1, 1, 1)  # data, fsdp, model; one may be -1
     c.average = 0.0  # decay of the parameters' exponential average; 0 keeps none
+    c.average_every = 1  # steps between two updates of the average
     c.date = "2024-07-26"  # what a chat template that prints a date prints
     c.tokenizer = ""  # 'bytes', a folder or a .gguf; '' = the one beside the weights
 
@@ -25,10 +26,21 @@ def get_config() -> ConfigDict:
     c.model.param_dtype = "float32"
     c.model.remat = "none"  # none | block | dots
 
+    c.lora = ConfigDict()  # adapters instead of all weights
+    c.lora.rank = 0  # 0 trains all weights
+    c.lora.alpha = 16.0
+    c.lora.targets = ("q", "k", "v", "o", "gate", "up", "down")
+    c.lora.rank_stabilised = False  # alpha / sqrt(rank) instead of alpha / rank
+
     c.loss = ConfigDict()  # name, and the loss's own hyper-parameters
+    c.reweight = ConfigDict()  # {what weighs tokens or pairs: its hyper-parameters}
     c.lms = (
         ConfigDict()
     )  # frozen models: name -> 'init' | 'average' | path | 'stage:NAME'
+    c.reference_cache = ""  # folder for log-probs of lms.ref, computed once; '' = none
+    c.reference_data = (
+        ConfigDict()
+    )  # what lms.ref reads instead: other prompts, same ids
     c.data = ConfigDict()  # name, and the data set's own parameters
     c.mixture = ConfigDict()  # instead of data: {part: {ratio, name, ...}}
 
@@ -64,7 +76,9 @@ def get_config() -> ConfigDict:
     for section in (
         c.model.sizes,
         c.loss,
+        c.reweight,
         c.lms,
+        c.reference_data,
         c.data,
         c.mixture,
         c.evals,

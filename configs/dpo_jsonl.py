@@ -21,6 +21,6 @@ def get_config(arg: str = ""):
     c.num_steps, c.batch_size, c.length = 100, 8, 256
     c.optim.lr, c.optim.warmup = 2e-5, 10
     c.checkpoint.every = 50
-    if arg == "smoke":
+    if models.is_smoke(arg):
         models.smoke(c, kind="pairs")
     return c

@@ -2,7 +2,7 @@
 
 Source: Rafailov et al. 2023, https://arxiv.org/abs/2305.18290; model: Dubey et al. 2024,
 https://arxiv.org/abs/2407.21783
-Command: launch/tpu_pod.sh configs/dpo_llama3_8b.py gs://BUCKET/runs/dpo_llama3_8b
+Command: launch/tpu_pod.sh TPU ZONE configs/dpo_llama3_8b.py gs://BUCKET/runs/llama3
   --config.model.path=WEIGHTS --config.data.path=PAIRS.jsonl
 Sizes are here so that --explain needs no weights. Cost and result: not run yet.
 """
@@ -25,6 +25,6 @@ def get_config(arg: str = ""):
     c.num_steps, c.batch_size, c.length = 1000, 128, 2048
     c.optim.lr, c.optim.warmup = 5e-7, 100
     c.eval_every = c.checkpoint.every = 200
-    if arg == "smoke":
+    if models.is_smoke(arg):
         models.smoke(c, kind="pairs")
     return c

@@ -23,6 +23,13 @@ def llama3_8b() -> dict:
     )  # fmt: skip
 
 
+def is_smoke(arg: str) -> bool:
+    """Whether `CONFIG.py:arg` asks for the smoke variant, the only one there is."""
+    if arg not in ("", "smoke"):
+        raise ValueError(f"there is no variant {arg!r} of this config, only 'smoke'")
+    return arg == "smoke"
+
+
 def smoke(c, *, kind: str) -> None:
     """Turns a config into two steps of a tiny model on data that it makes itself."""
     c.model.path, c.model.sizes, c.model.dtype = "", tiny(), "float32"

@@ -12,7 +12,7 @@ from configs import common, models
 
 
 def get_config(arg: str = ""):
-    smoke = arg == "smoke"
+    smoke = models.is_smoke(arg)
     steps = (2, 2, 2) if smoke else (400, 60, 160)
     base = common.get_config()
     base.length = 72

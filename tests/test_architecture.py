@@ -14,7 +14,7 @@ PACKAGE = ROOT / "alignax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LEAVES = [
     path
-    for folder in ("losses", "evals", "rewards", "data")
+    for folder in ("losses", "reweight", "evals", "rewards", "data", "theory")
     for path in sorted((PACKAGE / folder).glob("*.py"))
     if path.stem != "__init__"
 ]
@@ -53,7 +53,15 @@ def test_a_loss_sees_no_model(path):
     assert modules(path) <= {"batch", "masked", "pairs"}
 
 
-LOOP = {"train", "step", "build", "main", "source", "optim", "checkpoint"}
+@pytest.mark.parametrize("path", sorted((PACKAGE / "theory").glob("*.py")), ids=name)
+def test_theory_is_numpy_alone(path):
+    assert imports(path) == set()
+    assert not re.search(
+        r"^\s*(import|from) (jax|optax|flax)\b", path.read_text(), re.M
+    )
+
+
+LOOP = {"train", "step", "build", "main", "source", "optim", "checkpoint", "refcache"}
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "models").glob("*.py")), ids=name)
@@ -118,7 +126,7 @@ def test_logits_are_normalised_in_the_kernel_alone():
 
 def test_tokens_are_shifted_in_the_kernel_alone():
     found = {(name(p), f) for p in MODULES for f, _ in calls(p, "roll")}
-    assert found == {("alignax/logprob.py", "_logps")}
+    assert found == {("alignax/logprob.py", "_read")}
 
 
 @pytest.mark.parametrize("path", LEAVES, ids=name)

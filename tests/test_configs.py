@@ -15,7 +15,7 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 
-from alignax import build, optim, plugin, sharding, step, tokenizer, train
+from alignax import build, optim, rewards, sharding, step, tokenizer, train
 from alignax.batch import LM, Batch
 from alignax.models import transformer
 from configs import common
@@ -73,23 +73,23 @@ def test_is_flat_and_short_and_imports_no_jax(name):
 @variants
 def test_names_and_hyper_parameters_bind(name, arg):
     for config in stages(load(name, arg)):
-        loss = build.bind(config, "losses", config.loss)
+        loss = build.bind_loss(config)
         for evaluation, hyper in config.evals.items():
             bound = build.bind(config, "evals", {"name": evaluation, **hyper})
             if "reward" in bound.hyper:
-                plugin.load("rewards", bound.hyper["reward"])
+                rewards.load(bound.hyper["reward"])
         assert not config.evals or config.eval_data, "evaluations without data"
-        for section in (config.data, config.eval_data, *config.mixture.values()):
+        sections = (config.data, config.eval_data, config.reference_data)
+        for section in (*sections, *config.mixture.values()):
             if section:
                 spec = {k: v for k, v in section.items() if k != "ratio"}
                 build.bind(config, "data", spec)
         for need in loss.needs:
-            if need.endswith("_logps"):
-                assert need.removesuffix("_logps") in config.lms
-        assert loss.needs != ("values",) or config.model.value_head
+            assert build.frozen(need) in (None, *config.lms)
+        assert "values" not in loss.needs or config.model.value_head
         rest = ("lr", "schedule", "warmup", "final")
         optim.make_tx(1.0, **{k: v for k, v in config.optim.items() if k not in rest})
-        assert arg or config.num_steps > config.optim.warmup
+        assert arg or not config.num_steps or config.num_steps > config.optim.warmup
 
 
 @names
@@ -101,6 +101,12 @@ def test_has_only_the_keys_of_common(name, arg):
         assert set(config) - {"stages"} == set(want)
         for section in ("model", "optim", "checkpoint"):
             assert set(config[section]) == set(want[section])
+
+
+@names
+def test_a_variant_that_does_not_exist_is_an_error(name):
+    with pytest.raises(ValueError, match="no variant 'smok' of this config"):
+        load(name, "smok")
 
 
 @names
@@ -123,13 +129,23 @@ def test_a_typo_in_python_is_answered_with_the_nearest_name(name):
         config.optim.warm_up = 8
 
 
+MADE_HERE = {"synthetic", "forget_retain"}
+
+
+def innermost(section):
+    """The data set that reads something: others wrap it as their `source`."""
+    return innermost(section.source) if "source" in section else section
+
+
 @names
 def test_smoke_is_two_steps_that_need_no_file_and_no_network(name):
     for config in stages(load(name, "smoke")):
         assert config.num_steps == 2
         assert config.model.path == "" or config.model.path.startswith("stage:")
         assert config.tokenizer == "bytes"
-        assert config.data.name == config.eval_data.name == "synthetic"
+        sections = [innermost(config.data), innermost(config.eval_data)]
+        sections += [innermost(s) for s in config.mixture.values()]
+        assert {s.name for s in sections if s} <= MADE_HERE
         assert math.prod(config.mesh) == 1
 
 
@@ -150,7 +166,7 @@ def test_step_traces(name, arg):
             value_head=config.model.value_head,
         )  # fmt: skip
         model = type(model)(**{**model.__dict__, **changes})
-        loss = build.bind(config, "losses", config.loss)
+        loss = build.bind_loss(config)
         tx = optim.make_tx(1e-3, name=config.optim.name, clip=config.optim.clip)
         run = step.make_train_step(model, tx, loss, mesh, accumulate=config.accumulate)
 
@@ -164,8 +180,9 @@ def test_step_traces(name, arg):
             functools.partial(transformer.init, model), jax.random.key(0)
         )
         number = jax.ShapeDtypeStruct((), jnp.int32)
+        ema = {k: jax.ShapeDtypeStruct((), jnp.float32) for k in loss.ema}
         state = place(
-            train.TrainState(number, params, jax.eval_shape(tx.init, params), {})
+            train.TrainState(number, params, jax.eval_shape(tx.init, params), ema)
         )
         group = 1 if config.loss.name == "sft" else 2
         row = (config.batch_size, group)
@@ -179,6 +196,7 @@ def test_step_traces(name, arg):
             array(row, jnp.int32), array(row, jnp.float32), array(row, bool),
         )  # fmt: skip
         lms = {k: LM(model, state.params) for k in config.lms}
+        batch = jax.eval_shape(run.fill, state.average, lms, batch)
         after, metrics = jax.eval_shape(
             run.program(state), state, lms, batch, run.hyper
         )

@@ -1,0 +1,14 @@
+"""AOT on HH-RLHF pairs: quantiles of the whole step.
+
+Source: Melnyk et al. 2024, https://arxiv.org/abs/2406.05882
+Command: python -m alignax.main --config configs/aot.py --workdir runs/aot
+  --config.data.path=pairs.jsonl.gz
+"""
+
+from configs import dpo
+
+
+def get_config(arg: str = ""):
+    c = dpo.get_config(arg)
+    c.loss = {"name": "aot", "beta": 0.01, "label_smoothing": 0.0}
+    return c

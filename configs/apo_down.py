@@ -1,0 +1,14 @@
+"""APO-down on HH-RLHF pairs.
+
+Source: D'Oosterlinck et al. 2024, https://arxiv.org/abs/2408.06266
+Command: python -m alignax.main --config configs/apo_down.py --workdir runs/apo_down
+  --config.data.path=pairs.jsonl.gz
+"""
+
+from configs import dpo
+
+
+def get_config(arg: str = ""):
+    c = dpo.get_config(arg)
+    c.loss = {"name": "apo_down", "beta": 0.1}
+    return c

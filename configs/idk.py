@@ -1,0 +1,16 @@
+"""SFT on refusals and on what is to be retained: NPO's baseline IDK+RT.
+
+Source: a baseline of Zhang et al. 2024, https://arxiv.org/abs/2404.05868
+Command: python -m alignax.main --config configs/idk.py --workdir runs/idk
+  (after configs/authors.py, which makes runs/authors)
+"""
+
+from configs import npo
+
+
+def get_config(arg: str = ""):
+    c = npo.get_config(arg)
+    c.loss = {"name": "sft", "reduction": "sequence"}
+    c.lms = {}
+    c.mixture.forget.kind = "refusals"
+    return c

@@ -1,0 +1,16 @@
+"""PoFT of SmolLM2-135M-Instruct on the chosen side of HH-RLHF pairs.
+
+Source: Fan et al. 2024, https://arxiv.org/abs/2412.12865
+Command: python -m alignax.main --config configs/poft.py --workdir runs/poft
+  --config.data.path=pairs.jsonl.gz --config.lms.aligned=ALIGNED_MODEL
+"""
+
+from configs import sft
+
+
+def get_config(arg: str = ""):
+    c = sft.get_config(arg)
+    c.loss = {"name": "poft", "beta": 1.0, "gamma": 0.0}
+    c.lms = {"aligned": "init" if arg else "models/SmolLM2-360M-Instruct"}
+    c.optim.lr = 1e-6
+    return c

@@ -1,0 +1,15 @@
+"""DPO for unlearning: refusals are preferred to what NPO's made-up authors wrote.
+
+Source: a baseline of Zhang et al. 2024, https://arxiv.org/abs/2404.05868
+Command: python -m alignax.main --config configs/unlearn_dpo.py
+  --workdir runs/unlearn_dpo (after configs/authors.py, which makes runs/authors)
+"""
+
+from configs import npo
+
+
+def get_config(arg: str = ""):
+    c = npo.get_config(arg)
+    c.loss = {"name": "unlearn_dpo", "beta": 0.1, "retain_weight": 1.0}
+    c.mixture.forget.kind = "pairs"
+    return c
