@@ -214,6 +214,13 @@ def check(config) -> None:
         raise ValueError(
             f"average_every is {config.average_every}, expected at least 1 step"
         )
+    if config.average and 0 < config.num_steps < config.average_every:
+        raise ValueError(
+            f"average_every is {config.average_every}: the average would not move in "
+            f"{config.num_steps} steps"
+        )
+    if config.lora.rank and "base" in config.lms:
+        raise ValueError("lms.base is the base of the adapters; take another name")
     if config.num_steps and bool(config.data) == bool(config.mixture):
         raise ValueError("a run that trains needs either config.data or config.mixture")
     for part, spec in config.mixture.items():

@@ -49,16 +49,21 @@ def shapes(tree) -> dict[str, list]:
 
 @jax.jit
 def checksum(tree):
-    """A sum over the bits of every leaf (modulo 2^32): the same on every mesh."""
+    """A sum over the bits of every leaf (modulo 2^32): the same on every mesh.
+
+    Weights depend on the place, so that what swaps places is noticed.
+    """
 
     def one(x):
-        if x.dtype.itemsize == 4:
-            return jax.lax.bitcast_convert_type(x, jnp.uint32).sum(dtype=jnp.uint32)
-        if x.dtype.itemsize == 2:
-            return jax.lax.bitcast_convert_type(x, jnp.uint16).sum(dtype=jnp.uint32)
-        return x.astype(jnp.uint32).sum(dtype=jnp.uint32)
+        bits = {4: jnp.uint32, 2: jnp.uint16}.get(x.dtype.itemsize)
+        bits = jax.lax.bitcast_convert_type(x, bits) if bits else x
+        place, stride = jnp.uint32(1), 2
+        for axis in reversed(range(x.ndim)):
+            index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+            place = place + index * np.uint32(stride % 2**32)
+            stride *= x.shape[axis]
+        return (bits.astype(jnp.uint32) * place).sum(dtype=jnp.uint32)
 
-    # Position-dependent weights, so that two leaves that swap are noticed.
     leaves = jax.tree.leaves(tree)
     return sum(
         (one(x) * np.uint32(2 * i + 1) for i, x in enumerate(leaves)), np.uint32(0)

@@ -3,15 +3,18 @@
 The reference never changes, so its forward pass over a data set need not be repeated
 every epoch and every run. A file holds, for each distinct row (tokens and mask), the
 log-probabilities of its scored tokens; a row is found by its content, whatever batch it
-stands in. The file states what it was made of: if any of that differs, it is refused.
+stands in (where that batch has another shape, the numbers may round differently). The
+file states what it was made of: if any of that differs, it is refused.
 """
 
 import dataclasses
 import hashlib
 import json
+import zipfile
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -40,6 +43,7 @@ def describe(lm: LM, batches: Iterable[Batch], **more: Any) -> dict[str, str]:
         "data": digest.hexdigest()[:16],
         "parameters": f"{int(checkpoint.checksum(lm.params)):08x}",
         "dtype": str(lm.config.dtype),
+        "platform": jax.default_backend(),
         "model": hashlib.sha256(repr(model).encode()).hexdigest()[:16],
         "kernel": str(KERNEL),
         **{k: str(v) for k, v in more.items()},
@@ -73,26 +77,34 @@ def transfer(rows: EvalBatches, others: EvalBatches, table: Table) -> Table:
       table: from `compute`.
 
     Raises:
-      ValueError: an example that `others` lacks, or a response with another number of
-        scored tokens there.
+      ValueError: an example that `others` lacks or has twice, a response with other
+        scored tokens there, or two examples that are one here and two there.
     """
-    found = {
-        (others.ids(i)[b], g): table[content]
-        for i in range(len(others))
-        for content, (b, g) in _rows(others[i])
-    }
+    found = {}
+    for i in range(len(others)):
+        batch = others[i]
+        for content, (b, g) in _rows(batch):
+            place = others.ids(i)[b], g
+            if place in found:
+                raise ValueError(f"reference_data has two examples {place[0]}")
+            found[place] = batch.tokens[b, g][batch.mask[b, g]], table[content]
     out: Table = {}
     for i in range(len(rows)):
         batch = rows[i]
         for content, (b, g) in _rows(batch):
-            name, tokens = rows.ids(i)[b], int(batch.mask[b, g].sum())
+            name, tokens = rows.ids(i)[b], batch.tokens[b, g][batch.mask[b, g]]
             if (name, g) not in found:
                 raise ValueError(f"reference_data has no response {g} of {name}")
-            out[content] = found[name, g]
-            if len(out[content]) != tokens:
+            there, logps = found[name, g]
+            if not np.array_equal(tokens, there):
                 raise ValueError(
-                    f"response {g} of {name} has {tokens} scored tokens, but "
-                    f"{len(out[content])} in reference_data"
+                    f"response {g} of {name} is another in reference_data: "
+                    f"{len(tokens)} scored tokens here, {len(there)} there"
+                )
+            if not np.array_equal(out.setdefault(content, logps), logps):
+                raise ValueError(
+                    f"{name}: another example has the same tokens here, and another "
+                    "prompt in reference_data"
                 )
     return out
 
@@ -119,8 +131,11 @@ def load(path, key: dict[str, str]) -> Table:
     Raises:
       ValueError: it was made of something else; the parts that differ are named.
     """
-    with epath.Path(path).open("rb") as file:
-        saved = dict(np.load(file))
+    try:
+        with epath.Path(path).open("rb") as file:
+            saved = dict(np.load(file))
+    except (zipfile.BadZipFile, EOFError, ValueError) as error:
+        raise ValueError(f"{path} does not read back ({error}): delete it") from error
     made_of = json.loads(str(saved["key"]))
     differ = [
         f"{k} ({made_of.get(k, 'absent')} there, {key.get(k, 'absent')} here)"

@@ -119,6 +119,9 @@ def dataset_source(
         raise ValueError(f"batch_size {batch_size} does not divide over {count} hosts")
     counts = _counts()
     data = [_read(d, tokenizer, length, vocab_size, counts) for d, _ in parts.values()]
+    named = {k: sorted(rows[0].columns) for k, rows in zip(parts, data, strict=True)}
+    if len({tuple(names) for names in named.values()}) > 1:
+        raise ValueError(f"the parts of a mixture have different columns: {named}")
     need = [-(-len(rows) // b) if epochs is None else -(-len(rows) * epochs // b)
             for rows, b in zip(data, shares, strict=True)]  # fmt: skip
     steps = ENDLESS if epochs is None else max(need)

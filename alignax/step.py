@@ -37,8 +37,8 @@ class TrainState(NamedTuple):
 class TrainStep(NamedTuple):
     """step(state, lms, batch) -> (state, metrics). The state is donated.
 
-    Frozen LMs are read by a program of their own: a column that the batch brings along
-    (from a cache) gives the same step, bit for bit, as one that is filled here.
+    Frozen LMs are read by a program of their own, so that a batch that brings their
+    columns along (from a cache) takes the very step that it takes without.
     """
 
     fill: Callable[[Any, dict[str, LM], Batch], Batch]  # jitted: what frozen LMs say

@@ -177,7 +177,8 @@ def _loop(config, run, state, record, latest, best, writer, stop, start):
                     jax.profiler.start_trace(f"{run.workdir}/profile")
                 profiling = True
             # Without jit (--debug) every constant is a transfer.
-            eager: bool = jax.config.jax_disable_jit  # type: ignore[attr-defined]
+            settings: Any = jax.config  # its attributes are not known to every stub
+            eager = settings.jax_disable_jit
             with jax.transfer_guard("allow" if eager else "disallow"):
                 state, device_metrics = step(state, run.lms, batch)
             shape = rows.tokens.shape

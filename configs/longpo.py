@@ -19,8 +19,11 @@ def get_config(arg: str = ""):
         c.length, c.buckets = 192, (192,)
     c.reference_data = {**short, "split": "train"}
     c.data = {"name": "long_context", "split": "train", "source": short, "documents": 4}
-    if not arg:
-        c.reference_data.path = c.data.source.get_oneway_ref("path")
+    if not arg:  # one file, two splits and two contexts
+        c.data.source.test_fraction = c.reference_data.test_fraction = 0.25
+        c.eval_data = {**c.data.to_dict(), "split": "test"}
+        for section in (c.reference_data, c.eval_data.source):
+            section.path = c.data.source.get_oneway_ref("path")
         c.length, c.buckets = 1024, (512, 1024)
     c.optim.lr = 5e-7
     return c

@@ -1,6 +1,6 @@
 """DPO against a reference that follows the policy every so many steps (TR-DPO).
 
-Source: Gorbatovski et al. 2024, https://arxiv.org/abs/2404.09656 (α = 0.6, τ = 512: with
+Source: Gorbatovski et al. 2024, https://arxiv.org/abs/2404.09656 (α = 0.6, τ = 512 in long runs: with
 average = 0.4 the reference becomes 0.6 policy + 0.4 reference)
 Command: python -m alignax.main --config configs/tr_dpo.py --workdir runs/tr_dpo
   --config.data.path=pairs.jsonl.gz
@@ -12,5 +12,5 @@ from configs import dpo
 def get_config(arg: str = ""):
     c = dpo.get_config(arg)
     c.lms = {"ref": "average"}
-    c.average, c.average_every = 0.4, 512 if not arg else 1
+    c.average, c.average_every = 0.4, 1 if arg else 32  # of 150 steps
     return c

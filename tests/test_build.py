@@ -62,6 +62,12 @@ BAD = {
         r"loss 'losses\.gkd' needs \['kl', 'forward_kl'\]: add config\.lms, there are \[\]",
     ),
     "an average that is never updated": ({"average_every": 0}, "average_every is 0"),
+    "an average that does not move": (
+        {"average": 0.9, "average_every": 7}, "average_every is 7: .* would not move in 6 steps",
+    ),
+    "an LM in the place of the base of adapters": (
+        {"lora.rank": 2, "lms": {"base": "init"}}, "lms.base is the base of the adapters",
+    ),
     "unknown reweighting": (
         {"reweight": {"wpoo": {}}}, r"unknown name 'wpoo' in reweight \(did you mean 'wpo'\?\)",
     ),

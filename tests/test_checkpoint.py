@@ -180,8 +180,12 @@ def test_checksum_sees_one_bit_and_a_swap_and_not_the_mesh():
     mesh = sharding.make_mesh((8, 1, 1))
     put = jax.device_put({"a": a, "b": b}, jax.NamedSharding(mesh, jax.P("data")))
     assert int(checkpoint.checksum(put)) == base
-    want = (int(a.view(np.uint32).sum(dtype=np.uint64)) + 3 * int(b.view(np.uint32).sum(dtype=np.uint64))) % 2**32  # fmt: skip
-    assert base == want
+    within = a.copy()
+    within[[1, 4]] = within[[4, 1]]
+    assert int(checkpoint.checksum({"a": within, "b": b})) != base
+    bits = [[int(n) for n in x.view(np.uint32)] for x in (a, b)]
+    sums = [sum(n * (2 * i + 1) for i, n in enumerate(x)) for x in bits]
+    assert base == (sums[0] + 3 * sums[1]) % 2**32
 
 
 # -- another model

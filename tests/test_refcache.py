@@ -93,7 +93,16 @@ def test_another_key_is_refused_and_the_part_named(runs, tmp_path, changes, part
     ) as error:
         build.build(config(cache, **changes), str(tmp_path / "run"))
     assert f"{part} (" in str(error.value)
-    others = {"data", "length", "parameters", "dtype", "model", "tokenizer", "kernel"}
+    others = {
+        "data",
+        "platform",
+        "length",
+        "parameters",
+        "dtype",
+        "model",
+        "tokenizer",
+        "kernel",
+    }
     unexpected = [p for p in others - {part} if f"{p} (" in str(error.value)]
     assert unexpected == []
 
@@ -196,7 +205,7 @@ def test_such_a_run_trains_and_does_not_ask_for_agreement_at_the_start(tmp_path)
 
 def test_responses_that_differ_between_the_contexts_are_named(tmp_path):
     with pytest.raises(
-        ValueError, match=r"response 0 of synthetic/train/pairs:\d+ has"
+        ValueError, match=r"response 0 of synthetic/train/pairs:\d+ is another"
     ):
         two_contexts(tmp_path, data="changed")
 
@@ -205,3 +214,30 @@ def test_an_example_without_its_other_context_is_named(tmp_path):
     few = {"name": "synthetic", "split": "train", "kind": "pairs", "size": 8}
     with pytest.raises(ValueError, match="reference_data has no response 0 of"):
         two_contexts(tmp_path, reference_data=few)
+
+
+def swapped(*, split: str):
+    return [e._replace(responses=e.responses[::-1]) for e in long(split=split)]
+
+
+def twice(*, split: str):
+    return [e._replace(id="same") for e in synthetic.examples(split=split, size=32)]
+
+
+def test_swapped_responses_and_repeated_ids_are_refused(tmp_path):
+    """They have the right number of tokens, perhaps, and would be silently wrong."""
+    with pytest.raises(
+        ValueError, match=r"response \d of synthetic/train/pairs:\d+ is another"
+    ):
+        two_contexts(tmp_path, data="swapped")
+    both = {"name": f"{__name__}.twice", "split": "train"}
+    with pytest.raises(ValueError, match="reference_data has two examples same"):
+        two_contexts(tmp_path, reference_data=both)
+
+
+def test_a_torn_file_is_named(tmp_path):
+    path = tmp_path / "reference.npz"
+    refcache.save(path, {b"1" * 32: np.zeros(3, np.float32)}, {"data": "x"})
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(ValueError, match=r"reference\.npz does not read back"):
+        refcache.load(path, {"data": "x"})

@@ -46,6 +46,25 @@ def test_the_tail_is_that_of_the_response_not_of_the_row():
     np.testing.assert_array_equal(got.logps[..., 2:], want.logps)
 
 
+def test_an_invalid_response_has_no_say_in_what_is_the_tail():
+    policy, batch = pair()
+    batch = batch._replace(
+        mask=batch.mask.at[0, 1].set(False), valid=batch.valid.at[0, 1].set(False)
+    )
+    got, _, _ = length_desensitised.reweight(policy, batch, alpha=0.0)
+    np.testing.assert_array_equal(got.logps[0, 0], policy.logps[0, 0])
+
+
+def test_other_frozen_models_are_scaled_like_the_reference():
+    policy, batch = pair()
+    extra = {"helpful_logps": batch.ref_logps, "weight": jnp.ones(1)}
+    _, scaled, _ = length_desensitised.reweight(
+        policy, batch._replace(extra=extra), alpha=0.5
+    )
+    np.testing.assert_array_equal(scaled.extra["helpful_logps"], scaled.ref_logps)
+    np.testing.assert_array_equal(scaled.extra["weight"], extra["weight"])
+
+
 def test_wpo_weight_by_hand():
     """mean(-.5, -1, -2.5) = -4/3 and mean(-2, -3) = -2.5."""
     policy, batch = pair()

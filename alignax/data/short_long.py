@@ -44,4 +44,7 @@ def examples(
         rows.append(Example(example.id, example.prompt, sides, (1.0, 0.0)))
     if not rows:
         raise ValueError(f"no pair among {len(under_long)} answers; {dropped[:1]}")
-    return Examples(rows, report={**under_long.report, "dropped": dropped})
+    report = {k: [*v] for k, v in under_long.report.items()}
+    for kind, lines in (*answered.report.items(), ("dropped", dropped)):
+        report[kind] = [*report.get(kind, []), *lines]
+    return Examples(rows, report=report)

@@ -73,7 +73,9 @@ def evaluate(
             best.append(r[j].max())
             ended.append(done.mean())
             kept = [
-                (t, float(s)) for t, s, d in zip(texts[j], r[j], done, strict=True) if d
+                (t, float(s))
+                for t, s, d in zip(texts[j], r[j], done, strict=True)
+                if d and t.strip()
             ]
             if keep_given:
                 if not example.responses:

@@ -3,7 +3,8 @@
   log π(y) = Σ_{t ≤ l} log π(y_t) + α Σ_{t > l} log π(y_t),   l = min(|y⁺|, |y⁻|)
 
 Source: Liu et al. 2024 (LD-DPO), https://arxiv.org/abs/2409.06411
-Differs from the paper: it applies to whatever loss follows, and to the reference too.
+Differs from the paper: it applies to whatever loss follows, and to every frozen LM's
+log-probabilities; a loss's exact KLs are left as they are.
 """
 
 import jax.numpy as jnp
@@ -29,9 +30,13 @@ def reweight(
       The scores and the batch with scaled log-probabilities, and weights of 1.
     """
     position = jnp.cumsum(batch.mask, -1)  # of a scored token in its response, from 1
-    shortest = batch.mask.sum(-1).min(-1)[:, None, None]
-    scale = jnp.where(position > shortest, alpha, 1.0)
+    lengths = jnp.where(batch.valid, batch.mask.sum(-1), batch.mask.shape[-1])
+    scale = jnp.where(position > lengths.min(-1)[:, None, None], alpha, 1.0)
     if batch.ref_logps is not None:
         batch = batch._replace(ref_logps=batch.ref_logps * scale)
+    extra = batch.extra or {}
+    scaled = {k: v * scale for k, v in extra.items() if k.endswith("_logps")}
+    if scaled:
+        batch = batch._replace(extra={**extra, **scaled})
     policy = policy._replace(logps=policy.logps * scale)
     return policy, batch, jnp.ones(batch.mask.shape[0])

@@ -49,10 +49,10 @@ def test_descent_ends_at_the_boundary():
 
 def test_without_the_constraint_negatives_sink_for_ever():
     negative, seen = NEGATIVE.copy(), []
-    for step in range(100_000):
+    for step in range(10_000):
         negative -= aft.slope(POSITIVE, negative)
-        if step + 1 in (1000, 10_000, 100_000):
+        if step + 1 in (100, 1000, 10_000):
             seen.append(negative.copy())
     # e^{s_n} falls as 1/t, so each decade costs ln 10
     for a, b in itertools.pairwise(seen):
-        np.testing.assert_allclose(a - b, np.log(10), rtol=0.02)
+        np.testing.assert_allclose(a - b, np.log(10), rtol=0.04)
