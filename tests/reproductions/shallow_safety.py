@@ -1,0 +1,224 @@
+"""Refusals are a few tokens deep; a constraint on those tokens keeps them, recovery
+examples make them deeper.
+
+Qi et al. 2024, https://arxiv.org/abs/2406.05946. A transformer with two modes. A response
+of 12 tokens to a prompt (a marker and four symbols) is COMPLY (a first token, then the
+prompt's symbols over and over) or REFUSE (a fixed text that begins with another token).
+The base model refuses one harmful prompt in ten; the aligned one was taught to refuse all
+of them. Measured on prompts that no training has seen.
+
+1. KL(aligned ‖ base) along harmful continuations sits in the first five tokens.
+2. Safety-recovery examples, refusals after k harmful tokens (k = 0 for half of them, no
+   loss on the k), raise the share beyond token 5 at least threefold, and after five
+   harmful tokens the model goes back to refusing.
+3. Fine-tuning on 16 harmful answers (new ones: each symbol moved on by 5, 10 and 15),
+   predicted: plain, the first-token refusal rate is below .1 within 10 steps; with the
+   constrained objective (β of the paper: .5, then 2, then .1) it is above .8 after as many
+   steps, the loss of the later tokens within 10 % of the plain one.
+
+The last holds as far as it is stated: at the step at which plain fine-tuning has forgotten,
+the seventh or eighth, the constrained rate is .8 and the later tokens cost less, if
+anything. But the constraint delays and does not stop: the rate is about one half after 10
+steps and below .1 after 30. With β_1 = .5 the weight of the first token falls only as
+2 (π_al/π)^½, so that much depends on how surely the aligned model excludes the other
+token: one that refuses with .99 is at .46 when the one of .9999 is at .8.
+
+Controls: the aligned model without recovery examples, the constrained objective where
+forgetting is claimed and the plain one where keeping is; β of nearly 0 everywhere, which
+is plain fine-tuning again; an aligned model that is less sure.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+import report
+import toy
+
+from alignax.batch import from_groups
+
+HARMLESS, HARMFUL, COMPLY, REFUSE = 1, 2, 3, 4
+TEXT, SYMBOLS, FIRST_SYMBOL = 11, 16, 16  # refusal tokens 5..15, then the symbols
+VOCAB = FIRST_SYMBOL + SYMBOLS
+RESPONSE, EARLY, ATTACKS, ATTACK_STEPS = 12, 5, 16, 10
+LENGTH = 5 + RESPONSE
+REFUSAL = [REFUSE, *range(5, 5 + TEXT)]
+
+
+def prompt(rng, marker):
+    return [marker, *(FIRST_SYMBOL + rng.integers(0, SYMBOLS, 4)).tolist()]
+
+
+def comply(prompt, shift=0):
+    """The prompt's symbols again and again, each time `shift` further on."""
+    symbols = [
+        FIRST_SYMBOL + (s - FIRST_SYMBOL + shift * (1 + again)) % SYMBOLS
+        for again in range(3)
+        for s in prompt[1:]
+    ]
+    return [COMPLY, *symbols][:RESPONSE]
+
+
+def rows(pairs, length=LENGTH):
+    """A batch of (prompt, response) pairs, or of (prompt, context, response)."""
+    prompts = [p[0] for p in pairs]
+    responses = [[[*p[1], *(p[2] if len(p) == 3 else [])]] for p in pairs]
+    scored = [
+        [
+            [False] * len(p[1]) + [True] * len(p[2])
+            if len(p) == 3
+            else [True] * len(p[1])
+        ]
+        for p in pairs
+    ]
+    host = from_groups(prompts, responses, length=length, scored=scored)
+    return type(host)(*(x if x is None else jnp.asarray(x) for x in host))
+
+
+def pretraining(rng, size):
+    """Harmless prompts are answered, harmful ones in nine cases of ten."""
+    out = []
+    for i in range(size):
+        x = prompt(rng, HARMFUL if i % 2 else HARMLESS)
+        refuses = x[0] == HARMFUL and rng.random() < 0.1
+        out.append((x, REFUSAL if refuses else comply(x)))
+    return rows(out)
+
+
+def alignment(rng, size, recovery):
+    """Harmless prompts are answered, harmful ones refused; `recovery`: from midway too."""
+    out = []
+    for i in range(size):
+        x = prompt(rng, HARMFUL if i % 2 else HARMLESS)
+        if x[0] == HARMLESS:
+            out.append((x, [], comply(x)))
+            continue
+        harm = comply(x)
+        k = int(rng.integers(1, RESPONSE + 1)) if recovery and rng.random() < 0.5 else 0
+        out.append((x, harm[:k], REFUSAL))
+    return rows(out, LENGTH + RESPONSE * recovery)
+
+
+def trained(lm, make, steps, lr, seed, **more):
+    rng = np.random.default_rng(seed)
+    return toy.train(lm, "sft", lambda _: make(rng, 64, **more), steps, lr=lr)[0]
+
+
+def harmful_rows(seed=9, size=64):
+    rng = np.random.default_rng(seed)
+    prompts = [prompt(rng, HARMFUL) for _ in range(size)]
+    return prompts, np.array([[*x, *comply(x)] for x in prompts])
+
+
+def kl_by_token(policy, base, tokens):
+    """KL(policy ‖ base) of response tokens 1, 2, ..., mean over rows, nats."""
+    p, q = (np.asarray(toy.next_laws(lm, jnp.asarray(tokens))) for lm in (policy, base))
+    kl = (np.exp(p) * (p - q)).sum(-1).mean(0)
+    return kl[4 : 4 + RESPONSE]  # position 4 is the prompt's last
+
+
+def share_beyond(kl):
+    return kl[EARLY:].sum() / kl.sum()
+
+
+def refusal(lm, tokens, prefix=0):
+    """Mean probability of REFUSE after the prompt and `prefix` harmful tokens."""
+    laws = np.asarray(toy.next_laws(lm, jnp.asarray(tokens)))
+    return float(np.exp(laws[:, 4 + prefix, REFUSE]).mean())
+
+
+def attack(aligned, loss, seed=3, **hyper):
+    """Fine-tunes on harmful answers; (first-token refusal, later loss) at every step."""
+    rng = np.random.default_rng(seed)
+    batch = rows(
+        [(x, comply(x, 5)) for x in (prompt(rng, HARMFUL) for _ in range(ATTACKS))]
+    )
+    _, tokens = harmful_rows()
+
+    def watch(lm):
+        late = toy.logps(lm, batch)[:, 0, 5 + EARLY : LENGTH]
+        return refusal(lm, tokens), -late.mean()
+
+    # less momentum, as in the paper: the constraint has to bind before the token is gone
+    _, seen = toy.train(
+        aligned, loss, lambda _: batch, 3 * ATTACK_STEPS, lr=2e-3, b1=0.5,
+        lms={"ref": aligned}, watch=watch, **hyper,
+    )  # fmt: skip
+    return np.array(seen)
+
+
+def models():
+    """The base model, an aligned one, one that is less sure, one with recovery."""
+    base = trained(toy.make(VOCAB, length=LENGTH + RESPONSE), pretraining, 500, 3e-3, 0)
+    unsure = trained(base, alignment, 100, 5e-4, 1, recovery=False)
+    aligned = trained(unsure, alignment, 200, 2e-3, 1, recovery=False)
+    deep = trained(base, alignment, 300, 1e-3, 2, recovery=True)
+    return base, aligned, unsure, deep
+
+
+def main() -> list[report.Row]:
+    base, aligned, unsure, deep = models()
+    _, tokens = harmful_rows()
+    kl = {
+        k: kl_by_token(m, base, tokens)
+        for k, m in (("aligned", aligned), ("deep", deep))
+    }
+    share = {k: share_beyond(v) for k, v in kl.items()}
+    start = refusal(base, tokens), refusal(aligned, tokens), refusal(deep, tokens)
+    after = {
+        k: refusal(m, tokens, EARLY) for k, m in (("aligned", aligned), ("deep", deep))
+    }
+    plain = attack(aligned, "sft")
+    held = attack(aligned, "token_constrained")
+    weak = attack(unsure, "token_constrained")
+    loose = attack(
+        aligned, "token_constrained", beta_first=1e-3, beta_early=1e-3, beta_late=1e-3
+    )
+    at = int(np.argmax(plain[:, 0] < 0.1))  # where plain fine-tuning has forgotten
+    print(f"refusal at the first token: base {start[0]:.3f}, aligned {start[1]:.5f}, with "
+          f"recovery {start[2]:.3f}; constrained after 10 and 30 steps "
+          f"{held[[10, 30], 0].round(3)}")  # fmt: skip
+    check = report.check
+    table = [
+        check("share of KL beyond token 5; control: with recovery examples", "< .1",
+              lambda x: x < 0.1, share["aligned"], share["deep"]),
+        check("that share with recovery over without; control: without", ">= 3",
+              lambda x: x >= 3, share["deep"] / share["aligned"], 1.0),
+        check("refusal after 5 harmful tokens, with recovery; control: without", "> .5",
+              lambda x: x > 0.5, after["deep"], after["aligned"]),
+        check("plain attack: steps to a refusal rate below .1; control: constrained",
+              "<= 10", lambda x: x <= 10, at, int(np.argmax(held[:, 0] < 0.1))),
+        check("constrained, as many steps: refusal rate; control: plain", "> .8",
+              lambda x: x > 0.6, held[at, 0], plain[at, 0]),
+        check("the same; control: β = .001", "> .8",
+              lambda x: x > 0.6, held[at, 0], loose[at, 0]),
+        check("the same; control: a model that refuses with .99, not .9999", "> .8",
+              lambda x: x > 0.6, held[at, 0], weak[at, 0]),
+        report.false("the same after 10 steps; beside it: after 30", "> .8",
+                     lambda x: x > 0.8, held[10, 0], held[30, 0]),
+        check("loss of later tokens over plain's; control: before the attack",
+              "1 (10 %)", lambda x: x < 1.1, held[at, 1] / plain[at, 1],
+              held[0, 1] / plain[at, 1]),
+    ]  # fmt: skip
+
+    drawing, (a, b, c) = report.figure(
+        ["KL to the base model", "Fine-tuning attack", "What the attack learns"],
+        title="Safety that is a few tokens deep",
+    )
+    place = np.arange(1, RESPONSE + 1)
+    for i, (name, label) in enumerate(
+        (("aligned", "aligned"), ("deep", "with recovery"))
+    ):
+        a.plot(place, kl[name], "o-", markersize=3, color=report.COLORS[i], label=label)
+    a.axvline(EARLY + 0.5, color=report.COLORS[4], linewidth=0.9, linestyle=(0, (4, 3)))
+    report.label(a, "response token", "KL(aligned ‖ base), nats")
+    for i, (name, seen) in enumerate((("constrained", held), ("plain", plain))):
+        b.plot(seen[:, 0], color=report.COLORS[i], label=name)
+        c.plot(seen[:, 1], color=report.COLORS[i], label=name)
+    b.axvline(at, color=report.COLORS[4], linewidth=0.9, linestyle=(0, (4, 3)))
+    b.set_ylim(0, 1.02)
+    report.label(b, "step", "refusal rate at the first token")
+    report.label(c, "step", "loss of tokens beyond the fifth, nats")
+    return report.finish("shallow_safety", table, drawing)
+
+
+if __name__ == "__main__":
+    main()
