@@ -55,8 +55,8 @@ def checksum(tree):
     """
 
     def one(x):
-        bits = {4: jnp.uint32, 2: jnp.uint16}.get(x.dtype.itemsize)
-        bits = jax.lax.bitcast_convert_type(x, bits) if bits else x
+        whole: Any = {4: jnp.uint32, 2: jnp.uint16}.get(x.dtype.itemsize)
+        bits = jax.lax.bitcast_convert_type(x, whole) if whole else x
         place, stride = jnp.uint32(1), 2
         for axis in reversed(range(x.ndim)):
             index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
