@@ -14,6 +14,9 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
+# A device may wait in several collectives at once, a thread in each. With no more threads
+# than devices (XLA's choice on a small machine) all of them end up waiting, for ever.
+os.environ.setdefault("PJRT_NPROC", "32")
 CACHE = os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR",
     str(

@@ -1,7 +1,5 @@
 """AFT: negatives rest at the boundary, and without it nowhere."""
 
-import itertools
-
 import numpy as np
 import pytest
 
@@ -51,8 +49,7 @@ def test_without_the_constraint_negatives_sink_for_ever():
     negative, seen = NEGATIVE.copy(), []
     for step in range(10_000):
         negative -= aft.slope(POSITIVE, negative)
-        if step + 1 in (100, 1000, 10_000):
+        if step + 1 in (1000, 10_000):
             seen.append(negative.copy())
-    # e^{s_n} falls as 1/t, so each decade costs ln 10
-    for a, b in itertools.pairwise(seen):
-        np.testing.assert_allclose(a - b, np.log(10), rtol=0.04)
+    # e^{s_n} falls as 1/t once it is small, so a decade costs ln 10
+    np.testing.assert_allclose(seen[0] - seen[1], np.log(10), rtol=0.02)
