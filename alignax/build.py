@@ -72,6 +72,7 @@ def build(config, workdir: str) -> Run:
         config that cannot run.
     """
     check(config)
+    check_owner(workdir, config)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_hosts(mesh)
     sharding.check_batch_size(config.batch_size, config.accumulate, mesh)
@@ -116,7 +117,7 @@ def build(config, workdir: str) -> Run:
     rest = ("lr", "schedule", "warmup", "final")
     tx = optim.make_tx(rate, **{k: v for k, v in config.optim.items() if k not in rest})
     lms, moving = {}, []
-    on_mesh = {}  # weights that the policy starts from, once they are somebody's frozen LM
+    on_mesh = {}  # frozen weights by where they came from
     if adapters := lora_settings(config):
         base = LM(policy.config, sharding.put_params(policy.params, mesh))
         on_mesh["init"] = lms["base"] = base
@@ -143,14 +144,14 @@ def build(config, workdir: str) -> Run:
             )
         changes = {"dtype": config.model.dtype, "remat": "none"}
         lm = LM(dataclasses.replace(lm.config, **changes), lm.params)
-        if path in on_mesh:  # the base of the adapters: one copy is enough
+        if path in on_mesh:  # one copy of the same weights is enough
             params = {k: on_mesh[path].params[k] for k in lm.params}
         else:
             params = jax.tree.map(
                 lambda x: jnp.asarray(x, config.model.param_dtype), lm.params
             )
             params = sharding.put_params(params, mesh)
-        lms[name] = LM(lm.config, params)
+        lms[name] = on_mesh[path] = LM(lm.config, params)
     missing = [n for n in loss.needs if frozen(n) not in (None, *lms, *moving)]
     if missing:
         raise ValueError(
@@ -337,7 +338,7 @@ def cached(config, data, text, ref: LM, examples, mesh: Mesh) -> source.Source:
     key = refcache.describe(ref, read, tokenizer=text.fingerprint, length=config.length)
     folder = checkpoint.absolute(config.reference_cache or ".")
     path = folder / "reference.npz"
-    if config.reference_cache and path.exists():
+    if config.reference_cache and everywhere(path.exists(), f"{path} is there"):
         table = refcache.load(path, key)
     else:
         table = refcache.compute(read, lambda batch: scorer(mesh)(ref, batch).logps)
@@ -395,28 +396,48 @@ def with_value_head(lm: LM, wanted: bool) -> LM:
     return LM(dataclasses.replace(lm.config, value_head=wanted), params)
 
 
-def prepare(workdir: str, config) -> str:
-    """Makes the workdir, or checks that it belongs to this config.
+def everywhere(here: bool, what: str) -> bool:
+    """Whether it holds on every host.
 
     Raises:
-      ValueError: the folder holds a run of another config; the keys are listed.
+      ValueError: it holds on some hosts only; they would part ways.
+    """
+    if jax.process_count() == 1:
+        return here
+    hosts = multihost_utils.process_allgather(np.array(here))
+    if hosts.any() != hosts.all():
+        names = np.flatnonzero(hosts).tolist()
+        raise ValueError(f"{what} only on hosts {names}: name a folder that all share")
+    return bool(hosts.all())
+
+
+def check_owner(workdir: str, config) -> None:
+    """Raises ValueError if the workdir holds a run of another config; keys are listed."""
+    folder = checkpoint.absolute(workdir)
+    path = folder / "config.json"
+    if not path.exists():
+        return
+    a, b = _flat(json.loads(path.read_text())), _flat(plain(config))
+    differ = [
+        f"{k} ({a.get(k, 'absent')} there, {b.get(k, 'absent')} here)"
+        for k in sorted({*a, *b})
+        if a.get(k) != b.get(k) and not k.startswith(VOLATILE)
+    ]
+    if differ:
+        raise ValueError(
+            f"{folder} holds a run of another config; take another workdir or undo: "
+            + "; ".join(differ)
+        )
+
+
+def prepare(workdir: str, config) -> str:
+    """Makes the workdir and writes the config there.
+
+    Raises:
       OSError: it cannot be written.
     """
     folder = checkpoint.absolute(workdir)
     path, now = folder / "config.json", plain(config)
-    if path.exists():
-        before = json.loads(path.read_text())
-        a, b = _flat(before), _flat(now)
-        differ = [
-            f"{k} ({a.get(k, 'absent')} there, {b.get(k, 'absent')} here)"
-            for k in sorted({*a, *b})
-            if a.get(k) != b.get(k) and not k.startswith(VOLATILE)
-        ]
-        if differ:
-            raise ValueError(
-                f"{folder} holds a run of another config; take another workdir or undo: "
-                + "; ".join(differ)
-            )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe{os.getpid()}"

@@ -5,6 +5,7 @@ import os
 import pathlib
 
 import jax
+import numpy as np
 import pytest
 import tiny
 
@@ -192,7 +193,7 @@ def test_a_workdir_of_another_config_lists_the_keys(begun):
         "pairs", **{"loss.beta": 0.2, "optim.lr": 3e-4, "loss.name": "dpo"}
     )
     with pytest.raises(ValueError) as error:
-        build.prepare(begun, other)
+        build.check_owner(begun, other)
     assert str(error.value) == (
         f"{begun} holds a run of another config; take another workdir or undo: "
         "loss.beta (0.1 there, 0.2 here); optim.lr (0.01 there, 0.0003 here)"
@@ -204,17 +205,17 @@ def test_a_workdir_of_another_config_lists_the_keys(begun):
 def test_a_key_that_only_one_config_has_is_listed(begun):
     other = tiny.config("pairs", **{"loss.label_smoothing": 0.1})
     with pytest.raises(ValueError, match=r"loss\.label_smoothing \(absent there, 0\.1 here\)"):  # fmt: skip
-        build.prepare(begun, other)
+        build.check_owner(begun, other)
 
 
 def test_what_changes_no_number_may_change(begun):
     config = tiny.config("pairs", **{"log_every": 7, "checkpoint.every": 2, "checkpoint.keep": 1, "profile": (1, 2)})  # fmt: skip
-    assert build.prepare(begun, config) == begun
+    build.check_owner(begun, config)
 
 
 def test_the_same_config_is_the_same_after_json(begun):
     """Tuples become lists in config.json."""
-    assert build.prepare(begun, tiny.config("pairs", buckets=[72])) == begun
+    build.check_owner(begun, tiny.config("pairs", buckets=[72]))
 
 
 def test_a_file_in_the_place_of_the_workdir(tmp_path):
@@ -290,3 +291,24 @@ def test_explain_counts_parameters_and_splits_them():
     assert f"{total:,} parameters, 1 layers" in text
     assert "None, 'fsdp', 'model')" in text
     assert "2 copies (policy, frozen LMs)" in text
+
+
+def test_hosts_that_see_different_files_are_an_error(monkeypatch):
+    monkeypatch.setattr(build.jax, "process_count", lambda: 2)
+    gather = build.multihost_utils
+    monkeypatch.setattr(gather, "process_allgather", lambda x: np.array([x, True]))
+    assert build.everywhere(True, "the cache is there")
+    with pytest.raises(ValueError, match=r"the cache is there only on hosts \[1\]"):
+        build.everywhere(False, "the cache is there")
+
+
+def test_equal_weights_are_placed_once(tmp_path, monkeypatch):
+    placed = []
+    put = build.sharding.put_params
+    monkeypatch.setattr(
+        build.sharding, "put_params", lambda p, mesh: placed.append(p) or put(p, mesh)
+    )
+    config = tiny.config("pairs", lms={"ref": "init", "anchor": "init"})
+    run = build.build(config, str(tmp_path / "run"))
+    assert len(placed) == 1
+    assert run.lms["anchor"].params["embed"] is run.lms["ref"].params["embed"]
