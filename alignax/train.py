@@ -257,26 +257,31 @@ def frozen_lms(run, state) -> dict[str, LM]:
 
 
 def start_check(config, run, state, batch, writer) -> bool:
-    """Where the reference is the initial policy, they must agree exactly at step 0.
+    """What must hold before step 0: a cache is the reference's, and it the policy.
+
+    The latter where the reference is the initial policy, and exactly.
 
     Returns:
-      Whether there was anything to check.
+      Whether policy and reference are the same.
 
     Raises:
-      RuntimeError: a log-ratio differs from 0; nothing trained from here would mean
-        what its config says.
+      RuntimeError: a cached log-prob is not the reference's, or a log-ratio differs
+        from 0; nothing trained from here would mean what its config says.
     """
-    if "ref_logps" not in run.loss.needs or config.lms.get("ref") != "init":
-        return False
-    if config.reference_data:  # the two read different prompts
+    # With reference_data the two read different prompts.
+    if "ref_logps" not in run.loss.needs or config.reference_data:
         return False
     lms, needs = frozen_lms(run, state), run.loss.needs
     read = tuple(n for n in needs if n in Scores._fields and n != "logps")
     score = build.compiled_score(run.mesh, ())
     cached = batch.ref_logps
+    if cached is None and config.lms.get("ref") != "init":
+        return False
     batch = annotate(batch._replace(ref_logps=None), lms, needs=needs, score=score)
     if cached is not None:
         check_cache(float(jnp.abs(cached - batch.ref_logps).max()), run.policy.config)
+    if config.lms.get("ref") != "init":
+        return False
     score = build.compiled_score(run.mesh, read)
     ours = run.assemble(state.params, run.lms)
     compared = {"kl_to": lms["ref"]} if {*read} & {*logprob.COMPARED} else {}
