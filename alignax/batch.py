@@ -77,6 +77,9 @@ class Scores(NamedTuple):
     )
     forward_kl: Float[Array, "B G T"] | None = None  # KL(ref ‖ π), likewise
     collision: Float[Array, "B G T"] | None = None  # log Σ_v π(v)²
+    state_values: Float[Array, "B G T"] | None = (
+        None  # scalar head on the prefix before t: a critic's V when t is drawn
+    )
 
 
 class LM(NamedTuple):

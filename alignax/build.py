@@ -7,8 +7,10 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
@@ -23,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from alignax import (
+    adapted,
     checkpoint,
     decode,
     logprob,
@@ -30,16 +33,20 @@ from alignax import (
     plots,
     plugin,
     refcache,
+    rewards,
+    rollout,
+    shaping,
     sharding,
     source,
     tokenizer,
 )
 from alignax.batch import LM, Example, Metrics, Params
-from alignax.metrics import read
+from alignax.metrics import flops_per_token, read
 from alignax.models import load, lora, transformer
 from alignax.models.transformer import ModelConfig
 
 log = logging.getLogger(__name__)
+RATE = ("lr", "schedule", "warmup", "final")  # of config.optim: the schedule's own
 # What may differ when a run goes on in its folder: nothing that changes a number.
 VOLATILE = ("log_every", "checkpoint", "profile", "wandb", "mesh", "patience")
 
@@ -85,6 +92,12 @@ def build(config, workdir: str) -> Run:
     now = datetime.datetime.fromisoformat(config.date)
     text = tokenizer.load(tokenizer_path(config), now=now)
     policy = make_policy(config, text)
+    own = {"old_logps", "advantages", "returns", "old_values"} & {*loss.needs}
+    if own and not config.rollout.reward:
+        raise ValueError(
+            f"loss {loss.name!r} needs {sorted(own)}, which rollouts bring: set "
+            "config.rollout.reward"
+        )
     if loss.needs and "values" in loss.needs and not policy.config.value_head:
         raise ValueError(f"loss {loss.name!r} needs config.model.value_head=True")
     for name, e in evals.items():
@@ -100,8 +113,10 @@ def build(config, workdir: str) -> Run:
         for k, d in config.mixture.items()
     }
     data = None
+    examples: Any = None
     if config.num_steps:
-        examples: Any = parts or load_examples(config.data)
+        examples = parts or load_examples(config.data)
+    if config.num_steps and not config.rollout.reward:
         data = source.dataset_source(
             examples, text, batch_size=config.batch_size, length=config.length,
             buckets=config.buckets, seed=config.seed, host=host,
@@ -114,8 +129,7 @@ def build(config, workdir: str) -> Run:
         config.optim.lr, config.num_steps, kind=config.optim.schedule,
         warmup=config.optim.warmup, final=config.optim.final,
     )  # fmt: skip
-    rest = ("lr", "schedule", "warmup", "final")
-    tx = optim.make_tx(rate, **{k: v for k, v in config.optim.items() if k not in rest})
+    tx = optim.make_tx(rate, **{k: v for k, v in config.optim.items() if k not in RATE})
     lms, moving = {}, []
     on_mesh = {}  # frozen weights by where they came from
     if adapters := lora_settings(config):
@@ -174,11 +188,16 @@ def build(config, workdir: str) -> Run:
                 "(no mixture)"
             )
         data = cached(config, data, text, lms["ref"], examples, mesh)
+    if config.rollout.reward and examples is not None:
+        data = rollouts(config, examples, text, loss, lms, policy, assemble, mesh)
     # Last, so that a config that cannot run leaves nothing behind.
     folder = prepare(workdir, config)
+    if adapters:
+        adapted.note(folder, config.model.path, lms["base"].params)
     say = functools.partial(print, flush=True) if jax.process_index() == 0 else _quiet
     if data is not None:
-        say(f"data: {summary(data.report())}")
+        rolled = f"{len(examples)} prompts" if config.rollout.reward else ""
+        say(f"data: {rolled or summary(data.report())}")
     if eval_data is not None:
         size = config.eval_batch_size or config.batch_size
         batches = source.eval_batches(
@@ -269,9 +288,13 @@ def tokenizer_path(config) -> str:
         raise ValueError(
             "config.tokenizer is empty and config.model.path names no weights"
         )
-    if inner := saved_config(config.model.path):
+    path = config.model.path
+    if inner := saved_config(path):
+        inner["model"]["path"] = adapted.find(run_folder(path), inner["model"]["path"])
         return inner["tokenizer"] or tokenizer_path(_Plain(inner))
-    return config.model.path
+    if lora.is_peft(path) and not (epath.Path(path) / "tokenizer.json").exists():
+        return lora.peft_base(path)
+    return path
 
 
 class _Plain(dict):
@@ -349,6 +372,78 @@ def cached(config, data, text, ref: LM, examples, mesh: Mesh) -> source.Source:
     return refcache.attach(data, table)
 
 
+def rollouts(
+    config, examples, text, loss: plugin.Bound, lms: dict[str, LM], policy: LM,
+    assemble: Callable, mesh: Mesh,
+) -> source.Source:  # fmt: skip
+    """The source of a run that learns from the policy's own responses."""
+    c = config.rollout
+    if config.mixture or config.reference_cache or config.reference_data:
+        raise ValueError(
+            "rollouts take config.data, without reference_cache or reference_data"
+        )
+    steps = shaping.in_order(
+        bind(config, "shaping", {"name": name, **hyper})
+        for name, hyper in config.shaping.items()
+    )
+    needs = {n for s in (loss, *steps) for n in s.needs}
+    if {"state_values", "old_values"} & needs and not policy.config.value_head:
+        raise ValueError("a critic needs config.model.value_head=True")
+    if "advantages" in loss.needs and not steps:
+        raise ValueError(f"loss {loss.name!r} needs advantages: set config.shaping")
+    if steps and sum(s.stage == "advantage" for s in steps) != 1:
+        names = [s.name for s in steps]
+        raise ValueError(f"config.shaping has {names}: one of them makes advantages")
+    if "returns" in loss.needs and not any(s.returns for s in steps):
+        raise ValueError(f"loss {loss.name!r} needs returns: config.shaping.gae = {{}}")
+    unfilled = [n for s in steps for n in s.needs if frozen(n) not in (None, *lms)]
+    if unfilled or (c.policy and c.policy not in lms):
+        raise ValueError(
+            f"rollouts need {unfilled or c.policy}: add config.lms, there are {sorted(lms)}"
+        )
+    sampler = rollout.Sampler(
+        generator(text, mesh), rewards.load(_inner_dicts(c.reward)), lms, text,
+        c.max_new, c.temperature, c.truncated, c.punishment,
+    )  # fmt: skip
+    baseline = None
+    if any(s.baseline == "reference" for s in steps):
+        if "ref" not in lms:
+            raise ValueError("rewards of reference samples need a frozen lms.ref")
+        baseline = reference_rewards(config, examples, sampler)
+    host = (jax.process_index(), jax.process_count())
+    return rollout.rollout_source(
+        examples, sampler, policy=lambda params: assemble(params, lms),
+        score=scorer(mesh), shaping=steps, batch_size=config.batch_size,
+        length=config.length, seed=config.seed, group=c.group, batches=c.batches,
+        epochs=c.epochs, keep=c.keep, needs=loss.needs, baseline=baseline, host=host,
+        behaviour=lms[c.policy] if c.policy else None,
+    )  # fmt: skip
+
+
+def reference_rewards(config, examples, sampler) -> rollout.Baseline:
+    """Rewards of reference samples of every prompt the run meets, or from the cache."""
+    c = config.rollout
+    many = config.batch_size * c.batches
+    count = -(-config.num_steps // (c.batches * c.epochs))
+    some = rollout.visited(examples, many, config.seed, count)
+    settings = {
+        "samples": c.reference_samples, "rows": many * c.group, "length": config.length,
+        "seed": config.seed,
+    }  # fmt: skip
+    ref = sampler.lms["ref"]
+    prompts = hashlib.sha256(repr([(e.id, e.prompt) for e in some]).encode())
+    key = refcache.describe_lm(
+        ref, data=prompts.hexdigest()[:16], **settings, **sampler.identity()
+    )
+    path = checkpoint.absolute(c.cache or ".") / "reference_rewards.npz"
+    if c.cache and everywhere(path.exists(), f"{path} is there"):
+        return rollout.untable(refcache.load(path, key), [e.id for e in some])
+    found = rollout.reference_rewards(some, sampler, ref, **settings)
+    if c.cache and jax.process_index() == 0:
+        refcache.save(path, rollout.table(found), key)
+    return found
+
+
 def lora_settings(config) -> lora.Lora | None:
     """The adapters that a config asks for; None for a rank of 0."""
     if not config.lora.rank:
@@ -357,31 +452,49 @@ def lora_settings(config) -> lora.Lora | None:
 
 
 def load_lm(path: str) -> LM:
-    """Weights from a run's folder, a Hugging Face directory or a .gguf file.
+    """Weights from a run's folder, a Hugging Face or PEFT directory, or a .gguf file.
 
-    Adapters are merged into the base that their run names.
+    Adapters are merged into their base, cast as they were trained on it.
+
+    Raises:
+      ValueError: adapters that do not know their base, or whose base is another now.
+      FileNotFoundError: no model there, or no base of the adapters.
     """
+    if lora.is_peft(path):
+        base = load_lm(lora.peft_base(path))
+        return lora.merge(base, *lora.load(path, base))
     if not checkpoint.holds(path):
         return load.load(path)
     lm = checkpoint.load_lm(path)
     if not lora.is_adapters(lm.params):
         return lm
-    config = _Plain(saved_config(path) or {})
-    if not config:
-        raise ValueError(f"{path} holds adapters, and no config.json that names a base")
-    base = LM(
-        lm.config,
-        with_value_head(load_lm(config.model.path), lm.config.value_head).params,
-    )
+    config, folder = _Plain(saved_config(path) or {}), run_folder(path)
+    if not config or not (folder / adapted.NAME).exists():
+        raise ValueError(
+            f"{path} holds adapters, and no config.json and {adapted.NAME} beside it "
+            "that say on which base"
+        )
+    if there := adapted.find(folder, config.model.path):
+        base = load_lm(there)
+    else:
+        plain = dataclasses.replace(lm.config, value_head=False)
+        base = LM(plain, transformer.init(plain, jax.random.key(config.seed)))
+    params = with_value_head(base, lm.config.value_head).params
+    params = jax.tree.map(lambda x: jnp.asarray(x, config.model.param_dtype), params)
+    adapted.check(folder, there, params)
+    base = LM(lm.config, params)
     return lora.merge(base, lm.params, cast(lora.Lora, lora_settings(config)))
+
+
+def run_folder(path: str) -> epath.Path:
+    """The folder of the run that a path belongs to: also of its 'best'."""
+    folder = epath.Path(path)
+    return folder.parent if folder.name in ("best", "checkpoints") else folder
 
 
 def saved_config(path: str) -> dict[str, Any] | None:
     """The config of the run that a folder belongs to (also its 'best'); None of no run."""
-    folder = epath.Path(path)
-    if folder.name in ("best", "checkpoints"):
-        folder = folder.parent
-    file = folder / "config.json"
+    file = run_folder(path) / "config.json"
     config = json.loads(file.read_text()) if file.is_file() else {}
     return config if "batch_size" in config else None
 
@@ -497,16 +610,26 @@ def scorer(mesh: Mesh) -> Callable:
     return score
 
 
-def evaluate(run: Run, lm: LM, lms: dict[str, LM], step: int, config) -> Metrics:
-    """Runs the config's evaluations; names are 'eval/<evaluation>/<metric>'."""
+def generator(text: tokenizer.Tokenizer, mesh: Mesh) -> Callable:
+    """decode.generate that ends at the tokenizer's EOS, prompts spread over the mesh."""
+    eos_ids = sorted(text.eos_ids)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
 
-    def generate(*args, **kwargs):
-        eos_ids = sorted(run.tokenizer.eos_ids)
-        out = decode.generate(*args, eos_ids=eos_ids, **kwargs)
+    def generate(lm, prompts, lengths, key, **settings):
+        spec = P() if len(prompts) % shards else sharding.BATCH
+        place = functools.partial(jax.device_put, device=NamedSharding(mesh, spec))
+        prompts, lengths = place(np.asarray(prompts)), place(np.asarray(lengths))
+        out = decode.generate(lm, prompts, lengths, key, eos_ids=eos_ids, **settings)
         if jax.process_count() > 1:
             out = multihost_utils.process_allgather(out, tiled=True)
         return out
 
+    return generate
+
+
+def evaluate(run: Run, lm: LM, lms: dict[str, LM], step: int, config) -> Metrics:
+    """Runs the config's evaluations; names are 'eval/<evaluation>/<metric>'."""
+    generate = generator(run.tokenizer, run.mesh)
     out: Metrics = {}
     for name, evaluation in run.evals.items():
         got = evaluation(
@@ -603,33 +726,57 @@ def explain(config) -> str:
     else:
         lm = load_lm(config.model.path)
         model, shapes = lm.config, lm.params
-    lines, total, local = [], 0, 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
-        name = sharding.path_string(path)
-        spec = sharding.spec(name, leaf.shape, mesh)
-        size = int(np.prod(leaf.shape))
-        over = [
-            a
-            for axis in spec
-            if axis
-            for a in (axis if isinstance(axis, tuple) else (axis,))
-        ]
-        split = int(np.prod([mesh.shape[a] for a in over], initial=1))
-        total, local = total + size, local + size // split
-        lines.append(f"  {name:<32} {tuple(leaf.shape)!s:<28} {spec}")
-    width = (
-        np.dtype(config.model.param_dtype).itemsize
-        if config.model.param_dtype != "bfloat16"
-        else 2
+    if adapters := lora_settings(config):
+        draw = functools.partial(lora.init, LM(model, shapes), adapters)
+        trained = jax.eval_shape(draw, jax.random.key(0))
+    else:
+        trained = _cast(shapes, config.model.param_dtype)
+    lines = []
+    for tree in (shapes, trained) if adapters else (shapes,):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            name = sharding.path_string(path)
+            spec = sharding.spec(name, leaf.shape, mesh)
+            lines.append(f"  {name:<32} {tuple(leaf.shape)!s:<28} {spec}")
+    total = transformer.num_params(shapes)
+    lines.append(
+        f"{total:,} parameters, {model.num_layers} layers, mesh {dict(mesh.shape)}"
     )
-    copies = 1 + sum(v != "average" for v in config.lms.values())
-    lines += [
-        f"{total:,} parameters, {model.num_layers} layers, mesh {dict(mesh.shape)}",
-        f"per device: {local * width / 2**30:.3f} GiB a copy; {copies} copies (policy, frozen LMs), "
-        f"{local * 4 / 2**30:.3f} GiB of gradient, about {2 * local * width / 2**30:.3f} GiB of "
-        f"{config.optim.name} state",
-    ]
+    others = {v for v in config.lms.values() if v != "average"}
+    kept = ""
+    if adapters:
+        others -= {"init"}  # that is the base
+        count = transformer.num_params(trained)
+        flops = flops_per_token(count, "train", frozen=total)
+        lines.append(
+            f"{count:,} of adapters are trained ({count / total:.2%}), "
+            f"{flops / (6 * total):.0%} of the FLOPs of training all"
+        )
+        kept = f"{_size(trained, mesh)} of adapters, "
+    tx = optim.make_tx(0.0, **{k: v for k, v in config.optim.items() if k not in RATE})
+    state = jax.eval_shape(tx.init, trained)
+    lines.append(
+        f"per device: {_size(_cast(shapes, config.model.param_dtype), mesh)} a copy; "
+        f"{1 + len(others)} copies ({'base' if adapters else 'policy'}, frozen LMs), "
+        f"{kept}{_size(trained, mesh)} of gradient, {_size(state, mesh)} of "
+        f"{config.optim.name} state"
+    )
     return "\n".join(lines)
+
+
+def _cast(tree, dtype: str):
+    """The shapes of a tree of parameters in another dtype."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), tree)
+
+
+def _size(tree, mesh: Mesh) -> str:
+    """What a tree takes on one device."""
+
+    def one(x, place):
+        return math.prod(place.shard_shape(x.shape)) * x.dtype.itemsize
+
+    sizes = jax.tree.map(one, tree, sharding.shardings(tree, mesh))
+    size = sum(jax.tree.leaves(sizes))
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.3g} MiB"
 
 
 def _quiet(_: str) -> None:

@@ -28,6 +28,7 @@ from alignax.models import transformer
 
 TOKEN_TILE, VOCAB_TILE = 256, 4096  # one logit tile is 4 MiB
 READ = ("entropy", "collision", "kl", "forward_kl")  # read in the same walk, if asked
+VALUES = ("values", "state_values")  # the scalar head after a token, and before it
 COMPARED = ("kl", "forward_kl")  # of these, what needs a frozen LM
 
 
@@ -78,11 +79,12 @@ def score(
     Returns:
       Scores with `logps[b, g, t] = log p(tokens[t] | tokens[<t])` in nats, exactly 0
       where mask is False; with 'values', `values[b, g, t]` is the scalar head on the
-      prefix that ends with token t, 0 where mask is False. The fields in READ are [b, g, t]
-      too, of the law of tokens[t] given tokens[<t], in nats.
+      prefix that ends with token t, with 'state_values' on the one that ends before it,
+      0 where mask is False. The fields in READ are [b, g, t] too, of the law of tokens[t]
+      given tokens[<t], in nats.
 
     Raises:
-      ValueError: 'values' of a model without a value head, a KL to nothing or to another
+      ValueError: values of a model without a value head, a KL to nothing or to another
         vocabulary, or B that the mesh does not divide.
     """
     b, g, t = batch.tokens.shape
@@ -94,16 +96,17 @@ def score(
     h, _ = transformer.hidden(lm, tokens)
     read = _read(lm, h, tokens, mask, mesh, tiles, precision, fields, other)
     read = {k: v.reshape(b, g, t) for k, v in read.items()}
-    values = None
-    if "values" in needs:
+    if asked := [n for n in VALUES if n in needs]:
         if not lm.config.value_head:
-            raise ValueError("'values' needs a model with value_head=True")
+            raise ValueError(f"{asked} of a model without value_head=True")
         kernel = lm.params["value_head"]["kernel"].astype(jnp.float32)
-        values = jnp.einsum(
+        after = jnp.einsum(
             "ntd,d->nt", h.astype(jnp.float32), kernel, precision=precision
         )
-        values = jnp.where(mask, values, 0.0).reshape(b, g, t)
-    return Scores(**read, values=values)
+        at = {"values": after, "state_values": jnp.pad(after[:, :-1], ((0, 0), (1, 0)))}
+        for name in asked:
+            read[name] = jnp.where(mask, at[name], 0.0).reshape(b, g, t)
+    return Scores(**read)
 
 
 def _frozen(lm, kl_to, tokens, compared):

@@ -62,6 +62,28 @@ def reference(batch: Batch) -> Float[Array, "B G T"]:
     return batch.ref_logps
 
 
+def token_rewards(batch: Batch) -> Float[Array, "B G T"]:
+    """What each token earned: what an earlier shaping left, else the raw feedback.
+
+    Feedback is earned by a response's last scored token. Invalid responses earn 0.
+    """
+    if batch.advantages is None:
+        return earned(batch, batch.feedback)
+    return jnp.where(batch.mask & batch.valid[..., None], batch.advantages, 0.0)
+
+
+def earned(batch: Batch, x: Float[Array, "B G"]) -> Float[Array, "B G T"]:
+    """One number a response on its last scored token; 0 elsewhere."""
+    keep = batch.mask & batch.valid[..., None]
+    left = jnp.cumsum(keep[..., ::-1], -1)[..., ::-1]  # scored tokens from here on
+    return jnp.where(keep & (left == 1), x[..., None], 0.0)
+
+
+def spread(batch: Batch, x: Float[Array, "B G"]) -> Float[Array, "B G T"]:
+    """One number a response on each of its scored tokens; 0 elsewhere."""
+    return jnp.where(batch.mask & batch.valid[..., None], x[..., None], 0.0)
+
+
 def per_prompt(
     x: Float[Array, "B G T"], mask: Bool[Array, "B G T"]
 ) -> Float[Array, " B"]:

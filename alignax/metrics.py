@@ -114,12 +114,14 @@ def peak_flops(device_kind: str) -> float | None:
     return None
 
 
-def flops_per_token(num_params: int, kind: str) -> float:
+def flops_per_token(num_params: int, kind: str, *, frozen: int = 0) -> float:
     """FLOPs that the matrix products of a dense model cost, without attention.
 
     Args:
       num_params: parameters that enter a matrix product (the head, not the embedding).
       kind: 'train' (forward and backward: 6 a parameter) or 'forward' (2 a parameter).
+      frozen: further parameters that have no gradient, as under adapters: the backward
+        pass goes through them (4 a parameter) and saves the product that is theirs.
 
     Raises:
       ValueError: another kind.
@@ -127,7 +129,7 @@ def flops_per_token(num_params: int, kind: str) -> float:
     cost = {"train": 6.0, "forward": 2.0}
     if kind not in cost:
         raise ValueError(f"flops_per_token has no kind '{kind}'; it takes {list(cost)}")
-    return cost[kind] * num_params
+    return cost[kind] * num_params + min(cost[kind], 4.0) * frozen
 
 
 def mfu(flops: float, seconds: float, devices: Sequence[Any]) -> float | None:

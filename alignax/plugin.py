@@ -31,6 +31,9 @@ class Bound(NamedTuple):
     needs: tuple[str, ...] = ()
     coupled: bool = False
     ema: Mapping[str, float] = MappingProxyType({})
+    stage: str = ""  # of a shaping: when it applies
+    baseline: str = ""  # of a shaping: whose rewards it compares with
+    returns: bool = False  # of a shaping: what it gives, plus values, a critic learns
 
     def __call__(self, *args, **kwargs):
         return self.function(*args, **{**self.hyper, **kwargs})
@@ -72,7 +75,8 @@ def bind(
       function: the plug-in.
       hyper: values for its keyword-only parameters.
       name: what errors call it.
-      module: where NEEDS, COUPLED and EMA stand; the function's own module by default.
+      module: where NEEDS, COUPLED, EMA, STAGE, BASELINE and RETURNS stand; the function's own
+        module by default.
 
     Raises:
       ValueError: as for `load`.
@@ -114,6 +118,9 @@ def bind(
         tuple(getattr(module, "NEEDS", ())),
         bool(getattr(module, "COUPLED", False)),
         dict(getattr(module, "EMA", {})),
+        str(getattr(module, "STAGE", "")),
+        str(getattr(module, "BASELINE", "")),
+        bool(getattr(module, "RETURNS", False)),
     )  # fmt: skip
 
 

@@ -38,9 +38,13 @@ def describe(lm: LM, batches: Iterable[Batch], **more: Any) -> dict[str, str]:
     for batch in batches:
         for content, _ in _rows(batch):
             digest.update(content)
+    return describe_lm(lm, data=digest.hexdigest()[:16], **more)
+
+
+def describe_lm(lm: LM, **more: Any) -> dict[str, str]:
+    """What numbers of an LM depend on, part by part, and further parts."""
     model = dataclasses.replace(lm.config, dtype="float32", remat="none")
     return {
-        "data": digest.hexdigest()[:16],
         "parameters": f"{int(checkpoint.checksum(lm.params)):08x}",
         "dtype": str(lm.config.dtype),
         "platform": jax.default_backend(),
@@ -144,8 +148,8 @@ def load(path, key: dict[str, str]) -> Table:
     ]
     if differ:
         raise ValueError(
-            f"{path} holds log-probabilities of something else: {'; '.join(differ)}; "
-            "name another folder in config.reference_cache, or delete the file"
+            f"{path} holds numbers of something else: {'; '.join(differ)}; "
+            "name another folder in the config, or delete the file"
         )
     parts = np.split(saved["logps"], saved["ends"][:-1])
     return {row.tobytes(): x for row, x in zip(saved["rows"], parts, strict=True)}

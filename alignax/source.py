@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import grain
 import jax
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from alignax import logprob
 from alignax.batch import LM, Batch, Example
@@ -57,6 +57,7 @@ class PromptBatch(NamedTuple):
     valid: Bool[np.ndarray, " B"]  # False on rows that fill up the last batch
     texts: list[str]  # the prompts as the model reads them
     ids: list[str]
+    columns: dict[str, Float[np.ndarray, " B"]]  # of the examples
 
 
 def dataset_source(
@@ -277,7 +278,11 @@ def prompt_batches(
                 np.array([len(i) for i in ids], np.int32),
                 np.arange(batch_size) < batch_size - fill,
                 [tokenizer.decode(i, keep_specials=True) for i in ids],
-                [e.id for e in some],
+                [e.id for e in some[: batch_size - fill]],
+                {
+                    k: np.array([e.columns[k] for e in some], np.float32)
+                    for k in some[0].columns
+                },
             )
         )
     return out

@@ -94,7 +94,8 @@ def _loop(config, run, state, record, latest, best, writer, stop, start):
         average_every=config.average_every, moving=run.moving, assemble=run.assemble,
     )  # fmt: skip
     whole = run.assemble(state.params, run.lms)
-    flops = flops_per_token(transformer.num_params(whole.params), "train")
+    trained, every = map(transformer.num_params, (state.params, whole.params))
+    flops = flops_per_token(trained, "train", frozen=every - trained)
     seen = set()
     clock, window = time.monotonic(), 0  # since the devices were last idle: s, tokens
     saved = (
@@ -167,7 +168,8 @@ def _loop(config, run, state, record, latest, best, writer, stop, start):
     with progress(config.num_steps, start=start, name=run.name) as show:
         for at in range(start, last):
             rows = run.source.next(state.params, at)
-            ids = run.source.report().get("ids", [])
+            report = run.source.report()
+            ids = report.get("ids", [])
             batch = sharding.put_batch(rows, run.mesh)
             if at == 0:
                 run.say(describe(rows, run.tokenizer))
@@ -193,6 +195,7 @@ def _loop(config, run, state, record, latest, best, writer, stop, start):
             tokens = int(rows.lengths[rows.valid].sum()) * jax.process_count()
             padding = 1 - rows.lengths.sum() / rows.tokens.size
             device_metrics["padding"] = padding
+            device_metrics |= report.get("metrics", {})
             pending = (at + 1, device_metrics, ids, tokens)
             now = at + 1
             ending = now == config.num_steps or stop()

@@ -44,6 +44,21 @@ def get_config() -> ConfigDict:
     c.data = ConfigDict()  # name, and the data set's own parameters
     c.mixture = ConfigDict()  # instead of data: {part: {ratio, name, ...}}
 
+    c.rollout = ConfigDict()  # the policy's own responses, to the prompts of c.data
+    c.rollout.reward = ConfigDict()  # name, and its hyper-parameters; {} = no rollouts
+    c.rollout.group = 4  # responses a prompt
+    c.rollout.max_new = 64  # tokens of a response
+    c.rollout.temperature = 1.0
+    c.rollout.batches = 1  # optimiser steps that one pass over a rollout makes
+    c.rollout.epochs = 1  # passes over a rollout
+    c.rollout.keep = "all"  # of a group: all | best | best_worst
+    c.rollout.truncated = "keep"  # responses without an end: keep | drop | punish
+    c.rollout.punishment = 0.0  # their reward under 'punish'
+    c.rollout.policy = ""  # name in c.lms of who samples instead of the policy
+    c.rollout.reference_samples = 64  # of lms.ref a prompt, where a shaping asks
+    c.rollout.cache = ""  # folder for the rewards of those samples; '' = none
+    c.shaping = ConfigDict()  # {what makes advantages of rewards: hyper-parameters}
+
     c.optim = ConfigDict()
     c.optim.name = "adamw"  # adamw | adafactor | lion
     c.optim.lr = 1e-6
@@ -83,6 +98,8 @@ def get_config() -> ConfigDict:
         c.mixture,
         c.evals,
         c.eval_data,
+        c.rollout.reward,
+        c.shaping,
     ):
         section.unlock()
     return c

@@ -29,6 +29,20 @@ TARGETS = {  # name of a projection -> (where it stands, axes of its input)
     "q": ("attn", 1), "k": ("attn", 1), "v": ("attn", 1), "o": ("attn", 2),
     "gate": ("mlp", 1), "up": ("mlp", 1), "down": ("mlp", 1),
 }  # fmt: skip
+# Settings of PEFT that are read here, and those that change nothing of what trained
+# adapters compute; those with few values that are plain LoRA. Any other must be off.
+PEFT_FREE = (
+    "r", "lora_alpha", "target_modules", "use_rslora", "exclude_modules", "task_type",
+    "base_model_name_or_path", "revision", "auto_mapping", "peft_version",
+    "inference_mode", "lora_dropout", "megatron_config", "megatron_core",
+    "qalora_group_size", "runtime_config", "ensure_weight_tying",
+)  # fmt: skip
+PEFT_VALUES = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    # others (PiSSA, CorDA, LoftQ, ...) start by changing the base
+    "init_lora_weights": (None, True, False, "gaussian", "orthogonal"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +166,8 @@ def save(
     names = families.hf_names(config)
     settings = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": lora.rank,
-        "lora_alpha": lora.alpha, "use_rslora": lora.rank_stabilised, "bias": "none",
+        "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
+        "use_rslora": lora.rank_stabilised, "bias": "none",
         "lora_dropout": 0.0, "fan_in_fan_out": False, "inference_mode": True,
         "base_model_name_or_path": base,
         "target_modules": sorted(_module(names, t) for t in lora.targets),
@@ -167,50 +182,89 @@ def load(path: str | pathlib.Path, base: LM) -> tuple[Params, Lora]:
     """Reads a PEFT adapter directory for a base model.
 
     Raises:
-      ValueError: a variant that this file does not compute (DoRA, a rank per module,
-        biases, ...), an unknown module, a missing or an unused tensor: it is named.
+      FileNotFoundError: one of its two files does not exist.
+      ValueError: a setting that this file does not compute (DoRA, a rank per module,
+        biases, ...), an unknown module, a tensor that is missing, unused or of another
+        shape: it is named.
     """
     from safetensors.numpy import load_file
 
     path = pathlib.Path(path).expanduser()
-    settings: dict[str, Any] = json.loads((path / "adapter_config.json").read_text())
-    plain = {
-        "peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_out": False,
-        "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None,
-        "layers_to_transform": None, "lora_bias": False,
-    }  # fmt: skip
-    for key, value in plain.items():
-        if (settings.get(key) or value) != value:
-            raise ValueError(f"{path}: {key}={settings[key]!r} is not supported")
+    settings = peft_settings(path)
+    tensors = load_file(path / "adapter_model.safetensors")
     names = families.hf_names(base.config)
     modules = {_module(names, t): t for t in TARGETS}
     wanted = settings["target_modules"]
-    if unknown := sorted(set(wanted) - set(modules)):
+    if isinstance(wanted, str):  # a pattern: the tensors say what it matched
+        wanted = {name.split(".")[-3] for name in tensors}
+    wanted = {name.split(".")[-1] for name in wanted}
+    if unknown := sorted(wanted - set(modules)):
         raise ValueError(f"{path}: unknown modules {unknown}; known: {sorted(modules)}")
     lora = Lora(
-        settings["r"], settings["lora_alpha"], tuple(sorted(modules[m] for m in wanted)),
-        bool(settings.get("use_rslora")),
+        settings["r"], float(settings["lora_alpha"]),
+        tuple(sorted(modules[m] for m in wanted)), bool(settings.get("use_rslora")),
     )  # fmt: skip
     adapters = jax.tree.map(
         lambda x: np.zeros(x.shape, np.float32),
         jax.eval_shape(lambda: init(base, lora, jax.random.key(0))),
     )
     adapters = {"blocks": adapters["blocks"]}
-    tensors = load_file(path / "adapter_model.safetensors")
     expected = _peft_names(adapters, base.config)
     if tensors.keys() != expected.keys():
         missing = sorted(expected.keys() - tensors.keys())
         unused = sorted(tensors.keys() - expected.keys())
         raise ValueError(f"{path}: missing {missing[:3]}, unused {unused[:3]}")
     for name, ((part, target), layer, matrix) in expected.items():
-        place = adapters["blocks"][part][target][matrix]
-        value = tensors[name].astype(np.float32).T
-        if value.size != place[layer].size:
+        place = adapters["blocks"][part][target][matrix][layer]
+        rows = (-1, lora.rank) if matrix == "a" else (lora.rank, -1)
+        want = place.reshape(rows).T.shape  # as torch stores a linear map
+        if tensors[name].shape != want:
             raise ValueError(
-                f"{path}: {name} has shape {value.T.shape}, which is not that of the base"
+                f"{path}: {name} has shape {tensors[name].shape}, expected {want} for "
+                f"rank {lora.rank} on this base"
             )
-        place[layer] = value.reshape(place[layer].shape)
+        place[...] = tensors[name].astype(np.float32).T.reshape(place.shape)
     return jax.tree.map(jnp.asarray, adapters), lora
+
+
+def peft_settings(path: str | pathlib.Path) -> dict[str, Any]:
+    """What an adapter_config.json says, once everything in it is what `load` computes.
+
+    Raises:
+      ValueError: a setting that asks for anything else, or one that is missing.
+    """
+    path = pathlib.Path(path).expanduser()
+    settings = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+    for key, value in settings.items():
+        plain = value in PEFT_VALUES[key] if key in PEFT_VALUES else not value
+        if key not in PEFT_FREE and not plain:
+            raise ValueError(f"{path}: {key}={value!r} is not supported")
+    for key in ("r", "lora_alpha", "target_modules"):
+        if not settings.get(key):
+            raise ValueError(f"{path}: adapter_config.json lacks {key!r}")
+    return settings
+
+
+def is_peft(path: str | pathlib.Path) -> bool:
+    """Whether a path is a directory of PEFT adapters."""
+    return (pathlib.Path(path).expanduser() / "adapter_config.json").is_file()
+
+
+def peft_base(path: str | pathlib.Path) -> str:
+    """The folder or file that PEFT adapters name as their base, or its twin beside them.
+
+    Raises:
+      FileNotFoundError: there is none; the name is said.
+    """
+    path = pathlib.Path(path).expanduser()
+    name = peft_settings(path).get("base_model_name_or_path") or ""
+    for place in (pathlib.Path(name), path.parent / name, path / name):
+        if name and place.expanduser().exists():
+            return str(place)
+    raise FileNotFoundError(
+        f"{path} names the base {name!r}, which is neither a path nor beside it: save the "
+        "base somewhere and put its path into adapter_config.json"
+    )
 
 
 def _module(names: dict[str, str], target: str) -> str:

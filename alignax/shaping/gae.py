@@ -1,0 +1,62 @@
+"""Generalised advantage estimation, from rewards of tokens and a critic.
+
+  δ_t = r_t + γ V_{t+1} - V_t,   A_t = Σ_{k≥0} (γλ)^k δ_{t+k}
+
+V_t is the critic on the prefix before token t; after the last token it is 0. λ = 1 is the
+return minus V, λ = 0 the one-step error. Steps run over scored tokens alone.
+
+Source: Schulman et al. 2015, https://arxiv.org/abs/1506.02438
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from alignax import masked
+from alignax.batch import Batch, Number
+
+STAGE = "advantage"
+NEEDS = ("old_values",)
+RETURNS = True  # A + V is what the critic should have said
+RANGES = {"gamma": "[0, 1]", "lam": "[0, 1]"}
+
+
+def shape(
+    batch: Batch,
+    baseline: Float[Array, "B R"] | None,
+    *,
+    gamma: Number = 1.0,
+    lam: Number = 0.95,
+) -> Float[Array, "B G T"]:
+    """Advantages a token.
+
+    Args:
+      batch: feedback, or rewards a token that an earlier shaping left; extra
+        'old_values' [B, G, T], the critic when the response was drawn.
+      baseline: not read.
+      gamma: γ, discount a token.
+      lam: λ, 0 to 1.
+
+    Returns:
+      [B, G, T] advantages, 0 where nothing is scored.
+    """
+    del baseline
+    assert batch.extra is not None
+    keep = batch.mask & batch.valid[..., None]
+    values = batch.extra["old_values"]
+    return _scan(masked.token_rewards(batch), values, keep, gamma, lam)
+
+
+@jax.jit
+def _scan(rewards, values, keep, gamma, lam):
+    def back(carry, at):
+        advantage, value = carry  # of the next scored token
+        r, v, k = at
+        mine = r + gamma * value - v + gamma * lam * advantage
+        carry = jnp.where(k, mine, advantage), jnp.where(k, v, value)
+        return carry, jnp.where(k, mine, 0.0)
+
+    steps = jax.tree.map(lambda x: jnp.moveaxis(x, -1, 0), (rewards, values, keep))
+    zero = jnp.zeros(rewards.shape[:-1], rewards.dtype)
+    _, advantages = jax.lax.scan(back, (zero, zero), steps, reverse=True)
+    return jnp.moveaxis(advantages, 0, -1)

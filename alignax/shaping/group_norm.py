@@ -1,0 +1,46 @@
+"""Rewards normalised within a group, as GRPO does.
+
+  A_i = (r_i - r̄) / (std(r) + ε)^s,   std with G - 1 degrees of freedom
+
+s = 1 is GRPO; s = 0 leaves the scale (Dr. GRPO), so that easy and hard prompts do not
+count more than others. A group without variance has zero advantages.
+
+Source: Shao et al. 2024, https://arxiv.org/abs/2402.03300; without the division: Liu et
+al. 2025, https://arxiv.org/abs/2503.20783
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from alignax import masked
+from alignax.batch import Batch, Number
+
+STAGE = "advantage"
+RANGES = {"scale": "[0, 1]", "eps": "(0, inf)"}
+
+
+def shape(
+    batch: Batch,
+    baseline: Float[Array, "B R"] | None,
+    *,
+    scale: Number = 1.0,
+    eps: Number = 1e-4,
+) -> Float[Array, "B G T"]:
+    """The same advantage on every token of a response.
+
+    Args:
+      batch: feedback, or rewards a token that an earlier shaping left; valid [B, G].
+      baseline: not read.
+      scale: s, how far the standard deviation is divided out: 0 or 1, or between.
+      eps: ε added to the standard deviation, in units of the reward.
+
+    Returns:
+      [B, G, T] advantages.
+    """
+    del baseline
+    reward = masked.token_rewards(batch).sum(-1)
+    n = batch.valid.sum(-1, keepdims=True)
+    mean = reward.sum(-1, keepdims=True) / jnp.maximum(n, 1)
+    centred = jnp.where(batch.valid, reward - mean, 0.0)
+    variance = (centred**2).sum(-1, keepdims=True) / jnp.maximum(n - 1, 1)
+    return masked.spread(batch, centred / (jnp.sqrt(variance) + eps) ** scale)

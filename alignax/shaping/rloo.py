@@ -1,0 +1,34 @@
+"""REINFORCE with the other responses' mean reward as the baseline (leave one out).
+
+  A_i = r_i - mean_{j≠i} r_j = G/(G-1) (r_i - r̄)
+
+G counts the valid responses to the prompt; a lone one has nothing to compare with: A = 0.
+
+Source: Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740; Kool et al. 2019,
+https://openreview.net/forum?id=r1lgTGL5DE
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from alignax import masked
+from alignax.batch import Batch
+
+STAGE = "advantage"
+
+
+def shape(batch: Batch, baseline: Float[Array, "B R"] | None) -> Float[Array, "B G T"]:
+    """The same advantage on every token of a response.
+
+    Args:
+      batch: feedback, or rewards a token that an earlier shaping left; valid [B, G].
+      baseline: not read.
+
+    Returns:
+      [B, G, T] advantages; their sum over a prompt's responses is 0.
+    """
+    del baseline
+    reward = masked.token_rewards(batch).sum(-1)
+    n = batch.valid.sum(-1, keepdims=True)
+    mean = reward.sum(-1, keepdims=True) / jnp.maximum(n, 1)
+    return masked.spread(batch, (reward - mean) * n / jnp.maximum(n - 1, 1))

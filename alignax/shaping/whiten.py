@@ -1,0 +1,31 @@
+"""What earlier shapings left, at unit variance over the rollout.
+
+  A ← (A - mean A) / std A      over all scored tokens, std Bessel-corrected
+
+Source: Huang et al. 2024, https://arxiv.org/abs/2403.17031 (PPO's details)
+"""
+
+from jaxtyping import Array, Float
+
+from alignax import masked
+from alignax.batch import Batch
+
+STAGE = "scale"
+
+
+def shape(
+    batch: Batch, baseline: Float[Array, "B R"] | None, *, shift: bool = True
+) -> Float[Array, "B G T"]:
+    """Advantages of zero mean and unit variance.
+
+    Args:
+      batch: feedback, or what an earlier shaping left, [B, G, T].
+      baseline: not read.
+      shift: False keeps the mean.
+
+    Returns:
+      [B, G, T] advantages, 0 where nothing is scored.
+    """
+    del baseline
+    keep = batch.mask & batch.valid[..., None]
+    return masked.whiten(masked.token_rewards(batch), keep, shift=shift)
