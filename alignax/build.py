@@ -6,6 +6,7 @@ Everything that can be wrong in a config is found here, before anything compiles
 import contextlib
 import dataclasses
 import datetime
+import fnmatch
 import functools
 import hashlib
 import json
@@ -261,12 +262,25 @@ def bind(config, folder: str, spec: Any) -> plugin.Bound:
 
 
 def bind_loss(config) -> plugin.Bound:
-    """The loss of a config, under its reweightings."""
+    """The loss of a config, under its reweightings; what it needs, from which LMs."""
     weights = [
         bind(config, "reweight", {"name": name, **hyper})
         for name, hyper in config.reweight.items()
     ]
-    return plugin.compose(bind(config, "losses", config.loss), weights)
+    loss = plugin.compose(bind(config, "losses", config.loss), weights)
+    return loss._replace(needs=matched(loss.needs, list(config.lms)))
+
+
+def matched(needs: Sequence[str], lms: Sequence[str]) -> tuple[str, ...]:
+    """Needs with one for each LM in the place of a pattern: 'aligned*_logps'.
+
+    A pattern that no LM matches stays, and is missing like any other need.
+    """
+    columns = [f"{name}_logps" for name in lms]
+    out: list[str] = []
+    for need in needs:
+        out += fnmatch.filter(columns, need) or [need]
+    return tuple(dict.fromkeys(out))
 
 
 def load_examples(spec: Any, drop: tuple[str, ...] = ()) -> Sequence[Example]:

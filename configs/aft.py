@@ -1,15 +1,16 @@
-"""AFT of SmolLM2-135M-Instruct on HH-RLHF harmless-base pairs: chosen is right, rejected wrong.
+"""AFT of SmolLM2-135M-Instruct on groups of right and wrong answers.
 
 Source: Wang et al. 2023, https://arxiv.org/abs/2309.02144
 Command: python -m alignax.main --config configs/aft.py --workdir runs/aft
-  --config.data.path=pairs.jsonl.gz
+  --config.data.path=groups.jsonl
+A row is {"prompt": ..., "responses": [two or more], "scores": [1 for a right answer, 0 for
+a wrong one]}; what is above 0.5 is right.
 """
 
-from configs import dpo
+from configs import rrhf
 
 
 def get_config(arg: str = ""):
-    c = dpo.get_config(arg)
+    c = rrhf.get_config(arg)
     c.loss = {"name": "aft", "constraint": "boundary", "slack": 0.1, "lam": 1.0}
-    c.lms = {}
     return c

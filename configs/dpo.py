@@ -24,7 +24,8 @@ def get_config(arg: str = ""):
     c.data.size = 800  # pairs; 0 takes all
     c.data.test_fraction = 0.25
     c.eval_data = {**c.data, "split": "test", "size": 0}
-    c.eval_data.path = c.data.get_oneway_ref("path")  # one file, two splits
+    for key in ("path", "test_fraction"):  # one file, two splits
+        c.eval_data[key] = c.data.get_oneway_ref(key)
     c.evals = {"ranking_accuracy": {}}
     c.num_steps, c.batch_size = 150, 8
     c.length, c.buckets = 128, (64, 96, 128)

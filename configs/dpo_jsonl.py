@@ -16,7 +16,8 @@ def get_config(arg: str = ""):
     c.lms = {"ref": "init"}
     c.data = {"name": "jsonl", "split": "train", "path": "", "test_fraction": 0.1}
     c.eval_data = {**c.data, "split": "test"}
-    c.eval_data.path = c.data.get_oneway_ref("path")  # one file, two splits
+    for key in ("path", "test_fraction"):  # one file, two splits
+        c.eval_data[key] = c.data.get_oneway_ref(key)
     c.evals = {"ranking_accuracy": {}}
     c.num_steps, c.batch_size, c.length = 100, 8, 256
     c.optim.lr, c.optim.warmup = 2e-5, 10

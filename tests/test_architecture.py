@@ -14,7 +14,15 @@ PACKAGE = ROOT / "alignax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LEAVES = [
     path
-    for folder in ("losses", "reweight", "evals", "rewards", "data", "theory")
+    for folder in (
+        "losses",
+        "reweight",
+        "shaping",
+        "evals",
+        "rewards",
+        "data",
+        "theory",
+    )
     for path in sorted((PACKAGE / folder).glob("*.py"))
     if path.stem != "__init__"
 ]
@@ -50,7 +58,7 @@ def test_batch_imports_nothing_of_alignax():
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "losses").glob("*.py")), ids=name)
 def test_a_loss_sees_no_model(path):
-    assert modules(path) <= {"batch", "masked", "pairs"}
+    assert modules(path) <= {"batch", "masked", "pairs", "lists", "ratios"}
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "theory").glob("*.py")), ids=name)

@@ -5,11 +5,13 @@ import os
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
-from alignax import build, checkpoint, sharding, tokenizer, train
+from alignax import build, checkpoint, sharding, source, tokenizer, train
+from alignax.batch import LM
 from alignax.models import load, save, transformer
 
 
@@ -61,6 +63,10 @@ BAD = {
     "a KL without the LM it is to": (
         {"loss": {"name": "gkd"}},
         r"loss 'losses\.gkd' needs \['kl', 'forward_kl'\]: add config\.lms, there are \[\]",
+    ),
+    "no LM whose name begins as the loss asks": (
+        {"loss": {"name": "poft"}, "lms": {"ref": "init"}},
+        r"loss 'losses\.poft' needs \['aligned\*_logps'\]: add config\.lms, there are \['ref'\]",
     ),
     "an average that is never updated": ({"average_every": 0}, "average_every is 0"),
     "an average that does not move": (
@@ -312,3 +318,40 @@ def test_equal_weights_are_placed_once(tmp_path, monkeypatch):
     run = build.build(config, str(tmp_path / "run"))
     assert len(placed) == 1
     assert run.lms["anchor"].params["embed"] is run.lms["ref"].params["embed"]
+
+
+def test_a_pattern_among_needs_stands_for_every_lm_that_matches():
+    needs, lms = (
+        ("logps", "aligned*_logps", "ref_logps"),
+        ["aligned_b", "ref", "aligned"],
+    )
+    want = ("logps", "aligned_b_logps", "aligned_logps", "ref_logps")
+    assert build.matched(needs, lms) == want
+    assert build.matched(needs, ["ref"]) == needs
+    assert build.matched(("aligned*_logps", "aligned_logps"), lms) == want[1:3]
+
+
+def test_a_loss_may_read_any_number_of_frozen_models(tmp_path):
+    """PoFT: the policy against the mean of two aligned models that differ."""
+    config = tiny.config(
+        loss={"name": "poft"}, lms={"aligned": "init", "aligned_2": "init"}
+    )
+    run = build.build(config, str(tmp_path / "run"))
+    params = run.policy.params
+    lms = {
+        name: LM(run.policy.config, {**params, "embed": params["embed"] * scale})
+        for name, scale in (("aligned", 100.0), ("aligned_2", -60.0))
+    }
+    assert run.source
+    score = build.scorer(run.mesh)
+    batch = run.source.next(None, 0)
+    policy = score(run.policy, batch)
+    one, other = (
+        score(lm, batch).logps.sum((1, 2)) / batch.mask.sum((1, 2))
+        for lm in lms.values()
+    )
+    assert abs(one - other).min() > 0.1
+    batch = source.annotate(batch, lms, needs=run.loss.needs, score=score)
+    _, metrics = run.loss(*jax.tree.map(jnp.asarray, (policy, batch)))
+    margin = policy.logps.sum((1, 2)) / batch.mask.sum((1, 2)) - (one + other) / 2
+    np.testing.assert_allclose(metrics["margin"], margin, rtol=1e-4, atol=1e-5)

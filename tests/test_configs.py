@@ -149,6 +149,73 @@ def test_smoke_is_two_steps_that_need_no_file_and_no_network(name):
         assert math.prod(config.mesh) == 1
 
 
+def described(name):
+    """A full config under the flags that its own docstring gives, as {flag: text}."""
+    text = ast.get_docstring(ast.parse((tiny.ROOT / f"configs/{name}.py").read_text()))
+    flags = dict(re.findall(r"--config\.(\S+?)=(\S+)", text))
+    config = load(name).lock()
+    for key, value in flags.items():
+        *sections, leaf = key.split(".")
+        section = functools.reduce(lambda c, k: c[k], sections, config)
+        section[leaf] = type(section[leaf])(value)
+    return config, flags
+
+
+def unset(config):
+    """Keys 'path' that are empty; weights need none where there are sizes."""
+    found = [k for k in keys(config) if k.split(".")[-1] == "path"]
+    found = [
+        k
+        for k in found
+        if not functools.reduce(lambda c, x: c[x], k.split("."), config)
+    ]
+    return [k for k in found if not (k == "model.path" and config.model.sizes)]
+
+
+@names
+def test_the_flags_of_its_docstring_leave_no_path_empty(name):
+    config, _ = described(name)
+    for stage in stages(config):
+        assert unset(stage) == []
+
+
+def test_a_path_that_no_flag_fills_is_noticed():
+    config = load("dpo_jsonl")
+    assert unset(config) == ["data.path", "eval_data.path"]
+    config, flags = described("dpo_jsonl")
+    assert flags == {"data.path": "pairs.jsonl"}
+    assert config.eval_data.path == "pairs.jsonl"
+    config.mixture = {"part": {"source": {"path": ""}}}
+    assert unset(config) == ["mixture.part.source.path"]
+
+
+LISTS = [
+    path.stem
+    for path in (tiny.ROOT / "alignax/losses").glob("*.py")
+    if "lists.check" in path.read_text()
+]
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_a_loss_on_lists_trains_on_groups(name):
+    """And is evaluated on pairs whose first side is the better one."""
+    full, smoke = load(name), load(name, "smoke")
+    assert full.data.name == "jsonl"
+    assert full.data.kind == "groups"
+    assert full.eval_data.source.kind == "groups"
+    full.data.test_fraction = 0.5
+    assert full.eval_data.source.test_fraction == 0.5
+    assert {len(x.responses) for x in build.load_examples(smoke.data)} == {4}
+    pairs = build.load_examples(smoke.eval_data)
+    assert len(pairs) == 16 * 6
+    assert all(len(x.responses) == 2 for x in pairs)
+    assert all(x.feedback[0] > x.feedback[1] for x in pairs)
+
+
+def test_there_are_losses_on_lists():
+    assert {"rrhf", "pro", "plackett_luce", "aft", "d2o"} <= set(LISTS)
+
+
 @names
 @variants
 def test_step_traces(name, arg):

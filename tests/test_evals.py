@@ -10,7 +10,7 @@ import pytest
 
 from alignax import decode, logprob, rewards, tokenizer
 from alignax.batch import LM, Batch, Example, Scores
-from alignax.data import pairing
+from alignax.data import jsonl, pairing
 from alignax.evals import perplexity, ranking_accuracy, sample, token_shift, win_rate
 from alignax.metrics import Writer
 from alignax.models import transformer
@@ -370,6 +370,31 @@ def test_samples_come_back_as_groups_and_become_pairs(tiny_config, tmp_path):
         (f"a{i}", f"b{i}") for i in (1, 2, 3)
     ]
     assert len(pairs.report["dropped"]) == 2
+
+
+def test_a_prompt_whose_samples_never_end_is_counted_and_in_no_row(
+    tiny_config, tmp_path
+):
+    def texts(name, prompt):
+        return ["endless"] * 2 if prompt == "2" else [" ", f"b{prompt}"]
+
+    def got(**kwargs):
+        return run(
+            sample, made_up(tiny_config, "a"), {}, PROMPTS, None, generator(texts),
+            reward={"name": "constraints", "keywords": ("b",)}, group=2, max_new=4,
+            **kwargs,
+        )  # fmt: skip
+
+    metrics = got()
+    assert metrics["empty"] == 1
+    assert [s["id"] for s in metrics["samples"]] == ["e0", "e2", "e3", "e4"]
+    assert all(len(s["responses"]) == len(s["scores"]) == 1 for s in metrics["samples"])
+    with Writer(tmp_path) as writer:
+        writer.samples(0, metrics["samples"])
+    rows = jsonl.examples(split="all", path=str(tmp_path / "samples.jsonl"))
+    assert len(rows) == 4
+    assert rows.report == {}
+    assert got(keep_given=True)["empty"] == 0  # the given response is there
 
 
 def test_a_reward_with_hyper_parameters_is_bound_by_name():

@@ -15,7 +15,7 @@ from typing import Any
 from alignax import plugin
 from alignax.batch import Example
 
-KINDS = ("pairs", "sft", "prompts")
+KINDS = ("pairs", "sft", "prompts", "groups")
 
 
 class Examples(Sequence):
@@ -46,12 +46,22 @@ class Examples(Sequence):
 def as_kind(example: Example, kind: str) -> Example:
     """A pair as it is ('pairs'), its chosen side ('sft'), or its prompt ('prompts').
 
+    'groups' takes any number of responses that have an order: pairs, or more with scores.
+
     Raises:
-      ValueError: another kind.
+      ValueError: another kind; a group of one, or without a score for each response.
     """
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}, expected one of {KINDS}")
     if kind == "pairs":
+        return example
+    if kind == "groups":
+        if len(example.responses) < 2:
+            raise ValueError(
+                f"a group of {len(example.responses)}, expected two responses or more"
+            )
+        if not example.feedback:
+            raise ValueError("a group whose responses have no 'scores'")
         return example
     n = 1 if kind == "sft" else 0
     return example._replace(responses=example.responses[:n], feedback=())

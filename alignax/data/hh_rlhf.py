@@ -43,7 +43,7 @@ def examples(
     Args:
       split: 'train', 'test' or 'all'.
       path: a .jsonl or .jsonl.gz file.
-      kind: 'pairs', 'sft' (the chosen side) or 'prompts'.
+      kind: 'pairs' (or 'groups', of two), 'sft' (the chosen side) or 'prompts'.
       test_fraction: share of dialogues held out as 'test', by a hash of the first human
         turn: dialogues that open alike are on the same side, so no prompt is on both.
       size: use only so many pairs of the split, from its start; 0 uses all.
@@ -84,7 +84,8 @@ def examples(
         raise ValueError(f"{source} has no row in split {split!r} among {len(rows)}")
     picked = picked[: size or None]
     convert = functools.partial(_example, rows, source.name, kind)
-    as_kind(Example("", "", []), kind)  # an unknown kind is an error now, not at a row
+    # An unknown kind is an error now, not at a row.
+    as_kind(Example("", "", ["", ""], (1.0, 0.0)), kind)
     return Examples(picked, convert, report)
 
 

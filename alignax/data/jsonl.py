@@ -9,11 +9,12 @@ A row is one object; which keys it has says what it is:
   prompt, responses, scores       a group of responses, each with a number as feedback
   prompt                          a prompt alone, to generate from
 
-A row's own `id`, a string, is kept. A message is {"role": ..., "content": text}. A row
-that is none of these, or whose pair shows no preference, is malformed: it is counted
-with its file and line, never passed on.
+A row's own `id`, a string, is kept; no two rows may have the same one. A message is
+{"role": ..., "content": text}. A row that is none of these, or whose pair shows no
+preference, is malformed: it is counted with its file and line, never passed on.
 """
 
+import math
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -39,7 +40,7 @@ def examples(
         what is put there.
       path: a .jsonl, .jsonl.gz or .parquet file.
       kind: None takes rows as they are; 'sft' takes the chosen side of pairs, 'prompts'
-        the prompts alone.
+        the prompts alone; to 'groups' a row without two scored responses is malformed.
       test_fraction: share of prompts held out as 'test', by a hash of the prompt: rows
         with the same prompt are on the same side, in every file and every order.
       strict: raises at the first malformed row instead of counting it.
@@ -50,7 +51,7 @@ def examples(
     Raises:
       FileNotFoundError: no such file; names its neighbours.
       ValueError: an unknown file type, a damaged file, no usable row at all, a split
-        that this file does not have, or (strict) a malformed row.
+        that this file does not have, two rows with one id, or (strict) a malformed row.
     """
     if "{split}" in str(path):
         path, part = str(path).replace("{split}", split), "all"
@@ -64,6 +65,7 @@ def examples(
         )
     rows: list[Example] = []
     malformed: list[str] = []
+    places: dict[str, str] = {}  # id -> where it stands
     total = 0
     for name, value in _rows(existing(path)):
         total += 1
@@ -80,6 +82,8 @@ def examples(
                 raise ValueError(f"{name}: {e}") from e
             malformed.append(f"{name}: {e}")
             continue
+        if (other := places.setdefault(example.id, name)) != name:
+            raise ValueError(f"{name} has the id of {other}, {example.id!r}")
         if part == "all" or held_out(_key(example), test_fraction) == (part == "test"):
             rows.append(example)
     if not rows:
@@ -122,9 +126,10 @@ def parse(name: str, row: Any) -> Example:
     for key in ("response", "completion"):
         if key in row:
             label = row.get("label")
-            if label is not None and not isinstance(label, int | float):
+            number = isinstance(label, int | float) and math.isfinite(label)
+            if label is not None and not number:
                 raise ValueError(
-                    f"'label' is {label!r}, expected a number or a boolean"
+                    f"'label' is {label!r}, expected a finite number or a boolean"
                 )
             feedback = () if label is None else (float(label),)
             return Example(name, prompt, [_answer(row, key, prompt)], feedback)
@@ -138,7 +143,9 @@ def _group(name: str, prompt: Turns, row: dict[str, Any]) -> Example:
     answers = [_answer({"response": r}, "response", prompt) for r in responses]
     if scores is None:
         return Example(name, prompt, answers)
-    numbers = isinstance(scores, list) and all(type(x) in (int, float) for x in scores)
+    numbers = isinstance(scores, list) and all(
+        type(x) in (int, float) and math.isfinite(x) for x in scores
+    )
     if not numbers or len(scores) != len(answers):
         raise ValueError(f"'scores' is {scores!r:.40}, expected {len(answers)} numbers")
     return Example(name, prompt, answers, tuple(map(float, scores)))

@@ -25,11 +25,11 @@ def examples(
       same on both, are in `report['dropped']`.
 
     Raises:
-      ValueError: no pair at all.
+      ValueError: no pair at all, or two examples of one data set with the same id.
     """
-    answered = wrapped(short, split)
-    under_short = {answered[i].id: answered[i] for i in range(len(answered))}
-    under_long = wrapped(long, split)
+    answered, under_long = wrapped(short, split), wrapped(long, split)
+    under_short = {x.id: x for x in _distinct(answered, "short")}
+    _distinct(under_long, "long")
     rows, dropped = [], []
     for i in range(len(under_long)):
         example = under_long[i]
@@ -48,3 +48,14 @@ def examples(
     for kind, lines in (*answered.report.items(), ("dropped", dropped)):
         report[kind] = [*report.get(kind, []), *lines]
     return Examples(rows, report=report)
+
+
+def _distinct(data: Examples, name: str) -> list[Example]:
+    """The examples; raises ValueError if two have the same id."""
+    places: dict[str, int] = {}
+    for i, example in enumerate(data):
+        if (other := places.setdefault(example.id, i)) != i:
+            raise ValueError(
+                f"examples {other} and {i} of {name} have the same id, {example.id!r}"
+            )
+    return [*data]

@@ -12,6 +12,7 @@ combinations that never occur in training, though each topic and each place does
 """
 
 import itertools
+import math
 import re
 
 import numpy as np
@@ -100,28 +101,36 @@ def examples(
     size: int = 2048,
     seed: int = 0,
     swapped: bool = False,
+    group: int = 4,
 ) -> Examples:
     """Draws a set of reviews; the same arguments give the same set.
 
     Args:
       split: 'train' or 'test'.
       kind: 'sft' (one response, drawn from the base law), 'pairs' (two such responses,
-        the one the human likes better first; equal ones are drawn again), or 'prompts'.
+        the one the human likes better first; equal ones are drawn again), 'groups'
+        (`group` of them, no two equal, best first, with what `judge` says as feedback),
+        or 'prompts'.
       size: number of examples. Prompts are passed through in a shuffled order, so up to
         320 (train) or 80 (test) examples have distinct prompts.
       seed: of the draws.
-      swapped: exchanges chosen and rejected.
+      swapped: exchanges chosen and rejected; the worst of a group comes first.
+      group: responses in each of the 'groups', >= 2.
 
     Returns:
       `size` examples.
 
     Raises:
-      ValueError: unknown split or kind, or `size` < 1.
+      ValueError: unknown split or kind, `size` < 1, or a `group` of less than
+        2 or more than there are responses.
     """
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}, expected one of {KINDS}")
     if size < 1:
         raise ValueError(f"size is {size}, expected at least 1")
+    most = math.prod(map(len, SLOTS))
+    if not 2 <= group <= most:
+        raise ValueError(f"group is {group}, expected 2 to {most} different responses")
     texts = prompts(split)
     rng = np.random.default_rng([seed, split == "test", KINDS.index(kind)])
     laws = [(list(slot), base_law(slot)) for slot in SLOTS]
@@ -135,15 +144,16 @@ def examples(
         if not order:
             order = rng.permutation(len(texts)).tolist()
         prompt = texts[order.pop()]
-        group: list[str] = []
+        responses: list[str] = []
         feedback: tuple[float, ...] = ()
         if kind == "sft":
-            group = [draw()]
-        elif kind == "pairs":
-            group = [draw(), draw()]
-            while group[0] == group[1]:
-                group[1] = draw()
-            group.sort(key=judge, reverse=not swapped)
-            feedback = (1.0, 0.0)
-        rows.append(Example(f"synthetic/{split}/{kind}:{i}", prompt, group, feedback))
+            responses = [draw()]
+        elif kind in ("pairs", "groups"):
+            while len(responses) < (2 if kind == "pairs" else group):
+                if (fresh := draw()) not in responses:
+                    responses.append(fresh)
+            responses.sort(key=judge, reverse=not swapped)
+            feedback = (1.0, 0.0) if kind == "pairs" else tuple(map(judge, responses))
+        name = f"synthetic/{split}/{kind}:{i}"
+        rows.append(Example(name, prompt, responses, feedback))
     return Examples(rows)

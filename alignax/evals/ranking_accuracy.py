@@ -38,9 +38,10 @@ def evaluate(
     for batch in source.eval_batches(
         data, tokenizer, batch_size=batch_size, length=length
     ):
-        if batch.tokens.shape[1] < 2:
+        if batch.tokens.shape[1] != 2:
             raise ValueError(
-                "ranking_accuracy needs pairs, the data have one response each"
+                "ranking_accuracy needs pairs (chosen, rejected), the data have "
+                f"{batch.tokens.shape[1]} responses each; data.pairing makes pairs of more"
             )
         keep = batch.valid[:, :2].all(-1)
         if lm.config.value_head:

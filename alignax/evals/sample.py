@@ -43,7 +43,8 @@ def evaluate(
 
     Returns:
       'reward' and 'best' (of a group) with intervals over prompts, 'ended' (share of
-      responses that end in EOS) and 'samples': rows of prompt, responses and scores.
+      responses that end in EOS), 'empty' (prompts without a response that ends and is not
+      blank; they are in no row) and 'samples': rows of prompt, responses and scores.
 
     Raises:
       ValueError: `keep_given` of a prompt without a response.
@@ -54,7 +55,7 @@ def evaluate(
     prompts = source.prompt_batches(
         data, tokenizer, batch_size=batch_size, length=length
     )
-    mean, best, ended = [], [], []
+    mean, best, ended, empty = [], [], [], 0
     samples: list[dict[str, Any]] = []
     for i, p in enumerate(prompts):
         out = jax.device_get(
@@ -83,6 +84,9 @@ def evaluate(
                         f"{example.id}: keep_given, but no response is given"
                     )
                 kept.insert(0, (_text(example), float(r[j].max()) + 1))
+            if not kept:
+                empty += 1
+                continue
             samples.append(
                 {
                     "id": example.id,
@@ -95,6 +99,7 @@ def evaluate(
         **bootstrap(np.array(mean)).named("reward"),
         **bootstrap(np.array(best)).named("best"),
         "ended": float(np.mean(ended)),
+        "empty": empty,
         "samples": samples,
     }
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from alignax import lists
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps",)
@@ -43,10 +44,9 @@ def loss(
       lam: λ, weight of the reference answer's mean nats per token, >= 0.
 
     Returns:
-      [B] values (0 for a prompt without a positive), and metrics 'accuracy' (share of
-      pairs ranked right, ties count half; 0.5 where there are none), 'margin' (mean gap
-      of a pair), 'score_negative' (mean over negatives, 0 without) and 'nll', in nats per
-      token.
+      As `lists.outcome`, of mean log-probs (nats per token), 0 for a prompt without a
+      positive; 'score_negative' (mean over negatives, 0 without) and 'nll' (of y_ref),
+      likewise.
 
     Raises:
       ValueError: an unknown constraint, or a single response to each prompt.
@@ -55,12 +55,8 @@ def loss(
         raise ValueError(
             f"aft: unknown constraint {constraint!r}; known: {', '.join(CONSTRAINTS)}"
         )
-    if batch.tokens.shape[1] < 2:
-        raise ValueError(
-            "aft compares responses, but the batch holds one a prompt: use data with two or "
-            "more (for pairs from a file set config.data.kind='pairs'), or losses.sft"
-        )
-    score = policy.logps.sum(-1) / jnp.maximum(batch.mask.sum(-1), 1)
+    lists.check(batch, "aft compares", "or losses.sft")
+    score = lists.mean_log_probs(policy, batch)
     positive = batch.valid & (batch.feedback > 0.5)
     negative = batch.valid & ~positive
     pair = positive[:, :, None] & negative[:, None, :]  # [b, p, n]
@@ -70,19 +66,9 @@ def loss(
         boundary = jnp.where(positive, score, jnp.inf).min(-1, keepdims=True) - slack
         rest = jax.lax.stop_gradient(2 * boundary - score)
         terms.append(rest[:, :, None] - score[:, None, :])
-    # log(1 + Σ exp) around its largest term, so that nothing overflows
-    term = jnp.concatenate([jnp.where(pair, t, -jnp.inf) for t in terms], -1)
-    top = jax.lax.stop_gradient(jnp.maximum(term.max((1, 2)), 0.0))
-    spread = jnp.exp(term - top[:, None, None]).sum((1, 2))
-    value = top + jnp.log(jnp.exp(-top) + spread)
-    first = jnp.argmax(positive, -1)[:, None]
-    nll = -jnp.take_along_axis(jnp.where(positive, score, 0.0), first, -1)[:, 0]
-    ahead = jnp.where(pair, score[:, :, None] - score[:, None, :], 0.0)
-    compared = jnp.maximum(pair.sum((1, 2)), 1)
-    likelihood = jnp.where(negative, score, 0.0).sum(-1)
-    return value + lam * nll, {
-        "accuracy": (jnp.sign(ahead).sum((1, 2)) / compared + 1) / 2,
-        "margin": ahead.sum((1, 2)) / compared,
-        "score_negative": likelihood / jnp.maximum(negative.sum(-1), 1),
-        "nll": nll,
-    }
+    value = lists.log1p_sum_exp(pair, *terms, axis=(1, 2))
+    nll = -lists.first(score, positive)
+    below = jnp.where(negative, score, 0.0).sum(-1) / jnp.maximum(negative.sum(-1), 1)
+    return lists.outcome(
+        batch, value + lam * nll, pair, lists.gaps(score), score_negative=below, nll=nll
+    )

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from alignax import lists
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps",)
@@ -44,9 +45,8 @@ def loss(
       lam: λ, weight of the best response's mean nats per token, >= 0.
 
     Returns:
-      [B] values, and metrics 'accuracy' (share of ordered pairs ranked right, ties count
-      half; 0.5 where there are none), 'margin' (mean gap of an ordered pair, nats per
-      token) and 'nll' (of the best response, nats per token).
+      As `lists.outcome`, of mean log-probs (nats per token); 'nll' of the best response,
+      likewise.
 
     Raises:
       ValueError: an unknown constraint, or a single response to each prompt.
@@ -56,32 +56,15 @@ def loss(
             f"aft_ranking: unknown constraint {constraint!r}; "
             f"known: {', '.join(CONSTRAINTS)}"
         )
-    if batch.tokens.shape[1] < 2:
-        raise ValueError(
-            "aft_ranking ranks responses, but the batch holds one a prompt: use data with "
-            "two or more (for pairs from a file set config.data.kind='pairs')"
-        )
-    score = policy.logps.sum(-1) / jnp.maximum(batch.mask.sum(-1), 1)
-    above = batch.feedback[:, :, None] > batch.feedback[:, None, :]  # [b, i, j]
-    above &= batch.valid[:, :, None] & batch.valid[:, None, :]
-    better = score[:, :, None]
-    pushed = jax.lax.stop_gradient(score) if constraint == "detached" else score
-    terms = [pushed[:, None, :] - better]
+    lists.check(batch, "aft_ranking ranks", "or losses.sft")
+    score = lists.mean_log_probs(policy, batch)
+    above = lists.above(batch)
+    better, worse = score[:, :, None], score[:, None, :]
+    pushed = jax.lax.stop_gradient(worse) if constraint == "detached" else worse
+    terms = [pushed - better]
     if constraint == "boundary":
         boundary = jnp.where(above, better, jnp.inf).min(1, keepdims=True) - slack
-        rest = jax.lax.stop_gradient(2 * boundary - better)
-        terms.append(rest - score[:, None, :])
-    # log(1 + Σ exp) around its largest term, so that nothing overflows
-    term = jnp.concatenate([jnp.where(above, t, -jnp.inf) for t in terms], -1)
-    top = jax.lax.stop_gradient(jnp.maximum(term.max((1, 2)), 0.0))
-    spread = jnp.exp(term - top[:, None, None]).sum((1, 2))
-    value = top + jnp.log(jnp.exp(-top) + spread)
-    best = jnp.argmax(jnp.where(batch.valid, batch.feedback, -jnp.inf), -1)
-    nll = -jnp.take_along_axis(score, best[:, None], -1)[:, 0]
-    ahead = jnp.where(above, better - score[:, None, :], 0.0)
-    compared = jnp.maximum(above.sum((1, 2)), 1)
-    return jnp.where(batch.valid.any(-1), value + lam * nll, 0.0), {
-        "accuracy": (jnp.sign(ahead).sum((1, 2)) / compared + 1) / 2,
-        "margin": ahead.sum((1, 2)) / compared,
-        "nll": nll,
-    }
+        terms.append(jax.lax.stop_gradient(2 * boundary - better) - worse)
+    value = lists.log1p_sum_exp(above, *terms, axis=(1, 2))
+    nll = -lists.first(score, lists.best(batch))
+    return lists.outcome(batch, value + lam * nll, above, better - worse, nll=nll)

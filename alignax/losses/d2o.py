@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from alignax import lists
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps", "helpful_logps", "harmful_logps")
@@ -42,11 +43,7 @@ def loss(
     Raises:
       ValueError: a single response to each prompt.
     """
-    if batch.tokens.shape[1] < 2:
-        raise ValueError(
-            "d2o compares own samples with a negative, but the batch holds one response a "
-            "prompt: put the samples first and the negative last"
-        )
+    lists.check(batch, "d2o compares", "the samples first and the negative last")
     after = jnp.cumsum(batch.valid[:, ::-1], -1)[:, ::-1]  # valid ones from here on
     negative = batch.valid & (after == 1)
     sample = batch.valid & (after > 1)

@@ -8,11 +8,9 @@ Differs from the paper: a response is compared with those of strictly lower feed
 only. Without ties that is the paper's likelihood; tied responses are never compared.
 """
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from alignax import masked
+from alignax import lists, masked
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps", "ref_logps")
@@ -30,29 +28,13 @@ def loss(
       beta: KL strength, > 0.
 
     Returns:
-      [B] values in nats, 0 where nothing is ordered, and metrics 'accuracy' (share of
-      ordered pairs ranked right, ties count half; 0.5 where there are none) and
-      'margin' (mean gap of implicit rewards in an ordered pair).
+      As `lists.outcome`, of implicit rewards; values in nats, 0 where nothing is ordered.
 
     Raises:
       ValueError: a single response to each prompt.
     """
-    if batch.tokens.shape[1] < 2:
-        raise ValueError(
-            "plackett_luce orders responses, but the batch holds one a prompt: use data "
-            "with two or more (for pairs from a file set config.data.kind='pairs')"
-        )
+    lists.check(batch, "plackett_luce orders")
     reward = beta * (policy.logps - masked.reference(batch)).sum(-1)
-    below = batch.feedback[:, None, :] < batch.feedback[:, :, None]  # [b, k, i]
-    below &= batch.valid[:, None, :] & batch.valid[:, :, None]
-    gap = reward[:, None, :] - reward[:, :, None]
-    # log(1 + Σ exp) around its largest term, so that nothing overflows
-    term = jnp.where(below, gap, -jnp.inf)
-    top = jax.lax.stop_gradient(jnp.maximum(term.max(-1), 0.0))
-    value = top + jnp.log(jnp.exp(-top) + jnp.exp(term - top[..., None]).sum(-1))
-    ahead = jnp.where(below, -gap, 0.0)
-    compared = jnp.maximum(below.sum((1, 2)), 1)
-    return value.sum(-1), {
-        "accuracy": (jnp.sign(ahead).sum((1, 2)) / compared + 1) / 2,
-        "margin": ahead.sum((1, 2)) / compared,
-    }
+    above, gap = lists.above(batch), lists.gaps(reward)  # [b, k, i]: i below k
+    value = lists.log1p_sum_exp(above, -gap).sum(-1)
+    return lists.outcome(batch, value, above, gap)

@@ -10,6 +10,8 @@ Differs from the paper: only response tokens are scored, by the policy and by th
 models alike, and these share the policy's tokenizer.
 """
 
+import fnmatch
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -17,7 +19,7 @@ from jaxtyping import Array, Float
 from alignax import masked
 from alignax.batch import Batch, Metrics, Number, Scores
 
-NEEDS = ("logps", "aligned_logps")
+NEEDS = ("logps", "aligned*_logps")  # of every frozen LM whose name begins so
 RANGES = {"beta": "(0, inf)"}
 
 
@@ -28,8 +30,8 @@ def loss(
 
     Args:
       policy: logps [B, G, T]; every response is data to learn from (usually G=1).
-      batch: mask [B, G, T], valid [B, G]; extra 'aligned_logps' [B, G, T], and any other
-        column called 'aligned_*_logps': one for each of the M models.
+      batch: mask [B, G, T], valid [B, G]; extra [B, G, T] of each of the M >= 1 models:
+        'aligned_logps', or any other column called 'aligned*_logps'.
       beta: scale of the difference of mean log-probabilities, > 0.
       gamma: added to the logit; below 0 it asks for more than the aligned models.
 
@@ -37,16 +39,18 @@ def loss(
       [B] values in nats, means over a prompt's responses, and metrics 'gradient_weight'
       (factor of the fine-tuning gradient, in (0, 1)), 'margin' (policy - aligned, nats
       per token) and 'nll' (nats per token).
+
+    Raises:
+      ValueError: no column of an aligned model.
     """
-    columns = [batch.extra["aligned_logps"]] + [
-        column
-        for name, column in sorted(batch.extra.items())
-        if name.startswith("aligned_") and name.endswith("_logps")
-        if name != "aligned_logps"
-    ]
+    names = sorted(fnmatch.filter(batch.extra or (), NEEDS[1]))
+    if not names:
+        raise ValueError(
+            f"poft compares with aligned models, but the batch has no {NEEDS[1]!r}"
+        )
     length = jnp.maximum(batch.mask.sum(-1), 1)
     score = policy.logps.sum(-1) / length
-    aligned = sum(column.sum(-1) for column in columns) / len(columns) / length
+    aligned = sum(batch.extra[name].sum(-1) for name in names) / len(names) / length
     logit = beta * (score - aligned) + gamma
 
     def mean(x):

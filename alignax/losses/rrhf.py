@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from alignax import lists
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps",)
@@ -30,28 +31,16 @@ def loss(
       lam: λ, weight of the best response's mean nats per token, >= 0.
 
     Returns:
-      [B] values, and metrics 'accuracy' (share of ordered pairs ranked right, ties count
-      half; 0.5 where there are none), 'margin' (mean gap of an ordered pair, nats per
-      token) and 'nll' (of the best response, nats per token).
+      As `lists.outcome`, of mean log-probs (nats per token); 'nll' of the best response,
+      likewise.
 
     Raises:
       ValueError: a single response to each prompt.
     """
-    if batch.tokens.shape[1] < 2:
-        raise ValueError(
-            "rrhf ranks responses, but the batch holds one a prompt: use data with two or "
-            "more (for pairs from a file set config.data.kind='pairs'), or losses.sft"
-        )
-    score = policy.logps.sum(-1) / jnp.maximum(batch.mask.sum(-1), 1)
-    above = batch.feedback[:, :, None] > batch.feedback[:, None, :]  # [b, i, j]
-    above &= batch.valid[:, :, None] & batch.valid[:, None, :]
-    ahead = jnp.where(above, score[:, :, None] - score[:, None, :], 0.0)
-    best = jnp.argmax(jnp.where(batch.valid, batch.feedback, -jnp.inf), -1)
-    nll = -jnp.take_along_axis(score, best[:, None], -1)[:, 0]
-    value = jax.nn.relu(-ahead).sum((1, 2)) + lam * nll
-    compared = jnp.maximum(above.sum((1, 2)), 1)
-    return jnp.where(batch.valid.any(-1), value, 0.0), {
-        "accuracy": (jnp.sign(ahead).sum((1, 2)) / compared + 1) / 2,
-        "margin": ahead.sum((1, 2)) / compared,
-        "nll": nll,
-    }
+    lists.check(batch, "rrhf ranks", "or losses.sft")
+    score = lists.mean_log_probs(policy, batch)
+    above, gap = lists.above(batch), lists.gaps(score)
+    wrong = jnp.where(above, jax.nn.relu(-gap), 0.0)
+    nll = -lists.first(score, lists.best(batch))
+    value = wrong.sum((1, 2)) + lam * nll
+    return lists.outcome(batch, value, above, gap, nll=nll)

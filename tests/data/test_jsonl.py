@@ -112,6 +112,7 @@ BAD = {
     "nothing prompts it": {"messages": [assistant("a")]},
     "whose content is not text": {"messages": [user(3), assistant("a")]},
     "'label' is 'yes'": {"prompt": "p", "response": "r", "label": "yes"},
+    "'label' is nan": {"prompt": "p", "response": "r", "label": float("nan")},
 }
 
 
@@ -212,6 +213,8 @@ def test_a_group_has_responses_and_scores():
     [
         ({"scores": [1.0]}, "expected 3 numbers"),
         ({"scores": [1.0, True, 2.0]}, "expected 3 numbers"),
+        ({"scores": [1.0, float("nan"), 2.0]}, "expected 3 numbers"),
+        ({"scores": [1.0, float("inf"), 2.0]}, "expected 3 numbers"),
         ({"responses": []}, "'responses' is empty"),
         ({"responses": ["a", "", "c"]}, "'response' is empty"),
     ],
@@ -220,3 +223,43 @@ def test_a_group_that_does_not_fit_is_malformed(change, message):
     row = {"prompt": "p", "responses": ["a", "b", "c"], "scores": [0, 1, 2], **change}
     with pytest.raises(ValueError, match=message):
         jsonl.parse("f:1", row)
+
+
+def test_groups_are_pairs_and_scored_responses_and_nothing_else(tmp_path):
+    group = {"prompt": "p", "responses": ["a", "b", "c"], "scores": [0, 1, 2]}
+    file = write(
+        tmp_path / "d.jsonl",
+        group,
+        GOOD,
+        {"prompt": "p", "responses": ["a", "b"]},
+        {"prompt": "p", "responses": ["a"], "scores": [1]},
+        {"prompt": "p"},
+    )
+    rows = read(file, kind="groups")
+    assert [r.feedback for r in rows] == [(0, 1, 2), (1, 0)]
+    unscored, single, empty = rows.report["malformed"]
+    assert unscored == "d.jsonl:3: a group whose responses have no 'scores'"
+    assert single == "d.jsonl:4: a group of 1, expected two responses or more"
+    assert empty == "d.jsonl:5: a group of 0, expected two responses or more"
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_two_rows_with_one_id_are_refused_by_their_lines(tmp_path, split):
+    rows = [GOOD | {"id": str(i), "prompt": f"p{i}"} for i in range(40)]
+    file = write(tmp_path / "d.jsonl", *rows, GOOD | {"id": "7", "prompt": "other"})
+    with pytest.raises(
+        ValueError, match=r"^d\.jsonl:41 has the id of d\.jsonl:8, '7'$"
+    ):
+        jsonl.examples(split=split, path=file, test_fraction=0.3)
+
+
+def test_an_id_may_not_be_that_of_another_line(tmp_path):
+    file = write(tmp_path / "d.jsonl", GOOD | {"id": "d.jsonl:2"}, GOOD)
+    with pytest.raises(ValueError, match=r"d\.jsonl:2 has the id of d\.jsonl:1"):
+        read(file)
+
+
+def test_a_malformed_row_takes_no_id(tmp_path):
+    bad = {"prompt": "p", "chosen": "", "rejected": "r", "id": "a"}
+    rows = read(write(tmp_path / "d.jsonl", bad, GOOD | {"id": "a"}))
+    assert [r.id for r in rows] == ["a"]

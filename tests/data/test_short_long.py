@@ -42,3 +42,13 @@ def test_no_answer_in_common_is_an_error(monkeypatch):
     monkeypatch.setattr(f"{__name__}.LONG", Examples([Example("x", "p", ("a",))]))
     with pytest.raises(ValueError, match="no pair among 1 answers"):
         short_long.examples(split="train", short=source("short"), long=source("long"))
+
+
+@pytest.mark.parametrize("which", ["short", "long"])
+def test_two_examples_with_one_id_are_refused_by_their_places(monkeypatch, which):
+    data = {"short": SHORT, "long": LONG}[which]
+    twice = Examples([*data, data[1]._replace(responses=("other",))])
+    monkeypatch.setattr(f"{__name__}.{which.upper()}", twice)
+    message = rf"^examples 1 and {len(data)} of {which} have the same id, 'e:1'$"
+    with pytest.raises(ValueError, match=message):
+        short_long.examples(split="train", short=source("short"), long=source("long"))

@@ -46,6 +46,31 @@ def test_chosen_is_the_better_one_and_swapped_exchanges_them():
         assert (a.prompt, a.id, a.feedback) == (b.prompt, b.id, b.feedback)
 
 
+@pytest.mark.parametrize("group", [2, 4, 7])
+def test_groups_are_ordered_by_taste_which_is_their_feedback(group):
+    rows = synthetic.examples(split="train", kind="groups", size=50, group=group)
+    for row in rows:
+        assert len(set(row.responses)) == group
+        assert row.feedback == tuple(map(synthetic.judge, row.responses))
+        assert list(row.feedback) == sorted(row.feedback, reverse=True)
+    swapped = synthetic.examples(
+        split="train", kind="groups", size=50, group=group, swapped=True
+    )
+    for a, b in zip(rows, swapped, strict=True):
+        assert b.responses == a.responses[::-1]
+        assert b.feedback == a.feedback[::-1]
+
+
+def test_pairs_are_the_ones_of_every_run_so_far():
+    """Logged results stand on these draws."""
+    row = synthetic.examples(split="train", kind="pairs", size=3)[2]
+    assert row.prompt == "Review the inn in Dakar: "
+    assert row.responses == [
+        "Simply decent food and rude staff.",
+        "Truly cold food and bored staff.",
+    ]
+
+
 def test_test_prompts_never_occur_in_training_but_their_words_do():
     train, test = synthetic.prompts("train"), synthetic.prompts("test")
     assert not set(train) & set(test)
@@ -92,3 +117,6 @@ def test_unknown_split_and_kind_are_errors():
         synthetic.examples(split="train", kind="pair")
     with pytest.raises(ValueError, match="size"):
         synthetic.examples(split="train", size=0)
+    for group in (1, 513):  # there are 8 * 8 * 8 responses
+        with pytest.raises(ValueError, match=rf"group is {group}, expected 2 to 512"):
+            synthetic.examples(split="train", kind="groups", size=1, group=group)

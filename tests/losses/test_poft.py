@@ -52,6 +52,21 @@ def test_gradient_is_that_of_fine_tuning_times_a_weight(aligned):
     np.testing.assert_allclose(grad, -weight / 2, rtol=1e-5)
 
 
+def test_aligned_models_may_have_any_name_that_begins_so():
+    policy, batch = given(-1.0, -1.0, -5.0)
+    one, other = batch.extra.values()
+    batch = batch._replace(extra={"alignedA_logps": one, "aligned_b_logps": other})
+    got = poft.loss(policy, batch)[0]
+    np.testing.assert_allclose(got, poft.loss(*given(-1.0, -3.0))[0], rtol=1e-6)
+
+
+def test_no_aligned_model_is_an_error():
+    policy, batch = given(-1.0, -1.0)
+    for extra in (None, {}, {"ref_logps": batch.ref_logps}):
+        with pytest.raises(ValueError, match=r"the batch has no 'aligned\*_logps'"):
+            poft.loss(policy, batch._replace(extra=extra))
+
+
 def test_ragged_groups_are_those_of_the_oracle(make_batch):
     scores, batch = random_groups(make_batch)
     batch = batch._replace(extra={"aligned_logps": batch.ref_logps})
