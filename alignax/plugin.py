@@ -109,6 +109,12 @@ def bind(
         if isinstance(default, float):
             given[key] = float(value)
         _check_range(name, key, given[key], getattr(module, "RANGES", {}).get(key))
+        choices = getattr(module, f"{key.upper()}S", None)
+        listed = isinstance(value, str) and isinstance(choices, tuple | Mapping)
+        if listed and value not in choices:
+            raise ValueError(
+                f"{name}: {key}={value!r} is not one of {', '.join(choices)}"
+            )
     missing = [k for k, p in takes.items() if p.default is p.empty and k not in given]
     if missing:
         raise ValueError(f"{name} needs a value for {', '.join(map(repr, missing))}")

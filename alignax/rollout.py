@@ -166,6 +166,12 @@ def rollout_source(
             raise ValueError(f"{s.name} needs rewards of reference samples")
     many = batch_size * batches
     shape_needs = {n for s in shaping for n in s.needs}
+    of_samples = "ref_logps" in shape_needs or {"ref_logps", "old_logps"} <= {*needs}
+    if sampler.temperature != 1 and of_samples:
+        raise ValueError(
+            f"rollout.temperature is {sampler.temperature}: a KL to the reference is "
+            "estimated from samples of the policy itself, at temperature 1"
+        )
     critic = "old_values" in {*needs, *shape_needs}
     # What another than a fixed LM fills (a moving average) is filled in the step.
     frozen = tuple(
@@ -176,8 +182,9 @@ def rollout_source(
     )  # fmt: skip
     pick = order(len(examples), many, seed)
     prompts = functools.partial(
-        prompt_batches, tokenizer=sampler.tokenizer, batch_size=many, length=room
-    )
+        prompt_batches, tokenizer=sampler.tokenizer, batch_size=many, length=room,
+        buckets=(room,),  # one T for all: a constant reduction is by that constant
+    )  # fmt: skip
     data = hashlib.sha256(repr([(e.id, e.prompt) for e in examples]).encode())
     settings = (
         many,

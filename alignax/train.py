@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignax import build, checkpoint, logprob, sharding
+from alignax import build, checkpoint, logprob, masked, sharding
 from alignax.batch import LM, Metrics, Scores
 from alignax.metrics import Writer, flops_per_token, mfu, read
 from alignax.models import transformer
@@ -291,7 +291,9 @@ def start_check(config, run, state, batch, writer) -> bool:
     policy: Scores = score(ours, batch, **compared)
     largest = float(jnp.abs(policy.logps - batch.ref_logps).max())
     given = {"ema": state.ema} if run.loss.ema else {}
-    value = float(run.loss(policy, batch, **given)[0].mean())
+    value = float(
+        masked.mean(run.loss(policy, batch, **given)[0], masked.prompts(batch))
+    )
     writer.write(0, {"start/loss": value, "start/log_ratio": largest})
     run.say(
         f"step 0: policy = reference: largest log-ratio {largest:g}, loss {value:.7f}"

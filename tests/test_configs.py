@@ -15,7 +15,7 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 
-from alignax import build, optim, rewards, sharding, step, tokenizer, train
+from alignax import build, optim, rewards, shaping, sharding, step, tokenizer, train
 from alignax.batch import LM, Batch
 from alignax.models import transformer
 from configs import common
@@ -86,7 +86,20 @@ def test_names_and_hyper_parameters_bind(name, arg):
                 build.bind(config, "data", spec)
         for need in loss.needs:
             assert build.frozen(need) in (None, *config.lms)
-        assert "values" not in loss.needs or config.model.value_head
+        shapings = shaping.in_order(
+            build.bind(config, "shaping", {"name": k, **v})
+            for k, v in config.shaping.items()
+        )
+        needs = {n for bound in (loss, *shapings) for n in bound.needs}
+        assert config.rollout.reward or not {"old_logps", "advantages"} & needs
+        if config.rollout.reward:
+            rewards.load(dict(config.rollout.reward))
+            stages_of = [bound.stage for bound in shapings]
+            assert stages_of.count("advantage") == ("advantages" in needs)
+            assert {build.frozen(n) for n in needs} <= {None, *config.lms}
+            assert config.rollout.max_new < config.length
+        if {"values", "state_values", "old_values"} & needs:
+            assert config.model.value_head
         rest = ("lr", "schedule", "warmup", "final")
         optim.make_tx(1.0, **{k: v for k, v in config.optim.items() if k not in rest})
         assert arg or not config.num_steps or config.num_steps > config.optim.warmup
@@ -262,6 +275,12 @@ def test_step_traces(name, arg):
             array((*row, config.length), jnp.int32), array((*row, config.length), bool),
             array(row, jnp.int32), array(row, jnp.float32), array(row, bool),
         )  # fmt: skip
+        if config.rollout.reward:
+            tokens = array((*row, config.length), jnp.float32)
+            brought = {k: tokens for k in ("old_values", "returns") if k in loss.needs}
+            batch = batch._replace(
+                old_logps=tokens, advantages=tokens, extra=brought or None
+            )
         lms = {k: LM(model, state.params) for k in config.lms}
         batch = jax.eval_shape(run.fill, state.average, lms, batch)
         after, metrics = jax.eval_shape(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignax import logprob, masked, plugin
+from alignax import logprob, masked, plugin, ratios
 from alignax.batch import Batch, Scores
 
 NAMES = plugin.available("losses")
@@ -50,6 +50,7 @@ def given(bound, make_batch, seed=0) -> tuple[Scores, Batch]:
     policy = Scores(
         logps=column(-3, 0), entropy=column(0.1, 3), kl=column(0, 1),
         values=column(-1, 1), forward_kl=column(0, 1), collision=column(-3, 0),
+        state_values=column(-1, 1),
     )  # fmt: skip
     batch = batch._replace(
         ref_logps=column(-3, 0), old_logps=column(-3, 0), advantages=column(-1, 1),
@@ -172,6 +173,7 @@ def test_prompts_do_not_see_each_other_unless_coupled(bound, make_batch):
     policy, batch = given(bound, make_batch)
     if bound.coupled:
         pytest.skip("declared COUPLED")
+    batch = batch._replace(valid=batch.valid.at[3, 1].set(False))
     if "reduction" in bound.hyper:
         weights = masked.token_weights(batch, bound.hyper["reduction"])
         batch = batch._replace(extra={**batch.extra, "token_weights": weights})
@@ -211,6 +213,23 @@ def test_hopeless_log_probabilities_stay_finite(bound, make_batch, side):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
 
 
+def test_what_is_hopeless_under_another_law_stays_finite(bound, make_batch):
+    """A reference, or whoever sampled: the ratio to it is as large as can be."""
+    policy, batch = given(bound, make_batch)
+    low = jnp.where(batch.mask, -1e4, 0.0)
+    for need in bound.needs:
+        if not need.endswith("_logps"):
+            continue
+        if need in Batch._fields:
+            changed = batch._replace(**{need: low})
+        else:
+            changed = batch._replace(extra={**batch.extra, need: low})
+        value, metrics = call(bound, policy, changed)
+        grads = policy_gradient(bound, policy, changed)
+        for x in jax.tree.leaves((value, metrics, grads)):
+            assert np.isfinite(x).all(), need
+
+
 def test_nothing_valid_costs_nothing_and_gives_no_nan(bound, make_batch):
     policy, batch = given(bound, make_batch)
     batch = batch._replace(valid=jnp.zeros_like(batch.valid))
@@ -241,19 +260,21 @@ def test_numbers_may_be_traced(bound, make_batch):
 def alternatives(bound, name, default):
     if isinstance(default, str):  # 'constraint' is one of CONSTRAINTS beside the loss
         module = inspect.getmodule(bound.function)
-        known = getattr(module, f"{name.upper()}S", None)
-        known = masked.MODES if name == "reduction" else known
+        shared = {"reduction": masked.MODES, "estimator": ratios.ESTIMATORS}
+        known = shared.get(name) or getattr(module, f"{name.upper()}S", None)
         assert known, f"say in {name.upper()}S what {name} may be"
         return [value for value in known if value != default]
     if isinstance(default, bool):
         return [not default]
+    if default == float("inf"):  # a bound that is not there
+        return [1.5]
     if isinstance(default, int | float):
         return [type(default)(default * 1.5 + 1), type(default)(default * 0.5 + 0.25)]
     pytest.fail(f"say here how to perturb {name}={default!r}")
 
 
 def test_every_hyper_parameter_changes_the_value_or_its_gradient(bound, make_batch):
-    policy, batch = given(bound, make_batch)
+    policy, batch = given(bound, make_batch, seed=1)
 
     def both(**hyper):
         def total(p):
@@ -285,7 +306,7 @@ def test_the_module_states_its_source(module):
     assert re.search(r"^ +\S.* = \S", doc, re.MULTILINE), "no equation"
     assert "Differs from the paper" in doc
     assert isinstance(module.NEEDS, tuple)
-    known = {*Scores._fields, *Batch._fields}
+    known = {*Scores._fields, *Batch._fields, "old_values", "returns"}
     for need in module.NEEDS:
         assert need in known or need.endswith("_logps"), f"who fills {need!r}?"
 

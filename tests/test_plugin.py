@@ -177,3 +177,9 @@ def test_a_number_outside_its_range_is_refused(hyper, interval):
 
 def test_the_ends_of_a_range_are_kept_where_it_is_closed():
     assert plugin.load("losses", "dpo", {"label_smoothing": 0}).hyper["beta"] == 0.1
+
+
+def test_a_choice_outside_those_of_its_module_is_refused():
+    message = r"ctrl: transform='exponent' is not one of identity, log, exp, best_of"
+    with pytest.raises(ValueError, match=message):
+        plugin.load("shaping", "ctrl", {"transform": "exponent"})

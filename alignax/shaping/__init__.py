@@ -10,15 +10,25 @@ order in the config:
 
 Each reads `masked.token_rewards(batch)`: what the one before it left in
 `Batch.advantages`, or the raw feedback, earned by the last scored token; feedback itself
-stays raw. `baseline` [B, R] holds rewards of other responses to the same prompt: a module
-that declares BASELINE = 'reference' gets those of K samples of the reference, with 'greedy'
-that of the policy's greedy response; else it is None. NEEDS names columns to fill before
-('ref_logps', 'old_values'); RETURNS = True says that what it gives, plus `old_values`, is
-what a critic should learn (`extra['returns']`).
+stays raw. `baseline` [B, R] holds rewards of other responses to the same prompt. What a
+module declares:
+
+  STAGE     when it applies
+  BASELINE  whose rewards: 'reference', K samples of it; 'greedy', the policy's one greedy
+            response; '' (the default), nobody's: `baseline` is None
+  NEEDS     columns to fill before ('old_logps', 'ref_logps', 'old_values')
+  RETURNS   True: what it gives, plus `old_values`, is what a critic should learn
+            (`extra['returns']`)
+  COUPLED   True: what a prompt gets depends on the others of the rollout
 """
 
 from collections.abc import Iterable
 
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from alignax import masked
+from alignax.batch import Batch
 from alignax.plugin import Bound
 
 STAGES = ("reward", "penalty", "advantage", "scale")
@@ -42,3 +52,16 @@ def in_order(shapings: Iterable[Bound]) -> list[Bound]:
                 f"{s.name} declares BASELINE = {s.baseline!r}, expected one of {BASELINES}"
             )
     return sorted(found, key=lambda s: STAGES.index(s.stage))
+
+
+def centred(batch: Batch) -> Float[Array, "B G"]:
+    """Rewards of responses less the mean of their prompt's; 0 where not valid.
+
+    Exactly 0 in a group without a difference, however large its rewards: what rounding
+    leaves of a mean would count fully once it is divided by its own deviation.
+    """
+    reward, valid = masked.token_rewards(batch).sum(-1), batch.valid
+    top = reward.max(-1, keepdims=True, where=valid, initial=-jnp.inf)
+    below = jnp.where(valid, reward - top, 0.0)
+    mean = below.sum(-1, keepdims=True) / jnp.maximum(valid.sum(-1, keepdims=True), 1)
+    return jnp.where(valid, below - mean, 0.0)

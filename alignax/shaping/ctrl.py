@@ -5,13 +5,17 @@
 
 KL-regularised RL on Φ(Ĉ) maximises the win rate after an inference-time procedure, if Φ
 is the procedure's (theory/infalign.py). The quantile is that of the prompt's own reference
-samples: it does not change under any increasing transform of the raw reward, and its mean
-under the reference is 1/2, ties included.
+samples: it does not change under any increasing transform of the raw reward, its mean
+under the reference is 1/2, ties included, and its standard deviation at most 1/(2√K).
+Above all K samples it is 1 and no better: K should be well above |t|.
 
 Source: Balashankar et al. 2024, https://arxiv.org/abs/2412.19792
 Differs from the paper: estimates of the quantile beside the plain one, the correction of
 e^{tĈ}, and the 'best_of', 'optimal' and 'top' transforms.
 """
+
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +23,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from alignax import masked
-from alignax.batch import Batch, Number
+from alignax.batch import Batch
 from alignax.theory import infalign
 
 STAGE = "reward"
 BASELINE = "reference"
-RANGES = {"floor": "[0, 1)", "tau": "(0, 1)", "beta": "(0, inf)"}
+RANGES = {"floor": "[0, 1)", "n": "[2, inf)", "beta": "(0, inf)", "tau": "(0, 1)"}
 CALIBRATIONS = (
     "ecdf",
     "laplace",
@@ -34,7 +38,8 @@ CALIBRATIONS = (
     "global",
 )
 TRANSFORMS = ("identity", "log", "exp", "best_of", "optimal", "top")
-PROCEDURES = {"best_of": infalign.best_of, "worst_of": infalign.worst_of}
+PROCEDURES = ("best_of", "worst_of")
+STEEPEST = 1.25  # |t|/K up to which the correction of e^{tĈ} keeps its order
 
 
 def shape(
@@ -43,118 +48,169 @@ def shape(
     *,
     calibration: str = "ecdf",
     transform: str = "exp",
-    t: Number = 10.0,
+    t: float = 10.0,
     debias: bool = False,
-    floor: Number = 0.01,
+    floor: float = 0.01,
     n: int = 4,
     procedure: str = "best_of",
     beta: float = 0.2,
-    tau: Number = 0.5,
+    tau: float = 0.5,
 ) -> Float[Array, "B G T"]:
     """The transformed quantile, earned by the last scored token.
 
     Args:
       batch: feedback [B, G], raw rewards; valid [B, G].
       baseline: rewards of K reference samples of each prompt.
-      calibration: 'ecdf' (mid-ranks), 'laplace' (never 0 or 1), 'interpolated' (between
-        order statistics), 'leave_one_out' (the response is one of the K), 'gaussian' (the
-        CDF of a normal law with the K samples' moments), 'global' (quantile in the whole
-        step's reference rewards).
-      transform: 'identity', 'log' (at least log `floor`), 'exp' (e^{t(u-1)} for t > 0,
-        -e^{tu} for t < 0, so within ±1), 'best_of' ((n-1) log u: the best-of-n policy at
-        a KL strength of 1), 'optimal' (the table of `procedure`, `n` and `beta`), 'top'
-        (1 where u >= `tau`).
+      calibration: how the quantile is estimated, see `calibrate`.
+      transform: Φ. 'identity'; 'log', of at least `floor`; 'exp', e^{t(u-1)} for t > 0
+        and -e^{tu} for t < 0; 'best_of', (n-1) log u, with a KL strength of 1 the law of
+        the best of n; 'optimal', the best for `procedure`, `n` and `beta`; 'top', 1 where
+        u >= `tau`.
       t: exponent of 'exp', not 0; 10 for best-of-4, -10 for worst-of-4.
-      debias: divide 'exp' by what its mean over the K samples is too large.
+      debias: divide 'exp' by what its mean over the K samples is too large (13 % at
+        t = 10, K = 100 and u = 1/2).
       floor: smallest quantile of 'log' and 'best_of'.
-      n: samples of the procedure.
+      n: samples of the procedure, at least 2.
       procedure: of 'optimal': 'best_of' or 'worst_of'.
-      beta: KL strength that 'optimal' is tabulated for, the one of the run.
+      beta: KL strength that 'optimal' is tabulated for: the one of the run.
       tau: of 'top'.
 
     Returns:
       [B, G, T] rewards of tokens.
 
     Raises:
-      ValueError: an unknown name.
+      ValueError: an unknown name; t = 0; n that is not a whole number above 1; an
+        earlier shaping, whose work would be lost; what `calibrate` and `debiased` refuse.
     """
+    _known("transform", transform, TRANSFORMS)
+    _known("procedure", procedure, PROCEDURES)
+    if batch.advantages is not None:
+        raise ValueError(
+            "ctrl compares raw rewards with raw rewards of the reference: nothing may "
+            "shape them before"
+        )
+    if t == 0:
+        raise ValueError("t is 0: the limit is transform='identity'")
+    if n != int(n) or n < 2:
+        raise ValueError(f"n is {n}, expected a whole number above 1")
     u = calibrate(batch.feedback, baseline, calibration)
     if transform == "identity":
         phi = u
-    elif transform == "log":
-        phi = jnp.log(jnp.maximum(u, floor))
-    elif transform == "best_of":
-        phi = (n - 1) * jnp.log(jnp.maximum(u, floor))
+    elif transform == "top":
+        phi = (u >= tau).astype(u.dtype)
+    elif transform == "optimal":
+        phi = jnp.interp(u, infalign.GRID, optimal(procedure, n, beta))
     elif transform == "exp":
         phi = exponential(u, t)
         if debias:
-            phi = phi / bias(u, t, baseline.shape[1])
-    elif transform == "optimal":
-        table = optimal(procedure, int(n), float(beta))
-        phi = jnp.interp(u, infalign.GRID, table)
-    elif transform == "top":
-        phi = (u >= tau).astype(u.dtype)
+            phi = debiased(phi, u, t, baseline.shape[1], calibration)
     else:
-        raise ValueError(
-            f"transform {transform!r} is not one of {', '.join(TRANSFORMS)}"
-        )
+        if floor == 0 and calibration != "laplace":
+            raise ValueError(
+                f"floor is 0: calibration {calibration!r} may be 0, whose logarithm is "
+                "not finite; 'laplace' is not"
+            )
+        phi = (n - 1 if transform == "best_of" else 1) * jnp.log(jnp.maximum(u, floor))
     return masked.earned(batch, phi)
 
 
 def calibrate(
     reward: Float[Array, "B G"], baseline: Float[Array, "B K"], kind: str = "ecdf"
 ) -> Float[Array, "B G"]:
-    """Quantiles in [0, 1] of rewards among those of reference samples; see `shape`."""
+    """Quantiles of rewards among those of reference samples.
+
+    Args:
+      reward: raw, finite.
+      baseline: rewards of K reference samples of each prompt.
+      kind: with m the samples below, ties counting half,
+        'ecdf': m/K.
+        'laplace': (m + 1/2)/(K + 1), never 0 or 1.
+        'leave_one_out': (m - 1/2)/(K - 1), for responses that are among the K: one that
+          ties with none of them is not, and has m/K.
+        'interpolated': linear between neighbours, 0 and 1 beyond all.
+        'gaussian': the CDF of a normal law with the samples' moments; this and the one
+          before change under transforms of the reward that are not linear.
+        'global': m/K among the samples of all prompts together: prompts are compared.
+
+    Returns:
+      [B, G], within [0, 1].
+
+    Raises:
+      ValueError: an unknown kind; 'leave_one_out' or 'gaussian' of one sample.
+    """
+    _known("calibration", kind, CALIBRATIONS)
     k = baseline.shape[1]
-    if kind not in CALIBRATIONS:
-        raise ValueError(
-            f"calibration {kind!r} is not one of {', '.join(CALIBRATIONS)}"
-        )
-    if kind == "gaussian":
-        mean, std = baseline.mean(1, keepdims=True), baseline.std(1, keepdims=True)
-        z = (reward - mean) / jnp.maximum(std, 1e-12)
-        return jnp.where(
-            std > 0, jax.scipy.stats.norm.cdf(z), _rank(reward, baseline) / k
-        )
+    if k < 2 and kind in ("leave_one_out", "gaussian"):
+        raise ValueError(f"calibration {kind!r} needs 2 reference samples, there is 1")
     if kind == "global":
-        everyone = jnp.broadcast_to(
-            baseline.reshape(1, -1), (len(reward), baseline.size)
-        )
-        return _rank(reward, everyone) / baseline.size
-    rank = _rank(reward, baseline)
-    if kind == "interpolated":
-        places = (jnp.arange(k) + 0.5) / k
-        between = jax.vmap(lambda r, z: jnp.interp(r, z, places, left=0.0, right=1.0))
-        tied = (reward[..., None] == baseline[:, None]).any(-1)
-        return jnp.where(tied, rank / k, between(reward, jnp.sort(baseline, 1)))
+        flat = _below(reward.reshape(1, -1), baseline.reshape(1, -1))
+        return flat.reshape(reward.shape) / baseline.size
+    below = _below(reward, baseline)
     if kind == "laplace":
-        return (rank + 0.5) / (k + 1)
+        return (below + 0.5) / (k + 1)
+    if kind == "ecdf":
+        return below / k
+    if kind == "gaussian":
+        # from one of them: the deviation of samples that are equal is 0, not rounding
+        origin = baseline[:, :1]
+        mean = (baseline - origin).mean(1, keepdims=True)
+        std = (baseline - origin).std(1, keepdims=True)
+        z = (reward - origin - mean) / jnp.where(std > 0, std, 1.0)
+        return jnp.where(std > 0, jax.scipy.stats.norm.cdf(z), below / k)
+    tied = (reward[..., None] == baseline[:, None]).any(-1)
     if kind == "leave_one_out":
-        return (rank - 0.5) / max(k - 1, 1)
-    return rank / k
+        return jnp.where(tied, (below - 0.5) / (k - 1), below / k)
+    between = jax.vmap(functools.partial(jnp.interp, left=0.0, right=1.0), (0, 0, None))
+    line = between(reward, jnp.sort(baseline, 1), (jnp.arange(k) + 0.5) / k)
+    return jnp.where(tied, below / k, line)
 
 
-def exponential(u: Float[Array, "*S"], t: Number) -> Float[Array, "*S"]:
+def exponential(u: Float[Array, "*S"], t: float) -> Float[Array, "*S"]:
     """e^{t(u-1)} for t > 0, -e^{tu} for t < 0: increasing, within ±1."""
-    return jnp.where(t > 0, jnp.exp(t * (u - (t > 0))), -jnp.exp(t * u))
+    return jnp.exp(t * (u - 1)) if t > 0 else -jnp.exp(t * u)
 
 
-def bias(u: Float[Array, "*S"], t: Number, k: int) -> Float[Array, "*S"]:
-    """E[e^{tĈ}] / e^{tC} for K samples at C = u, as in `theory.infalign.exp_bias`."""
-    return jnp.exp(k * jnp.log1p(u * jnp.expm1(t / k)) - t * u)
+def debiased(
+    phi: Float[Array, "*S"], u: Float[Array, "*S"], t: float, k: int, kind: str = "ecdf"
+) -> Float[Array, "*S"]:
+    """Φ less its bias: divided by E[e^{tĈ}]/e^{tC} of K samples, with Ĉ for C.
+
+    Args:
+      phi: 'exp' of u.
+      u: quantiles, the share of k samples below.
+      t: its exponent.
+      k: K.
+      kind: the calibration that gave u.
+
+    Raises:
+      ValueError: u is no such share; t/K so steep that a higher quantile would earn less.
+    """
+    if kind != "ecdf":
+        raise ValueError(f"debias is for calibration 'ecdf', not {kind!r}")
+    if abs(t) > STEEPEST * k:
+        raise ValueError(
+            f"debias at t = {t} needs at least {math.ceil(abs(t) / STEEPEST)} reference samples, "
+            f"there are {k}"
+        )
+    return phi * jnp.exp(t * u - k * jnp.log1p(u * np.expm1(t / k)))
 
 
 def optimal(procedure: str, n: int, beta: float) -> np.ndarray:
-    """Φ* on `infalign.GRID`."""
-    if procedure not in PROCEDURES:
-        raise ValueError(
-            f"procedure {procedure!r} is not one of {', '.join(PROCEDURES)}"
-        )
-    return infalign.optimal(PROCEDURES[procedure](n), beta)[0].astype(np.float32)
+    """Φ* of a procedure on `infalign.GRID`."""
+    of = infalign.best_of if procedure == "best_of" else infalign.worst_of
+    return infalign.optimal(of(n), beta)[0].astype(np.float32)
 
 
-def _rank(reward: Float[Array, "B G"], baseline: Float[Array, "B K"]):
+def _below(reward: Float[Array, "B G"], baseline: Float[Array, "B K"]):
     """How many of K are below, ties counting half."""
-    above = reward[..., None] > baseline[:, None]
-    equal = reward[..., None] == baseline[:, None]
-    return above.sum(-1) + 0.5 * equal.sum(-1)
+    ordered = jnp.sort(baseline, 1)
+    left, right = (
+        jax.vmap(functools.partial(jnp.searchsorted, side=side))(ordered, reward)
+        for side in ("left", "right")
+    )
+    return (left + right) / 2
+
+
+def _known(what: str, name: str, names: tuple[str, ...]) -> None:
+    if name not in names:
+        raise ValueError(f"{what} {name!r} is not one of {', '.join(names)}")

@@ -34,14 +34,21 @@ def shape(
       batch: feedback, or rewards a token that an earlier shaping left; extra
         'old_values' [B, G, T], the critic when the response was drawn.
       baseline: not read.
-      gamma: γ, discount a token.
+      gamma: γ, discount a token, 0 to 1.
       lam: λ, 0 to 1.
 
     Returns:
       [B, G, T] advantages, 0 where nothing is scored.
+
+    Raises:
+      ValueError: no 'old_values'.
     """
     del baseline
-    assert batch.extra is not None
+    if not batch.extra or "old_values" not in batch.extra:
+        raise ValueError(
+            "Batch.extra['old_values'] is missing: rollouts bring it where the policy has "
+            "a critic (config.model.value_head=True)"
+        )
     keep = batch.mask & batch.valid[..., None]
     values = batch.extra["old_values"]
     return _scan(masked.token_rewards(batch), values, keep, gamma, lam)

@@ -3,7 +3,7 @@
   A_i = (r_i - r̄) / (std(r) + ε)^s,   std with G - 1 degrees of freedom
 
 s = 1 is GRPO; s = 0 leaves the scale (Dr. GRPO), so that easy and hard prompts do not
-count more than others. A group without variance has zero advantages.
+count more than others. A group without a difference has advantages of exactly 0.
 
 Source: Shao et al. 2024, https://arxiv.org/abs/2402.03300; without the division: Liu et
 al. 2025, https://arxiv.org/abs/2503.20783
@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from alignax import masked
 from alignax.batch import Batch, Number
+from alignax.shaping import centred
 
 STAGE = "advantage"
 RANGES = {"scale": "[0, 1]", "eps": "(0, inf)"}
@@ -38,9 +39,7 @@ def shape(
       [B, G, T] advantages.
     """
     del baseline
-    reward = masked.token_rewards(batch).sum(-1)
+    gap = centred(batch)
     n = batch.valid.sum(-1, keepdims=True)
-    mean = reward.sum(-1, keepdims=True) / jnp.maximum(n, 1)
-    centred = jnp.where(batch.valid, reward - mean, 0.0)
-    variance = (centred**2).sum(-1, keepdims=True) / jnp.maximum(n - 1, 1)
-    return masked.spread(batch, centred / (jnp.sqrt(variance) + eps) ** scale)
+    variance = (gap**2).sum(-1, keepdims=True) / jnp.maximum(n - 1, 1)
+    return masked.spread(batch, gap / (jnp.sqrt(variance) + eps) ** scale)

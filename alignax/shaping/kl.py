@@ -32,10 +32,14 @@ def shape(
       beta: β, reward per nat, >= 0.
 
     Returns:
-      [B, G, T] rewards of tokens.
+      [B, G, T] rewards of tokens, 0 where nothing is scored.
+
+    Raises:
+      ValueError: no old_logps or no ref_logps.
     """
     del baseline
-    assert batch.old_logps is not None
+    if batch.old_logps is None:
+        raise ValueError("Batch.old_logps is None: only rollouts bring it")
     keep = batch.mask & batch.valid[..., None]
     ratio = jnp.where(keep, batch.old_logps - masked.reference(batch), 0.0)
     return masked.token_rewards(batch) - beta * ratio

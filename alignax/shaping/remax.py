@@ -16,12 +16,12 @@ STAGE = "advantage"
 BASELINE = "greedy"
 
 
-def shape(batch: Batch, baseline: Float[Array, "B R"]) -> Float[Array, "B G T"]:
+def shape(batch: Batch, baseline: Float[Array, "B 1"]) -> Float[Array, "B G T"]:
     """The same advantage on every token of a response.
 
     Args:
       batch: feedback, or rewards a token that an earlier shaping left; valid [B, G].
-      baseline: rewards of the greedy response, [B, 1].
+      baseline: reward of the greedy response.
 
     Returns:
       [B, G, T] advantages.

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from alignax import masked
 from alignax.batch import Batch
+from alignax.shaping import centred
 
 STAGE = "advantage"
 
@@ -28,7 +29,5 @@ def shape(batch: Batch, baseline: Float[Array, "B R"] | None) -> Float[Array, "B
       [B, G, T] advantages; their sum over a prompt's responses is 0.
     """
     del baseline
-    reward = masked.token_rewards(batch).sum(-1)
     n = batch.valid.sum(-1, keepdims=True)
-    mean = reward.sum(-1, keepdims=True) / jnp.maximum(n, 1)
-    return masked.spread(batch, (reward - mean) * n / jnp.maximum(n - 1, 1))
+    return masked.spread(batch, centred(batch) * n / jnp.maximum(n - 1, 1))

@@ -11,6 +11,7 @@ from alignax import masked
 from alignax.batch import Batch
 
 STAGE = "scale"
+COUPLED = True  # all prompts of a rollout share the moments
 
 
 def shape(

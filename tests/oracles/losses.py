@@ -402,3 +402,111 @@ def token_constrained(logps, ref_logps, *, first, middle, late, early):
         beta = first if t == 1 else middle if t <= early else late
         total += 2 / beta * math.log(1 + math.exp(ref - logp) ** beta)
     return total / len(logps)
+
+
+# -- rollouts: token by token
+
+
+def token_weights(mask, valid, reduction):
+    """[B, G, T]: their sums over a prompt have the named reduction as their mean."""
+    out = np.zeros(mask.shape)
+    rows = np.argwhere(valid)
+    tokens = sum(int(mask[b, g].sum()) for b, g in rows)
+    for b, g in rows:
+        each = {
+            "token": 1 / tokens,
+            "sequence": 1 / (len(rows) * mask[b, g].sum()),
+            "constant": 1 / (len(rows) * mask.shape[-1]),
+        }[reduction]
+        out[b, g, mask[b, g]] = each * valid.any(-1).sum()
+    return out
+
+
+def reinforce(advantages, mask, valid, reduction):
+    """[B, G, T]: what -Σ w A log π has as gradient by log π."""
+    weights = token_weights(np.asarray(mask), np.asarray(valid), reduction)
+    return -weights * np.asarray(advantages, np.float64)
+
+
+def clipped(rho, advantage, low, high, cap=math.inf):
+    """Gains stop growing above, losses stop shrinking below and stop growing at the cap."""
+    if advantage >= 0:
+        return advantage * min(rho, 1 + high)
+    return advantage * min(max(rho, 1 - low), cap)
+
+
+def per_token(policy, batch, reduction, cost):
+    """[B]: weighted sums of cost(b, g, t) over scored tokens of valid responses."""
+    mask, valid = np.asarray(batch.mask), np.asarray(batch.valid)
+    weights = token_weights(mask, valid, reduction)
+    out = np.zeros(len(mask))
+    for b, g, t in np.argwhere(mask & valid[..., None]):
+        out[b] += weights[b, g, t] * cost(b, g, t)
+    return out
+
+
+def log_rho(policy, batch):
+    return np.asarray(policy.logps, np.float64) - np.asarray(batch.old_logps)
+
+
+def policy_gradient(policy, batch, *, clip_low, clip_high, cap, reduction):
+    log_ratio, a = log_rho(policy, batch), np.asarray(batch.advantages, np.float64)
+
+    def cost(*at):
+        return -clipped(math.exp(log_ratio[at]), a[at], clip_low, clip_high, cap)
+
+    return per_token(policy, batch, reduction, cost)
+
+
+def kl_estimate(x, estimator):
+    return x**2 / 2 if estimator == "k2" else math.exp(-x) - 1 + x
+
+
+def policy_gradient_kl(
+    policy, batch, *, beta, clip_low, clip_high, estimator, reduction
+):
+    """k3+ has the value of k3."""
+    plain = dict(clip_low=clip_low, clip_high=clip_high, cap=math.inf)
+    ratio = np.asarray(policy.logps, np.float64) - np.asarray(batch.ref_logps)
+    kl = per_token(
+        policy, batch, reduction, lambda *at: kl_estimate(ratio[at], estimator)
+    )
+    gain = policy_gradient(policy, batch, reduction=reduction, **plain)
+    return gain + beta * kl
+
+
+def gspo(policy, batch, *, clip_low, clip_high, reduction):
+    log_ratio, a = log_rho(policy, batch), np.asarray(batch.advantages, np.float64)
+    mask = np.asarray(batch.mask)
+
+    def cost(b, g, t):
+        scored = mask[b, g]
+        s = math.exp(log_ratio[b, g, scored].mean())
+        return -clipped(s, a[b, g, scored].mean(), clip_low, clip_high)
+
+    return per_token(policy, batch, reduction, cost)
+
+
+def cispo(policy, batch, *, clip_low, clip_high, reduction):
+    log_ratio, a = log_rho(policy, batch), np.asarray(batch.advantages, np.float64)
+    logps = np.asarray(policy.logps, np.float64)
+
+    def cost(*at):
+        weight = min(max(math.exp(log_ratio[at]), 1 - clip_low), 1 + clip_high)
+        return -weight * a[at] * logps[at]
+
+    return per_token(policy, batch, reduction, cost)
+
+
+def ppo(policy, batch, *, clip, value_clip, value_weight, reduction):
+    plain = dict(clip_low=clip, clip_high=clip, cap=math.inf)
+    value = np.asarray(policy.state_values, np.float64)
+    old, returns = (np.asarray(batch.extra[k]) for k in ("old_values", "returns"))
+
+    def cost(*at):
+        near = min(max(value[at], old[at] - value_clip), old[at] + value_clip)
+        return max((value[at] - returns[at]) ** 2, (near - returns[at]) ** 2) / 2
+
+    critic = per_token(policy, batch, reduction, cost)
+    actor = policy_gradient(policy, batch, reduction=reduction, **plain)
+    return actor + value_weight * critic

@@ -1,0 +1,45 @@
+"""CISPO: the clipped ratio is a weight without a gradient, so no token loses its own.
+
+  L = -Σ_t w_t sg[clip(ρ_t, 1 - ε_low, 1 + ε_high)] A_t log π(y_t)
+
+Source: MiniMax 2025, https://arxiv.org/abs/2506.13585
+Differs from the paper: nothing; ε_low = 1 leaves small ratios alone, as there.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from alignax import masked, ratios
+from alignax.batch import Batch, Metrics, Number, Scores
+
+NEEDS = ("logps", "old_logps", "advantages")
+RANGES = {"clip_low": "[0, 1]", "clip_high": "[0, inf]"}
+
+
+def loss(
+    policy: Scores,
+    batch: Batch,
+    *,
+    clip_low: Number = 1.0,
+    clip_high: Number = 2.0,
+    reduction: str = "token",
+) -> tuple[Float[Array, " B"], Metrics]:
+    """REINFORCE with truncated importance weights.
+
+    Args:
+      policy: logps [B, G, T].
+      batch: old_logps, advantages, mask [B, G, T]; valid [B, G].
+      clip_low, clip_high: ε, bounds of a weight below and above 1.
+      reduction: 'token', 'sequence' or 'constant', as in `masked.token_weights`.
+
+    Returns:
+      [B] values, and metrics 'ratio', 'clipped' (share of tokens), 'approx_kl' (nats a
+      token, to the law that sampled).
+    """
+    log_rho = ratios.log_ratio(policy, batch)
+    rho = jnp.clip(jnp.exp(ratios.bounded(log_rho)), 1 - clip_low, 1 + clip_high)
+    gain = jax.lax.stop_gradient(rho) * batch.advantages * policy.logps
+    weights = masked.token_weights(batch, reduction)
+    metrics = ratios.report(log_rho, batch, clip_low, clip_high)
+    return -(weights * gain).sum((1, 2)), metrics

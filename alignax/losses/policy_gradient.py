@@ -1,0 +1,52 @@
+"""Policy gradient with clipped ratios: REINFORCE, GRPO, Dr. GRPO and DAPO by numbers.
+
+  L = -Σ_t w_t min(ρ_t A_t, clip(ρ_t, 1 - ε_low, 1 + ε_high) A_t),   ρ_t = π(y_t)/π_old(y_t)
+
+On fresh responses ρ = 1 and the gradient is REINFORCE's, -Σ w_t A_t ∇log π(y_t). The
+weights w are those of a mean over tokens of the whole step (DAPO, which clips at .2 and
+.28), over each response and then over responses (GRPO), or over a constant length (Dr.
+GRPO). With the KL in the loss: policy_gradient_kl; in the reward: shaping/kl.
+
+Source: Williams 1992, https://doi.org/10.1007/BF00992696; Schulman et al. 2017,
+https://arxiv.org/abs/1707.06347; Shao et al. 2024, https://arxiv.org/abs/2402.03300; Liu
+et al. 2025, https://arxiv.org/abs/2503.20783; Yu et al. 2025,
+https://arxiv.org/abs/2503.14476
+Differs from the papers: nothing; which of them it is, the numbers say.
+"""
+
+from jaxtyping import Array, Float
+
+from alignax import masked, ratios
+from alignax.batch import Batch, Metrics, Number, Scores
+
+NEEDS = ("logps", "old_logps", "advantages")
+RANGES = {"clip_low": "(0, 1]", "clip_high": "(0, inf]", "cap": "(1, inf]"}
+
+
+def loss(
+    policy: Scores,
+    batch: Batch,
+    *,
+    clip_low: Number = 0.2,
+    clip_high: Number = 0.2,
+    cap: Number = float("inf"),
+    reduction: str = "token",
+) -> tuple[Float[Array, " B"], Metrics]:
+    """Surrogate of the expected advantage.
+
+    Args:
+      policy: logps [B, G, T].
+      batch: old_logps, advantages, mask [B, G, T]; valid [B, G].
+      clip_low, clip_high: ε, how far a ratio is followed below and above 1.
+      cap: c of dual clipping: where A < 0, ρ counts as at most c > 1.
+      reduction: 'token', 'sequence' or 'constant', as in `masked.token_weights`.
+
+    Returns:
+      [B] values, and metrics 'ratio', 'clipped' (share of tokens), 'approx_kl' (nats a
+      token, to the law that sampled).
+    """
+    log_rho = ratios.log_ratio(policy, batch)
+    gain = ratios.surrogate(log_rho, batch.advantages, clip_low, clip_high, cap)
+    weights = masked.token_weights(batch, reduction)
+    metrics = ratios.report(log_rho, batch, clip_low, clip_high)
+    return -(weights * gain).sum((1, 2)), metrics

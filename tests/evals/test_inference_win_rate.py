@@ -1,0 +1,116 @@
+"""Win rates under a procedure against enumeration and the theory's closed forms."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alignax import build, tokenizer
+from alignax.batch import Batch, Example
+from alignax.evals import inference_win_rate
+from alignax.evals.inference_win_rate import best_weights, win_rates
+from alignax.models import transformer
+from alignax.sharding import make_mesh
+from alignax.theory import infalign
+
+TK = tokenizer.load("bytes")
+PROMPTS = [Example(f"p{i}", p, ()) for i, p in enumerate("abcdef")]
+
+
+def enumerated(a, b, n):
+    """All subsets of n on both sides, a tie counting half."""
+    pairs = itertools.product(
+        map(max, itertools.combinations(a, n)), map(max, itertools.combinations(b, n))
+    )
+    return np.mean([(x > y) + (x == y) / 2 for x, y in pairs])
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 5])
+def test_every_subset_counts_once(n):
+    rng = np.random.default_rng(n)
+    ours, theirs = rng.integers(0, 4, (5, 6)) * 1.0, rng.integers(0, 4, (5, 5)) * 1.0
+    want = [enumerated(a, b, n) for a, b in zip(ours, theirs, strict=True)]
+    np.testing.assert_allclose(win_rates(ours, theirs, n), want, atol=1e-12)
+
+
+def test_the_estimate_is_unbiased_and_quieter_than_one_draw():
+    """Two laws on four outcomes with ties, whose best-of-3 win rate is known exactly."""
+    rng = np.random.default_rng(0)
+    p, q = np.array([0.1, 0.2, 0.3, 0.4]), np.array([0.4, 0.3, 0.2, 0.1])
+    want = infalign.discrete_win_rate(p, q, 3, best=True)
+    ours = rng.choice(4, (4000, 12), p=p) * 1.0
+    theirs = rng.choice(4, (4000, 12), p=q) * 1.0
+    got = win_rates(ours, theirs, 3)
+    assert abs(got.mean() - want) < 4 * got.std() / np.sqrt(4000)
+    once = win_rates(ours[:, :3], theirs[:, :3], 3)
+    assert got.std() < 0.6 * once.std()
+
+
+def test_weights_of_the_best():
+    assert best_weights(5, 5).tolist() == [0, 0, 0, 0, 1]
+    assert best_weights(4, 1).tolist() == [0.25] * 4
+    np.testing.assert_allclose(best_weights(4, 2), np.array([0, 1, 2, 3]) / 6)
+    with pytest.raises(ValueError, match="best of 5 cannot be taken of 4"):
+        best_weights(4, 5)
+
+
+def last(batch: Batch, texts, lms) -> np.ndarray:
+    """The id of the last token: an order on responses that the test can sum over."""
+    tokens, ends = np.asarray(batch.tokens), np.asarray(batch.lengths)
+    return np.take_along_axis(tokens, ends[..., None] - 1, -1)[..., 0] * 1.0
+
+
+def evaluate(lm, ref, **settings):
+    mesh = make_mesh((1, 1, 1))
+    more = {"samples": 64, "max_new": 1, "n": (2, 4), **settings}
+    return inference_win_rate.evaluate(
+        lm, {"ref": ref}, PROMPTS, key=jax.random.key(1), tokenizer=TK,
+        generate=build.generator(TK, mesh), score=build.scorer(mesh), batch_size=4,
+        length=8, reward="test_inference_win_rate.last", **more,
+    )  # fmt: skip
+
+
+def law(lm):
+    """[V] of the one token after each prompt."""
+    rows = [TK.prompt(e) for e in PROMPTS]
+    h, _ = transformer.hidden(lm, jnp.array(rows))
+    logits = np.asarray(transformer.unembed(lm, h[:, -1:]), np.float64)[:, 0]
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    return p / p.sum(-1, keepdims=True)
+
+
+def test_on_a_model_it_is_what_the_laws_say(tiny_config, make_lm):
+    config = dataclasses.replace(tiny_config, vocab_size=TK.vocab_size)
+    lm, ref = make_lm(config, 0), make_lm(config, 1)
+    got = evaluate(lm, ref, samples=400)
+    p, q = law(lm), law(ref)
+    exact = {
+        "standard": (1, True), "best_of_2": (2, True), "best_of_4": (4, True),
+        "worst_of_2": (2, False), "worst_of_4": (4, False),
+    }  # fmt: skip
+    for name, (n, best) in exact.items():
+        want = np.mean([infalign.discrete_win_rate(a, b, n, best=best) for a, b in zip(p, q, strict=True)])  # fmt: skip
+        # 2400 samples a side: the standard error of a mean of n-subsets is below .5 n/√2400
+        assert got[name] == pytest.approx(want, abs=4 * 0.5 * n / np.sqrt(2400)), name
+        assert got[f"{name}/lo"] <= got[name] <= got[f"{name}/hi"]
+    kl = (p * np.log(p / q)).sum(-1).mean()
+    spread = np.sqrt((p * (np.log(p / q) - kl) ** 2).sum(-1).mean() / 2400)
+    assert abs(got["kl"] - kl) < 4 * spread
+
+
+def test_a_model_against_itself_wins_half_at_no_kl(tiny_config, make_lm):
+    lm = make_lm(dataclasses.replace(tiny_config, vocab_size=TK.vocab_size), 0)
+    got = evaluate(lm, lm)
+    assert got["kl"] == 0
+    assert got["kl/se"] == 0
+    assert got["best_of_4"] == pytest.approx(0.5, abs=4 * 2 / np.sqrt(6 * 64))
+
+
+def test_what_cannot_be_estimated_is_refused(tiny_lm):
+    with pytest.raises(ValueError, match=r"n is \(65,\), expected numbers from 1 to"):
+        evaluate(tiny_lm, tiny_lm, n=(65,))
+    with pytest.raises(ValueError, match="needs an LM 'sft'"):
+        evaluate(tiny_lm, tiny_lm, baseline="sft")

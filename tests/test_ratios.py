@@ -1,0 +1,139 @@
+"""KL estimators against the exact KL, by summing over a vocabulary of five."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alignax import ratios
+from alignax.batch import Scores, from_groups
+from alignax.shaping import kl as kl_in_the_reward
+
+V = 5
+rng = np.random.default_rng(1)
+THETA, REF = rng.normal(size=V), rng.dirichlet(np.ones(V))
+PI = np.exp(THETA) / np.exp(THETA).sum()
+LOG_RATIO = np.log(PI) - np.log(REF)
+REVERSE, FORWARD = PI @ LOG_RATIO, -REF @ LOG_RATIO  # KL(π ‖ ref), KL(ref ‖ π)
+# By the logits θ of π = softmax(θ), in float64.
+REVERSE_SLOPE = PI * (LOG_RATIO - REVERSE)
+FORWARD_SLOPE = PI - REF
+
+
+def every_token():
+    """A batch whose responses are the tokens of the vocabulary, one each."""
+    batch = from_groups([[0]], [[[v] for v in range(V)]], length=3)
+    batch = jax.tree.map(jnp.asarray, batch)
+
+    def fill(x):
+        return jnp.where(batch.mask, jnp.asarray(x, jnp.float32)[None, :, None], 0)
+
+    return batch._replace(ref_logps=fill(np.log(REF)), old_logps=fill(np.log(PI))), fill
+
+
+def expectation(x):
+    """Over samples of π, which are not differentiated."""
+    return (jnp.float32(PI) * x.sum((0, 2))).sum()
+
+
+def estimated(estimator):
+    """Its expected value and its expected gradient by θ."""
+    batch, fill = every_token()
+
+    def value(theta):
+        policy = Scores(fill(jax.nn.log_softmax(theta)))
+        return expectation(ratios.kl(policy, batch, estimator))
+
+    return jax.value_and_grad(value)(jnp.float32(THETA))
+
+
+def test_the_two_kls_and_their_gradients_are_told_apart():
+    assert abs(REVERSE - FORWARD) > 0.05
+    assert np.abs(REVERSE_SLOPE - FORWARD_SLOPE).max() > 0.05
+
+
+@pytest.mark.parametrize("estimator", ["k3", "k3+"])
+def test_the_value_is_unbiased(estimator):
+    assert float(estimated(estimator)[0]) == pytest.approx(REVERSE, rel=1e-5)
+
+
+def test_the_value_of_k2_is_biased():
+    got = float(estimated("k2")[0])
+    assert got == pytest.approx(PI @ LOG_RATIO**2 / 2, rel=1e-5)
+    assert abs(got - REVERSE) > 0.05
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3+"])
+def test_the_gradient_is_that_of_the_kl_to_the_reference(estimator):
+    np.testing.assert_allclose(estimated(estimator)[1], REVERSE_SLOPE, atol=1e-6)
+
+
+def test_the_gradient_of_k3_is_that_of_the_other_kl():
+    np.testing.assert_allclose(estimated("k3")[1], FORWARD_SLOPE, atol=1e-6)
+
+
+def test_k1_in_the_reward_is_unbiased_and_in_the_loss_it_is_refused():
+    batch, fill = every_token()
+    paid = kl_in_the_reward.shape(batch, None, beta=0.3)
+    assert float(expectation(paid)) == pytest.approx(-0.3 * REVERSE, rel=1e-5)
+    with pytest.raises(ValueError, match="its expected gradient is zero"):
+        ratios.kl(Scores(fill(np.log(PI))), batch, "k1")
+
+
+def test_the_expected_gradient_of_k1_is_zero():
+    """Which is why: the score of a law has mean zero, whatever the reference."""
+    jacobian = np.eye(V) - PI  # of log π by θ, a row a token
+    np.testing.assert_allclose(PI @ jacobian, 0, atol=1e-12)
+
+
+def test_an_unknown_estimator_names_the_known_ones():
+    batch, fill = every_token()
+    with pytest.raises(ValueError, match="'k4' is not one of k2, k3"):
+        ratios.kl(Scores(fill(np.log(PI))), batch, "k4")
+
+
+def test_no_estimate_without_a_reference():
+    batch, fill = every_token()
+    with pytest.raises(ValueError, match="ref_logps is None"):
+        ratios.kl(Scores(fill(np.log(PI))), batch._replace(ref_logps=None), "k2")
+
+
+@pytest.mark.parametrize("estimator", ratios.ESTIMATORS)
+def test_invalid_and_unscored_tokens_have_no_kl(estimator):
+    batch, fill = every_token()
+    batch = batch._replace(valid=batch.valid.at[0, 2].set(False))
+    policy = Scores(jnp.where(batch.mask, fill(np.log(PI)), 7.0))
+    got = np.asarray(ratios.kl(policy, batch, estimator))
+    keep = np.asarray(batch.mask & batch.valid[..., None])
+    assert (got[~keep] == 0).all()
+    assert (got[keep] > 0).all()
+
+
+@pytest.mark.parametrize("x", [-1e4, -20.5, -3.0, 0.0, 1e-4, 3.0, 20.5, 1e4])
+def test_bounded_keeps_the_slope(x):
+    value, slope = jax.value_and_grad(lambda x: ratios.bounded(x))(jnp.float32(x))
+    assert float(value) == np.float32(np.clip(x, -20, 20))
+    assert float(slope) == 1
+
+
+@pytest.mark.parametrize("estimator", ratios.ESTIMATORS)
+def test_estimates_of_small_ratios_keep_their_digits(estimator):
+    """l = 1e-3: l²/2 to six digits of float32, not to one."""
+    batch, _ = every_token()
+    policy = Scores(jnp.where(batch.mask, batch.ref_logps * 0 + 1e-3, 0))
+    flat = batch._replace(ref_logps=batch.ref_logps * 0)
+    got = np.asarray(ratios.kl(policy, flat, estimator))[np.asarray(batch.mask)]
+    want = 5e-7 if estimator == "k2" else np.expm1(-1e-3) + 1e-3
+    np.testing.assert_allclose(got, want, rtol=1e-3)
+
+
+def test_log_ratios_are_zero_where_nothing_counts():
+    batch, _ = every_token()
+    batch = batch._replace(
+        advantages=batch.ref_logps, valid=batch.valid.at[0, 1].set(False)
+    )
+    policy = Scores(jnp.where(batch.mask, batch.old_logps + 0.5, 3.0))
+    got = np.asarray(ratios.log_ratio(policy, batch))
+    keep = np.asarray(batch.mask & batch.valid[..., None])
+    np.testing.assert_allclose(got[keep], 0.5, rtol=1e-5)
+    assert (got[~keep] == 0).all()

@@ -1,0 +1,388 @@
+"""Rollouts: what is sampled, judged, shaped and cut, and that nothing of it is lost."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from alignax import build, decode, plugin, rewards, rollout, shaping, tokenizer, train
+from alignax.batch import LM, Example, from_groups
+from alignax.sharding import make_mesh
+
+TK = tokenizer.load("bytes")
+PROMPTS = [Example(f"p{i}", p, ()) for i, p in enumerate(("ab", "c", "def", "g", "hi"))]
+CALLS: list = []  # what `counted` was asked, and after how many calls it breaks down
+BROKEN_AT: list = []
+
+
+def vowels(text: str) -> float:
+    """Share of vowels: many ties, never NaN."""
+    return sum(c in "aeiou" for c in text.lower()) / max(len(text), 1)
+
+
+def codes(batch, texts, lms) -> np.ndarray:
+    """A number that differs between nearly all responses."""
+    tokens, mask = np.asarray(batch.tokens), np.asarray(batch.mask)
+    return (np.where(mask, tokens, 0) * np.arange(1, mask.shape[-1] + 1)).sum(
+        -1
+    ) % 101.0
+
+
+def counted(batch, texts, lms) -> np.ndarray:
+    CALLS.append(len(texts))
+    if BROKEN_AT and len(CALLS) == BROKEN_AT[0]:
+        raise KeyboardInterrupt
+    return codes(batch, texts, lms)
+
+
+@pytest.fixture(scope="module")
+def lm(make_lm):
+    config = build.model_config(tiny.config(), TK.vocab_size)
+    return make_lm(config)
+
+
+@pytest.fixture(scope="module")
+def one():
+    return make_mesh((1, 1, 1))
+
+
+def sampler(mesh, reward=codes, lms=None, **more):
+    generate = build.generator(TK, mesh)
+    return rollout.Sampler(generate, plugin.bind(reward), lms or {}, TK, 5, **more)
+
+
+def steps(*names, **hyper):
+    return shaping.in_order(plugin.load("shaping", n, hyper.get(n)) for n in names)
+
+
+def make(lm, mesh, sample=None, **more):
+    settings = {
+        "shaping": steps("rloo"), "batch_size": 2, "length": 16, "seed": 3, "group": 3,
+        "needs": ("logps", "old_logps", "advantages"), **more,
+    }  # fmt: skip
+    return rollout.rollout_source(
+        PROMPTS, sample or sampler(mesh), policy=lambda params: LM(lm.config, params),
+        score=build.scorer(mesh), **settings,
+    )  # fmt: skip
+
+
+def roll(config, **settings):
+    for key, value in settings.items():
+        config.rollout[key] = value
+
+
+def equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_a_batch_is_what_the_policy_said_and_was_told(lm, one):
+    source = make(lm, one)
+    batch = source.next(lm.params, 0)
+    assert batch.tokens.shape[:2] == (2, 3)
+    np.testing.assert_array_equal(batch.feedback, codes(batch, None, None))
+    scores = build.scorer(one)(lm, batch)
+    np.testing.assert_allclose(scores.logps, batch.old_logps, atol=2e-5)
+    rewarded = batch.feedback - batch.feedback.mean(1, keepdims=True)
+    want = np.where(batch.mask, 1.5 * rewarded[..., None], 0)  # G / (G - 1)
+    np.testing.assert_allclose(batch.advantages, want, rtol=1e-5, atol=1e-4)
+    metrics = source.report()["metrics"]
+    assert metrics["rollout/reward"] == pytest.approx(batch.feedback.mean(), rel=1e-5)
+    assert metrics["rollout/logp_gap_max"] < 2e-5
+    assert metrics["rollout/tokens"] == pytest.approx(batch.mask.sum(-1).mean())
+
+
+def test_every_prompt_once_before_any_twice(lm, one):
+    source = make(lm, one)
+    ids = []
+    for at in range(5):
+        source.next(lm.params, at)
+        ids += source.report()["ids"]
+    assert sorted(ids[:5]) == sorted(ids[5:]) == [e.id for e in PROMPTS]
+    assert ids[:5] != ids[5:]
+
+
+def test_epochs_pass_over_the_same_responses_in_another_order(lm, one):
+    source = make(lm, one, batches=2, epochs=2)
+    batches = [source.next(lm.params, at) for at in range(5)]
+    rows = [sorted(map(bytes, b.tokens)) for b in batches]
+    assert sorted(rows[0] + rows[1]) == sorted(rows[2] + rows[3])
+    assert rows[0] != rows[2]
+    assert not set(rows[4]) & set(rows[0] + rows[1])
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 4])
+def test_a_rollout_goes_on_where_it_stopped(lm, one, stop):
+    def fresh():
+        more = {"batches": 2, "epochs": 2, "needs": ("ref_logps",)}
+        return make(lm, one, sampler(one, lms={"ref": lm}), **more)
+
+    source = fresh()
+    for at in range(stop):
+        source.next(lm.params, at)
+    saved = json.loads(json.dumps(source.state()))
+    want = [source.next(lm.params, at) for at in range(stop, 6)]
+    resumed = fresh()
+    resumed.restore(saved)
+    for at, batch in enumerate(want):
+        equal(resumed.next(lm.params, stop + at), batch)
+    assert resumed.report()["ids"] == source.report()["ids"]
+
+
+def test_a_state_of_other_settings_is_refused(lm, one):
+    state = make(lm, one).state()
+    with pytest.raises(ValueError, match="other rollout settings"):
+        make(lm, one, group=4).restore(state)
+
+
+def test_hosts_share_the_rows_of_one_rollout(lm, one):
+    whole = make(lm, one).next(lm.params, 0)
+    parts = [make(lm, one, host=(i, 2)).next(lm.params, 0) for i in range(2)]
+    equal(jax.tree.map(lambda *x: np.concatenate(x), *parts), whole)
+
+
+def test_a_rollout_does_not_depend_on_the_mesh(lm, one):
+    mesh = make_mesh((2, 2, 2))
+    settings = {"batch_size": 4, "needs": ()}
+    a = make(lm, one, **settings).next(lm.params, 0)
+    b = make(lm, mesh, **settings).next(lm.params, 0)
+    np.testing.assert_array_equal(a.tokens, b.tokens)
+    np.testing.assert_allclose(a.old_logps, b.old_logps, atol=2e-5)
+
+
+def test_a_tempered_rollout_reports_the_law_it_sampled(lm, one):
+    batch = make(lm, one, sampler(one, temperature=2.0)).next(lm.params, 0)
+    plain = build.scorer(one)(lm, batch).logps
+    assert np.abs(plain - batch.old_logps).max() > 0.1
+    for temperature in (0.0, -1.0):
+        with pytest.raises(ValueError, match=f"temperature is {temperature}"):
+            make(lm, one, sampler(one, temperature=temperature))
+
+
+def test_a_kl_from_tempered_samples_is_refused(lm, one):
+    warm = sampler(one, lms={"ref": lm}, temperature=0.7)
+    for more in (
+        {"shaping": steps("kl", "rloo")},
+        {"needs": ("old_logps", "ref_logps")},
+    ):
+        with pytest.raises(ValueError, match="samples of the policy itself"):
+            make(lm, one, warm, **more)
+    make(lm, one, warm, needs=("ref_logps",))  # a preference loss on any pairs
+
+
+def test_every_rollout_has_one_length(lm, one):
+    source = make(lm, one, batch_size=1)
+    assert {source.next(lm.params, at).tokens.shape for at in range(5)} == {(1, 3, 16)}
+
+
+def test_truncated_responses_by_rule(lm, one):
+    kept = make(lm, one).next(lm.params, 0)
+    ended = np.isin(kept.tokens, list(TK.eos_ids)) & kept.mask
+    cut = ~ended.any(-1)
+    assert cut.any()
+    punished = sampler(one, truncated="punish", punishment=-7.0)
+    batch = make(lm, one, punished).next(lm.params, 0)
+    np.testing.assert_array_equal(batch.feedback, np.where(cut, -7, kept.feedback))
+    if not cut.all():
+        batch = make(lm, one, sampler(one, truncated="drop")).next(lm.params, 0)
+        np.testing.assert_array_equal(batch.valid, ~cut)
+
+
+def test_a_rollout_without_a_whole_response_says_so(lm, one):
+    def endless(lm, prompts, lengths, key, **settings):
+        return decode.generate(
+            lm, jnp.asarray(prompts), jnp.asarray(lengths), key, **settings
+        )
+
+    never = sampler(one, truncated="drop")._replace(generate=endless)
+    with pytest.raises(ValueError, match="no valid response in a whole rollout"):
+        make(lm, one, never).next(lm.params, 0)
+
+
+def group(feedback, valid=None):
+    batch = from_groups([[1, 2]] * len(feedback), [[[3 + g] for g in range(len(f))] for f in feedback], length=4, feedback=feedback)  # fmt: skip
+    return batch if valid is None else batch._replace(valid=np.array(valid))
+
+
+def test_the_best_and_the_worst_are_a_pair_unless_they_tie():
+    got = rollout.select(group([(2.0, 9.0, -1.0), (4.0, 4.0, 4.0)]), "best_worst")
+    assert got.tokens[0, :, 2].tolist() == [4, 5]
+    assert got.feedback[0].tolist() == [9, -1]
+    assert got.valid.tolist() == [[True, True], [False, False]]
+
+
+def test_what_is_not_valid_is_neither_best_nor_worst():
+    batch = group([(2.0, 9.0, -1.0)], [[True, False, True]])
+    got = rollout.select(batch, "best_worst")
+    assert got.feedback.tolist() == [[2, -1]]
+    assert rollout.select(batch, "best").feedback.tolist() == [[2]]
+
+
+def test_the_greedy_baseline_is_that_of_the_greedy_response(lm, one):
+    source = make(lm, one, shaping=steps("remax"))
+    batch = source.next(lm.params, 0)
+    ids = source.report()["ids"]
+    greedy = []
+    for e in (next(e for e in PROMPTS if e.id == i) for i in ids):
+        p = TK.prompt(e)
+        out = decode.generate(lm, jnp.array([p]), jnp.array([len(p)]), jax.random.key(0), max_new=5, temperature=0.0, eos_ids=sorted(TK.eos_ids))  # fmt: skip
+        row = jax.device_get(out.batch)
+        # places count from the end of the prompt that this rollout was padded to
+        tokens = np.zeros(batch.tokens.shape[-1], int)
+        mask = np.zeros(batch.tokens.shape[-1], bool)
+        n = row.tokens.shape[-1]
+        tokens[:n], mask[:n] = row.tokens[0, 0], row.mask[0, 0]
+        weights = np.arange(1, len(tokens) + 1)
+        greedy.append((np.where(mask, tokens, 0) * weights).sum() % 101)
+    first = batch.advantages[batch.mask][0]
+    assert first == pytest.approx(batch.feedback[0, 0] - greedy[0], abs=1e-3)
+
+
+# -- samples of the reference
+
+
+def test_reference_rewards_are_drawn_once_and_cached(lm, one, tmp_path):
+    config = tiny.config("sft", length=24)
+    roll(
+        config,
+        reward={"name": "test_rollout.counted"}, max_new=6, reference_samples=8,
+        cache=str(tmp_path / "cache"),
+    )  # fmt: skip
+    config.loss = {"name": "policy_gradient"}
+    config.lms = {"ref": "init"}
+    config.shaping = {"ctrl": {}, "rloo": {}}
+
+    def calls(**changes):
+        CALLS.clear()
+        with config.unlocked():
+            config.update_from_flattened_dict(changes)
+        run = build.build(config, str(tmp_path / f"run{len(list(tmp_path.iterdir()))}"))
+        drawn = len(CALLS)
+        batch = run.source.next(run.policy.params, 0)
+        return drawn, batch
+
+    first, a = calls()
+    assert first > 0
+    second, b = calls()
+    assert second == 0
+    equal(a, b)
+    ranks = a.advantages  # what it is made of are quantiles among 8: sixteenths
+    assert np.isfinite(ranks).all()
+    with pytest.raises(ValueError, match=r"max_new \(6 there, 5 here\)"):
+        calls(**{"rollout.max_new": 5})
+
+
+def test_two_prompts_of_one_id_are_refused(lm, one):
+    twice = [PROMPTS[0], PROMPTS[0]]
+    with pytest.raises(ValueError, match="one id"):
+        rollout.reference_rewards(twice, sampler(one), lm, samples=2, rows=4, length=16, seed=0)  # fmt: skip
+
+
+def test_prompts_that_a_run_does_not_meet_are_not_sampled():
+    assert len(rollout.visited(PROMPTS, 2, 0, 1)) == 2
+    assert len(rollout.visited(PROMPTS, 2, 0, 3)) == 5
+
+
+# -- rewards that break
+
+
+@pytest.mark.parametrize(
+    "reward, message",
+    [
+        (lambda text: 1 / 0, r"ZeroDivisionError.*on the response '.+'"),
+        (lambda text: float("nan"), r"gave nan for the response '.+'"),
+        (lambda batch, texts, lms: np.zeros(3), r"gave shape \(3,\) for \(2, 3\) responses"),
+    ],
+)  # fmt: skip
+def test_a_reward_that_breaks_names_the_text(lm, one, reward, message):
+    source = make(lm, one, sampler(one, reward))
+    with pytest.raises(ValueError, match=message):
+        source.next(lm.params, 0)
+
+
+def test_a_reward_that_breaks_on_an_invalid_response_does_no_harm():
+    batch = group([(1.0, 2.0)], [[True, False]])
+    bound = plugin.bind(lambda text: float("nan") if text == "b" else 1.0)
+    assert rewards.call(bound, batch, [["a", "b"]], {}).tolist() == [[1.0, 0.0]]
+
+
+# -- in a run
+
+
+def run_config(**changes):
+    config = tiny.config("sft", length=24, num_steps=8)
+    roll(
+        config, reward={"name": "test_rollout.counted"}, max_new=6, batches=2, epochs=2
+    )
+    config.loss = {"name": "policy_gradient"}
+    config.lms = {"ref": "init"}
+    config.shaping = {"kl": {"beta": 0.1}, "rloo": {}, "whiten": {}}
+    config.checkpoint.every = 1
+    config.optim.schedule = "constant"
+    with config.unlocked():
+        config.update_from_flattened_dict(changes)
+    return config
+
+
+def test_a_run_that_broke_in_a_rollout_resumes_bit_for_bit(tmp_path):
+    CALLS.clear()
+    BROKEN_AT.clear()
+    want = train.train(run_config(), str(tmp_path / "whole"))
+    rollouts = len(CALLS)
+    assert rollouts == 2
+    CALLS.clear()
+    config = run_config(num_steps=3)
+    train.train(config, str(tmp_path / "halves"))  # stops inside the first rollout
+    (tmp_path / "halves" / "config.json").unlink()  # the longer run is another config
+    got = train.train(run_config(), str(tmp_path / "halves"))
+    assert len(CALLS) == rollouts  # the responses in use were not drawn again
+    equal(got.params, want.params)
+
+
+REFUSED = {
+    "no advantages": ({"rollout.reward": {}}, "which rollouts bring"),
+    "no shaping": ({"shaping": {}}, "needs advantages: set config.shaping"),
+    "two advantages": ({"shaping": {"rloo": {}, "remax": {}}}, "one of them makes advantages"),
+    "no critic": ({"shaping": {"gae": {}}}, "a critic needs config.model.value_head=True"),
+    "no reference": ({"lms": {}}, r"rollouts need \['ref_logps'\]: add config\.lms"),
+    "no returns": (
+        {"loss": {"name": "ppo"}, "model.value_head": True}, "needs returns",
+    ),
+    "no room": ({"rollout.max_new": 24}, "leaves no room"),
+    "no such rule": ({"rollout.truncated": "cry"}, "truncated is 'cry'"),
+    "no such choice": ({"rollout.keep": "some"}, "keep is 'some'"),
+    "nobody": ({"rollout.policy": "nobody"}, "rollouts need nobody"),
+    "no pair": ({"rollout.keep": "best_worst", "rollout.group": 1}, "group >= 2"),
+    "no group": ({"rollout.group": 0}, "group is 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_config_that_cannot_roll_is_refused(name, tmp_path):
+    changes, message = REFUSED[name]
+    config = run_config()
+    for key, value in changes.items():
+        section, _, last = key.rpartition(".")
+        with config.unlocked():
+            (config[section] if section else config)[last] = value
+    with pytest.raises(ValueError, match=message):
+        build.build(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_learning_from_its_own_responses_raises_the_reward(tmp_path):
+    """Six letters of vowels; five standard errors of the first rollout's mean and more."""
+    config = run_config(**{"num_steps": 40, "batch_size": 8, "checkpoint.every": 0})
+    roll(config, reward={"name": "test_rollout.vowels"}, group=16, batches=1, epochs=1)
+    config.shaping = {"group_norm": {}}
+    config.optim.lr = 3e-2
+    train.train(config, str(tmp_path))
+    rows = [
+        json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
+    reward = [r["train/rollout/reward"] for r in rows if "train/rollout/reward" in r]
+    assert len(reward) == 40
+    assert np.mean(reward[:3]) < 0.1
+    assert np.mean(reward[-3:]) > 0.5
