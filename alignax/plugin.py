@@ -109,7 +109,7 @@ def bind(
         if isinstance(default, float):
             given[key] = float(value)
         _check_range(name, key, given[key], getattr(module, "RANGES", {}).get(key))
-        choices = getattr(module, f"{key.upper()}S", None)
+        choices: Any = getattr(module, f"{key.upper()}S", None)
         listed = isinstance(value, str) and isinstance(choices, tuple | Mapping)
         if listed and value not in choices:
             raise ValueError(

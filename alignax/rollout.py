@@ -28,6 +28,7 @@ from alignax.tokenizer import Tokenizer
 
 TRUNCATED = ("keep", "drop", "punish")
 KEEP = ("all", "best", "best_worst")
+STREAM = 2**30  # of random keys: evaluations count from 0 under the same seed
 Baseline = dict[str, np.ndarray]  # an example's id -> rewards of other responses to it
 
 
@@ -197,7 +198,7 @@ def rollout_source(
     )
     data.update(repr(settings).encode())
     identity = data.hexdigest()[:16]
-    key = jax.random.key(seed)
+    key = jax.random.fold_in(jax.random.key(seed), STREAM)
     # The rollout in use, its number, and how many of its batches are used up.
     now: dict[str, Any] = {"buffer": None, "number": -1, "used": 0}
     report: dict[str, Any] = {"read": len(examples), "ids": [], "metrics": {}}
@@ -319,7 +320,7 @@ def reference_rewards(
         raise ValueError(f"rollout.reference_samples is {samples}, expected at least 1")
     if len({e.id for e in examples}) < len(examples):
         raise ValueError("two prompts have one id: their rewards would be mixed up")
-    key = jax.random.fold_in(jax.random.key(seed), 2**31 - 1)
+    key = jax.random.fold_in(jax.random.key(seed), STREAM + 1)
     found: Baseline = {}
     prompts = prompt_batches(
         examples, sampler.tokenizer, batch_size=min(max(1, rows // samples), len(examples)),
