@@ -1,6 +1,6 @@
-"""Runs every reproduction and writes launch/results/reproductions.md.
+"""Runs reproductions, all or those named: python tests/reproductions [NAME ...]
 
-python tests/reproductions [NAME ...]   some of them, without writing the table
+Writes their figures and their rows of launch/results/reproductions.md.
 """
 
 import importlib
@@ -17,23 +17,21 @@ def main(names: list[str]) -> None:
     known = [name for name in known if name not in SHARED]
     if unknown := sorted(set(names) - set(known)):
         raise SystemExit(f"no reproduction {unknown}; there are {', '.join(known)}")
-    results, failed = {}, []
+    failed = []
     for name in names or known:
+        module = importlib.import_module(name)
+        start = report.now()
         try:
-            with report.timed() as seconds:
-                rows = importlib.import_module(name).main()
+            rows = module.main()
         except AssertionError as error:
             failed.append(f"{name}: {error}")
-            print(f"== {name} ==\n  FAILED: {error}", flush=True)
+            print(f"  FAILED: {error}", flush=True)
             continue
-        print(f"  {seconds():.0f} s", flush=True)
-        results[name] = (rows, seconds())
+        wall, cpu = report.now() - start
+        print(f"  {wall:.0f} s, {cpu:.0f} s of all cores", flush=True)
+        report.write(name, module.__doc__, rows, wall, cpu)
     if failed:
         raise SystemExit("\n".join(["failed:", *failed]))
-    if not names:
-        path = report.RESULTS / "reproductions.md"
-        path.write_text(report.markdown(results), encoding="utf-8")
-        print(path)
 
 
 if __name__ == "__main__":

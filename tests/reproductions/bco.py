@@ -211,26 +211,35 @@ def on_the_right_side(margin):
     return float(((margin > 0) == [True, False]).mean())
 
 
+def random_parts(seed):
+    """What depends on a seed: {name: number}."""
+    rng = np.random.default_rng(seed)
+    out = dict(zip(("whole", "half"), bound(rng), strict=True))
+    out |= dict(zip(("off", "off_zero"), best_shift(rng), strict=True))
+    out |= dict(zip(("balanced", "pooled", "none"), excess(rng), strict=True))
+    for name, informative in (("learned", True), ("blind", False)):
+        out[name] = np.array(fitted_odds(rng, informative))
+    margins = side_of_shift(out["learned"])
+    return out | {"margins": margins, "right": on_the_right_side(margins)}
+
+
 def main() -> list[report.Row]:
-    rng = np.random.default_rng(0)
-    whole, half = bound(rng)
-    off, off_zero = best_shift(rng)
-    balanced, pooled, none = excess(rng)
+    drawn = toy.over_seeds(random_parts)
     want = theory.optimum(LIKED, DISLIKED)
     found = {m: population(m) for m in ("bco", "dpo", "bco_pair")}
     far = {m: abs(r - want).max() for m, r in found.items()}
     ends = {m: r[0] - r[-1] for m, r in found.items()}
-    learned, blind = fitted_odds(rng), fitted_odds(rng, informative=False)
-    with_weights, without = side_of_shift(learned), side_of_shift((1.0, 1.0))
+    without = side_of_shift((1.0, 1.0))
     check = report.check
     rows = [
         check("least of BCO - DPO on 10⁵ triples; control: the chosen half alone", ">= 0",
-              lambda x: x >= 0, whole, half),
+              lambda x: x >= 0, drawn["whole"], drawn["half"]),
         check("best shift, furthest from (a+b)/2; control: from 0", "0 (.01)",
-              lambda x: x <= 0.0101, off, off_zero),
+              lambda x: x <= 0.0101, drawn["off"], drawn["off_zero"]),
         check("excess over DPO at the balanced shift, over its least; control: pooled 9:1",
-              "< 1.5", lambda x: x < 1.5, balanced, pooled),
-        check("the same; control: δ = 0", "< 1.5", lambda x: x < 1.5, balanced, none),
+              "< 1.5", lambda x: x < 1.5, drawn["balanced"], drawn["pooled"]),
+        check("the same; control: δ = 0", "< 1.5", lambda x: x < 1.5, drawn["balanced"],
+              drawn["none"]),
         check("population optimum, furthest from log p₊/p₋; control: δ=0 (bco_pair)",
               "0 (.02)", lambda x: x < 0.02, far["bco"], far["bco_pair"]),
         check("reward of best over worst, BCO and DPO; control: bco_pair and DPO",
@@ -238,9 +247,9 @@ def main() -> list[report.Row]:
               (ends["bco"], ends["dpo"]), (ends["bco_pair"], ends["dpo"])),
         check("odds of the two clusters; control: uninformative embeddings",
               "4 / .25 (10 %)", lambda x, y: abs(x / 4 - 1) < 0.1 and abs(y * 4 - 1) < 0.1,
-              learned, blind),
+              tuple(drawn["learned"].T), tuple(drawn["blind"].T)),
         check("responses on the right side of δ, balanced; control: no weights", "1",
-              lambda x: x == 1, on_the_right_side(with_weights),
+              lambda x: x == 1, drawn["right"],
               on_the_right_side(without)),
     ]  # fmt: skip
 
@@ -255,23 +264,17 @@ def main() -> list[report.Row]:
     shifts = np.linspace(-2, 10, 200)
     a.plot(shifts, theory.bce(6, 2, shifts), color=report.COLORS[0], label="BCO")
     a.axhline(theory.dpo(6, 2), color=report.COLORS[1], label="DPO")
-    a.axvline(4, color=report.COLORS[4], linewidth=0.9, linestyle=(0, (4, 3)))
-    report.label(a, "shift δ", "loss, nats")
-    for i, method in enumerate(found):
-        b.plot(
-            want,
-            found[method],
-            "o-" if i == 0 else "-",
-            color=report.COLORS[i],
-            label=method,
-        )
+    report.mark(a, x=4)
+    a.set_ylim(-0.2, 5.5)  # room for the legend
+    report.label(a, "shift δ", "loss, nats", legend="upper left")
+    for i, (method, rewards) in enumerate(found.items()):
+        style = "o-" if method == "bco" else "-"
+        b.plot(want, rewards, style, color=report.COLORS[i], label=method)
     b.plot(want, want, color=report.COLORS[4], linewidth=0.9, linestyle=(0, (4, 3)))
     report.label(b, "log p₊/p₋", "reward − δ")
-    place = np.arange(4)
-    c.bar(
-        place - 0.2, with_weights.ravel(), 0.4, color=report.COLORS[0], label="weighed"
-    )
-    c.bar(place + 0.2, without.ravel(), 0.4, color=report.COLORS[1], label="not")
+    place, weighed = np.arange(4), np.median(drawn["margins"], 0).ravel()
+    c.bar(place - 0.2, weighed, 0.4, color=report.COLORS[0], label="weighted")
+    c.bar(place + 0.2, without.ravel(), 0.4, color=report.COLORS[1], label="unweighted")
     c.set_xticks(place, ["good\n80 %", "bad\n80 %", "good\n20 %", "bad\n20 %"])
     report.label(c, "response and approval of its cluster", "reward − δ")
     return report.finish("bco", rows, drawing)

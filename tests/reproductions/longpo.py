@@ -9,9 +9,9 @@ with the reference on the long context, and with a smaller KL(π_ref ‖ π_θ) 
 than SFT on the chosen answers. β = .1 and λ = 1 (with the command of the paper's code, both
 .01, the preference term is a hundredth of the likelihood's and LongPO is SFT).
 
-The last is false here: both are near zero, SFT's is the smaller, and SFT on the model's own
-short-context answers does as well on long documents. What LongPO beats, on both counts, is
-DPO with the reference on the long context.
+The last is false here: both are near zero, and SFT on the model's own short-context answers
+does as well on long documents. What LongPO beats, on both counts, is DPO with the reference
+on the long context.
 
 Controls: DPO, and LongPO with chosen and rejected swapped.
 """
@@ -28,7 +28,7 @@ QUESTION, VALUES, FILLERS, DECOYS = 0, 16, 20, 20
 FIRST_FILLER = 1 + VALUES
 FIRST_DECOY = FIRST_FILLER + FILLERS
 VOCAB = FIRST_DECOY + DECOYS
-SHORT, LONG, BATCH, STEPS = 32, 256, 16, 40
+SHORT, LONG, BATCH, STEPS, EVERY, ASKED = 32, 256, 8, 40, 8, 64
 
 
 def documents(rng, size, length):
@@ -70,12 +70,12 @@ def accuracy(lm, tokens, values):
     return float(np.exp(answers(lm, tokens)[np.arange(len(values)), values]).mean())
 
 
-def batches(lm, count):
+def batches(lm, seed):
     """(long rows with the reference on x_S, the same with it on x_L), made by the model."""
-    rng, out = np.random.default_rng(4), []
-    for i in range(count):
+    rng, out = np.random.default_rng((seed, 1)), []
+    for key in jax.random.split(jax.random.key(seed), STEPS):
         long, short, _ = documents(rng, BATCH, LONG)
-        keys = jax.random.split(jax.random.key(i))
+        keys = jax.random.split(key)
         sides = [sample(lm, short, keys[0]), sample(lm, long, keys[1])]
         groups = np.stack(sides, 1)
         there = toy.groups(short, groups, SHORT + 2)
@@ -95,16 +95,17 @@ def chosen_alone(batch):
     return jax.tree.map(lambda x: x[:, :1], batch)
 
 
-def main() -> list[report.Row]:
-    rng = np.random.default_rng(0)
+def compare(seed):
+    """[marks, 3] of each method: accuracy on long and on short documents, KL on short."""
+    rng = np.random.default_rng((seed, 0))
 
     def short_batch(_):
         _, short, values = documents(rng, 64, SHORT)
         return toy.groups(short, values[:, None, None], SHORT + 2)
 
-    fresh = toy.make(VOCAB, width=32, num_layers=1, length=LONG + 2)
-    base, _ = toy.train(fresh, "sft", short_batch, 400, lr=5e-3)
-    long, short, values = documents(np.random.default_rng(8), 100, LONG)
+    fresh = toy.make(VOCAB, width=32, num_layers=1, length=LONG + 2, seed=seed)
+    base, _ = toy.train(fresh, "sft", short_batch, 300, lr=5e-3)
+    long, short, values = documents(np.random.default_rng((seed, 2)), ASKED, LONG)
     before = answers(base, short)
 
     def measures(lm):
@@ -112,48 +113,51 @@ def main() -> list[report.Row]:
         drift = (np.exp(before) * (before - law)).sum(-1).mean()
         return accuracy(lm, long, values), accuracy(lm, short, values), drift
 
-    data = batches(base, STEPS)
-    more = dict(lr=1e-3, watch=measures, every=4)
+    data = batches(base, seed)
     rule = dict(beta=0.1, lam=1.0)
+    runs = {
+        "LongPO": ("longpo", lambda i: data[i][0], rule),
+        "DPO": ("dpo", lambda i: data[i][1], {"beta": 0.1}),
+        "SFT": ("sft", lambda i: chosen_alone(data[i][0]), {}),
+        "swapped": ("longpo", lambda i: swapped(data[i][0]), rule),
+    }
     paths = {
-        "LongPO": toy.train(base, "longpo", lambda i: data[i][0], STEPS, **more, **rule)[1],
-        "DPO": toy.train(base, "dpo", lambda i: data[i][1], STEPS, beta=0.1, **more)[1],
-        "SFT": toy.train(
-            base, "sft", lambda i: chosen_alone(data[i][0]), STEPS, **more
-        )[1],
-        "swapped": toy.train(
-            base, "longpo", lambda i: swapped(data[i][0]), STEPS, **more, **rule
-        )[1],
-    }  # fmt: skip
-    paths = {k: np.array(v) for k, v in paths.items()}
-    ends = {k: v[-1] for k, v in paths.items()}
+        name: toy.train(
+            base, loss, batch_of, STEPS, lr=1e-3, watch=measures, every=EVERY, **hyper
+        )[1]
+        for name, (loss, batch_of, hyper) in runs.items()
+    }
+    return {name: np.array(path) for name, path in paths.items()}
+
+
+def main() -> list[report.Row]:
+    paths = toy.over_seeds(compare)
+    start, ends = paths["LongPO"][:, 0].T, {k: v[:, -1].T for k, v in paths.items()}
     check = report.check
     rows = [
         check("accuracy on long documents over DPO's; control: swapped pairs", "> 0",
               lambda x: x > 0, ends["LongPO"][0] - ends["DPO"][0],
               ends["swapped"][0] - ends["DPO"][0]),
-        check("gain on long documents; control: swapped pairs", "> .1",
-              lambda x: x > 0.1, ends["LongPO"][0] - paths["LongPO"][0, 0],
-              ends["swapped"][0] - paths["LongPO"][0, 0]),
+        check("accuracy on long documents after, on short ones before; control: swapped",
+              "carried over, within .05", lambda long, short: long > short - 0.05,
+              (ends["LongPO"][0], start[1]), (ends["swapped"][0], start[1])),
         check("KL on short documents, nats; control: DPO", "kept, < .05",
               lambda x: x < 0.05, ends["LongPO"][2], ends["DPO"][2]),
-        check("accuracy on short documents after over before; control: DPO", "> .97",
-              lambda x: x > 0.97, ends["LongPO"][1] / paths["LongPO"][0, 1],
-              ends["DPO"][1] / paths["DPO"][0, 1]),
-        report.false("KL on short documents over SFT's", "< 1",
-                     lambda x: x < 1, ends["LongPO"][2] / ends["SFT"][2]),
+        report.false("KL on short documents over SFT's", "< 1", lambda x: x < 1,
+                     ends["LongPO"][2] / ends["SFT"][2], cause="both are near zero: SFT "
+                     "on the model's own short-context answers hardly moves it there"),
     ]  # fmt: skip
 
     drawing, (a, b) = report.figure(
         ["Long documents", "Short documents"], title="LongPO: 32 tokens teach 256"
     )
-    at = np.linspace(0, STEPS, len(paths["SFT"]))
-    for i, (name, path) in enumerate(paths.items()):
-        a.plot(at, path[:, 0], color=report.COLORS[i], label=name)
-        b.plot(at, path[:, 2], color=report.COLORS[i], label=name)
+    at = np.arange(0, STEPS + 1, EVERY)
+    for color, (name, path) in zip(report.COLORS, paths.items(), strict=False):
+        report.curve(a, at, path[..., 0], color=color, label=name)
+        report.curve(b, at, path[..., 2], color=color, label=name)
     a.set_ylim(0, 1.02)
     report.label(a, "step", "probability of the right value")
-    report.label(b, "step", "KL(reference ‖ policy), nats")
+    report.label(b, "step", "KL(reference ‖ policy), nats", legend="")
     return report.finish("longpo", rows, drawing)
 
 

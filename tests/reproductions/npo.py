@@ -30,7 +30,7 @@ import toy
 from alignax.losses import gradient_ascent, npo, sft, unlearn_dpo
 from alignax.theory import unlearning
 
-D, FEATURES, N_FORGET, N_RETAIN, N_EVAL, SEEDS = 16, 128, 200, 1000, 1000, 5
+D, FEATURES, N_FORGET, N_RETAIN, N_EVAL = 16, 128, 200, 1000, 1000
 STEPS, EVERY = 2000, 25
 RATES = {  # as in the paper's code, for means one unit from the origin
     "GA": 5e-4, "GA+RT": 5e-4, "IDK+RT": 5e-4, "DPO+RT": 5e-3, "NPO": 5e-3, "NPO+RT": 5e-3,
@@ -167,14 +167,14 @@ def retained_at(curve, level):
 
 
 def worst_ratio(curves, name):
-    """How far `name` is from the least retain distance, at the worst level."""
-    others = [k for k in curves if k != name]
+    """[seeds] retain distance over the least of the others, at the worst level."""
+    others = [c for k, c in curves.items() if k != name]
     ratios = [
-        np.median(retained_at(curves[name], level))
-        / min(np.median(retained_at(curves[k], level)) for k in others)
+        retained_at(curves[name], level)
+        / np.min([retained_at(c, level) for c in others], 0)
         for level in LEVELS
     ]
-    return max(ratios)
+    return np.max(ratios, 0)
 
 
 @functools.partial(jax.jit, static_argnames=("climb",))
@@ -203,7 +203,8 @@ def main() -> list[report.Row]:
     exact = unlearning.displacement(10_000, beta=1.0)[[100, 1000, 10_000]]
     np.testing.assert_allclose(near[1.0], exact, rtol=1e-3)
 
-    problems = jax.jit(jax.vmap(problem))(jax.random.split(jax.random.key(0), SEEDS))
+    keys = jax.random.split(jax.random.key(0), report.SEEDS)
+    problems = jax.jit(jax.vmap(problem))(keys)
     curves = {
         name: np.asarray(
             unlearn(problems, name=name, rate=rate, beta=0.1 if "DPO" in name else 1.0)
@@ -214,56 +215,50 @@ def main() -> list[report.Row]:
     sweep = {
         b: np.asarray(unlearn(problems, name="NPO", rate=5e-4, beta=b)) for b in BETAS
     }
-    gaps = {b: abs(sweep[b] - curves["GA"])[:, :, 0].max(1).mean() for b in BETAS}
+    gaps = {b: abs(c - curves["GA"])[:, :, 0].max(1) for b, c in sweep.items()}
+    assert (np.diff(list(gaps.values()), axis=0) > 0).all(), (
+        f"not monotone in β: {gaps}"
+    )
 
-    start = curves["NPO"][:, 0].mean(0)
-    early = 1200 // EVERY + 1
-    least = {k: np.median(c[:, :early, 0].min(1)) for k, c in curves.items()}
-    worst = max(v for k, v in least.items() if k != "IDK+RT")
-    ends = {k: np.median(c[:, -1, 1]) for k, c in curves.items()}
+    def least(curve):  # by step 1200
+        return curve[:, : 1200 // EVERY + 1, 0].min(1)
+
+    def ends(values):  # of the range of [seeds, 2]
+        return tuple(np.stack([values.min(0), values.max(0)], 1).ravel())
+
+    worst = np.max([least(c) for k, c in curves.items() if k != "IDK+RT"], 0)
+    check = report.check
     rows = [
-        report.check(
-            "one example, β=1: moved from 10³ to 10⁴ steps; control: ascent",
-            "2.30 (5 %)", lambda x: abs(x / np.log(10) - 1) < 0.05,
-            near[1.0][2] - near[1.0][1], far[2] - far[1],
-        ),
-        report.check(
-            "the same for β=.1; control: β=1", "23.0 (5 %)",
-            lambda x: abs(x / (10 * np.log(10)) - 1) < 0.05,
-            near[0.1][2] - near[0.1][1], near[1.0][2] - near[1.0][1],
-        ),
-        report.check(
-            "ascent: distance ×10 a decade; control: NPO", "10 (5 %)",
-            lambda x: abs(x / 10 - 1) < 0.05, far[2] / far[1], near[1.0][2] / near[1.0][1],
-        ),
-        report.check(
-            "start: forget and retain distance; control: after NPO+RT", "1.70 / .02",
-            lambda f, r: abs(f / 1.7 - 1) < 0.2 and r < 0.04,
-            tuple(start), tuple(np.median(curves["NPO+RT"][:, -1], 0)),
-        ),
-        report.check(
-            "forget distance by step 1200, worst method; control: IDK+RT", "< .005",
-            lambda x: x < 0.005, worst, least["IDK+RT"],
-        ),
-        report.check(
-            "the same for NPO; control: its sign turned", "< .005",
-            lambda x: x < 0.005, least["NPO"], np.median(turned[:, :early, 0].min(1)),
-        ),
-        report.check(
-            "retain distance in the end, NPO+RT; control: GA+RT", "GA+RT diverges",
-            lambda x: x < 0.1, ends["NPO+RT"], ends["GA+RT"],
-        ),
-        report.check(
-            "retain distance over the best other's, at the worst level of forgetting; "
-            "control: GA+RT", "NPO+RT <= 1", lambda x: x <= 1,
-            worst_ratio(curves, "NPO+RT"), worst_ratio(curves, "GA+RT"),
-        ),
-        report.check(
-            "NPO to ascent, largest gap of forget curves, β=.01; control: β=1",
-            "→ 0 with β", lambda x: x < 0.05 * gaps[1.0], gaps[0.01], gaps[1.0],
-        ),
+        check("one example, β=1: moved from 10³ to 10⁴ steps; control: ascent",
+              "2.30 (5 %)", lambda x: abs(x / np.log(10) - 1) < 0.05,
+              near[1.0][2] - near[1.0][1], far[2] - far[1]),
+        check("the same for β=.1; control: β=1", "23.0 (5 %)",
+              lambda x: abs(x / (10 * np.log(10)) - 1) < 0.05,
+              near[0.1][2] - near[0.1][1], near[1.0][2] - near[1.0][1]),
+        check("ascent: distance ×10 a decade; control: NPO", "10 (5 %)",
+              lambda x: abs(x / 10 - 1) < 0.05, far[2] / far[1],
+              near[1.0][2] / near[1.0][1]),
+        check("start: least and most forget, least and most retain distance; control: "
+              "after NPO+RT", "ranges hold 1.70 and .02",
+              lambda a, b, c, d: a <= 1.7 <= b and c <= 0.02 <= d,
+              ends(curves["NPO"][:, 0]), ends(curves["NPO+RT"][:, -1])),
+        report.false("forget distance by step 1200, worst method; beside: IDK+RT", "< .005",
+                     lambda x: x < 0.005, worst, least(curves["IDK+RT"]),
+                     cause="one draw keeps every method above .006, in another ascent comes "
+                     "down by step 1450; the paper shows one draw"),
+        check("NPO: forget distance by step 1200 over the start's; control: its sign turned",
+              "→ 0, < .01", lambda x: x < 0.01, least(curves["NPO"]) / curves["NPO"][:, 0, 0],
+              least(turned) / turned[:, 0, 0]),
+        check("retain distance in the end, NPO+RT; control: GA+RT",
+              "< .1, GA+RT diverges", lambda x: x < 0.1, curves["NPO+RT"][:, -1, 1],
+              curves["GA+RT"][:, -1, 1]),
+        check("retain distance over the best other's, at the worst level of forgetting; "
+              "control: GA+RT", "<= 1", lambda x: x <= 1,
+              worst_ratio(curves, "NPO+RT"), worst_ratio(curves, "GA+RT")),
+        check("NPO to ascent, gap of forget curves at β=.01 over that at 1; control: .5",
+              "→ 0 with β, < .05", lambda x: x < 0.05, gaps[0.01] / gaps[1.0],
+              gaps[0.5] / gaps[1.0]),
     ]  # fmt: skip
-    assert list(gaps.values()) == sorted(gaps.values()), f"not monotone in β: {gaps}"
 
     drawing, (a, b, c, d) = report.figure(
         ["One example", "Forgetting", "Forgetting against retaining", "β → 0"],
@@ -279,21 +274,21 @@ def main() -> list[report.Row]:
     )  # fmt: skip
     report.label(a, "step", "distance of z")
     at = np.arange(0, STEPS + 1, EVERY)
-    shades = dict(zip(curves, [1, 3, 4, 2, "#56B4E9", 0], strict=True))
-    for name, curve in curves.items():
-        color = shades[name]
-        color = report.COLORS[color] if isinstance(color, int) else color
-        middle = np.median(curve, 0)
-        b.semilogy(at, middle[:, 0], color=color, label=name)
-        c.loglog(middle[:, 0], middle[:, 1], color=color, label=name)
-    report.label(b, "step", "forget distance, nats")
-    report.label(c, "forget distance, nats", "retain distance, nats", legend=False)
+    for name, color in zip(curves, (1, 3, 4, 2, 5, 0), strict=True):
+        middle = np.median(curves[name], 0)
+        b.semilogy(at, middle[:, 0], color=report.COLORS[color], label=name)
+        c.loglog(*middle.T, color=report.COLORS[color], label=name)
+    report.label(b, "step", "forget distance, nats", legend="")
+    report.label(
+        c, "forget distance, nats", "retain distance, nats", legend="upper left"
+    )
     c.invert_xaxis()
     for i, (beta, curve) in enumerate(sweep.items()):
         share = i / (len(sweep) - 1)
-        d.plot(at, curve[0, :, 0], color=(0, 0.45 * share, 0.7), alpha=0.4 + 0.6 * share,
-               label=f"β={beta:g}")  # fmt: skip
-    d.plot(at, curves["GA"][0, :, 0], "--", color=report.COLORS[1], label="GA")
+        d.plot(at, np.median(curve[..., 0], 0), color=(0, 0.45 * share, 0.7),
+               alpha=0.4 + 0.6 * share, label=f"β={beta:g}")  # fmt: skip
+    middle = np.median(curves["GA"][..., 0], 0)
+    d.plot(at, middle, "--", color=report.COLORS[1], label="GA")
     report.label(d, "step", "forget distance, nats")
     d.set_ylim(0, 3)
     return report.finish("npo", rows, drawing)

@@ -36,19 +36,19 @@ def nll(lm, batch):
     return -toy.logps(lm, batch).sum() / np.asarray(batch.mask).sum()
 
 
-def fit(lm, loss, batch, test, *, epochs=EPOCHS, seed=0, **hyper):
-    """Trains for epochs of shuffled rows; (model, test NLL after each epoch)."""
+def fit(lm, loss, batch, test, seed, **lms):
+    """Trains for EPOCHS of shuffled rows; (model, test NLL after each epoch)."""
     rng = np.random.default_rng(seed)
     steps = len(batch.tokens) // BATCH
-    orders = [rng.permutation(len(batch.tokens)) for _ in range(epochs)]
+    orders = [rng.permutation(len(batch.tokens)) for _ in range(EPOCHS)]
 
     def batch_of(i):
         order = orders[i // steps]
         return toy.take(batch, order[i % steps * BATCH :][:BATCH])
 
     return toy.train(
-        lm, loss, batch_of, epochs * steps, lr=3e-3, watch=lambda x: nll(x, test),
-        every=steps, **hyper,
+        lm, loss, batch_of, EPOCHS * steps, lr=3e-3, watch=lambda x: nll(x, test),
+        every=steps, lms=lms,
     )  # fmt: skip
 
 
@@ -71,50 +71,59 @@ def auc(score, positive):
     return float(((a > b) + 0.5 * (a == b)).mean())
 
 
+def compare(seed):
+    """PoFT, plain fine-tuning and PoFT with an untrained judge: {name: what came out}."""
+    rows, wrong = data((seed, 0), ROWS, CORRUPT)
+    test, _ = data((seed, 1), 500)
+    clean, _ = data((seed, 2), ROWS)
+    fresh = toy.make(SYMBOLS + 1, length=16, seed=2 * seed)
+    other = toy.make(SYMBOLS + 1, length=16, seed=2 * seed + 1)
+    aligned, _ = fit(other, "sft", clean, test, seed)
+    out = {
+        "wrong": wrong,
+        "nll plain": np.array(fit(fresh, "sft", rows, test, seed)[1]),
+    }
+    for name, judge in (("aligned", aligned), ("untrained", other)):
+        judged = scored_by(judge, rows)
+        policy, path = fit(fresh, "poft", judged, test, seed, aligned=judge)
+        weight = weights(policy, judged)
+        out[f"nll {name}"], out[f"weight {name}"] = np.array(path), weight
+        out[f"auc {name}"] = auc(weight, ~wrong)
+        out[f"ratio {name}"] = weight[wrong].mean() / weight[~wrong].mean()
+    return out
+
+
 def main() -> list[report.Row]:
-    rows, wrong = data(0, ROWS, CORRUPT)
-    test, _ = data(1, 500)
-    clean, _ = data(2, ROWS)
-    fresh = toy.make(SYMBOLS + 1, length=16)
-    other = toy.make(SYMBOLS + 1, length=16, seed=1)
-    aligned, _ = fit(other, "sft", clean, test)
-    _, plain_nll = fit(fresh, "sft", rows, test)
-    judged, blind = scored_by(aligned, rows), scored_by(other, rows)
-    policy, policy_nll = fit(fresh, "poft", judged, test)
-    lost, lost_nll = fit(fresh, "poft", blind, test)
-    weight = {"aligned": weights(policy, judged), "untrained": weights(lost, blind)}
-    separates = {k: auc(w, ~wrong) for k, w in weight.items()}
+    found = toy.over_seeds(compare)
+    plain = found["nll plain"][:, -1]
     check = report.check
     table = [
-        check("AUC of the weight, clean above corrupted; control: untrained model",
-              "> .9", lambda x: x > 0.9, separates["aligned"], separates["untrained"]),
-        check("clean test NLL over plain fine-tuning's; control: untrained model",
-              "< 1", lambda x: x < 1, policy_nll[-1] / plain_nll[-1],
-              lost_nll[-1] / plain_nll[-1]),
-        check("mean weight of corrupted rows over clean ones; control: untrained model",
-              "< 1", lambda x: x < 0.5,
-              weight["aligned"][wrong].mean() / weight["aligned"][~wrong].mean(),
-              weight["untrained"][wrong].mean() / weight["untrained"][~wrong].mean()),
+        check("AUC of the weight, clean above corrupted; control: untrained judge",
+              "> .9", lambda x: x > 0.9, found["auc aligned"], found["auc untrained"]),
+        check("clean test NLL over plain fine-tuning's; control: untrained judge",
+              "< 1", lambda x: x < 1, found["nll aligned"][:, -1] / plain,
+              found["nll untrained"][:, -1] / plain),
+        check("mean weight of corrupted rows over clean ones; control: untrained judge",
+              "→ 0, < .5", lambda x: x < 0.5, found["ratio aligned"],
+              found["ratio untrained"]),
     ]  # fmt: skip
 
     drawing, (a, b) = report.figure(
-        ["Clean test rows", "Weight of a row in the end"],
+        ["Clean test rows", "Weight of a row in the end, one seed"],
         title="PoFT with one corrupted row in five",
     )
-    at = np.arange(EPOCHS + 1)
-    curves = {"PoFT": policy_nll, "fine-tuning": plain_nll, "PoFT, untrained": lost_nll}
-    for i, (name, curve) in enumerate(curves.items()):
-        a.semilogy(at, curve, color=report.COLORS[i], label=name)
-    report.label(a, "epoch", "NLL, nats a token")
-    edges = np.linspace(0, 1, 41)
-    for i, (name, rows_) in enumerate((("clean", ~wrong), ("corrupted", wrong))):
-        b.hist(
-            weight["aligned"][rows_],
-            edges,
-            color=report.COLORS[i],
-            alpha=0.7,
-            label=name,
+    curves = {"PoFT": "aligned", "fine-tuning": "plain", "PoFT, untrained": "untrained"}
+    for color, (label, name) in zip(report.COLORS, curves.items(), strict=False):
+        report.curve(
+            a, np.arange(EPOCHS + 1), found[f"nll {name}"], color=color, label=label
         )
+    a.set_ylim(0)
+    report.label(a, "epoch", "NLL, nats a token", legend="lower left")
+    wrong, weight = found["wrong"][0], found["weight aligned"][0]
+    for color, name, rows in zip(
+        report.COLORS, ("clean", "corrupted"), (~wrong, wrong), strict=False
+    ):
+        b.hist(weight[rows], np.linspace(0, 1, 41), color=color, alpha=0.7, label=name)
     report.label(b, "weight σ(−Δ)", "rows")
     return report.finish("poft", table, drawing)
 

@@ -1,18 +1,26 @@
 """Small policies for the reproductions, trained by the project's own step and kernel."""
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import report
 from jaxtyping import Array, Float
 
-from alignax import logprob, plugin, sharding, step
+from alignax import build, logprob, plugin, sharding, step
 from alignax.batch import LM, Batch, Scores, from_groups
 from alignax.models import transformer
 from alignax.models.transformer import ModelConfig
+
+
+def over_seeds(run: Callable[[int], Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """What run(0), run(1), ... return by name, on a first axis of seeds."""
+    runs = [run(seed) for seed in range(report.SEEDS)]
+    return {k: np.stack([one[k] for one in runs]) for k in runs[0]}
 
 
 def choices(actions: Any, *, valid: Any = None) -> Batch:
@@ -59,6 +67,22 @@ def take(batch: Batch, rows: Any) -> Batch:
     return jax.tree.map(lambda x: x[rows], batch)
 
 
+@functools.cache  # a step is compiled once, however many seeds train with it
+def _trainer(
+    config: ModelConfig, loss: str, lr: float, b1: float, hyper: tuple, lms: tuple
+):
+    bound = plugin.load("losses", loss, dict(hyper))
+    bound = bound._replace(needs=build.matched(bound.needs, lms))
+    mesh = sharding.make_mesh((1, 1, 1))
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(lr, b1=b1))
+
+    def init(params):
+        params = jax.tree.map(jnp.array, params)  # the step donates what it is given
+        return step.init_state(params, tx, mesh, ema=bound.ema)
+
+    return init, step.make_train_step(config, tx, bound, mesh)
+
+
 def train(
     lm: LM, loss: str, batch_of: Callable[[int], Batch], num_steps: int, *,
     lr: float = 3e-3, lms: dict[str, LM] | None = None, watch: Callable | None = None,
@@ -81,13 +105,9 @@ def train(
     Returns:
       The trained LM, and what `watch` returned.
     """
-    bound = plugin.load("losses", loss, hyper)
-    mesh = sharding.make_mesh((1, 1, 1))
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(lr, b1=b1))
-    run = step.make_train_step(lm.config, tx, bound, mesh)
-    params = jax.tree.map(jnp.array, lm.params)  # the step donates what it is given
-    state = step.init_state(params, tx, mesh, ema=bound.ema)
-    seen = []
+    keys = tuple(sorted(hyper.items())), tuple(sorted(lms or {}))
+    init, run = _trainer(lm.config, loss, lr, b1, *keys)
+    state, seen = init(lm.params), []
     for i in range(num_steps):
         if watch is not None and i % every == 0:
             seen.append(watch(LM(lm.config, state.params)))
