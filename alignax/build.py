@@ -222,6 +222,8 @@ def frozen(need: str) -> str | None:
 
 def check(config) -> None:
     """Raises ValueError for sections that contradict each other; the key is named."""
+    if config.shaping and not config.rollout.reward:
+        raise ValueError("config.shaping needs rollouts: set config.rollout.reward")
     if config.best_mode not in ("max", "min"):
         raise ValueError(f"best_mode is {config.best_mode!r}, expected 'max' or 'min'")
     names = [f"eval/{name}/" for name in config.evals]
@@ -408,6 +410,15 @@ def rollouts(
     if steps and sum(s.stage == "advantage" for s in steps) != 1:
         names = [s.name for s in steps]
         raise ValueError(f"config.shaping has {names}: one of them makes advantages")
+    if steps and "advantages" not in loss.needs:
+        raise ValueError(
+            f"loss {loss.name!r} reads no advantages: empty config.shaping"
+        )
+    if c.keep == "all" and c.group == 2 and not steps:
+        raise ValueError(
+            f"loss {loss.name!r} takes two responses for (chosen, rejected): "
+            "config.rollout.keep='best_worst' puts them in that order"
+        )
     if "returns" in loss.needs and not any(s.returns for s in steps):
         raise ValueError(f"loss {loss.name!r} needs returns: config.shaping.gae = {{}}")
     unfilled = [n for s in steps for n in s.needs if frozen(n) not in (None, *lms)]
@@ -445,9 +456,14 @@ def reference_rewards(config, examples, sampler) -> rollout.Baseline:
         "seed": config.seed,
     }  # fmt: skip
     ref = sampler.lms["ref"]
-    prompts = hashlib.sha256(repr([(e.id, e.prompt) for e in some]).encode())
+    prompts = hashlib.sha256(rollout.contents(some).encode())
+    others = {  # a reward may be one of them
+        f"lms.{name}": f"{int(checkpoint.checksum(lm.params)):08x}"
+        for name, lm in sampler.lms.items()
+        if name not in ("ref", "base")
+    }
     key = refcache.describe_lm(
-        ref, data=prompts.hexdigest()[:16], **settings, **sampler.identity()
+        ref, data=prompts.hexdigest()[:16], **settings, **sampler.identity(), **others
     )
     path = checkpoint.absolute(c.cache or ".") / "reference_rewards.npz"
     if c.cache and everywhere(path.exists(), f"{path} is there"):

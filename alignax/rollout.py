@@ -165,13 +165,17 @@ def rollout_source(
     for s in shaping:
         if s.baseline == "reference" and baseline is None:
             raise ValueError(f"{s.name} needs rewards of reference samples")
+        if s.baseline == "group" and group < 2:
+            raise ValueError(
+                f"{s.name} compares the responses of a group: rollout.group >= 2"
+            )
     many = batch_size * batches
     shape_needs = {n for s in shaping for n in s.needs}
     of_samples = "ref_logps" in shape_needs or {"ref_logps", "old_logps"} <= {*needs}
-    if sampler.temperature != 1 and of_samples:
+    if of_samples and (sampler.temperature != 1 or behaviour is not None):
         raise ValueError(
-            f"rollout.temperature is {sampler.temperature}: a KL to the reference is "
-            "estimated from samples of the policy itself, at temperature 1"
+            "a KL to the reference is estimated from samples of the policy itself: "
+            "rollout.temperature=1 and no rollout.policy"
         )
     critic = "old_values" in {*needs, *shape_needs}
     # What another than a fixed LM fills (a moving average) is filled in the step.
@@ -186,7 +190,7 @@ def rollout_source(
         prompt_batches, tokenizer=sampler.tokenizer, batch_size=many, length=room,
         buckets=(room,),  # one T for all: a constant reduction is by that constant
     )  # fmt: skip
-    data = hashlib.sha256(repr([(e.id, e.prompt) for e in examples]).encode())
+    data = hashlib.sha256(contents(examples).encode())
     settings = (
         many,
         epochs,
@@ -211,14 +215,18 @@ def rollout_source(
         batch, raw, truncated, seconds = sampler.draw(behaviour or lm, p, mine, group)
         start = time.monotonic()
         scores = score(lm, batch, needs=("state_values",) if critic else ())
+        if sampler.temperature == 1 and behaviour is None:
+            # the same law, as the step reads it: fresh responses have a ratio of 1
+            batch = batch._replace(old_logps=np.asarray(scores.logps))
         if critic:
             values = {"old_values": np.asarray(scores.state_values)}
             batch = batch._replace(extra={**(batch.extra or {}), **values})
         batch = annotate(batch, sampler.lms, needs=frozen, score=score)
         greedy = None
         if any(s.baseline == "greedy" for s in shaping):
-            greedy = sampler.draw(lm, p, mine, 1, greedy=True)[0].feedback
-        given: dict[str, Any] = {"": None, "greedy": greedy}
+            whole = sampler._replace(truncated="keep")  # no baseline is no answer
+            greedy = whole.draw(lm, p, mine, 1, greedy=True)[0].feedback
+        given: dict[str, Any] = {"": None, "group": None, "greedy": greedy}
         if baseline is not None:
             given["reference"] = np.stack([baseline[e.id] for e in some])
         for s in shaping:
@@ -242,8 +250,8 @@ def rollout_source(
         del step
         report["metrics"] = {}
         if now["buffer"] is None or now["used"] == batches * epochs:
-            now["number"], now["used"] = now["number"] + 1, 0
-            now["buffer"] = roll(params, now["number"])
+            fresh = roll(params, now["number"] + 1)  # what raises here changes nothing
+            now.update(buffer=fresh, number=now["number"] + 1, used=0)
         epoch, part = divmod(now["used"], batches)
         rng = np.random.default_rng([seed, now["number"], epoch])
         rows = rng.permutation(many) if epochs * batches > 1 else np.arange(many)
@@ -269,6 +277,11 @@ def rollout_source(
         now["buffer"] = unpack(saved["buffer"]) if "buffer" in saved else None
 
     return Source(next_batch, state, restore, lambda: dict(report))
+
+
+def contents(examples: Sequence[Example]) -> str:
+    """What a rollout reads of its prompts, for digests."""
+    return repr([(e.id, e.prompt, sorted(e.columns.items())) for e in examples])
 
 
 def order(size: int, many: int, seed: int) -> Callable[[int], list[int]]:
@@ -391,7 +404,7 @@ def summary(batch: Batch, truncated: np.ndarray) -> dict[str, float]:
         "reward": feedback[valid].mean(),
         "reward_std": np.mean([r.std() for r in rows]),
         "ties": np.mean([r.min() == r.max() for r in rows]),
-        "ended": 1 - truncated[valid].mean(),
+        "ended": 1 - truncated.mean(),
         "tokens": np.asarray(batch.mask)[valid].sum(-1).mean(),
         "valid": valid.mean(),
     }

@@ -203,7 +203,10 @@ def _loop(config, run, state, record, latest, best, writer, stop, start):
                 config.eval_every and now % config.eval_every == 0 and not ending
             )
             saving = config.checkpoint.every and now % config.checkpoint.every == 0
-            if done and (at % config.log_every == 0 or ending):
+            rolled = any(
+                "/rollout/" in key for key in done
+            )  # only the step that rolled
+            if done and (at % config.log_every == 0 or ending or rolled):
                 writer.write(at, done)
             idle = ending or evaluating or saving or at == start
             if idle:  # nothing unchecked is ever saved

@@ -94,6 +94,14 @@ def test_a_batch_is_what_the_policy_said_and_was_told(lm, one):
     assert metrics["rollout/tokens"] == pytest.approx(batch.mask.sum(-1).mean())
 
 
+def test_the_reference_itself_pays_nothing(lm, one):
+    """Both sides are the kernel's: not even rounding is between them."""
+    source = make(lm, one, sampler(one, lms={"ref": lm}), shaping=steps("kl", "rloo"))
+    batch = source.next(lm.params, 0)
+    np.testing.assert_array_equal(batch.old_logps, batch.ref_logps)
+    assert source.report()["metrics"]["rollout/kl"] == 0
+
+
 def test_every_prompt_once_before_any_twice(lm, one):
     source = make(lm, one)
     ids = []
@@ -169,6 +177,9 @@ def test_a_kl_from_tempered_samples_is_refused(lm, one):
     ):
         with pytest.raises(ValueError, match="samples of the policy itself"):
             make(lm, one, warm, **more)
+        cold = sampler(one, lms={"ref": lm})
+        with pytest.raises(ValueError, match="samples of the policy itself"):
+            make(lm, one, cold, behaviour=lm, **more)
     make(lm, one, warm, needs=("ref_logps",))  # a preference loss on any pairs
 
 
@@ -272,6 +283,9 @@ def test_reference_rewards_are_drawn_once_and_cached(lm, one, tmp_path):
     assert np.isfinite(ranks).all()
     with pytest.raises(ValueError, match=r"max_new \(6 there, 5 here\)"):
         calls(**{"rollout.max_new": 5})
+    config.lms = {"ref": "init", "judge": "init"}
+    with pytest.raises(ValueError, match=r"lms\.judge \(absent there"):
+        calls(**{"rollout.max_new": 6})
 
 
 def test_two_prompts_of_one_id_are_refused(lm, one):
@@ -342,7 +356,7 @@ def test_a_run_that_broke_in_a_rollout_resumes_bit_for_bit(tmp_path):
 
 
 REFUSED = {
-    "no advantages": ({"rollout.reward": {}}, "which rollouts bring"),
+    "no advantages": ({"rollout.reward": {}, "shaping": {}}, "which rollouts bring"),
     "no shaping": ({"shaping": {}}, "needs advantages: set config.shaping"),
     "two advantages": ({"shaping": {"rloo": {}, "remax": {}}}, "one of them makes advantages"),
     "no critic": ({"shaping": {"gae": {}}}, "a critic needs config.model.value_head=True"),
@@ -356,6 +370,12 @@ REFUSED = {
     "nobody": ({"rollout.policy": "nobody"}, "rollouts need nobody"),
     "no pair": ({"rollout.keep": "best_worst", "rollout.group": 1}, "group >= 2"),
     "no group": ({"rollout.group": 0}, "group is 0"),
+    "alone": ({"rollout.group": 1}, r"rloo compares the responses of a group"),
+    "unread": ({"loss": {"name": "sft"}}, "reads no advantages"),
+    "unordered": (
+        {"loss": {"name": "dpo"}, "shaping": {}, "rollout.group": 2}, "keep='best_worst'",
+    ),
+    "no rollouts": ({"loss": {"name": "sft"}, "rollout.reward": {}}, "needs rollouts"),
 }  # fmt: skip
 
 

@@ -41,6 +41,7 @@ def call(reward: Bound, batch, texts: list[list[str]], lms) -> np.ndarray:
             ) from error
     else:
         values = np.array([[_one(reward, t) for t in group] for group in texts])
+    values = values.astype(np.float32)
     shape = (len(texts), len(texts[0]))
     if values.shape != shape:
         raise ValueError(

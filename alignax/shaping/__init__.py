@@ -15,7 +15,8 @@ module declares:
 
   STAGE     when it applies
   BASELINE  whose rewards: 'reference', K samples of it; 'greedy', the policy's one greedy
-            response; '' (the default), nobody's: `baseline` is None
+            response; 'group', the others of its group, which has two responses or more;
+            '' (the default), nobody's. With the last two `baseline` is None
   NEEDS     columns to fill before ('old_logps', 'ref_logps', 'old_values')
   RETURNS   True: what it gives, plus `old_values`, is what a critic should learn
             (`extra['returns']`)
@@ -32,7 +33,7 @@ from alignax.batch import Batch
 from alignax.plugin import Bound
 
 STAGES = ("reward", "penalty", "advantage", "scale")
-BASELINES = ("", "reference", "greedy")
+BASELINES = ("", "group", "reference", "greedy")
 
 
 def in_order(shapings: Iterable[Bound]) -> list[Bound]:

@@ -35,7 +35,7 @@ CALIBRATIONS = (
     "interpolated",
     "leave_one_out",
     "gaussian",
-    "global",
+    "rollout",
 )
 TRANSFORMS = ("identity", "log", "exp", "best_of", "optimal", "top")
 PROCEDURES = ("best_of", "worst_of")
@@ -130,7 +130,7 @@ def calibrate(
         'interpolated': linear between neighbours, 0 and 1 beyond all.
         'gaussian': the CDF of a normal law with the samples' moments; this and the one
           before change under transforms of the reward that are not linear.
-        'global': m/K among the samples of all prompts together: prompts are compared.
+        'rollout': m/K among the samples of all its prompts together: prompts are compared.
 
     Returns:
       [B, G], within [0, 1].
@@ -142,7 +142,7 @@ def calibrate(
     k = baseline.shape[1]
     if k < 2 and kind in ("leave_one_out", "gaussian"):
         raise ValueError(f"calibration {kind!r} needs 2 reference samples, there is 1")
-    if kind == "global":
+    if kind == "rollout":
         flat = _below(reward.reshape(1, -1), baseline.reshape(1, -1))
         return flat.reshape(reward.shape) / baseline.size
     below = _below(reward, baseline)

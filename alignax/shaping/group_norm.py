@@ -17,6 +17,7 @@ from alignax.batch import Batch, Number
 from alignax.shaping import centred
 
 STAGE = "advantage"
+BASELINE = "group"
 RANGES = {"scale": "[0, 1]", "eps": "(0, inf)"}
 
 

@@ -16,6 +16,7 @@ from alignax.batch import Batch
 from alignax.shaping import centred
 
 STAGE = "advantage"
+BASELINE = "group"
 
 
 def shape(batch: Batch, baseline: Float[Array, "B R"] | None) -> Float[Array, "B G T"]:
