@@ -393,7 +393,6 @@ def rollouts(
     assemble: Callable, mesh: Mesh,
 ) -> source.Source:  # fmt: skip
     """The source of a run that learns from the policy's own responses."""
-    c = config.rollout
     if config.mixture or config.reference_cache or config.reference_data:
         raise ValueError(
             "rollouts take config.data, without reference_cache or reference_data"
@@ -414,7 +413,7 @@ def rollouts(
         raise ValueError(
             f"loss {loss.name!r} reads no advantages: empty config.shaping"
         )
-    if c.keep == "all" and c.group == 2 and not steps:
+    if config.rollout.keep == "all" and config.rollout.group == 2 and not steps:
         raise ValueError(
             f"loss {loss.name!r} takes two responses for (chosen, rejected): "
             "config.rollout.keep='best_worst' puts them in that order"
@@ -422,13 +421,13 @@ def rollouts(
     if "returns" in loss.needs and not any(s.returns for s in steps):
         raise ValueError(f"loss {loss.name!r} needs returns: config.shaping.gae = {{}}")
     unfilled = [n for s in steps for n in s.needs if frozen(n) not in (None, *lms)]
-    if unfilled or (c.policy and c.policy not in lms):
+    if unfilled or (config.rollout.policy and config.rollout.policy not in lms):
         raise ValueError(
-            f"rollouts need {unfilled or c.policy}: add config.lms, there are {sorted(lms)}"
+            f"rollouts need {unfilled or config.rollout.policy}: add config.lms, there are {sorted(lms)}"
         )
     sampler = rollout.Sampler(
-        generator(text, mesh), rewards.load(_inner_dicts(c.reward)), lms, text,
-        c.max_new, c.temperature, c.truncated, c.punishment,
+        generator(text, mesh), rewards.load(_inner_dicts(config.rollout.reward)), lms, text,
+        config.rollout.max_new, config.rollout.temperature, config.rollout.truncated, config.rollout.punishment,
     )  # fmt: skip
     baseline = None
     if any(s.baseline == "reference" for s in steps):
@@ -439,20 +438,19 @@ def rollouts(
     return rollout.rollout_source(
         examples, sampler, policy=lambda params: assemble(params, lms),
         score=scorer(mesh), shaping=steps, batch_size=config.batch_size,
-        length=config.length, seed=config.seed, group=c.group, batches=c.batches,
-        epochs=c.epochs, keep=c.keep, needs=loss.needs, baseline=baseline, host=host,
-        behaviour=lms[c.policy] if c.policy else None,
+        length=config.length, seed=config.seed, group=config.rollout.group, batches=config.rollout.batches,
+        epochs=config.rollout.epochs, keep=config.rollout.keep, needs=loss.needs, baseline=baseline, host=host,
+        behaviour=lms[config.rollout.policy] if config.rollout.policy else None,
     )  # fmt: skip
 
 
 def reference_rewards(config, examples, sampler) -> rollout.Baseline:
     """Rewards of reference samples of every prompt the run meets, or from the cache."""
-    c = config.rollout
-    many = config.batch_size * c.batches
-    count = -(-config.num_steps // (c.batches * c.epochs))
+    many = config.batch_size * config.rollout.batches
+    count = -(-config.num_steps // (config.rollout.batches * config.rollout.epochs))
     some = rollout.visited(examples, many, config.seed, count)
     settings = {
-        "samples": c.reference_samples, "rows": many * c.group, "length": config.length,
+        "samples": config.rollout.reference_samples, "rows": many * config.rollout.group, "length": config.length,
         "seed": config.seed,
     }  # fmt: skip
     ref = sampler.lms["ref"]
@@ -465,11 +463,11 @@ def reference_rewards(config, examples, sampler) -> rollout.Baseline:
     key = refcache.describe_lm(
         ref, data=prompts.hexdigest()[:16], **settings, **sampler.identity(), **others
     )
-    path = checkpoint.absolute(c.cache or ".") / "reference_rewards.npz"
-    if c.cache and everywhere(path.exists(), f"{path} is there"):
+    path = checkpoint.absolute(config.rollout.cache or ".") / "reference_rewards.npz"
+    if config.rollout.cache and everywhere(path.exists(), f"{path} is there"):
         return rollout.untable(refcache.load(path, key), [e.id for e in some])
     found = rollout.reference_rewards(some, sampler, ref, **settings)
-    if c.cache and jax.process_index() == 0:
+    if config.rollout.cache and jax.process_index() == 0:
         refcache.save(path, rollout.table(found), key)
     return found
 
