@@ -32,7 +32,7 @@ def test_explain_prints_and_exits(config, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "blocks/attn/q/kernel" in result.stdout
     assert "(None, 'fsdp', 'model', None)" in result.stdout
-    assert "GiB a copy; 2 copies" in result.stdout
+    assert "MiB a copy; 2 copies" in result.stdout
     assert not (tmp_path / "run").exists()
 
 
