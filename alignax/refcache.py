@@ -148,8 +148,8 @@ def load(path, key: dict[str, str]) -> Table:
     ]
     if differ:
         raise ValueError(
-            f"{path} holds numbers of something else: {'; '.join(differ)}; "
-            "name another folder in the config, or delete the file"
+            f"{path} holds log-probabilities of something else: {'; '.join(differ)}; "
+            "name another folder in config.reference_cache, or delete the file"
         )
     parts = np.split(saved["logps"], saved["ends"][:-1])
     return {row.tobytes(): x for row, x in zip(saved["rows"], parts, strict=True)}
