@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -108,9 +109,12 @@ def put_batch(batch, mesh: Mesh):
 
 
 def put_params(params, mesh: Mesh):
-    """Places a parameter tree by the rule table; always a fresh copy, safe to donate."""
+    """Places a parameter tree by the rule table; always a fresh copy, safe to donate.
+
+    Weak types do not survive: a step returns strong ones, and would compile twice.
+    """
     place = jax.jit(
-        lambda tree: jax.tree.map(lambda x: x + 0, tree),
+        lambda tree: jax.tree.map(lambda x: x + jnp.zeros((), x.dtype), tree),
         out_shardings=shardings(params, mesh),
     )
     return place(params)

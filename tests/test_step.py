@@ -11,6 +11,7 @@ from oracles import losses as oracle
 
 from alignax import logprob, masked, plugin
 from alignax.batch import LM
+from alignax.models import transformer
 from alignax.plugin import Bound
 from alignax.sharding import make_mesh, put_batch, put_params
 from alignax.step import EMA_DECAY, init_state, make_train_step
@@ -226,6 +227,18 @@ def test_a_moving_reference_is_the_average_of_the_policy(tiny_lm, make_batch):
     want = np.asarray(policy - mean)[:, 0].mean()
     assert abs(want) > 1e-3
     assert float(metrics["log_ratio_chosen"]) == pytest.approx(want, abs=1e-4)
+
+
+def test_fresh_parameters_compile_one_program(tiny_config, make_batch):
+    """Weak types in what `init` draws would be strong after the first step."""
+    params = transformer.init(tiny_config, jax.random.key(0))
+    assert not any(x.weak_type for x in jax.tree.leaves(params))
+    weak = jax.tree.map(lambda x: jnp.full(x.shape, 0.01), params)
+    step, state = start(LM(tiny_config, weak), LOSSES["sft-token"])
+    batch = put_batch(make_batch(4, 2, 12), make_mesh((1, 1, 1)))
+    for _ in range(2):
+        state, _ = step(state, {}, batch)
+    assert step.compilations(state) == 1
 
 
 def test_the_state_is_donated_and_frozen_models_are_not(tiny_lm, lms, make_batch):

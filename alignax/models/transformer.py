@@ -364,7 +364,9 @@ def init(config: ModelConfig, key) -> Params:
         "embed": 0.02 * normal(keys[0], (config.vocab_size, config.width)),
         "blocks": jax.vmap(block)(jax.random.split(keys[1], config.num_layers)),
         "norm": {
-            "scale": jnp.full((config.width,), 0.0 if config.norm_offset else 1.0)
+            "scale": jnp.full(
+                (config.width,), 0.0 if config.norm_offset else 1.0, jnp.float32
+            )
         },
     }
     if not config.tied:
