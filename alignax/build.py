@@ -9,11 +9,12 @@ import datetime
 import fnmatch
 import functools
 import hashlib
+import inspect
 import json
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -30,12 +31,14 @@ from alignax import (
     checkpoint,
     decode,
     logprob,
+    masked,
     optim,
     plots,
     plugin,
     refcache,
     rewards,
     rollout,
+    sampler,
     shaping,
     sharding,
     source,
@@ -48,6 +51,8 @@ from alignax.models.transformer import ModelConfig
 
 log = logging.getLogger(__name__)
 RATE = ("lr", "schedule", "warmup", "final")  # of config.optim: the schedule's own
+# What a file of reference rewards holds, and whose folder it is in: for messages.
+REWARDS = {"what": "rewards", "setting": "config.rollout.cache"}
 # What may differ when a run goes on in its folder: nothing that changes a number.
 VOLATILE = ("log_every", "checkpoint", "profile", "wandb", "mesh", "patience")
 
@@ -172,6 +177,12 @@ def build(config, workdir: str) -> Run:
         raise ValueError(
             f"loss {loss.name!r} needs {missing}: add config.lms, there are {sorted(lms)}"
         )
+    for name, e in evals.items():
+        if possible := getattr(inspect.getmodule(e.function), "check", None):
+            try:
+                possible((*lms, *moving), eval_data, **e.hyper)
+            except ValueError as error:
+                raise ValueError(f"evals.{name}: {error}") from error
     model = policy.config
 
     def assemble(params: Params, lms: Mapping[str, LM]) -> LM:
@@ -190,7 +201,9 @@ def build(config, workdir: str) -> Run:
             )
         data = cached(config, data, text, lms["ref"], examples, mesh)
     if config.rollout.reward and examples is not None:
-        data = rollouts(config, examples, text, loss, lms, policy, assemble, mesh)
+        data = rollouts(
+            config, examples, text, loss, lms, moving, policy, assemble, mesh, workdir
+        )  # fmt: skip
     # Last, so that a config that cannot run leaves nothing behind.
     folder = prepare(workdir, config)
     if adapters:
@@ -270,6 +283,11 @@ def bind_loss(config) -> plugin.Bound:
         for name, hyper in config.reweight.items()
     ]
     loss = plugin.compose(bind(config, "losses", config.loss), weights)
+    mode = loss.hyper.get("reduction", masked.MODES[0])
+    if mode not in masked.MODES:
+        raise ValueError(
+            f"{loss.name}: reduction={mode!r} is not one of {', '.join(masked.MODES)}"
+        )
     return loss._replace(needs=matched(loss.needs, list(config.lms)))
 
 
@@ -389,8 +407,8 @@ def cached(config, data, text, ref: LM, examples, mesh: Mesh) -> source.Source:
 
 
 def rollouts(
-    config, examples, text, loss: plugin.Bound, lms: dict[str, LM], policy: LM,
-    assemble: Callable, mesh: Mesh,
+    config, examples, text, loss: plugin.Bound, lms: dict[str, LM],
+    moving: Sequence[str], policy: LM, assemble: Callable, mesh: Mesh, workdir: str,
 ) -> source.Source:  # fmt: skip
     """The source of a run that learns from the policy's own responses."""
     if config.mixture or config.reference_cache or config.reference_data:
@@ -401,6 +419,7 @@ def rollouts(
         bind(config, "shaping", {"name": name, **hyper})
         for name, hyper in config.shaping.items()
     )
+    given = [f"shaping.{name}" for name, h in config.shaping.items() if "beta" in h]
     needs = {n for s in (loss, *steps) for n in s.needs}
     if {"state_values", "old_values"} & needs and not policy.config.value_head:
         raise ValueError("a critic needs config.model.value_head=True")
@@ -413,63 +432,137 @@ def rollouts(
         raise ValueError(
             f"loss {loss.name!r} reads no advantages: empty config.shaping"
         )
-    if config.rollout.keep == "all" and config.rollout.group == 2 and not steps:
+    slots = config.rollout.group + bool(config.rollout.anchor)
+    if config.rollout.keep == "all" and slots == 2 and not steps:
         raise ValueError(
             f"loss {loss.name!r} takes two responses for (chosen, rejected): "
             "config.rollout.keep='best_worst' puts them in that order"
         )
     if "returns" in loss.needs and not any(s.returns for s in steps):
         raise ValueError(f"loss {loss.name!r} needs returns: config.shaping.gae = {{}}")
-    unfilled = [n for s in steps for n in s.needs if frozen(n) not in (None, *lms)]
-    if unfilled or (config.rollout.policy and config.rollout.policy not in lms):
+    if loss.group and loss.hyper[loss.group] != config.rollout.group:
         raise ValueError(
-            f"rollouts need {unfilled or config.rollout.policy}: add config.lms, there are {sorted(lms)}"
+            f"loss.{loss.group} is {loss.hyper[loss.group]:g}, but rollout.group is "
+            f"{config.rollout.group}"
         )
-    sampler = rollout.Sampler(
+    missing = [n for s in steps for n in s.needs if frozen(n) not in (None, *lms)]
+    behaviour, shown = config.rollout.policy, config.rollout.anchor  # names
+    missing += [behaviour] if behaviour not in ("", *lms) else []
+    missing += [shown] if shown not in ("", *lms, *moving) else []
+    if missing:
+        raise ValueError(
+            f"rollouts need {missing}: add config.lms, there are {sorted((*lms, *moving))}"
+        )
+
+    def anchor(average: Params | None) -> LM:
+        return lms[shown] if shown in lms else assemble(average, lms)
+
+    judged = sampler.Sampler(
         generator(text, mesh), rewards.load(_inner_dicts(config.rollout.reward)), lms, text,
-        config.rollout.max_new, config.rollout.temperature, config.rollout.truncated, config.rollout.punishment,
+        max_new=config.rollout.max_new, temperature=config.rollout.temperature,
+        truncated=config.rollout.truncated, punishment=config.rollout.punishment,
+        overlong_buffer=config.rollout.overlong_buffer,
+        overlong_penalty=config.rollout.overlong_penalty, score=scorer(mesh),
     )  # fmt: skip
     baseline = None
     if any(s.baseline == "reference" for s in steps):
         if "ref" not in lms:
             raise ValueError("rewards of reference samples need a frozen lms.ref")
-        baseline = reference_rewards(config, examples, sampler)
-    host = (jax.process_index(), jax.process_count())
+        baseline = reference_rewards(config, examples, judged, workdir)
     return rollout.rollout_source(
-        examples, sampler, policy=lambda params: assemble(params, lms),
-        score=scorer(mesh), shaping=steps, batch_size=config.batch_size,
-        length=config.length, seed=config.seed, group=config.rollout.group, batches=config.rollout.batches,
-        epochs=config.rollout.epochs, keep=config.rollout.keep, needs=loss.needs, baseline=baseline, host=host,
-        behaviour=lms[config.rollout.policy] if config.rollout.policy else None,
+        examples, judged, policy=lambda params: assemble(params, lms), score=scorer(mesh),
+        shaping=with_strength(steps, loss, given), batch_size=config.batch_size,
+        length=config.length, seed=config.seed, group=config.rollout.group,
+        batches=config.rollout.batches, epochs=config.rollout.epochs,
+        keep=config.rollout.keep, needs=loss.needs, baseline=baseline,
+        behaviour=lms[behaviour] if behaviour else None,
+        dynamic_sampling=config.rollout.dynamic_sampling,
+        max_draws=config.rollout.max_draws, anchor=anchor if shown else None,
+        anchor_samples=config.rollout.anchor_samples,
+        host=(jax.process_index(), jax.process_count()),
     )  # fmt: skip
 
 
-def reference_rewards(config, examples, sampler) -> rollout.Baseline:
-    """Rewards of reference samples of every prompt the run meets, or from the cache."""
-    many = config.batch_size * config.rollout.batches
-    count = -(-config.num_steps // (config.rollout.batches * config.rollout.epochs))
-    some = rollout.visited(examples, many, config.seed, count)
+def with_strength(
+    steps: Sequence[plugin.Bound], loss: plugin.Bound, given: Collection[str] = ()
+) -> list[plugin.Bound]:
+    """The shapings, with the run's KL strength as 'beta' of each reward that takes one.
+
+    That is the sum of what a penalty and a loss on advantages call 'beta'. A reward that is
+    made for a strength (a tabulated optimum) is wrong at any other.
+
+    Args:
+      steps: the shapings.
+      loss: the loss.
+      given: names of the shapings whose beta the config states itself.
+
+    Raises:
+      ValueError: it states another than the run has.
+    """
+    penalties = [s for s in steps if s.stage == "penalty"]
+    penalties += [loss] if {"advantages", "ref_logps"} <= {*loss.needs} else []
+    strength = float(sum(b.hyper.get("beta", 0.0) for b in penalties))
+    out = []
+    for s in steps:
+        if s.stage == "reward" and "beta" in s.hyper:
+            own = s.hyper["beta"]
+            if s.name in given and not math.isclose(own, strength, rel_tol=1e-6):
+                raise ValueError(
+                    f"{s.name} is made for a KL strength of {own}, the run has {strength:g} "
+                    f"({', '.join(b.name for b in penalties) or 'no penalty'}): leave its "
+                    "beta out"
+                )
+            s = s._replace(hyper={**s.hyper, "beta": strength})
+        out.append(s)
+    return out
+
+
+def reference_rewards(
+    config, examples, judged: sampler.Sampler, workdir: str
+) -> Callable[[], sampler.Baseline]:
+    """What gives rewards of reference samples of every prompt the run may meet.
+
+    They are drawn when they are first asked for, and kept for whoever asks again: another
+    run with the same folder, or this one when it goes on.
+
+    Raises:
+      ValueError: what is kept there is of something else.
+    """
+    batches = config.rollout.batches
+    places = -(-config.num_steps // (batches * config.rollout.epochs)) * batches
+    places *= config.rollout.max_draws if config.rollout.dynamic_sampling else 1
+    some = rollout.visited(examples, config.batch_size, config.seed, places)
     settings = {
-        "samples": config.rollout.reference_samples, "rows": many * config.rollout.group, "length": config.length,
-        "seed": config.seed,
+        "samples": config.rollout.reference_samples, "length": config.length,
+        "rows": config.batch_size * config.rollout.group, "seed": config.seed,
     }  # fmt: skip
-    ref = sampler.lms["ref"]
+    ref = judged.lms["ref"]
     prompts = hashlib.sha256(rollout.contents(some).encode())
     others = {  # a reward may be one of them
         f"lms.{name}": f"{int(checkpoint.checksum(lm.params)):08x}"
-        for name, lm in sampler.lms.items()
+        for name, lm in judged.lms.items()
         if name not in ("ref", "base")
     }
     key = refcache.describe_lm(
-        ref, data=prompts.hexdigest()[:16], **settings, **sampler.identity(), **others
+        ref, data=prompts.hexdigest()[:16], **settings, **judged.identity(), **others
     )
-    path = checkpoint.absolute(config.rollout.cache or ".") / "reference_rewards.npz"
-    if config.rollout.cache and everywhere(path.exists(), f"{path} is there"):
-        return rollout.untable(refcache.load(path, key), [e.id for e in some])
-    found = rollout.reference_rewards(some, sampler, ref, **settings)
-    if config.rollout.cache and jax.process_index() == 0:
-        refcache.save(path, rollout.table(found), key)
-    return found
+    folder = checkpoint.absolute(config.rollout.cache or workdir)
+    path = folder / "reference_rewards.npz"
+    kept: sampler.Baseline | None = None
+    if everywhere(path.exists(), f"{path} is there"):
+        kept = sampler.untable(
+            refcache.load(path, key, **REWARDS), [e.id for e in some]
+        )
+
+    def baseline() -> sampler.Baseline:
+        if kept is not None:
+            return kept
+        found = sampler.reference_rewards(some, judged, ref, **settings)
+        if jax.process_index() == 0:
+            refcache.save(path, sampler.table(found), key)
+        return found
+
+    return baseline
 
 
 def lora_settings(config) -> lora.Lora | None:
@@ -631,9 +724,15 @@ def scorer(mesh: Mesh) -> Callable:
     """score(lm, batch, needs, ...) -> Scores on the host; every host holds the batch."""
     rows = NamedSharding(mesh, sharding.BATCH)
 
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+
     def score(lm, batch, needs=(), **more):
-        batch = jax.device_put(jax.tree.map(np.asarray, batch), rows)
-        return jax.device_get(compiled_score(mesh, tuple(needs))(lm, batch, **more))
+        many = len(batch.tokens)
+        # copies of the first row fill up what does not divide; they are cut off again
+        at = np.r_[:many, np.zeros(-many % shards, int)]
+        batch = jax.device_put(jax.tree.map(lambda x: np.asarray(x)[at], batch), rows)
+        out = jax.device_get(compiled_score(mesh, tuple(needs))(lm, batch, **more))
+        return jax.tree.map(lambda x: x[:many], out)
 
     return score
 

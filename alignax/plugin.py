@@ -33,6 +33,7 @@ class Bound(NamedTuple):
     ema: Mapping[str, float] = MappingProxyType({})
     stage: str = ""  # of a shaping: when it applies
     baseline: str = ""  # of a shaping: whose rewards it compares with
+    group: str = ""  # of a loss: its hyper-parameter that must be rollout.group
     returns: bool = False  # of a shaping: what it gives, plus values, a critic learns
 
     def __call__(self, *args, **kwargs):
@@ -75,7 +76,7 @@ def bind(
       function: the plug-in.
       hyper: values for its keyword-only parameters.
       name: what errors call it.
-      module: where NEEDS, COUPLED, EMA, STAGE, BASELINE and RETURNS stand; the function's own
+      module: where NEEDS, COUPLED, EMA, STAGE, BASELINE, GROUP and RETURNS stand; the function's own
         module by default.
 
     Raises:
@@ -126,6 +127,7 @@ def bind(
         dict(getattr(module, "EMA", {})),
         str(getattr(module, "STAGE", "")),
         str(getattr(module, "BASELINE", "")),
+        str(getattr(module, "GROUP", "")),
         bool(getattr(module, "RETURNS", False)),
     )  # fmt: skip
 

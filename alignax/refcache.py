@@ -1,7 +1,8 @@
 """Log-probabilities under the frozen reference, computed once and kept on disk.
 
 The reference never changes, so its forward pass over a data set need not be repeated
-every epoch and every run. A file holds, for each distinct row (tokens and mask), the
+every epoch and every run; neither need its samples (a file of their rewards is written
+and read by the same functions). A file holds, for each distinct row (tokens and mask), the
 log-probabilities of its scored tokens; a row is found by its content, whatever batch it
 stands in (where that batch has another shape, the numbers may round differently). The
 file states what it was made of: if any of that differs, it is refused.
@@ -129,8 +130,17 @@ def save(path, table: Table, key: dict[str, str]) -> None:
     fresh.replace(path)
 
 
-def load(path, key: dict[str, str]) -> Table:
+def load(
+    path, key: dict[str, str], *, what: str = "log-probabilities",
+    setting: str = "config.reference_cache",
+) -> Table:  # fmt: skip
     """Reads a table that was made of exactly what `key` says.
+
+    Args:
+      path: of the file.
+      key: from `describe` or `describe_lm`.
+      what: the numbers, for messages.
+      setting: which key of the config names their folder, for messages.
 
     Raises:
       ValueError: it was made of something else; the parts that differ are named.
@@ -148,8 +158,8 @@ def load(path, key: dict[str, str]) -> Table:
     ]
     if differ:
         raise ValueError(
-            f"{path} holds log-probabilities of something else: {'; '.join(differ)}; "
-            "name another folder in config.reference_cache, or delete the file"
+            f"{path} holds {what} of something else: {'; '.join(differ)}; name another "
+            f"folder in {setting}, or delete the file"
         )
     parts = np.split(saved["logps"], saved["ends"][:-1])
     return {row.tobytes(): x for row, x in zip(saved["rows"], parts, strict=True)}
@@ -158,8 +168,8 @@ def load(path, key: dict[str, str]) -> Table:
 def attach(source: Source, table: Table) -> Source:
     """The source, with `ref_logps` filled in every batch."""
 
-    def next_batch(params: Any = None, step: int = 0) -> Batch:
-        batch = source.next(params, step)
+    def next_batch(params: Any = None, step: int = 0, average: Any = None) -> Batch:
+        batch = source.next(params, step, average)
         ref: Any = np.zeros(batch.mask.shape, np.float32)
         for content, (b, g) in _rows(batch):
             ref[b, g][batch.mask[b, g]] = table[content]

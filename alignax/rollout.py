@@ -3,92 +3,31 @@
   prompts -> generate(policy) -> rewards/* -> feedback -> shaping/*, in order -> advantages
 
 A rollout is `batches` steps' worth of prompts with a group of responses each; `epochs`
-passes over it make optimiser steps. Everything random is a function of the seed and of
-the rollout's number; the rollout in use is part of the state, so that a run resumes in
-the middle of it bit for bit. Every host holds the whole rollout and gives its own rows.
+passes over it make optimiser steps. It is drawn and scored a step's worth at a time: no
+LM ever sees more of it at once. Everything random is a function of the seed and of
+the place in the order of prompts; that place and the rollout in use are the state, so that
+a run resumes in the middle of it bit for bit. Every host holds the whole rollout and gives
+its own rows.
 """
 
-import base64
 import functools
 import hashlib
-import io
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignax import rewards
 from alignax.batch import LM, Batch, Example, Params
+from alignax.packing import pack, unpack
 from alignax.plugin import Bound
-from alignax.source import PromptBatch, Source, annotate, prompt_batches, texts
-from alignax.tokenizer import Tokenizer
+from alignax.sampler import STREAM, Baseline, Drawn, Sampler
+from alignax.source import Source, annotate, column_names, prompt_batches
 
-TRUNCATED = ("keep", "drop", "punish")
 KEEP = ("all", "best", "best_worst")
-STREAM = 2**30  # of random keys: evaluations count from 0 under the same seed
-Baseline = dict[str, np.ndarray]  # an example's id -> rewards of other responses to it
-
-
-class Sampler(NamedTuple):
-    """How responses are drawn and judged: the same for the policy and the reference.
-
-    Attributes:
-      generate: decode.generate with the end-of-sequence ids bound; host arrays come back.
-      reward: from `rewards.load`.
-      lms: frozen LMs that a reward may read.
-      tokenizer: of prompts and responses.
-      max_new: most tokens of a response.
-      temperature: of the sampled law; advantages are of that law.
-      truncated: what becomes of a response that max_new ended. 'keep': nothing; 'drop':
-        it is not valid; 'punish': its feedback is `punishment`.
-      punishment: see `truncated`.
-    """
-
-    generate: Callable[..., Any]
-    reward: Bound
-    lms: Mapping[str, LM]
-    tokenizer: Tokenizer
-    max_new: int
-    temperature: float = 1.0
-    truncated: str = "keep"
-    punishment: float = 0.0
-
-    def draw(self, lm: LM, prompts: PromptBatch, key, group: int, greedy: bool = False):
-        """(a host batch with feedback, sampler's log-probs, truncated, seconds of both)."""
-        start = time.monotonic()
-        out = jax.device_get(
-            self.generate(
-                lm, prompts.tokens, prompts.lengths, key, max_new=self.max_new,
-                group=group, temperature=0.0 if greedy else self.temperature,
-            )
-        )  # fmt: skip
-        middle = time.monotonic()
-        batch = out.batch._replace(
-            valid=out.batch.valid & prompts.valid[:, None],
-            extra=prompts.columns or None,
-        )
-        if self.truncated == "drop":
-            batch = batch._replace(valid=batch.valid & ~out.truncated)
-        feedback = rewards.call(
-            self.reward, batch, texts(batch, self.tokenizer), self.lms
-        )
-        if self.truncated == "punish":
-            ended = ~(batch.valid & out.truncated)
-            feedback = np.where(ended, feedback, np.float32(self.punishment))
-        seconds = (middle - start, time.monotonic() - middle)
-        return batch._replace(feedback=feedback), out.raw_logps, out.truncated, seconds
-
-    def identity(self) -> dict[str, Any]:
-        """What the numbers of a reference rollout depend on, part by part."""
-        reward = f"{self.reward.name} {sorted(self.reward.hyper.items())}"
-        return {
-            "reward": reward, "tokenizer": self.tokenizer.fingerprint,
-            "max_new": self.max_new, "temperature": self.temperature,
-            "truncated": f"{self.truncated} {self.punishment}",
-        }  # fmt: skip
+PROMPTS, ROWS = 1, 2  # streams of numpy's generator under one seed
 
 
 def rollout_source(
@@ -107,7 +46,11 @@ def rollout_source(
     keep: str = "all",
     needs: Sequence[str] = (),
     behaviour: LM | None = None,
-    baseline: Baseline | None = None,
+    baseline: Callable[[], Baseline] | None = None,
+    dynamic_sampling: bool = False,
+    max_draws: int = 8,
+    anchor: Callable[[Params | None], LM] | None = None,
+    anchor_samples: int = 2,
     host: tuple[int, int] = (0, 1),
 ) -> Source:
     """Batches of fresh responses, shaped into advantages.
@@ -118,9 +61,10 @@ def rollout_source(
       policy: from what is trained to the whole policy.
       score: `logprob.score` of host batches (see `build.scorer`).
       shaping: from `plugin.load('shaping', ...)`, in order.
-      batch_size: B, prompts an optimiser step over all hosts.
+      batch_size: B, prompts an optimiser step over all hosts, and drawn at once.
       length: tokens a row may have; a prompt keeps its last `length - max_new`.
-      seed: of the order and of the samples.
+      seed: of the order and of the samples. A response depends on the seed, the place of
+        its prompt in the order, B and the parameters, not on `batches` or the mesh.
       group: G, responses a prompt.
       batches: optimiser steps that one pass over a rollout makes.
       epochs: passes over a rollout, each in another order.
@@ -128,55 +72,51 @@ def rollout_source(
         a group without a difference is then not valid.
       needs: what the loss declares; the reference's columns are filled once a rollout.
       behaviour: a frozen LM to sample instead of the policy.
-      baseline: rewards of reference samples, where a shaping asks for them.
+      baseline: gives rewards of reference samples, where a shaping asks for them; called
+        once, by the first rollout.
+      dynamic_sampling: draw on until all groups of a rollout have a difference in their
+        rewards (Yu et al. 2025); the length penalty is no difference.
+      max_draws: most prompts drawn, times those of a rollout. What is then missing is
+        filled with groups without a difference, which are not valid.
+      anchor: from the policy's average, where the run has one, to an LM whose best of
+        `anchor_samples` responses, by the same reward, is one more slot after the G,
+        valid where one of these is. Its advantages are 0, its old_logps the anchor's; no
+        shaping sees it.
+      anchor_samples: see `anchor`.
       host: (process index, process count).
 
     Returns:
-      A Source. Its report has 'metrics' of a rollout at the step that made it:
-      'rollout/reward', 'rollout/reward_std' (within groups), 'rollout/ties' (share of
-      groups without a difference), 'rollout/ended', 'rollout/tokens' (a response),
-      'rollout/kl' (nats, where the reference is read), 'rollout/logp_gap' and
-      'rollout/logp_gap_max' (sampler against kernel, nats a token), and seconds
-      'rollout/sampling', 'rollout/scoring'.
+      A Source, whose `next` takes (params, step, average). Its report has 'metrics' of a
+      rollout at the step that made it, which the log shows under 'train/': 'rollout/'
+        reward: mean over valid responses; reward_std: within groups.
+        ties: share of groups without a difference.
+        ended: share of responses that are not truncated; valid: of those that count.
+        tokens: a response.
+        kl: nats a response, where the reference is read.
+        logp_gap, logp_gap_max: sampler against kernel, nats a token.
+        anchor_reward: of the slot that `anchor` brings.
+        prompts, ties_dropped, surplus, unfilled: under dynamic sampling, how many were
+          drawn; thrown away without and (drawn with the last ones needed) with a
+          difference; and missing.
+        sampling, scoring: seconds.
 
     Raises:
       ValueError: a setting out of its range; no prompts; a shaping whose baseline is
-        not given. Later, from `next`: what the reward does wrong.
+        not given. Later, from `next`: what the reward does wrong; dynamic sampling that
+        finds no difference at all.
     """
-    if keep not in KEEP:
-        raise ValueError(f"rollout.keep is {keep!r}, expected one of {KEEP}")
-    if sampler.truncated not in TRUNCATED:
-        raise ValueError(
-            f"rollout.truncated is {sampler.truncated!r}, expected one of {TRUNCATED}"
-        )
-    for name, value in (("group", group), ("batches", batches), ("epochs", epochs)):
-        if value < 1:
-            raise ValueError(f"rollout.{name} is {value}, expected at least 1")
-    if keep == "best_worst" and group < 2:
-        raise ValueError("rollout.keep='best_worst' needs rollout.group >= 2")
-    if sampler.temperature <= 0:
-        raise ValueError(
-            f"rollout.temperature is {sampler.temperature}: a greedy response says "
-            "nothing about its alternatives"
-        )
+    counts = {"group": group, "batches": batches, "epochs": epochs}
+    counts |= {"max_draws": max_draws, "anchor_samples": anchor_samples}
+    own = sampler.temperature == 1 and behaviour is None  # the policy's law is sampled
+    _check(
+        sampler, shaping, needs, counts, own=own, keep=keep, dynamic=dynamic_sampling,
+        reference=baseline is not None, anchor=anchor is not None,
+    )  # fmt: skip
     room = length - sampler.max_new
     if room < 1:
         raise ValueError(f"length {length} leaves no room before {sampler.max_new} new")
-    for s in shaping:
-        if s.baseline == "reference" and baseline is None:
-            raise ValueError(f"{s.name} needs rewards of reference samples")
-        if s.baseline == "group" and group < 2:
-            raise ValueError(
-                f"{s.name} compares the responses of a group: rollout.group >= 2"
-            )
     many = batch_size * batches
     shape_needs = {n for s in shaping for n in s.needs}
-    of_samples = "ref_logps" in shape_needs or {"ref_logps", "old_logps"} <= {*needs}
-    if of_samples and (sampler.temperature != 1 or behaviour is not None):
-        raise ValueError(
-            "a KL to the reference is estimated from samples of the policy itself: "
-            "rollout.temperature=1 and no rollout.policy"
-        )
     critic = "old_values" in {*needs, *shape_needs}
     # What another than a fixed LM fills (a moving average) is filled in the step.
     frozen = tuple(
@@ -185,87 +125,131 @@ def rollout_source(
         if n.endswith("_logps") and n != "old_logps"
         and (n in shape_needs or n.removesuffix("_logps") in sampler.lms)
     )  # fmt: skip
-    pick = order(len(examples), many, seed)
+    pick = order(len(examples), batch_size, seed)
+    column_names(examples)
     prompts = functools.partial(
-        prompt_batches, tokenizer=sampler.tokenizer, batch_size=many, length=room,
+        prompt_batches, tokenizer=sampler.tokenizer, batch_size=batch_size, length=room,
         buckets=(room,),  # one T for all: a constant reduction is by that constant
     )  # fmt: skip
+    reference = functools.cache(baseline or dict)
     data = hashlib.sha256(contents(examples).encode())
     settings = (
-        many,
-        epochs,
-        group,
-        seed,
-        length,
-        keep,
-        sorted(sampler.identity().items()),
-    )
+        batch_size, seed, length, keep, sorted(counts.items()), dynamic_sampling,
+        anchor is not None, sorted(sampler.identity().items()),
+    )  # fmt: skip
     data.update(repr(settings).encode())
     identity = data.hexdigest()[:16]
-    key = jax.random.fold_in(jax.random.key(seed), STREAM)
-    # The rollout in use, its number, and how many of its batches are used up.
-    now: dict[str, Any] = {"buffer": None, "number": -1, "used": 0}
+    stream = functools.partial(jax.random.fold_in, jax.random.key(seed))
+    # The rollout in use, its number, how many of its batches are used up, and how many
+    # batches of prompts were drawn so far.
+    now: dict[str, Any] = {"buffer": None, "number": -1, "used": 0, "drawn": 0}
     report: dict[str, Any] = {"read": len(examples), "ids": [], "metrics": {}}
 
-    def roll(params: Params, number: int) -> Batch:
-        some = [examples[i] for i in pick(number)]
-        (p,) = prompts(some)
-        lm = policy(params)
-        mine = jax.random.fold_in(key, number)
-        batch, raw, truncated, seconds = sampler.draw(behaviour or lm, p, mine, group)
-        start = time.monotonic()
-        scores = score(lm, batch, needs=("state_values",) if critic else ())
-        if sampler.temperature == 1 and behaviour is None:
-            # the same law, as the step reads it: fresh responses have a ratio of 1
-            batch = batch._replace(old_logps=np.asarray(scores.logps))
-        if critic:
-            values = {"old_values": np.asarray(scores.state_values)}
-            batch = batch._replace(extra={**(batch.extra or {}), **values})
-        batch = annotate(batch, sampler.lms, needs=frozen, score=score)
-        greedy = None
+    def sample(lm: LM, clock: dict[str, float]):
+        """(examples, responses to them, places drawn, counts) of a rollout."""
+
+        def answer(i: int) -> Drawn:
+            place = now["drawn"] + i
+            (p,) = prompts([examples[j] for j in pick(place)])
+            mine = jax.random.fold_in(stream(STREAM), place)
+            return sampler.draw(behaviour or lm, p, mine, group, clock=clock)
+
+        if dynamic_sampling:
+            rows, drawn, tally = differing(answer, many, batches * max_draws)
+        else:
+            drawn, tally = joined([answer(i) for i in range(batches)]), {}
+            rows = np.arange(many)
+        places = tally.get("prompts", many) // batch_size
+        met = [j for i in range(places) for j in pick(now["drawn"] + i)]
+        return [examples[met[row]] for row in rows], drawn, places, tally
+
+    def read(lm: LM, teacher: LM | None, some, drawn: Drawn, key, clock) -> Read:
+        """What is read of the responses to B prompts before they are shaped."""
+        greedy, batch = None, drawn.batch
         if any(s.baseline == "greedy" for s in shaping):
             whole = sampler._replace(truncated="keep")  # no baseline is no answer
-            greedy = whole.draw(lm, p, mine, 1, greedy=True)[0].feedback
-        given: dict[str, Any] = {"": None, "group": None, "greedy": greedy}
+            (p,) = prompts(some)
+            answer = whole.draw(lm, p, key, 1, greedy=True, clock=clock)
+            greedy = np.asarray(answer.batch.feedback)
+        if teacher is not None:
+            (p,) = prompts(some)
+            theirs = sampler.draw(teacher, p, key, anchor_samples, clock=clock).batch
+            best = select(theirs, "best")
+            count = batch.valid.any(1, keepdims=True)  # an unfilled place is empty
+            batch = beside(batch, best._replace(valid=best.valid & count))
+        start = time.monotonic()
+        scores = score(lm, batch, needs=("state_values",) if critic else ())
+        logps: Any = np.asarray(scores.logps)[:, :group]
+        if own:  # as the step reads it: fresh responses have a ratio of 1
+            law: Any = np.concatenate(
+                [logps, np.asarray(batch.old_logps)[:, group:]], 1
+            )
+            batch = batch._replace(old_logps=law)
+        if critic:
+            values: Any = np.asarray(scores.state_values)
+            columns = {**(batch.extra or {}), "old_values": values}
+            batch = batch._replace(extra=columns)
+        batch = annotate(batch, sampler.lms, needs=frozen, score=score)
+        clock["scoring"] += time.monotonic() - start
+        gap = np.abs(logps - drawn.raw_logps)
+        return Read(jax.tree.map(np.asarray, batch), gap, greedy)
+
+    def rolled(params: Params, average: Params | None):
+        """A rollout: (what is kept of it, ids, places drawn, metrics)."""
+        clock = {"sampling": 0.0, "scoring": 0.0}
+        lm, teacher = policy(params), None if anchor is None else anchor(average)
+        some, drawn, places, tally = sample(lm, clock)
+        parts = []
+        for i in range(batches):
+            part = slice(i * batch_size, (i + 1) * batch_size)
+            step = (now["number"] + 1) * batches + i
+            mine = jax.random.fold_in(stream(STREAM + 2), step)
+            parts.append(read(lm, teacher, some[part], at(part, drawn), mine, clock))
+        whole = joined(parts)
+        given: dict[str, Any] = {"": None, "group": None, "greedy": whole.greedy}
         if baseline is not None:
-            given["reference"] = np.stack([baseline[e.id] for e in some])
+            given["reference"] = np.stack([reference()[e.id] for e in some])
+        batch = slots(whole.batch, slice(group))
         for s in shaping:
             batch = shaped(s, batch, given[s.baseline])
-        seconds = (seconds[0], seconds[1] + time.monotonic() - start)
-        gap = np.abs(np.asarray(scores.logps) - raw)[
-            batch.mask & batch.valid[..., None]
-        ]
-        report["metrics"] = {
-            f"rollout/{k}": float(v)
-            for k, v in {
-                **summary(batch, truncated),
-                **({} if behaviour else {"logp_gap": gap.mean(), "logp_gap_max": gap.max()}),
-                "sampling": seconds[0], "scoring": seconds[1],
-            }.items()
-        }  # fmt: skip
-        now["ids"] = p.ids
-        return jax.tree.map(np.asarray, select(batch, keep))
+        numbers = {**summary(batch, drawn.truncated), **tally, **clock}
+        if behaviour is None:
+            gap = whole.gap[batch.mask & batch.valid[..., None]]
+            numbers |= {"logp_gap": gap.mean(), "logp_gap_max": gap.max()}
+        if teacher is not None:
+            last = slots(whole.batch, slice(group, None))
+            if batch.advantages is not None:
+                none: Any = np.zeros_like(batch.advantages[:, :1])
+                last = last._replace(advantages=none)
+            batch = beside(batch, last)
+            if last.valid.any():
+                numbers["anchor_reward"] = last.feedback[last.valid].mean()
+        metrics = {f"rollout/{k}": float(v) for k, v in numbers.items()}
+        kept = jax.tree.map(np.asarray, select(batch, keep))
+        return kept, [e.id for e in some], places, metrics
 
-    def next_batch(params: Any = None, step: int = 0) -> Batch:
+    def next_batch(params: Any = None, step: int = 0, average: Any = None) -> Batch:
         del step
         report["metrics"] = {}
         if now["buffer"] is None or now["used"] == batches * epochs:
-            fresh = roll(params, now["number"] + 1)  # what raises here changes nothing
-            now.update(buffer=fresh, number=now["number"] + 1, used=0)
+            # what raises here changes nothing
+            fresh, ids, places, report["metrics"] = rolled(params, average)
+            now.update(buffer=fresh, ids=ids, number=now["number"] + 1, used=0)
+            now["drawn"] += places
         epoch, part = divmod(now["used"], batches)
-        rng = np.random.default_rng([seed, now["number"], epoch])
+        rng = np.random.default_rng([ROWS, seed, now["number"], epoch])
         rows = rng.permutation(many) if epochs * batches > 1 else np.arange(many)
         rows = rows[part * batch_size : (part + 1) * batch_size]
         now["used"] += 1
         report["ids"] = [now["ids"][i] for i in rows]
         share = batch_size // host[1]
-        rows = rows[host[0] * share : (host[0] + 1) * share]
-        return jax.tree.map(lambda x: x[rows], now["buffer"])
+        return at(rows[host[0] * share : (host[0] + 1) * share], now["buffer"])
 
     def state() -> dict[str, Any]:
         used_up = now["buffer"] is None or now["used"] == batches * epochs
         kept = {} if used_up else {"buffer": pack(now["buffer"]), "ids": now["ids"]}
-        return {"number": now["number"], "used": now["used"], "data": identity, **kept}
+        place = {k: now[k] for k in ("number", "used", "drawn")}
+        return {**place, "data": identity, **kept}
 
     def restore(saved: dict[str, Any]) -> None:
         if saved.get("data") != identity:
@@ -273,10 +257,126 @@ def rollout_source(
                 "the saved rollout belongs to other prompts or other rollout settings: "
                 f"saved {saved.get('data')}, here {identity}"
             )
-        now.update(number=saved["number"], used=saved["used"], ids=saved.get("ids"))
+        now.update({k: saved[k] for k in ("number", "used", "drawn")})
+        now["ids"] = saved.get("ids")
         now["buffer"] = unpack(saved["buffer"]) if "buffer" in saved else None
 
     return Source(next_batch, state, restore, lambda: dict(report))
+
+
+class Read(NamedTuple):
+    """Responses with the columns that LMs fill, and what is not kept of them."""
+
+    batch: Batch
+    gap: np.ndarray  # [B, G, T] nats between sampler and kernel
+    greedy: np.ndarray | None  # [B, 1] rewards of greedy responses
+
+
+def _check(
+    sampler: Sampler, shaping: Sequence[Bound], needs: Sequence[str],
+    counts: dict[str, int], *, own: bool, keep: str, dynamic: bool, reference: bool,
+    anchor: bool,
+) -> None:  # fmt: skip
+    """Raises ValueError for settings out of their range or against each other."""
+    sampler.check()
+    if keep not in KEEP:
+        raise ValueError(f"rollout.keep is {keep!r}, expected one of {KEEP}")
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"rollout.{name} is {value}, expected at least 1")
+    if counts["group"] < 2:
+        comparing = [s.name for s in shaping if s.baseline == "group"]
+        comparing += ["rollout.keep='best_worst'"] * (keep == "best_worst")
+        comparing += ["rollout.dynamic_sampling"] * dynamic
+        if comparing:
+            raise ValueError(
+                f"{comparing[0]} compares the responses of a group: rollout.group >= 2"
+            )
+    for s in shaping:
+        if s.baseline == "reference" and not reference:
+            raise ValueError(f"{s.name} needs rewards of reference samples")
+    shape_needs = {n for s in shaping for n in s.needs}
+    of_samples = "ref_logps" in shape_needs or {"ref_logps", "old_logps"} <= {*needs}
+    if of_samples and not own:
+        raise ValueError(
+            "a KL to the reference is estimated from samples of the policy itself: "
+            "rollout.temperature=1 and no rollout.policy"
+        )
+    if "old_logps" in needs and sampler.temperature != 1:
+        raise ValueError(
+            f"the loss clips ratios to the law that was sampled: to that at a temperature "
+            f"of {sampler.temperature} they are not 1 even at first; rollout.temperature=1"
+        )
+    if anchor and (keep != "all" or "old_values" in {*needs, *shape_needs}):
+        raise ValueError(
+            "rollout.anchor is a slot beside a whole group, and no critic's: "
+            "rollout.keep='all', and neither a loss nor a shaping with a critic"
+        )
+
+
+def differing(answer: Callable[[int], Drawn], many: int, most: int):
+    """Dynamic sampling: draws until enough groups have a difference in their rewards.
+
+    Source: Yu et al. 2025, https://arxiv.org/abs/2503.14476
+
+    Args:
+      answer: the responses to the i-th B prompts from here on.
+      many: groups wanted.
+      most: times that `answer` may be asked.
+
+    Returns:
+      (which of the groups drawn these are, they, counts): the first with a difference,
+      in order; where they are too few, some without one, of which nothing is valid.
+
+    Raises:
+      ValueError: no group has one.
+    """
+    chunks: list[Drawn] = []
+    found = total = 0
+    while found < many and len(chunks) < most:
+        chunks.append(answer(len(chunks)))
+        found += int(chunks[-1].differs.sum())
+        total += len(chunks[-1].differs)
+    if not found:
+        raise ValueError(
+            f"dynamic sampling: none of {total} groups has a difference in its rewards "
+            "(rollout.max_draws bounds how many are drawn)"
+        )
+    drawn = joined(chunks)
+    rows = np.argsort(~drawn.differs, kind="stable")[:many]
+    drawn = at(rows, drawn)
+    batch = drawn.batch
+    valid = batch.valid & drawn.differs[:, None]
+    unfilled = int((~drawn.differs).sum())
+    tally = {
+        "prompts": total, "ties_dropped": total - found - unfilled,
+        "surplus": found + unfilled - many, "unfilled": unfilled,
+    }  # fmt: skip
+    return rows, drawn._replace(batch=batch._replace(valid=valid)), tally
+
+
+def at(rows: Any, tree: Any) -> Any:
+    """Some rows of every array."""
+    return jax.tree.map(lambda x: x[rows], tree)
+
+
+def joined(trees: Sequence[Any]) -> Any:
+    """The rows of all."""
+    return jax.tree.map(lambda *x: np.concatenate(x), *trees)
+
+
+def slots(batch: Batch, which: slice) -> Batch:
+    """Some responses of every group."""
+    return jax.tree.map(lambda x: x[:, which] if x.ndim > 1 else x, batch)
+
+
+def beside(batch: Batch, more: Batch) -> Batch:
+    """The responses of both; what a prompt has once stays as it is."""
+
+    def both(a, b):
+        return np.concatenate([a, b], 1) if a.ndim > 1 else a
+
+    return jax.tree.map(both, batch, more)
 
 
 def contents(examples: Sequence[Example]) -> str:
@@ -285,13 +385,13 @@ def contents(examples: Sequence[Example]) -> str:
 
 
 def order(size: int, many: int, seed: int) -> Callable[[int], list[int]]:
-    """Which prompts a rollout has: a fresh permutation each time they were all used."""
+    """Which prompts a place has: a fresh permutation each time they were all used."""
     if not size:
         raise ValueError("no prompts: the data set is empty")
 
     @functools.lru_cache(maxsize=4)
     def epoch(number: int) -> np.ndarray:
-        return np.random.default_rng([seed, number]).permutation(size)
+        return np.random.default_rng([PROMPTS, seed, number]).permutation(size)
 
     def pick(number: int) -> list[int]:
         places = range(number * many, (number + 1) * many)
@@ -300,58 +400,11 @@ def order(size: int, many: int, seed: int) -> Callable[[int], list[int]]:
     return pick
 
 
-def visited(examples: Sequence[Example], many: int, seed: int, rollouts: int):
-    """The examples that the first rollouts draw from, each once."""
+def visited(examples: Sequence[Example], many: int, seed: int, places: int):
+    """The examples that the first places have, each once."""
     pick = order(len(examples), many, seed)
-    found = sorted({i for number in range(rollouts) for i in pick(number)})
-    return [examples[i] for i in found]
-
-
-def reference_rewards(
-    examples: Sequence[Example], sampler: Sampler, ref: LM, *, samples: int, rows: int,
-    length: int, seed: int,
-) -> Baseline:  # fmt: skip
-    """Rewards of K samples of the reference for every prompt.
-
-    Args:
-      examples: their prompts; ids are distinct.
-      sampler: how responses are drawn and judged.
-      ref: the frozen reference.
-      samples: K.
-      rows: responses to draw at once.
-      length: as in `rollout_source`.
-      seed: of the samples, which a rollout never draws again.
-
-    Returns:
-      {id: [K] rewards}.
-
-    Raises:
-      ValueError: no K, two examples with one id, or a reference response without a
-        reward because it was truncated and is dropped.
-    """
-    if samples < 1:
-        raise ValueError(f"rollout.reference_samples is {samples}, expected at least 1")
-    if len({e.id for e in examples}) < len(examples):
-        raise ValueError("two prompts have one id: their rewards would be mixed up")
-    key = jax.random.fold_in(jax.random.key(seed), STREAM + 1)
-    found: Baseline = {}
-    prompts = prompt_batches(
-        examples, sampler.tokenizer, batch_size=min(max(1, rows // samples), len(examples)),
-        length=length - sampler.max_new,
-    )  # fmt: skip
-    for i, p in enumerate(prompts):
-        batch, *_ = sampler.draw(ref, p, jax.random.fold_in(key, i), samples)
-        for name, feedback, valid in zip(
-            p.ids, batch.feedback, batch.valid, strict=False
-        ):
-            if not valid.all():
-                raise ValueError(
-                    f"{int((~valid).sum())} of {samples} reference responses to {name} "
-                    "are truncated: rollout.truncated='drop' leaves no quantiles; take "
-                    "'keep' or 'punish'"
-                )
-            found[name] = np.array(feedback, np.float32)
-    return found
+    met = {i for number in range(places) for i in pick(number)}
+    return [examples[i] for i in sorted(met)]
 
 
 def shaped(shaping: Bound, batch: Batch, baseline: np.ndarray | None) -> Batch:
@@ -412,38 +465,3 @@ def summary(batch: Batch, truncated: np.ndarray) -> dict[str, float]:
         ratio = np.asarray(batch.old_logps) - np.asarray(batch.ref_logps)
         out["kl"] = ratio[valid].sum(-1).mean()
     return {k: float(v) for k, v in out.items()}
-
-
-def pack(batch: Batch) -> str:
-    """A host batch as text, for the state of a source."""
-    leaves = jax.tree_util.tree_leaves_with_path(batch)
-    named: Any = {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
-    file = io.BytesIO()
-    np.savez_compressed(file, **named)
-    return base64.b64encode(file.getvalue()).decode()
-
-
-def unpack(text: str) -> Batch:
-    """The batch that `pack` wrote."""
-    fields: dict[str, Any] = {}
-    for name, value in dict(np.load(io.BytesIO(base64.b64decode(text)))).items():
-        field, _, column = name.removeprefix(".").partition("[")
-        if column:
-            fields.setdefault(field, {})[column.strip("'\"]")] = value
-        else:
-            fields[field] = value
-    return Batch(**fields)
-
-
-def table(baseline: Baseline) -> dict[bytes, np.ndarray]:
-    """Rewards by a digest of the prompt's id, as `refcache` keeps them."""
-    return {_digest(name): values for name, values in baseline.items()}
-
-
-def untable(rows: Mapping[bytes, np.ndarray], names: Iterable[str]) -> Baseline:
-    """The inverse of `table` for known ids."""
-    return {name: rows[_digest(name)] for name in names}
-
-
-def _digest(name: str) -> bytes:
-    return hashlib.sha256(name.encode()).digest()

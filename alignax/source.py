@@ -34,7 +34,8 @@ class Source(NamedTuple):
     """Batches in order, with a place to stop and go on.
 
     Attributes:
-      next: (params, step) -> Batch of this host's rows. Offline sources ignore both.
+      next: (params, step, average) -> Batch of this host's rows; `average` is that of the
+        parameters, None where the run keeps none. Offline sources ignore all three.
         Raises StopIteration when the epochs are over.
       state: () -> a JSON-serialisable dict.
       restore: takes what `state` gave; the batches that follow are bit-identical.
@@ -43,7 +44,7 @@ class Source(NamedTuple):
         'dropped_ids' and 'malformed_ids' with their reasons, and 'ids' of the last batch.
     """
 
-    next: Callable[[Any, int], Batch]
+    next: Callable[..., Batch]
     state: Callable[[], dict[str, Any]]
     restore: Callable[[dict[str, Any]], None]
     report: Callable[[], dict[str, Any]]
@@ -160,8 +161,8 @@ def dataset_source(
     counts["padding"] = plan.padding(min(steps, max(need)))
     last: dict[str, list[str]] = {"ids": []}
 
-    def next_batch(params: Any = None, step: int = 0) -> Batch:
-        del params, step
+    def next_batch(params: Any = None, step: int = 0, average: Any = None) -> Batch:
+        del params, step, average
         batch, last["ids"] = next(walk)
         return batch
 
@@ -256,10 +257,11 @@ def prompt_batches(
       buckets: the values of P that occur; as for `dataset_source`.
 
     Raises:
-      ValueError: no examples.
+      ValueError: no examples, or examples with different columns.
     """
     if not len(examples):
         raise ValueError("no prompts: the data set is empty")
+    names = column_names(examples)
     sizes = bucket_sizes(buckets, length)
     out = []
     for start in range(0, len(examples), batch_size):
@@ -279,13 +281,27 @@ def prompt_batches(
                 np.arange(batch_size) < batch_size - fill,
                 [tokenizer.decode(i, keep_specials=True) for i in ids],
                 [e.id for e in some[: batch_size - fill]],
-                {
-                    k: np.array([e.columns[k] for e in some], np.float32)
-                    for k in some[0].columns
-                },
+                {k: np.array([e.columns[k] for e in some], np.float32) for k in names},
             )
         )
     return out
+
+
+def column_names(examples: Sequence[Example]) -> list[str]:
+    """The columns that all examples have.
+
+    Raises:
+      ValueError: two examples have different ones.
+    """
+    first = examples[0]
+    names = sorted(first.columns)
+    for i in range(len(examples)):
+        e = examples[i]
+        if sorted(e.columns) != names:
+            raise ValueError(
+                f"{e.id} has columns {sorted(e.columns)}, {first.id} has {names}"
+            )
+    return names
 
 
 def cut_prompt(ids: list[int], room: int, bos_id: int | None) -> list[int]:

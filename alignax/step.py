@@ -53,6 +53,22 @@ class TrainStep(NamedTuple):
             batch = self.fill(state.average, lms, batch)
         return self.program(state)(state, lms, batch, self.hyper)
 
+    def with_hyper(self, **numbers: float) -> "TrainStep":
+        """The same compiled program with other hyper-parameters: for sweeps.
+
+        Raises:
+          ValueError: a name that is no numeric hyper-parameter of the loss.
+        """
+        if unknown := sorted(numbers.keys() - self.hyper.keys()):
+            raise ValueError(
+                f"the loss has no number {unknown}; it has {sorted(self.hyper)}"
+            )
+        placed = {
+            k: jax.device_put(jnp.asarray(v, jnp.float32), self.hyper[k].sharding)
+            for k, v in numbers.items()
+        }
+        return self._replace(hyper={**self.hyper, **placed})
+
     def lower(self, state: TrainState, lms: dict[str, LM], batch: Batch) -> Any:
         """The lowered program, for inspection; nothing runs."""
         batch = jax.eval_shape(self.fill, state.average, lms, batch)

@@ -167,7 +167,7 @@ def _loop(config, run, state, record, latest, best, writer, stop, start):
     profiling = False
     with progress(config.num_steps, start=start, name=run.name) as show:
         for at in range(start, last):
-            rows = run.source.next(state.params, at)
+            rows = run.source.next(state.params, at, state.average)
             report = run.source.report()
             ids = report.get("ids", [])
             batch = sharding.put_batch(rows, run.mesh)
@@ -285,7 +285,9 @@ def start_check(config, run, state, batch, writer) -> bool:
         return False
     batch = annotate(batch._replace(ref_logps=None), lms, needs=needs, score=score)
     if cached is not None:
-        check_cache(float(jnp.abs(cached - batch.ref_logps).max()), run.policy.config)
+        largest = float(jnp.abs(cached - batch.ref_logps).max())
+        where = "reference_cache" if config.reference_cache else ""
+        check_cache(largest, run.policy.config, where)
     if config.lms.get("ref") != "init":
         return False
     score = build.compiled_score(run.mesh, read)
@@ -308,16 +310,19 @@ def start_check(config, run, state, batch, writer) -> bool:
     return True
 
 
-def check_cache(largest: float, model: ModelConfig) -> None:
-    """Raises RuntimeError if cached reference log-probs are not those of the reference.
+def check_cache(largest: float, model: ModelConfig, where: str) -> None:
+    """Raises RuntimeError if log-probs that a batch brings are not the reference's.
 
-    A cached row may have stood in a batch of another shape: rounding may differ.
+    They come from a file (`where`) or from the source itself. A row may have stood in a
+    batch of another shape: rounding may differ.
     """
     bound = 1e-3 if model.dtype == "float32" else 0.5  # nats per token
     if largest > bound:
+        found = f"{largest:g} nats off on one token, beyond {bound}"
+        if where:
+            raise RuntimeError(f"{where} is {found}: delete it")
         raise RuntimeError(
-            f"reference_cache is {largest:g} nats off on one token, beyond {bound}: "
-            "delete it"
+            f"what the source says of the reference is {found}: this is a bug of the source"
         )
 
 

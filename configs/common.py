@@ -54,9 +54,15 @@ def get_config() -> ConfigDict:
     c.rollout.keep = "all"  # of a group: all | best | best_worst
     c.rollout.truncated = "keep"  # responses without an end: keep | drop | punish
     c.rollout.punishment = 0.0  # their reward under 'punish'
+    c.rollout.overlong_buffer = 0  # last tokens of max_new, over which a reward falls
+    c.rollout.overlong_penalty = 1.0  # what it has lost at max_new
+    c.rollout.dynamic_sampling = False  # groups without a difference are replaced
+    c.rollout.max_draws = 8  # most prompts drawn for that, times those of a rollout
+    c.rollout.anchor = ""  # name in c.lms of who adds the best of some responses
+    c.rollout.anchor_samples = 2  # of which it is the best
     c.rollout.policy = ""  # name in c.lms of who samples instead of the policy
     c.rollout.reference_samples = 64  # of lms.ref a prompt, where a shaping asks
-    c.rollout.cache = ""  # folder for the rewards of those samples; '' = none
+    c.rollout.cache = ""  # folder for the rewards of those samples; '' = the run's
     c.shaping = ConfigDict()  # {what makes advantages of rewards: hyper-parameters}
 
     c.optim = ConfigDict()

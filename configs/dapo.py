@@ -3,10 +3,9 @@
 Source: Yu et al. 2025, https://arxiv.org/abs/2503.14476
 Command: python -m alignax.main --config configs/dapo.py --workdir runs/dapo
   --config.data.path=pairs.jsonl.gz
-Sixteen steps a rollout and sixteen responses a prompt, as there; a truncated response
-counts for nothing. Differs from the paper: a group without a difference is not drawn
-again (its advantages are 0, its tokens count in the mean), and no reward falls with the
-length before the limit.
+Sixteen steps a rollout and sixteen responses a prompt, as there; groups without a
+difference are drawn anew, a truncated response counts for nothing, and over the last fifth
+of the limit a reward falls by 1.
 """
 
 from configs import grpo
@@ -18,9 +17,11 @@ def get_config(arg: str = ""):
     c.loss.reduction = "token"
     c.lms = {}
     c.rollout.group, c.rollout.batches = 16, 16
+    c.rollout.dynamic_sampling, c.rollout.overlong_buffer = True, 13
     c.rollout.truncated = "drop"
     c.batch_size, c.num_steps, c.optim.warmup = 4, 320, 20
     if arg:  # hardly a random response ends
         c.rollout.batches, c.rollout.truncated = 2, "keep"
+        c.rollout.overlong_buffer = 4
         c.num_steps, c.optim.warmup = 2, 0
     return c

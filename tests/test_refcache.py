@@ -124,6 +124,11 @@ def test_a_cache_that_is_wrong_is_found_before_the_first_step(runs, tmp_path):
         train.train(config(tmp_path / "cache"), str(tmp_path / "run"))
 
 
+def test_a_source_is_not_told_to_delete_a_cache_that_it_does_not_have(tiny_config):
+    with pytest.raises(RuntimeError, match=r"source says of the reference is 2 nats"):
+        train.check_cache(2.0, tiny_config, "")
+
+
 def test_a_row_is_its_tokens_and_mask_whatever_pads_it(make_batch):
     batch = jax.tree.map(np.asarray, make_batch(2, 2, 12))
     longer = batch._replace(

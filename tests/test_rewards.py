@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignax import logprob, plugin, rewards
+from alignax import build, logprob, plugin, rewards, sharding
 from alignax.rewards import constraints, model
 
 TEXTS = [["The quick fox.", "Slow"], ['{"fox": 1}', "a FOX and a foxglove"]]
@@ -77,6 +77,29 @@ def test_a_reward_model_is_read_at_the_last_scored_token(
     np.testing.assert_array_equal(model.reward(other, [], {"reward": lm}), got)
 
 
+def test_a_reward_model_reads_through_the_scorer_of_the_run(
+    make_lm, tiny_config, make_batch, mesh
+):
+    """Rows and weights are spread over the mesh, and the host gets the same numbers."""
+    lm = make_lm(dataclasses.replace(tiny_config, value_head=True))
+    batch = make_batch(5, 2, 16, seed=3)  # rows that no mesh divides
+    batch = batch._replace(valid=batch.valid.at[1, 1].set(False))
+    host = jax.tree.map(np.asarray, batch)
+    spread = lm._replace(params=sharding.put_params(lm.params, mesh))
+    calls = []
+
+    def score(*args, **kwargs):
+        calls.append(kwargs)
+        return build.scorer(mesh)(*args, **kwargs)
+
+    judge = plugin.load("rewards", "model")
+    got = rewards.call(judge, host, [["a", "b"]] * 5, {"reward": spread}, score=score)
+    want = rewards.call(judge, host, [["a", "b"]] * 5, {"reward": lm})
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    assert calls == [{"needs": ("values",)}]
+    assert got[1, 1] == 0
+
+
 def test_a_reward_model_that_is_not_there_or_has_no_head_is_named(tiny_lm, batch):
     with pytest.raises(ValueError, match=r"rewards\.model needs an LM 'judge'; there are \['ref'\]"):  # fmt: skip
         model.reward(batch, [], {"ref": tiny_lm}, model="judge")
@@ -103,3 +126,23 @@ def test_a_reward_file_gets_batch_texts_and_models(batch, make_lm, tiny_config):
     lm = make_lm(dataclasses.replace(tiny_config, value_head=True))
     got = rewards.call(plugin.load("rewards", "model"), batch, TEXTS, {"reward": lm})
     np.testing.assert_array_equal(got, jax.device_get(model.reward(batch, [], {"reward": lm})))  # fmt: skip
+
+
+def reads_both(batch, texts, lms, *, tokenizer, score=None, shift=0.0):
+    value = tokenizer + (score() if score else 0) + shift
+    return np.full((len(texts), len(texts[0])), value)
+
+
+def test_a_reward_is_handed_what_it_takes_and_nothing_else(batch):
+    judge = plugin.load("rewards", f"{__name__}.reads_both", {"shift": 1})
+    assert judge.hyper == {"shift": 1}  # what is handed in is no hyper-parameter
+    given = {"tokenizer": 10, "score": lambda: 200}
+    assert (rewards.call(judge, batch, TEXTS, {}, **given) == 211).all()
+    assert (rewards.call(judge, batch, TEXTS, {}, tokenizer=10) == 11).all()
+    with pytest.raises(
+        ValueError, match="reads_both reads the tokenizer, which is not"
+    ):
+        rewards.call(judge, batch, TEXTS, {}, score=given["score"])
+    plain = plugin.load("rewards", "constraints", {"keywords": ("fox",)})
+    got = rewards.call(plain, batch, TEXTS, {}, **given)
+    np.testing.assert_array_equal(got, [[1, 0], [1, 1]])

@@ -1,5 +1,6 @@
 """Rollouts: what is sampled, judged, shaped and cut, and that nothing of it is lost."""
 
+import itertools
 import json
 
 import jax
@@ -8,7 +9,17 @@ import numpy as np
 import pytest
 import tiny
 
-from alignax import build, decode, plugin, rewards, rollout, shaping, tokenizer, train
+from alignax import (
+    build,
+    decode,
+    plugin,
+    rewards,
+    rollout,
+    shaping,
+    tokenizer,
+    train,
+)
+from alignax import sampler as samplers
 from alignax.batch import LM, Example, from_groups
 from alignax.sharding import make_mesh
 
@@ -51,20 +62,20 @@ def one():
 
 def sampler(mesh, reward=codes, lms=None, **more):
     generate = build.generator(TK, mesh)
-    return rollout.Sampler(generate, plugin.bind(reward), lms or {}, TK, 5, **more)
+    return samplers.Sampler(generate, plugin.bind(reward), lms or {}, TK, 5, **more)
 
 
 def steps(*names, **hyper):
     return shaping.in_order(plugin.load("shaping", n, hyper.get(n)) for n in names)
 
 
-def make(lm, mesh, sample=None, **more):
+def make(lm, mesh, sample=None, examples=PROMPTS, **more):
     settings = {
         "shaping": steps("rloo"), "batch_size": 2, "length": 16, "seed": 3, "group": 3,
         "needs": ("logps", "old_logps", "advantages"), **more,
     }  # fmt: skip
     return rollout.rollout_source(
-        PROMPTS, sample or sampler(mesh), policy=lambda params: LM(lm.config, params),
+        examples, sample or sampler(mesh), policy=lambda params: LM(lm.config, params),
         score=build.scorer(mesh), **settings,
     )  # fmt: skip
 
@@ -161,7 +172,8 @@ def test_a_rollout_does_not_depend_on_the_mesh(lm, one):
 
 
 def test_a_tempered_rollout_reports_the_law_it_sampled(lm, one):
-    batch = make(lm, one, sampler(one, temperature=2.0)).next(lm.params, 0)
+    warm = sampler(one, temperature=2.0)
+    batch = make(lm, one, warm, needs=("advantages",)).next(lm.params, 0)
     plain = build.scorer(one)(lm, batch).logps
     assert np.abs(plain - batch.old_logps).max() > 0.1
     for temperature in (0.0, -1.0):
@@ -181,6 +193,12 @@ def test_a_kl_from_tempered_samples_is_refused(lm, one):
         with pytest.raises(ValueError, match="samples of the policy itself"):
             make(lm, one, cold, behaviour=lm, **more)
     make(lm, one, warm, needs=("ref_logps",))  # a preference loss on any pairs
+
+
+def test_ratios_to_a_tempered_law_are_refused(lm, one):
+    """They are not 1 on fresh responses, and clipped before anything was learnt."""
+    with pytest.raises(ValueError, match=r"temperature of 0\.7.*temperature=1"):
+        make(lm, one, sampler(one, temperature=0.7))
 
 
 def test_every_rollout_has_one_length(lm, one):
@@ -251,6 +269,210 @@ def test_the_greedy_baseline_is_that_of_the_greedy_response(lm, one):
     assert first == pytest.approx(batch.feedback[0, 0] - greedy[0], abs=1e-3)
 
 
+# -- chunks: never more than a step's worth at once
+
+
+def test_a_step_worth_of_prompts_is_drawn_and_judged_at_once(lm, one):
+    CALLS.clear()
+    make(lm, one, sampler(one, counted), batches=3).next(lm.params, 0)
+    assert CALLS == [2, 2, 2]
+
+
+def test_samples_do_not_depend_on_the_size_of_a_rollout(lm, one):
+    small, large = make(lm, one), make(lm, one, batches=2)
+    want = joined([small.next(lm.params, at) for at in range(2)])
+    ids, got, found = [], [], []
+    for at in range(2):
+        got.append(large.next(lm.params, at))
+        found += large.report()["ids"]
+    small = make(lm, one)
+    for at in range(2):
+        small.next(lm.params, at)
+        ids += small.report()["ids"]
+    rows = [found.index(i) for i in ids]
+    equal(jax.tree.map(lambda x: x[rows], joined(got)), want)
+
+
+def joined(batches):
+    return jax.tree.map(lambda *x: np.concatenate(x), *batches)
+
+
+def test_the_order_of_prompts_and_that_of_rows_are_two_draws(lm, one):
+    source = make(lm, one, batch_size=5, epochs=2)
+    source.next(lm.params, 0)
+    order = np.array(rollout.order(5, 5, 3)(0))
+    twice = [PROMPTS[i].id for i in order[order]]
+    assert source.report()["ids"] != twice
+
+
+# -- dynamic sampling
+
+
+def drawn(*differs):
+    """A batch of groups of two, whose tokens number them."""
+    drawn.number += 1
+    n = len(differs)
+    batch = group([(float(d), 0.0) for d in differs])
+    batch.tokens[:, :, 0] = 10 * drawn.number + np.arange(n)[:, None]
+    zeros = np.zeros(batch.mask.shape, np.float32)
+    return samplers.Drawn(batch, zeros, np.zeros((n, 2), bool), np.array(differs))
+
+
+def collect(plan, many, most):
+    drawn.number = 0
+    asked = []
+
+    def answer(i):
+        asked.append(i)
+        return drawn(*plan[i])
+
+    rows, got, tally = rollout.differing(answer, many, most)
+    assert asked == list(range(len(asked)))
+    return rows.tolist(), got, tally
+
+
+def test_groups_without_a_difference_are_replaced_until_there_are_enough():
+    plan = [(True, False), (False, False), (True, True), (True, True)]
+    rows, got, tally = collect(plan, 2, 9)
+    assert rows == [0, 4]  # the sixth group is left over, the last two are not drawn
+    assert got.batch.tokens[:, 0, 0].tolist() == [10, 30]
+    assert got.batch.valid.all()
+    assert tally == {"prompts": 6, "ties_dropped": 3, "surplus": 1, "unfilled": 0}
+
+
+def test_at_the_bound_what_is_missing_is_not_valid():
+    plan = [(True, False), (False, True), (False, False)]
+    rows, got, tally = collect(plan, 4, 3)
+    assert rows == [0, 3, 1, 2]
+    assert got.batch.valid.all(1).tolist() == [True, True, False, False]
+    assert tally == {"prompts": 6, "ties_dropped": 2, "surplus": 0, "unfilled": 2}
+
+
+def test_a_rollout_without_any_difference_stops_the_run():
+    with pytest.raises(ValueError, match=r"none of 4 groups .*rollout\.max_draws"):
+        collect([(False, False)] * 3, 2, 2)
+
+
+def rare(batch, texts, lms) -> np.ndarray:
+    """Most groups of two tie."""
+    return (codes(batch, texts, lms) > 85).astype(np.float32)
+
+
+def dynamic(lm, one, **more):
+    more = {"group": 2, "dynamic_sampling": True, "max_draws": 50, **more}
+    return make(lm, one, sampler(one, rare), **more)
+
+
+def test_dynamic_sampling_skips_ties_and_nothing_else(lm, one):
+    """Without it the same prompts get the same responses: leave out what ties."""
+    source, plain = dynamic(lm, one), make(lm, one, sampler(one, rare), group=2)
+    rows, ids = [], []
+    for at in range(40):
+        batch = plain.next(lm.params, at)
+        differs = batch.feedback[:, 0] != batch.feedback[:, 1]
+        rows.append(jax.tree.map(lambda x, d=differs: x[d], batch))
+        ids.append(
+            [i for i, d in zip(plain.report()["ids"], differs, strict=True) if d]
+        )
+    first = source.next(lm.params, 0)
+    metrics = source.report()["metrics"]
+    places = int(metrics["rollout/prompts"]) // 2
+    assert places > 1
+    equal(first, jax.tree.map(lambda x: x[:2], joined(rows[:places])))
+    assert source.report()["ids"] == list(itertools.chain(*ids[:places]))[:2]
+    assert sum(map(len, ids[: places - 1])) < 2  # no draw too many
+    assert metrics["rollout/ties"] == 0
+    thrown = metrics["rollout/ties_dropped"] + metrics["rollout/surplus"]
+    assert thrown == metrics["rollout/prompts"] - 2
+    equal(  # the next rollout begins where this one ended
+        source.next(lm.params, 1), jax.tree.map(lambda x: x[:2], joined(rows[places:]))
+    )
+
+
+def test_dynamic_sampling_resumes_bit_for_bit(lm, one):
+    for stop in (1, 2, 3):
+        source = dynamic(lm, one, batches=2)
+        for at in range(stop):
+            source.next(lm.params, at)
+        resumed = dynamic(lm, one, batches=2)
+        resumed.restore(json.loads(json.dumps(source.state())))
+        for at in range(stop, 5):
+            equal(resumed.next(lm.params, at), source.next(lm.params, at))
+            assert resumed.report()["ids"] == source.report()["ids"]
+
+
+# -- an anchor's best response beside the group
+
+
+@pytest.fixture(scope="module")
+def teacher(make_lm, lm):
+    return make_lm(lm.config, 7)
+
+
+def test_the_last_slot_is_the_best_of_what_the_anchor_said(lm, one, teacher):
+    sample = sampler(one, lms={"ref": lm})
+    more = {"shaping": steps("kl", "rloo"), "needs": ("ref_logps", "advantages")}
+    plain = make(lm, one, sample, **more)
+    source = make(lm, one, sample, anchor=lambda _: teacher, anchor_samples=4, **more)
+    for at in range(2):
+        want, batch = plain.next(lm.params, at), source.next(lm.params, at)
+        assert batch.tokens.shape[:2] == (2, 4)
+        for x, y in zip(jax.tree.leaves(batch), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(x[:, :3], y, atol=2e-5)  # no shaping saw it
+        last = jax.tree.map(lambda x: x[:, 3:], batch)
+        assert not last.advantages.any()
+        said = build.scorer(one)(teacher, last).logps
+        np.testing.assert_allclose(last.old_logps, said, atol=2e-5)
+        ref = build.scorer(one)(lm, last).logps
+        np.testing.assert_allclose(last.ref_logps, ref, atol=2e-5)
+        np.testing.assert_array_equal(last.feedback, codes(last, None, None))
+        metrics = source.report()["metrics"]
+        assert metrics["rollout/anchor_reward"] == pytest.approx(last.feedback.mean())
+        assert metrics["rollout/reward"] == pytest.approx(want.feedback.mean())
+
+
+def test_the_best_of_more_is_better(lm, one, teacher):
+    """Of 1 and of 16 of some hundred nearly distinct numbers: means 50 and 94."""
+
+    def mean(n):
+        source = make(
+            lm, one, batch_size=20, anchor=lambda _: teacher, anchor_samples=n
+        )
+        return source.next(lm.params, 0).feedback[:, -1].mean()
+
+    few, most = mean(1), mean(16)
+    assert few < 75  # four standard errors of 29 / √20
+    assert most > 85
+
+
+def test_an_unfilled_place_is_empty_also_of_the_anchor(lm, one, teacher):
+    source = dynamic(lm, one, batch_size=5, max_draws=1, anchor=lambda _: teacher)
+    batch = source.next(lm.params, 0)
+    unfilled = int(source.report()["metrics"]["rollout/unfilled"])
+    assert 0 < unfilled < 5
+    assert batch.valid.tolist() == [[i < 5 - unfilled] * 3 for i in range(5)]
+
+
+def test_the_anchor_may_be_the_policys_average(lm, one, teacher):
+    fixed = make(lm, one, anchor=lambda _: teacher)
+    moving = make(lm, one, anchor=lambda average: LM(lm.config, average))
+    equal(moving.next(lm.params, 0, teacher.params), fixed.next(lm.params, 0))
+    other = moving.next(lm.params, 1, lm.params)
+    assert (other.tokens != fixed.next(lm.params, 1).tokens).any()
+
+
+def test_an_anchor_beside_part_of_a_group_or_a_critic_is_refused(lm, one, teacher):
+    for more in ({"keep": "best"}, {"needs": ("old_values",)}):
+        with pytest.raises(ValueError, match=r"rollout\.anchor is a slot beside"):
+            make(lm, one, anchor=lambda _: teacher, **more)
+
+
+def test_examples_with_other_columns_are_named(lm, one):
+    some = [PROMPTS[0]._replace(columns={"gold": 1.0}), *PROMPTS[1:]]
+    with pytest.raises(ValueError, match=r"p1 has columns \[\], p0 has \['gold'\]"):
+        make(lm, one, examples=some)
+
+
 # -- samples of the reference
 
 
@@ -270,14 +492,15 @@ def test_reference_rewards_are_drawn_once_and_cached(lm, one, tmp_path):
         with config.unlocked():
             config.update_from_flattened_dict(changes)
         run = build.build(config, str(tmp_path / f"run{len(list(tmp_path.iterdir()))}"))
-        drawn = len(CALLS)
         batch = run.source.next(run.policy.params, 0)
-        return drawn, batch
+        return len(CALLS), batch
 
     first, a = calls()
-    assert first > 0
     second, b = calls()
-    assert second == 0
+    assert (first, second) == (
+        13,
+        1,
+    )  # six steps of 4 prompts, two at once of 8 samples
     equal(a, b)
     ranks = a.advantages  # what it is made of are quantiles among 8: sixteenths
     assert np.isfinite(ranks).all()
@@ -288,10 +511,50 @@ def test_reference_rewards_are_drawn_once_and_cached(lm, one, tmp_path):
         calls(**{"rollout.max_new": 6})
 
 
+def test_rewards_of_the_reference_are_kept_with_the_run(tmp_path):
+    config = run_config(num_steps=2, shaping={"ctrl": {}, "rloo": {}})
+    roll(config, reference_samples=4)
+    batches, calls = [], []
+    for _ in range(2):
+        CALLS.clear()
+        run = build.build(config, str(tmp_path / "run"))
+        assert not CALLS  # nothing is drawn before all else is found right
+        batches.append(run.source.next(run.policy.params, 0))
+        calls.append(len(CALLS))
+    equal(*batches)
+    assert calls == [4, 2]  # 8 prompts, four at once; two batches of the policy
+    path = tmp_path / "run" / "reference_rewards.npz"
+    saved = dict(np.load(path))
+    saved["key"] = np.array(
+        json.dumps({**json.loads(str(saved["key"])), "samples": "5"})
+    )
+    np.savez(path, **saved)
+    with pytest.raises(ValueError, match=r"holds rewards of something else: samples.*rollout\.cache"):  # fmt: skip
+        build.build(config, str(tmp_path / "run"))
+
+
+def test_the_optimal_reward_is_that_of_the_runs_own_kl():
+    loss = plugin.load("losses", "policy_gradient")
+    several = steps(
+        "ctrl", "kl", "rloo", ctrl={"transform": "optimal"}, kl={"beta": 0.3}
+    )
+    got = build.with_strength(several, loss)
+    assert got[0].hyper["beta"] == 0.3
+    assert got[1:] == several[1:]
+    in_loss = plugin.load("losses", "policy_gradient_kl", {"beta": 0.1})
+    assert build.with_strength(several, in_loss)[0].hyper["beta"] == pytest.approx(0.4)
+    same = steps("ctrl", "kl", "rloo", ctrl={"beta": 0.3}, kl={"beta": 0.3})
+    assert build.with_strength(same, loss, ["shaping.ctrl"]) == same
+    without = steps("ctrl", "rloo", ctrl={"transform": "optimal"})
+    some = jax.tree.map(jnp.asarray, group([(1.0,)]))
+    with pytest.raises(ValueError, match=r"beta"):
+        build.with_strength(without, loss)[0](some, jnp.zeros((1, 2)))
+
+
 def test_two_prompts_of_one_id_are_refused(lm, one):
     twice = [PROMPTS[0], PROMPTS[0]]
     with pytest.raises(ValueError, match="one id"):
-        rollout.reference_rewards(twice, sampler(one), lm, samples=2, rows=4, length=16, seed=0)  # fmt: skip
+        samplers.reference_rewards(twice, sampler(one), lm, samples=2, rows=4, length=16, seed=0)  # fmt: skip
 
 
 def test_prompts_that_a_run_does_not_meet_are_not_sampled():
@@ -345,7 +608,7 @@ def test_a_run_that_broke_in_a_rollout_resumes_bit_for_bit(tmp_path):
     BROKEN_AT.clear()
     want = train.train(run_config(), str(tmp_path / "whole"))
     rollouts = len(CALLS)
-    assert rollouts == 2
+    assert rollouts == 4  # two of two batches
     CALLS.clear()
     config = run_config(num_steps=3)
     train.train(config, str(tmp_path / "halves"))  # stops inside the first rollout
@@ -367,7 +630,7 @@ REFUSED = {
     "no room": ({"rollout.max_new": 24}, "leaves no room"),
     "no such rule": ({"rollout.truncated": "cry"}, "truncated is 'cry'"),
     "no such choice": ({"rollout.keep": "some"}, "keep is 'some'"),
-    "nobody": ({"rollout.policy": "nobody"}, "rollouts need nobody"),
+    "nobody": ({"rollout.policy": "nobody"}, r"rollouts need \['nobody'\]"),
     "no pair": ({"rollout.keep": "best_worst", "rollout.group": 1}, "group >= 2"),
     "no group": ({"rollout.group": 0}, "group is 0"),
     "alone": ({"rollout.group": 1}, r"rloo compares the responses of a group"),
@@ -375,6 +638,20 @@ REFUSED = {
     "unordered": (
         {"loss": {"name": "dpo"}, "shaping": {}, "rollout.group": 2}, "keep='best_worst'",
     ),
+    "another KL": (
+        {"shaping": {"ctrl": {"beta": 0.2}, "kl": {"beta": 0.1}, "rloo": {}}},
+        r"shaping\.ctrl is made for a KL strength of 0\.2, the run has 0\.1",
+    ),
+    "no anchor": ({"rollout.anchor": "nobody"}, r"rollouts need \['nobody'\]"),
+    "nothing differs": (
+        {"rollout.dynamic_sampling": True, "rollout.group": 1, "shaping": {"whiten": {}, "remax": {}}},
+        "dynamic_sampling compares the responses of a group",
+    ),
+    "no such mean": (
+        {"loss": {"name": "policy_gradient", "reduction": "tokens"}},
+        "reduction='tokens' is not one of token, sequence, constant",
+    ),
+    "no draws": ({"rollout.max_draws": 0}, "max_draws is 0"),
     "no rollouts": ({"loss": {"name": "sft"}, "rollout.reward": {}}, "needs rollouts"),
 }  # fmt: skip
 
@@ -390,6 +667,23 @@ def test_a_config_that_cannot_roll_is_refused(name, tmp_path):
     with pytest.raises(ValueError, match=message):
         build.build(config, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_follows_its_own_average(tmp_path):
+    """J-BOND's anchor; stopped and gone on with, bit for bit."""
+    more = {
+        "average": 0.5, "lms": {"ref": "init", "ema": "average"}, "rollout.anchor": "ema",
+        "num_steps": 4, "rollout.batches": 1, "rollout.epochs": 1,
+    }  # fmt: skip
+    want = train.train(run_config(**more), str(tmp_path / "whole"))
+    train.train(run_config(**{**more, "num_steps": 2}), str(tmp_path / "halves"))
+    (tmp_path / "halves" / "config.json").unlink()
+    got = train.train(run_config(**more), str(tmp_path / "halves"))
+    equal(got, want)
+    plain = {**more, "rollout.anchor": ""}
+    other = train.train(run_config(**plain), str(tmp_path / "plain"))
+    same = jax.tree.map(np.array_equal, other.params, want.params)
+    assert not all(jax.tree.leaves(same))  # the slot counts in the mean over tokens
 
 
 def test_learning_from_its_own_responses_raises_the_reward(tmp_path):

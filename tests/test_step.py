@@ -174,6 +174,23 @@ def test_a_sweep_over_beta_is_one_program(tiny_lm, lms, make_batch):
     assert moved[1] == pytest.approx(5 * moved[0], rel=1e-5)  # and yet beta acts
 
 
+def test_a_step_with_other_numbers_is_the_step_of_another_loss(
+    tiny_lm, lms, make_batch
+):
+    batch = put_batch(make_batch(4, 2, 12), make_mesh((1, 1, 1)))
+    step, state = start(tiny_lm, LOSSES["dpo"])
+    other = step.with_hyper(beta=2.0)
+    _, got = other(jax.tree.map(jnp.copy, state), lms, batch)
+    _, before = step(state, lms, batch)
+    bound = plugin.load("losses", "dpo", {"beta": 2.0})
+    step, state = start(tiny_lm, bound)
+    _, want = step(state, lms, batch)
+    assert got["loss"] == want["loss"] != before["loss"]
+    assert other.compilations(state) == 1
+    with pytest.raises(ValueError, match=r"no number \['betta'\]; it has"):
+        other.with_hyper(betta=1.0)
+
+
 def test_a_running_mean_is_handed_in_and_averaged(tiny_lm, make_batch):
     step, state = start(tiny_lm, LEVEL)
     assert float(state.ema["level"]) == 1

@@ -15,11 +15,12 @@ Differs from the papers: ties count half; both sides are averaged over all subse
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from alignax import rewards, source
 from alignax.batch import LM, Metrics
@@ -29,7 +30,7 @@ from alignax.metrics import bootstrap
 def evaluate(
     lm: LM, lms: dict[str, LM], data, *, key, tokenizer, generate, score,
     batch_size: int, length: int, reward: str | Mapping[str, Any], baseline: str = "ref",
-    n: tuple[int, ...] = (4,), samples: int = 32, max_new: int = 64, size: int = 256,
+    n: int | tuple[int, ...] = (4,), samples: int = 32, max_new: int = 64, size: int = 256,
 ) -> Metrics:  # fmt: skip
     """Samples both sides and compares what a procedure would serve.
 
@@ -37,10 +38,10 @@ def evaluate(
       reward: a file in rewards/ (or {'name': ..., its hyper-parameters}), or a dotted
         name of a function of the response's text.
       baseline: name in `lms` of the model to beat.
-      n: N of best-of-N and worst-of-N, each at most `samples`.
+      n: N of best-of-N and worst-of-N, one or several, each at most `samples`.
       samples: M, responses a prompt and side, at temperature 1.
       max_new: tokens a response may have.
-      size: prompts to use, from the start of the data (0 = all).
+      size: prompts to use, from the start of the data (0 = all); at least 2.
 
     Returns:
       'standard', 'best_of_N' and 'worst_of_N' win rates, 'reward', 'baseline_reward'
@@ -48,17 +49,41 @@ def evaluate(
       standard error of the latter.
 
     Raises:
-      ValueError: no such baseline, or N beyond the samples.
+      ValueError: what `check` refuses.
     """
+    check(
+        tuple(lms), data, reward=reward, baseline=baseline, n=n, samples=samples, size=size
+    )  # fmt: skip
+    got = measure(
+        lm, lms, data[:size] if size else data, key=key, tokenizer=tokenizer,
+        generate=generate, score=score, batch_size=batch_size, length=length,
+        reward=reward, baseline=baseline, samples=samples, max_new=max_new,
+    )  # fmt: skip
+    out: Metrics = {}
+    for name, wins in rates(got, _several(n)).items():
+        out |= bootstrap(wins).named(name)
+    out |= bootstrap(got.ours.mean(1)).named("reward")
+    out |= bootstrap(got.theirs.mean(1)).named("baseline_reward")
+    out |= bootstrap(got.kl).named("kl")
+    out["kl/se"] = float(got.kl.std(ddof=1) / math.sqrt(len(got.kl)))
+    return out
+
+
+class Measured(NamedTuple):
+    """Samples of two models, judged, prompt by prompt."""
+
+    ours: Float[np.ndarray, "B M"]  # rewards of the policy's responses
+    theirs: Float[np.ndarray, "B M"]  # of the baseline's
+    kl: Float[np.ndarray, " B"]  # nats a response, policy to baseline
+
+
+def measure(
+    lm: LM, lms: dict[str, LM], data, *, key, tokenizer, generate, score,
+    batch_size: int, length: int, reward: str | Mapping[str, Any], baseline: str = "ref",
+    samples: int = 32, max_new: int = 64,
+) -> Measured:  # fmt: skip
+    """Draws M responses of both models to every prompt; arguments as in `evaluate`."""
     judge = rewards.load(reward)
-    n = tuple(n)
-    if baseline not in lms:
-        raise ValueError(
-            f"inference_win_rate needs an LM {baseline!r}; there are {sorted(lms)}"
-        )
-    if not n or min(n) < 1 or max(n) > samples:
-        raise ValueError(f"n is {n}, expected numbers from 1 to samples={samples}")
-    data = data[:size] if size else data
     prompts = source.prompt_batches(
         data, tokenizer, batch_size=batch_size, length=length
     )
@@ -73,24 +98,50 @@ def evaluate(
                 )
             )  # fmt: skip
             batch = got.batch._replace(extra=p.columns or None)
-            r = rewards.call(judge, batch, source.texts(batch, tokenizer), lms)
+            r = rewards.call(
+                judge, batch, source.texts(batch, tokenizer), lms, tokenizer=tokenizer,
+                score=score,
+            )  # fmt: skip
             sides[side].extend(r[p.valid])
             if not side:
                 ratio = score(lm, batch).logps - score(lms[baseline], batch).logps
                 kl.append(ratio.sum(-1)[p.valid].mean(-1))
     ours, theirs = map(np.array, sides)
-    divergence = np.concatenate(kl)
-    out: Metrics = {**bootstrap(win_rates(ours, theirs, 1)).named("standard")}
+    return Measured(ours, theirs, np.concatenate(kl))
+
+
+def rates(got: Measured, n: Sequence[int]) -> dict[str, Float[np.ndarray, " B"]]:
+    """'standard', 'best_of_N' and 'worst_of_N' win rates of every prompt."""
+    out = {"standard": win_rates(got.ours, got.theirs, 1)}
     for many in n:
-        best, worst = (win_rates(s * ours, s * theirs, many) for s in (1, -1))
-        out |= bootstrap(best).named(f"best_of_{many}")
+        best, worst = (win_rates(s * got.ours, s * got.theirs, many) for s in (1, -1))
         # the worst of N is the best of N of the opposite reward, lost
-        out |= bootstrap(1 - worst).named(f"worst_of_{many}")
-    out |= bootstrap(ours.mean(1)).named("reward")
-    out |= bootstrap(theirs.mean(1)).named("baseline_reward")
-    out |= bootstrap(divergence).named("kl")
-    out["kl/se"] = float(divergence.std(ddof=1) / math.sqrt(len(divergence)))
+        out |= {f"best_of_{many}": best, f"worst_of_{many}": 1 - worst}
     return out
+
+
+def check(
+    lms: Sequence[str], data, *, reward, baseline: str, n: int | Sequence[int],
+    samples: int, size: int, **_,
+) -> None:  # fmt: skip
+    """Raises ValueError: no such baseline, N beyond the samples, or a single prompt."""
+    rewards.load(reward)
+    if baseline not in lms:
+        raise ValueError(
+            f"inference_win_rate needs an LM {baseline!r}; there are {sorted(lms)}"
+        )
+    many = _several(n)
+    whole = all(isinstance(x, int) and not isinstance(x, bool) for x in many)
+    if not (many and whole and min(many) >= 1 and max(many) <= samples):
+        raise ValueError(f"n is {n}, expected numbers from 1 to samples={samples}")
+    if size < 0 or len(data[:size] if size else data) < 2:
+        raise ValueError(
+            f"size is {size}, of {len(data)} prompts: an interval over prompts needs two"
+        )
+
+
+def _several(n: int | Sequence[int]) -> tuple[int, ...]:
+    return tuple(n) if isinstance(n, Sequence) else (n,)
 
 
 def win_rates(ours: np.ndarray, theirs: np.ndarray, n: int) -> np.ndarray:

@@ -49,7 +49,6 @@ def evaluate(
     Raises:
       ValueError: `keep_given` of a prompt without a response.
     """
-    del score
     judge = rewards.load(reward)
     data = data[:size] if size else data
     prompts = source.prompt_batches(
@@ -66,7 +65,7 @@ def evaluate(
             )
         )  # fmt: skip
         texts = source.texts(out.batch, tokenizer)
-        r = rewards.call(judge, out.batch, texts, lms)
+        r = rewards.call(judge, out.batch, texts, lms, tokenizer=tokenizer, score=score)
         for j in np.flatnonzero(p.valid):
             example = data[i * batch_size + int(j)]
             done = ~out.truncated[j]

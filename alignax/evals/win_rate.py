@@ -9,6 +9,7 @@ Differs from the papers: the judge is a function, so that order cannot matter. D
 judge with the reward that trained the policy.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -71,8 +72,11 @@ def evaluate(
             got.append((out, source.texts(out.batch, tokenizer)))
         (mine, texts), (base, base_texts) = got
         keep = p.valid
-        r = rewards.call(judge, mine.batch, texts, lms)[keep, 0]
-        r_base = rewards.call(judge, base.batch, base_texts, lms)[keep, 0]
+        judged = functools.partial(
+            rewards.call, judge, lms=lms, tokenizer=tokenizer, score=score
+        )
+        r = judged(mine.batch, texts)[keep, 0]
+        r_base = judged(base.batch, base_texts)[keep, 0]
         ours.append(r)
         theirs.append(r_base)
         ended.append(~mine.truncated[keep, 0])

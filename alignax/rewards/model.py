@@ -3,24 +3,22 @@
 Source: Ouyang et al. 2022, https://arxiv.org/abs/2203.02155
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
 
 from alignax import logprob, masked
 from alignax.batch import LM, Batch
 
-
-@jax.jit
-def _values(lm: LM, batch: Batch) -> Array:
-    values = logprob.score(lm, batch, needs=("values",)).values
-    assert values is not None
-    return jnp.where(batch.valid, masked.last(values, batch.mask), 0.0)
+_one_device = jax.jit(logprob.score, static_argnames=("needs",))
 
 
 def reward(
-    batch: Batch, texts: list[list[str]], lms: dict[str, LM], *, model: str = "reward"
-) -> Float[Array, "B G"]:
+    batch: Batch, texts: list[list[str]], lms: dict[str, LM], *,
+    model: str = "reward", score: Callable | None = None,
+) -> np.ndarray:  # fmt: skip
     """Scores responses with a Bradley-Terry reward model.
 
     Args:
@@ -28,9 +26,10 @@ def reward(
       texts: not read.
       lms: holds the reward model.
       model: its name in `lms`.
+      score: `logprob.score` over the run's devices and hosts; one device by default.
 
     Returns:
-      Unnormalised rewards (differences are log-odds); 0 on invalid responses.
+      [B, G] unnormalised rewards (differences are log-odds); 0 on invalid responses.
 
     Raises:
       ValueError: no such LM, or it has no value head.
@@ -39,4 +38,6 @@ def reward(
         raise ValueError(
             f"rewards.model needs an LM {model!r}; there are {sorted(lms)}"
         )
-    return _values(lms[model], batch)
+    values = (score or _one_device)(lms[model], batch, needs=("values",)).values
+    last = masked.last(jnp.asarray(values), jnp.asarray(batch.mask))
+    return np.where(np.asarray(batch.valid), np.asarray(last), np.float32(0))

@@ -72,7 +72,7 @@ def shape(
       floor: smallest quantile of 'log' and 'best_of'.
       n: samples of the procedure, at least 2.
       procedure: of 'optimal': 'best_of' or 'worst_of'.
-      beta: KL strength that 'optimal' is tabulated for: the one of the run.
+      beta: KL strength that 'optimal' is tabulated for; a run fills in its own.
       tau: of 'top'.
 
     Returns:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from alignax import build, tokenizer
 from alignax.batch import Batch, Example
@@ -114,3 +115,31 @@ def test_what_cannot_be_estimated_is_refused(tiny_lm):
         evaluate(tiny_lm, tiny_lm, n=(65,))
     with pytest.raises(ValueError, match="needs an LM 'sft'"):
         evaluate(tiny_lm, tiny_lm, baseline="sft")
+    with pytest.raises(ValueError, match="size is 1, of 6 prompts"):
+        evaluate(tiny_lm, tiny_lm, size=1)
+
+
+def test_one_n_is_a_number(tiny_config, make_lm):
+    lm = make_lm(dataclasses.replace(tiny_config, vocab_size=TK.vocab_size), 0)
+    assert "best_of_3" in evaluate(lm, lm, n=3, samples=4)
+
+
+REFUSED = [
+    ({"n": 33}, r"evals\.inference_win_rate: n is 33"),
+    ({"baseline": "sft"}, "needs an LM 'sft'; there are"),
+    ({"reward": "nobody"}, "unknown name 'nobody' in rewards"),
+    ({"size": 1}, "size is 1, of 16 prompts"),
+]
+
+
+@pytest.mark.parametrize("hyper, message", REFUSED, ids=lambda x: str(x))
+def test_a_run_does_not_begin_with_what_it_cannot_end(hyper, message, tmp_path):
+    config = tiny.config("sft")
+    config.lms = {"ref": "init"}
+    config.eval_data = {"name": "synthetic", "split": "test", "kind": "sft", "size": 16}
+    config.evals = {
+        "inference_win_rate": {"reward": "constraints", "max_new": 8, **hyper}
+    }
+    with pytest.raises(ValueError, match=message):
+        build.build(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()

@@ -177,6 +177,11 @@ def rpo(c, r, *, beta, alpha):
     return -math.log(prefers(c, r, beta)) - alpha * c.logp / c.length
 
 
+def bonbon(c, r, *, n, alpha):
+    target = (n - 1) * sum(1 / k for k in range(1, n))
+    return -alpha * c.logp + (1 - alpha) * (c.ratio - r.ratio - target) ** 2
+
+
 def simpo(c, r, *, beta, gamma):
     reward = [beta / side.length * side.logp for side in (c, r)]
     return -math.log(sigmoid(reward[0] - reward[1] - gamma))
@@ -456,6 +461,24 @@ def policy_gradient(policy, batch, *, clip_low, clip_high, cap, reduction):
         return -clipped(math.exp(log_ratio[at]), a[at], clip_low, clip_high, cap)
 
     return per_token(policy, batch, reduction, cost)
+
+
+def bond(policy, batch, *, gamma, clip_low, clip_high):
+    """Sums over tokens; the mean over the policy's own valid responses to a prompt."""
+    mask, valid = np.asarray(batch.mask), np.asarray(batch.valid)
+    log_ratio, a = log_rho(policy, batch), np.asarray(batch.advantages, np.float64)
+    out = np.zeros(len(mask))
+    for b in range(len(mask)):
+        own = [g for g in range(mask.shape[1] - 1) if valid[b, g]]
+        for g in own:
+            gains = [
+                clipped(math.exp(log_ratio[b, g, t]), a[b, g, t], clip_low, clip_high)
+                for t in np.flatnonzero(mask[b, g])
+            ]
+            out[b] -= gamma * sum(gains) / len(own)
+        if valid[b, -1]:
+            out[b] -= (1 - gamma) * sequence(policy.logps, mask, b, -1)
+    return out
 
 
 def kl_estimate(x, estimator):

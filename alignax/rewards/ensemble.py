@@ -1,0 +1,72 @@
+"""Several rewards as one: their mean, their worst, or the mean less their disagreement.
+
+  mean  r = 1/M Σ_m s_m r_m
+  min   r = min_m s_m r_m                          worst-case optimisation
+  std   r = mean_m s_m r_m - k std_m s_m r_m       lower confidence bound
+  var   r = mean_m s_m r_m - k var_m s_m r_m       uncertainty-weighted optimisation
+
+A policy that is trained against one reward finds where it is wrong; members that were
+trained apart are rarely wrong in the same place.
+
+Source: Coste et al. 2023, https://arxiv.org/abs/2310.02743 (mean, min and var)
+Differs from the paper: members may be any rewards, with a scale s each; std is in the
+units of the reward.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from alignax import rewards
+from alignax.batch import LM, Batch
+
+RULES = ("mean", "min", "std", "var")
+RANGES = {"k": "[0, inf)"}
+
+
+def reward(
+    batch: Batch, texts: list[list[str]], lms: dict[str, LM], *,
+    members: Mapping[str, Any], rule: str = "mean", k: float = 1.0,
+    scales: Mapping[str, float] | None = None, tokenizer=None,
+    score: Callable | None = None,
+) -> np.ndarray:  # fmt: skip
+    """Scores responses with every member and combines them by a rule.
+
+    Args:
+      batch: prompts and responses.
+      texts: B groups of G responses.
+      lms: what members read.
+      members: {label: a reward's name, or {'name': ..., its hyper-parameters}}.
+      rule: one of RULES.
+      k: of 'std' and 'var', >= 0: how much disagreement costs.
+      scales: s by label, default 1 each: for members in different units.
+      tokenizer, score: handed on.
+
+    Returns:
+      [B, G] rewards; 0 on invalid responses.
+
+    Raises:
+      ValueError: no members, an unknown rule, a scale of no member, or what a member does
+        wrong; it is named.
+    """
+    members, scales = dict(members), dict(scales or {})
+    if not members:
+        raise ValueError("rewards.ensemble has no members: {label: {'name': ...}, ...}")
+    if rule not in RULES:
+        raise ValueError(f"rule {rule!r} is not one of {', '.join(RULES)}")
+    if unknown := sorted(set(scales) - set(members)):
+        raise ValueError(f"scales of {unknown}, which are not among {sorted(members)}")
+    found = []
+    for label, member in members.items():
+        try:
+            judge = rewards.load(member)
+            r = rewards.call(judge, batch, texts, lms, tokenizer=tokenizer, score=score)
+        except ValueError as error:
+            raise ValueError(f"member {label!r}: {error}") from error
+        found.append(scales.get(label, 1.0) * r)
+    r = np.stack(found)
+    if rule == "min":
+        return r.min(0)
+    spread = {"mean": 0.0, "std": r.std(0), "var": r.var(0)}[rule]
+    return r.mean(0) - k * spread
