@@ -22,6 +22,7 @@ LEAVES = [
         "rewards",
         "data",
         "theory",
+        "decoders",
     )
     for path in sorted((PACKAGE / folder).glob("*.py"))
     if path.stem != "__init__"

@@ -1,0 +1,92 @@
+"""Finite automata over tokens: what a grammar allows, and where a response stops.
+
+A row is in one state, 0 at first, and every token of the response moves it. Both uses
+are a table read at every step, inside the compiled loop.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+
+class Automaton(NamedTuple):
+    """S states over a vocabulary of V tokens.
+
+    `flag[s, v]` is what the user of the automaton reads of token v in state s: a grammar,
+    that v is allowed; a stop, that v completes one of the strings.
+    """
+
+    next: Int[Array, "S V"] | Int[np.ndarray, "S V"]
+    flag: Bool[Array, "S V"] | Bool[np.ndarray, "S V"]
+
+
+def stop_strings(strings: Sequence[str | bytes], pieces: Sequence[bytes]) -> Automaton:
+    """Stops at a string however it was cut into tokens: also inside or across them.
+
+    Args:
+      strings: any of them stops; str is encoded in UTF-8.
+      pieces: the bytes that each id of the vocabulary adds to the text; b'' for special
+        tokens, which do not interrupt a string.
+
+    Returns:
+      An Automaton; the token that completes a string is the last of the response, and may
+      have text beyond the string, which is the caller's to cut.
+
+    Raises:
+      ValueError: no string, or an empty one.
+    """
+    encoded = [s.encode() if isinstance(s, str) else s for s in strings]
+    delta, final = _aho_corasick([list(s) for s in encoded], 256)
+    # A state that has seen a string stays: the loop ends there anyway.
+    delta[final] = np.flatnonzero(final)[:, None]
+    state = np.repeat(np.arange(len(delta), dtype=np.int32)[:, None], len(pieces), 1)
+    longest = max(map(len, pieces), default=0)
+    for i in range(longest):
+        have = np.array([len(p) > i for p in pieces])
+        byte = np.array([p[i] if len(p) > i else 0 for p in pieces])
+        state = np.where(have, delta[state, byte[None]], state)
+    return Automaton(state, final[state])
+
+
+def stop_sequences(sequences: Sequence[Sequence[int]], vocab_size: int) -> Automaton:
+    """Stops at exactly these sequences of ids.
+
+    Raises:
+      ValueError: no sequence, an empty one, or an id outside the vocabulary.
+    """
+    delta, final = _aho_corasick([list(s) for s in sequences], vocab_size)
+    return Automaton(delta, final[delta])
+
+
+def _aho_corasick(patterns: list[list[int]], alphabet: int):
+    """Transitions [S, alphabet] and whether a state ends in one of the patterns [S]."""
+    if not patterns or not all(patterns):
+        raise ValueError(f"stops are {patterns}, expected at least one and none empty")
+    children: list[dict[int, int]] = [{}]
+    ends = [False]
+    for pattern in patterns:
+        node = 0
+        for symbol in pattern:
+            if not 0 <= symbol < alphabet:
+                raise ValueError(f"a stop has id {symbol}, expected 0..{alphabet - 1}")
+            if symbol not in children[node]:
+                children[node][symbol] = len(children)
+                children.append({})
+                ends.append(False)
+            node = children[node][symbol]
+        ends[node] = True
+    delta = np.zeros((len(children), alphabet), np.int32)
+    final = np.array(ends)
+    queue = []
+    for symbol, child in children[0].items():
+        delta[0, symbol] = child
+        queue.append((child, 0))  # (state, longest proper suffix that is a state)
+    for node, suffix in queue:  # grows while it is walked: breadth first
+        delta[node] = delta[suffix]
+        final[node] |= final[suffix]
+        for symbol, child in children[node].items():
+            queue.append((child, int(delta[suffix, symbol])))
+            delta[node, symbol] = child
+    return delta, final

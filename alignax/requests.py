@@ -1,0 +1,132 @@
+"""What a user asks of the sampler, checked on the host and made into arrays."""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+
+def ragged(
+    prompts: Sequence[Sequence[int]], *, smallest: int = 16, longest: int | None = None
+) -> tuple[Int[np.ndarray, "B P"], Int[np.ndarray, " B"]]:
+    """Lists of ids as `generate` takes them; P is a power of two, to bound compiles.
+
+    Args:
+      prompts: ids, at least one each.
+      smallest: P is at least this.
+      longest: a prompt may not be longer; None = no bound.
+
+    Raises:
+      ValueError: no prompt, an empty one, or one that is too long; says which.
+    """
+    sizes = [len(p) for p in prompts]
+    if not sizes or not min(sizes):
+        raise ValueError(f"prompts have {sizes} tokens, expected at least 1 each")
+    if longest is not None and max(sizes) > longest:
+        raise ValueError(
+            f"prompt {int(np.argmax(sizes))} has {max(sizes)} tokens, expected at most "
+            f"{longest}"
+        )
+    width = max(smallest, 1 << (max(sizes) - 1).bit_length())
+    out = np.zeros((len(sizes), width), np.int32)
+    for row, prompt in zip(out, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return out, np.array(sizes, np.int32)
+
+
+def check_prompts(prompts: jax.Array, lengths: jax.Array) -> None:
+    """Raises ValueError for a length that its row cannot have."""
+    if isinstance(lengths, jax.core.Tracer) or not lengths.is_fully_addressable:
+        return
+    sizes = np.asarray(lengths)
+    if not ((sizes >= 1) & (sizes <= prompts.shape[1])).all():
+        raise ValueError(
+            f"lengths span {sizes.min()}..{sizes.max()}, expected 1..{prompts.shape[1]}: "
+            "an empty prompt, or one longer than its row"
+        )
+
+
+def prefilled(
+    prompts, lengths, prefill, prefill_lengths
+) -> tuple[jax.Array, jax.Array]:
+    """Prompts followed by the given beginning of the response."""
+    b = len(prompts)
+    prefill = ids("prefill", prefill, (b, None))
+    many = prefill.shape[1]
+    sizes = np.full(b, many) if prefill_lengths is None else np.asarray(prefill_lengths)
+    if sizes.shape != (b,) or (sizes < 0).any() or (sizes > many).any():
+        raise ValueError(f"prefill_lengths is {sizes}, expected [B={b}] in 0..{many}")
+    t = prompts.shape[1] + many
+    at = jnp.arange(many)
+    at = jnp.where(at < sizes[:, None], lengths[:, None] + at, t)
+    wide = jnp.pad(prompts, ((0, 0), (0, many)))
+    row = jnp.arange(b)[:, None]
+    wide = wide.at[row, at].set(jnp.asarray(prefill, prompts.dtype), mode="drop")
+    return wide, lengths + jnp.asarray(sizes, lengths.dtype)
+
+
+def per_row(name: str, value, b: int, group: int, low, high, dtype) -> jax.Array:
+    """One number, [B] or [B, G] as [N]."""
+    value = np.asarray(value)
+    if value.ndim == 1:
+        value = value[:, None]
+    if value.ndim > 2 or (value.ndim == 2 and value.shape not in ((b, 1), (b, group))):
+        raise ValueError(
+            f"{name} has shape {value.shape}, expected one number, [B={b}] or "
+            f"[B, G={group}]"
+        )
+    if not ((value >= low) & (value <= high)).all():
+        raise ValueError(f"{name} is {value.tolist()}, expected {low} to {high}")
+    return jnp.asarray(np.broadcast_to(value, (b, group)).reshape(-1), dtype)
+
+
+def ids(name: str, value, shape: tuple) -> np.ndarray:
+    """Integers of this shape, in which None is any size."""
+    value = np.asarray(value)
+    fits = value.ndim == len(shape) and all(
+        want in (None, have) for want, have in zip(shape, value.shape, strict=True)
+    )
+    if not fits or value.dtype.kind not in "iu":
+        raise ValueError(
+            f"{name} has shape {value.shape} and dtype {value.dtype}, expected integers "
+            f"{shape}"
+        )
+    return value
+
+
+def forced(forced, b: int, group: int, max_new: int, v: int) -> jax.Array | None:
+    """[B, F] ids or -1 as [N, F]."""
+    if forced is None:
+        return None
+    forced = ids("forced", forced, (b, None))
+    if (
+        not 1 <= forced.shape[1] <= max_new
+        or (forced < -1).any()
+        or (forced >= v).any()
+    ):
+        raise ValueError(
+            f"forced has {forced.shape[1]} places and ids {forced.min()}.."
+            f"{forced.max()}, expected 1..max_new={max_new} places, ids -1..{v - 1}"
+        )
+    return jnp.repeat(jnp.asarray(forced), group, 0)
+
+
+def bias(bias, b: int, group: int, v: int) -> jax.Array | None:
+    """{id: nats}, [V] or [B, V] as [V] or [N, V]."""
+    if bias is None:
+        return None
+    if isinstance(bias, Mapping):
+        dense = np.zeros(v, np.float32)
+        for token, nats in bias.items():
+            if not 0 <= token < v:
+                raise ValueError(f"logit_bias has id {token}, expected 0..{v - 1}")
+            dense[token] = nats
+        return jnp.asarray(dense)
+    bias = np.asarray(bias, np.float32)
+    if bias.shape not in ((v,), (b, v)):
+        raise ValueError(
+            f"logit_bias has shape {bias.shape}, expected [V={v}] or [B={b}, V={v}]"
+        )
+    return jnp.asarray(bias if bias.ndim == 1 else np.repeat(bias, group, 0))
