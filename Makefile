@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 CONFIGS := $(filter-out %/__init__.py %/common.py %/models.py,$(wildcard configs/*.py))
 SCRATCH = $(shell mktemp -d)
 
-.PHONY: help quickstart test test-fast lint types smoke smoke-all check repro real bench colabs
+.PHONY: help quickstart test test-fast lint types smoke smoke-all check repro frontier real bench colabs
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -48,6 +48,9 @@ smoke-all: $(VENV)/run.stamp  ## two steps of every config
 
 repro: $(VENV)/test.stamp  ## claims of papers at laptop size; writes launch/results/
 	$(PY) tests/reproductions $(ARGS)
+
+frontier: $(VENV)/test.stamp  ## win rate against KL, method by method: InfAlign's claim
+	$(PY) tests/reproductions infalign
 
 real: $(VENV)/test.stamp  ## SmolLM2-135M on DATA=pairs.jsonl[.gz], most of an hour
 	@test -n "$(DATA)" || { echo "usage: make real DATA=pairs.jsonl.gz"; exit 2; }
