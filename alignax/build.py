@@ -440,11 +440,7 @@ def rollouts(
         )
     if "returns" in loss.needs and not any(s.returns for s in steps):
         raise ValueError(f"loss {loss.name!r} needs returns: config.shaping.gae = {{}}")
-    if loss.group and loss.hyper[loss.group] != config.rollout.group:
-        raise ValueError(
-            f"loss.{loss.group} is {loss.hyper[loss.group]:g}, but rollout.group is "
-            f"{config.rollout.group}"
-        )
+    check_required(config, loss, steps)
     missing = [n for s in steps for n in s.needs if frozen(n) not in (None, *lms)]
     behaviour, shown = config.rollout.policy, config.rollout.anchor  # names
     missing += [behaviour] if behaviour not in ("", *lms) else []
@@ -452,6 +448,12 @@ def rollouts(
     if missing:
         raise ValueError(
             f"rollouts need {missing}: add config.lms, there are {sorted((*lms, *moving))}"
+        )
+
+    if shown in moving and any(s.baseline in shaping.OF_REFERENCE for s in steps):
+        raise ValueError(
+            f"rollout.anchor={shown!r} moves, but the shaping compares with rewards of "
+            "lms.ref, which does not: rollout.anchor='ref'"
         )
 
     def anchor(average: Params | None) -> LM:
@@ -465,7 +467,7 @@ def rollouts(
         overlong_penalty=config.rollout.overlong_penalty, score=scorer(mesh),
     )  # fmt: skip
     baseline = None
-    if any(s.baseline == "reference" for s in steps):
+    if any(s.baseline in shaping.OF_REFERENCE for s in steps):
         if "ref" not in lms:
             raise ValueError("rewards of reference samples need a frozen lms.ref")
         baseline = reference_rewards(config, examples, judged, workdir)
@@ -483,13 +485,38 @@ def rollouts(
     )  # fmt: skip
 
 
+def check_required(config, loss: plugin.Bound, steps: Sequence[plugin.Bound]) -> None:
+    """Raises ValueError for rollouts that are not those a loss is made for.
+
+    The loss's REQUIRES says what a key of the config has to be: a number or a name, one of
+    several, or, where that has a dot, what another key is.
+    """
+    said = {f"loss.{k}": v for k, v in loss.hyper.items()}
+    said |= {f"rollout.{k}": v for k, v in config.rollout.items()}
+    said |= {f"{s.name}.{k}": v for s in steps for k, v in s.hyper.items()}
+    for key, what in loss.requires.items():
+        other = isinstance(what, str) and "." in what
+        want = said[what] if other else what
+        allowed = want if isinstance(want, tuple) else (want,)
+        if said.get(key) not in allowed:
+            expected = " or ".join(
+                f"{x:g}" if isinstance(x, float) else str(x) for x in allowed
+            )
+            raise ValueError(
+                f"loss {loss.name!r}: {key} is {said.get(key, 'absent')}, expected {expected}"
+                + f", which is {what}" * other
+            )
+
+
 def with_strength(
     steps: Sequence[plugin.Bound], loss: plugin.Bound, given: Collection[str] = ()
 ) -> list[plugin.Bound]:
     """The shapings, with the run's KL strength as 'beta' of each reward that takes one.
 
-    That is the sum of what a penalty and a loss on advantages call 'beta'. A reward that is
-    made for a strength (a tabulated optimum) is wrong at any other.
+    That is the sum of what penalties call 'beta'. Beside a loss on advantages with a KL of
+    its own it is 0, for none: that loss's gradient is not of the KL of whole responses
+    (see `ratios.kl`), to which no strength would be right. A reward that is made for a
+    strength (a tabulated optimum) is wrong at any other.
 
     Args:
       steps: the shapings.
@@ -497,11 +524,15 @@ def with_strength(
       given: names of the shapings whose beta the config states itself.
 
     Raises:
-      ValueError: it states another than the run has.
+      ValueError: it states another than the run has; a reward that needs a strength, and
+        there is none.
     """
     penalties = [s for s in steps if s.stage == "penalty"]
-    penalties += [loss] if {"advantages", "ref_logps"} <= {*loss.needs} else []
-    strength = float(sum(b.hyper.get("beta", 0.0) for b in penalties))
+    in_loss = {"advantages", "ref_logps"} <= {*loss.needs} and "beta" in loss.hyper
+    strength = (
+        0.0 if in_loss else float(sum(b.hyper.get("beta", 0.0) for b in penalties))
+    )
+    penalties += [loss] * in_loss
     out = []
     for s in steps:
         if s.stage == "reward" and "beta" in s.hyper:
@@ -513,6 +544,11 @@ def with_strength(
                     "beta out"
                 )
             s = s._replace(hyper={**s.hyper, "beta": strength})
+        if possible := getattr(inspect.getmodule(s.function), "check", None):
+            try:
+                possible(**s.hyper)
+            except ValueError as error:
+                raise ValueError(f"{s.name}: {error}") from error
         out.append(s)
     return out
 
@@ -762,13 +798,22 @@ def evaluate(run: Run, lm: LM, lms: dict[str, LM], step: int, config) -> Metrics
         got = evaluation(
             lm, lms, run.eval_data, key=jax.random.key(config.seed), tokenizer=run.tokenizer,
             generate=generate, score=scorer(run.mesh), batch_size=config.eval_batch_size or config.batch_size,
-            length=config.length,
+            length=sampled_length(config, evaluation),
         )  # fmt: skip
         out["samples"] = out.get("samples", []) + got.pop("samples", [])
         out |= {f"eval/{name}/{k}": v for k, v in got.items()}
     if out and jax.process_index() == 0:
         run.say(f"evaluation at step {step}\n{table(out)}")
     return out
+
+
+def sampled_length(config, evaluation: plugin.Bound) -> int:
+    """Tokens that an evaluation may read: of a prompt, where it samples responses itself.
+
+    In a run with rollouts prompts are cut there as they are cut in these.
+    """
+    samples = "max_new" in evaluation.hyper and config.rollout.reward
+    return config.length - config.rollout.max_new * bool(samples)
 
 
 def table(metrics: Metrics) -> str:

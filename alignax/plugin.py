@@ -33,7 +33,8 @@ class Bound(NamedTuple):
     ema: Mapping[str, float] = MappingProxyType({})
     stage: str = ""  # of a shaping: when it applies
     baseline: str = ""  # of a shaping: whose rewards it compares with
-    group: str = ""  # of a loss: its hyper-parameter that must be rollout.group
+    # of a loss: what else the config must say where rollouts feed it
+    requires: Mapping[str, Any] = MappingProxyType({})
     returns: bool = False  # of a shaping: what it gives, plus values, a critic learns
 
     def __call__(self, *args, **kwargs):
@@ -76,8 +77,8 @@ def bind(
       function: the plug-in.
       hyper: values for its keyword-only parameters.
       name: what errors call it.
-      module: where NEEDS, COUPLED, EMA, STAGE, BASELINE, GROUP and RETURNS stand; the function's own
-        module by default.
+      module: where NEEDS, COUPLED, EMA, STAGE, BASELINE, REQUIRES and RETURNS stand; the
+        function's own module by default.
 
     Raises:
       ValueError: as for `load`.
@@ -120,14 +121,17 @@ def bind(
     if missing:
         raise ValueError(f"{name} needs a value for {', '.join(map(repr, missing))}")
     defaults = {k: p.default for k, p in takes.items() if p.default is not p.empty}
+    baseline: Any = getattr(module, "BASELINE", "")
+    if callable(baseline):  # it depends on the hyper-parameters
+        baseline = baseline({**defaults, **given})
     return Bound(
         name, function, {**defaults, **given},
         tuple(getattr(module, "NEEDS", ())),
         bool(getattr(module, "COUPLED", False)),
         dict(getattr(module, "EMA", {})),
         str(getattr(module, "STAGE", "")),
-        str(getattr(module, "BASELINE", "")),
-        str(getattr(module, "GROUP", "")),
+        str(baseline),
+        dict(getattr(module, "REQUIRES", {})),
         bool(getattr(module, "RETURNS", False)),
     )  # fmt: skip
 

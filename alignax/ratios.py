@@ -65,13 +65,15 @@ def report(
 
 
 def kl(policy: Scores, batch: Batch, estimator: str) -> Float[Array, "B G T"]:
-    """An estimate of KL(π ‖ π_ref) on each sampled token, for use in a loss.
+    """An estimate of the next token's KL(π ‖ π_ref) at each sampled prefix, for a loss.
 
-    On samples of π: 'k2' = l²/2 has a biased value and the gradient of KL(π ‖ π_ref);
-    'k3' = e^{-l} - 1 + l has an unbiased value and the gradient of KL(π_ref ‖ π), another
-    one; 'k3+' has the value of k3 and the gradient of k2. 'k1' = l is refused: its
-    expected gradient is zero; it belongs into the reward (shaping/kl.py), which alone
-    sees that a token changes what comes after it.
+    On samples of π, of the law of the next token: 'k2' = l²/2 has a biased value and the
+    gradient of KL(π ‖ π_ref); 'k3' = e^{-l} - 1 + l has an unbiased value and the gradient
+    of KL(π_ref ‖ π), another one; 'k3+' has the value of k3 and the gradient of k2. The
+    prefixes are not differentiated: summed over a response, the value is that of the
+    responses' KL, the gradient is not, because how a token changes what comes after it is
+    missing. 'k1' = l is refused: its expected gradient is zero; it belongs into the
+    reward (shaping/kl.py), which alone has the gradient of the responses' KL.
 
     Source: Schulman 2020, http://joschu.net/blog/kl-approx.html
 

@@ -24,6 +24,7 @@ from alignax.batch import LM, Batch, Example, Params
 from alignax.packing import pack, unpack
 from alignax.plugin import Bound
 from alignax.sampler import STREAM, Baseline, Drawn, Sampler
+from alignax.shaping import OF_REFERENCE
 from alignax.source import Source, annotate, column_names, prompt_batches
 
 KEEP = ("all", "best", "best_worst")
@@ -93,17 +94,21 @@ def rollout_source(
         ended: share of responses that are not truncated; valid: of those that count.
         tokens: a response.
         kl: nats a response, where the reference is read.
-        logp_gap, logp_gap_max: sampler against kernel, nats a token.
-        anchor_reward: of the slot that `anchor` brings.
+        logp_gap, logp_gap_max: sampler against kernel, nats a token, of whoever sampled.
+        anchor_reward: of the slot that `anchor` brings; anchor_logp_gap,
+          anchor_logp_gap_max: as above.
         prompts, ties_dropped, surplus, unfilled: under dynamic sampling, how many were
           drawn; thrown away without and (drawn with the last ones needed) with a
           difference; and missing.
         sampling, scoring: seconds.
+        updating: seconds from the rollout before until this one could begin: its steps,
+          and the evaluations and checkpoints between them. Not in a run's first.
 
     Raises:
       ValueError: a setting out of its range; no prompts; a shaping whose baseline is
-        not given. Later, from `next`: what the reward does wrong; dynamic sampling that
-        finds no difference at all.
+        not given, or is not of what it compares; hosts that do not divide B. Later,
+        from `next`: what the reward does wrong; dynamic sampling that finds no difference
+        at all.
     """
     counts = {"group": group, "batches": batches, "epochs": epochs}
     counts |= {"max_draws": max_draws, "anchor_samples": anchor_samples}
@@ -112,6 +117,10 @@ def rollout_source(
         sampler, shaping, needs, counts, own=own, keep=keep, dynamic=dynamic_sampling,
         reference=baseline is not None, anchor=anchor is not None,
     )  # fmt: skip
+    if batch_size % host[1]:
+        raise ValueError(
+            f"batch_size {batch_size} does not divide over {host[1]} hosts"
+        )
     room = length - sampler.max_new
     if room < 1:
         raise ValueError(f"length {length} leaves no room before {sampler.max_new} new")
@@ -132,6 +141,11 @@ def rollout_source(
         buckets=(room,),  # one T for all: a constant reduction is by that constant
     )  # fmt: skip
     reference = functools.cache(baseline or dict)
+
+    @functools.cache
+    def pool() -> np.ndarray:
+        return np.sort(np.concatenate([*reference().values()]))[None]
+
     data = hashlib.sha256(contents(examples).encode())
     settings = (
         batch_size, seed, length, keep, sorted(counts.items()), dynamic_sampling,
@@ -144,6 +158,7 @@ def rollout_source(
     # batches of prompts were drawn so far.
     now: dict[str, Any] = {"buffer": None, "number": -1, "used": 0, "drawn": 0}
     report: dict[str, Any] = {"read": len(examples), "ids": [], "metrics": {}}
+    since: list[float] = []  # when the rollout before was ready
 
     def sample(lm: LM, clock: dict[str, float]):
         """(examples, responses to them, places drawn, counts) of a rollout."""
@@ -165,7 +180,7 @@ def rollout_source(
 
     def read(lm: LM, teacher: LM | None, some, drawn: Drawn, key, clock) -> Read:
         """What is read of the responses to B prompts before they are shaped."""
-        greedy, batch = None, drawn.batch
+        greedy, batch, said = None, drawn.batch, None
         if any(s.baseline == "greedy" for s in shaping):
             whole = sampler._replace(truncated="keep")  # no baseline is no answer
             (p,) = prompts(some)
@@ -173,13 +188,17 @@ def rollout_source(
             greedy = np.asarray(answer.batch.feedback)
         if teacher is not None:
             (p,) = prompts(some)
-            theirs = sampler.draw(teacher, p, key, anchor_samples, clock=clock).batch
-            best = select(theirs, "best")
+            theirs = sampler.draw(teacher, p, key, anchor_samples, clock=clock)
+            best = select(theirs.batch, "best")
+            raw: Any = theirs.raw_logps
+            said = select(theirs.batch._replace(old_logps=raw), "best")
             count = batch.valid.any(1, keepdims=True)  # an unfilled place is empty
             batch = beside(batch, best._replace(valid=best.valid & count))
         start = time.monotonic()
-        scores = score(lm, batch, needs=("state_values",) if critic else ())
-        logps: Any = np.asarray(scores.logps)[:, :group]
+        if behaviour is None or critic:
+            scores = score(lm, batch, needs=("state_values",) if critic else ())
+        heard = scores if behaviour is None else score(behaviour, drawn.batch)
+        logps: Any = np.asarray(heard.logps)[:, :group]
         if own:  # as the step reads it: fresh responses have a ratio of 1
             law: Any = np.concatenate(
                 [logps, np.asarray(batch.old_logps)[:, group:]], 1
@@ -192,11 +211,17 @@ def rollout_source(
         batch = annotate(batch, sampler.lms, needs=frozen, score=score)
         clock["scoring"] += time.monotonic() - start
         gap = np.abs(logps - drawn.raw_logps)
+        if said is not None:
+            again = np.abs(np.asarray(score(teacher, said).logps) - said.old_logps)
+            gap = np.concatenate([gap, again], 1)
         return Read(jax.tree.map(np.asarray, batch), gap, greedy)
 
     def rolled(params: Params, average: Params | None):
         """A rollout: (what is kept of it, ids, places drawn, metrics)."""
+        jax.block_until_ready(params)  # what is still being updated is no sampling
         clock = {"sampling": 0.0, "scoring": 0.0}
+        if since:
+            clock["updating"] = time.monotonic() - since.pop()
         lm, teacher = policy(params), None if anchor is None else anchor(average)
         some, drawn, places, tally = sample(lm, clock)
         parts = []
@@ -209,13 +234,13 @@ def rollout_source(
         given: dict[str, Any] = {"": None, "group": None, "greedy": whole.greedy}
         if baseline is not None:
             given["reference"] = np.stack([reference()[e.id] for e in some])
+            given["pool"] = pool()
         batch = slots(whole.batch, slice(group))
         for s in shaping:
             batch = shaped(s, batch, given[s.baseline])
         numbers = {**summary(batch, drawn.truncated), **tally, **clock}
-        if behaviour is None:
-            gap = whole.gap[batch.mask & batch.valid[..., None]]
-            numbers |= {"logp_gap": gap.mean(), "logp_gap_max": gap.max()}
+        gap = whole.gap[:, :group][batch.mask & batch.valid[..., None]]
+        numbers |= {"logp_gap": gap.mean(), "logp_gap_max": gap.max()}
         if teacher is not None:
             last = slots(whole.batch, slice(group, None))
             if batch.advantages is not None:
@@ -224,6 +249,9 @@ def rollout_source(
             batch = beside(batch, last)
             if last.valid.any():
                 numbers["anchor_reward"] = last.feedback[last.valid].mean()
+                gap = whole.gap[:, group:][last.mask & last.valid[..., None]]
+                numbers["anchor_logp_gap"] = gap.mean()
+                numbers["anchor_logp_gap_max"] = gap.max()
         metrics = {f"rollout/{k}": float(v) for k, v in numbers.items()}
         kept = jax.tree.map(np.asarray, select(batch, keep))
         return kept, [e.id for e in some], places, metrics
@@ -236,6 +264,7 @@ def rollout_source(
             fresh, ids, places, report["metrics"] = rolled(params, average)
             now.update(buffer=fresh, ids=ids, number=now["number"] + 1, used=0)
             now["drawn"] += places
+            since[:] = [time.monotonic()]
         epoch, part = divmod(now["used"], batches)
         rng = np.random.default_rng([ROWS, seed, now["number"], epoch])
         rows = rng.permutation(many) if epochs * batches > 1 else np.arange(many)
@@ -268,7 +297,7 @@ class Read(NamedTuple):
     """Responses with the columns that LMs fill, and what is not kept of them."""
 
     batch: Batch
-    gap: np.ndarray  # [B, G, T] nats between sampler and kernel
+    gap: np.ndarray  # [B, G, T] nats between sampler and kernel; G + 1 with an anchor
     greedy: np.ndarray | None  # [B, 1] rewards of greedy responses
 
 
@@ -293,8 +322,15 @@ def _check(
                 f"{comparing[0]} compares the responses of a group: rollout.group >= 2"
             )
     for s in shaping:
-        if s.baseline == "reference" and not reference:
+        if s.baseline in OF_REFERENCE and not reference:
             raise ValueError(f"{s.name} needs rewards of reference samples")
+        earlier = [other.name for other in shaping if other.stage == "reward"]
+        if s.baseline == "greedy" and earlier:
+            raise ValueError(
+                f"{s.name} compares with the raw reward of the greedy response, but "
+                f"{earlier[0]} makes another one of all others; take another baseline, "
+                "as shaping.rloo"
+            )
     shape_needs = {n for s in shaping for n in s.needs}
     of_samples = "ref_logps" in shape_needs or {"ref_logps", "old_logps"} <= {*needs}
     if of_samples and not own:

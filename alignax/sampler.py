@@ -140,9 +140,8 @@ class Sampler(NamedTuple):
 
     def identity(self) -> dict[str, Any]:
         """What the numbers of a reference rollout depend on, part by part."""
-        reward = f"{self.reward.name} {sorted(self.reward.hyper.items())}"
         return {
-            "reward": reward, "tokenizer": self.tokenizer.fingerprint,
+            "reward": rewards.identity(self.reward), "tokenizer": self.tokenizer.fingerprint,
             "max_new": self.max_new, "temperature": self.temperature,
             "truncated": f"{self.truncated} {self.punishment}",
             "overlong": f"{self.overlong_buffer} {self.overlong_penalty}",

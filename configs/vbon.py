@@ -12,5 +12,6 @@ from configs import ctrl_bon
 def get_config(arg: str = ""):
     c = ctrl_bon.get_config(arg)
     c.shaping.ctrl = {"transform": "best_of", "n": 4, "calibration": "laplace"}
+    c.shaping.ctrl.floor = 0.0  # the smallest of 100 samples is at .005
     c.shaping.kl.beta = 1.0
     return c

@@ -295,7 +295,7 @@ def test_a_range_is_that_of_a_hyper_parameter_and_holds_its_default(module):
 
 def test_the_module_declares_when_it_applies(module):
     assert module.STAGE in shaping.STAGES
-    assert getattr(module, "BASELINE", "") in shaping.BASELINES
+    assert plugin.bind(module.shape).baseline in shaping.BASELINES
     if getattr(module, "RETURNS", False):
         assert module.STAGE == "advantage"
         assert "old_values" in module.NEEDS

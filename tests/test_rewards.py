@@ -128,6 +128,82 @@ def test_a_reward_file_gets_batch_texts_and_models(batch, make_lm, tiny_config):
     np.testing.assert_array_equal(got, jax.device_get(model.reward(batch, [], {"reward": lm})))  # fmt: skip
 
 
+def picky(batch, texts, lms) -> np.ndarray:
+    """Reads a whole batch and breaks on one text."""
+    assert batch.tokens.shape[:2] == (len(texts), len(texts[0]))
+    if any("FOX" in t for group in texts for t in group):
+        raise KeyError("FOX")
+    return np.ones((len(texts), len(texts[0])))
+
+
+def together(batch, texts, lms) -> np.ndarray:
+    if len(texts) > 1:
+        raise KeyError("too many")
+    return np.ones((len(texts), len(texts[0])))
+
+
+def test_a_batched_reward_that_raises_names_the_text_that_caused_it(batch):
+    message = r"picky raised KeyError\('FOX'\) on the response 'a FOX and a foxglove'"
+    with pytest.raises(ValueError, match=message):
+        rewards.call(plugin.load("rewards", f"{__name__}.picky"), batch, TEXTS, {})
+    message = "too many.* on a batch that begins with 'The quick fox.'"
+    with pytest.raises(ValueError, match=message):
+        rewards.call(plugin.load("rewards", f"{__name__}.together"), batch, TEXTS, {})
+
+
+@pytest.fixture
+def two_hosts(monkeypatch):
+    """This host and another, which says what the test has it say."""
+    said: list = []
+    monkeypatch.setattr(rewards.jax, "process_count", lambda: 2)
+
+    def gather(mine):
+        said.append(mine)
+        return np.stack([mine, said[0]])
+
+    monkeypatch.setattr(rewards.multihost_utils, "process_allgather", gather)
+    return said
+
+
+def test_hosts_that_judge_differently_stop(batch, two_hosts):
+    judge = plugin.load("rewards", f"{__name__}.vowels")
+    texts = [["aei", "x"], ["", "you"]]
+    want = [[3, 0], [0, 2]]
+    assert rewards.call(judge, batch, texts, {}).tolist() == want
+    assert rewards.call(judge, batch, texts, {}).tolist() == want  # the other as before
+    message = "vowels gave hosts different numbers"
+    with pytest.raises(ValueError, match=message):
+        rewards.call(judge, batch, [["aei", "x"], ["", "yu"]], {})
+
+
+def test_a_host_whose_judge_raised_does_not_leave_the_others_waiting(batch, two_hosts):
+    picky = plugin.load("rewards", f"{__name__}.picky")
+    with pytest.raises(ValueError, match="on the response 'a FOX"):
+        rewards.call(picky, batch, TEXTS, {})
+    assert len(two_hosts) == 1  # it told them
+    calm = [["a", "b"], ["c", "d"]]
+    with pytest.raises(ValueError, match=r"picky raised on hosts \[1\]"):
+        rewards.call(picky, batch, calm, {})
+
+
+def test_the_identity_of_a_reward_holds_its_code(monkeypatch):
+    judge = plugin.load("rewards", f"{__name__}.vowels")
+    members = {"a": f"{__name__}.vowels", "b": {"name": "constraints", "max_words": 3}}
+    several = rewards.load({"name": "ensemble", "members": members})
+    before = [rewards.identity(judge), rewards.identity(several)]
+    assert before == [rewards.identity(judge), rewards.identity(several)]
+    assert judge.name in before[0]
+    source = rewards.inspect.getsource
+
+    def edited(f):
+        return source(f) + "# " * (f is judge.function)
+
+    monkeypatch.setattr(rewards.inspect, "getsource", edited)
+    after = [rewards.identity(judge), rewards.identity(several)]
+    assert before[0] != after[0]
+    assert before[1] != after[1]
+
+
 def reads_both(batch, texts, lms, *, tokenizer, score=None, shift=0.0):
     value = tokenizer + (score() if score else 0) + shift
     return np.full((len(texts), len(texts[0])), value)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -160,6 +161,8 @@ def test_hosts_share_the_rows_of_one_rollout(lm, one):
     whole = make(lm, one).next(lm.params, 0)
     parts = [make(lm, one, host=(i, 2)).next(lm.params, 0) for i in range(2)]
     equal(jax.tree.map(lambda *x: np.concatenate(x), *parts), whole)
+    with pytest.raises(ValueError, match="batch_size 2 does not divide over 3 hosts"):
+        make(lm, one, host=(0, 3))
 
 
 def test_a_rollout_does_not_depend_on_the_mesh(lm, one):
@@ -207,16 +210,26 @@ def test_every_rollout_has_one_length(lm, one):
 
 
 def test_truncated_responses_by_rule(lm, one):
-    kept = make(lm, one).next(lm.params, 0)
-    ended = np.isin(kept.tokens, list(TK.eos_ids)) & kept.mask
-    cut = ~ended.any(-1)
+    ends = list(range(0, TK.vocab_size, 6))  # so many that most responses have an end
+
+    def rolled(**more):
+        def generate(lm, prompts, lengths, key, **settings):
+            prompts, lengths = jnp.asarray(prompts), jnp.asarray(lengths)
+            return decode.generate(lm, prompts, lengths, key, eos_ids=ends, **settings)
+
+        sample = sampler(one, **more)._replace(generate=generate)
+        return make(lm, one, sample).next(lm.params, 0)
+
+    kept = rolled()
+    cut = ~(np.isin(kept.tokens, ends) & kept.mask).any(-1)
     assert cut.any()
-    punished = sampler(one, truncated="punish", punishment=-7.0)
-    batch = make(lm, one, punished).next(lm.params, 0)
+    assert not cut.all()
+    assert kept.valid.all()
+    batch = rolled(truncated="punish", punishment=-7.0)
     np.testing.assert_array_equal(batch.feedback, np.where(cut, -7, kept.feedback))
-    if not cut.all():
-        batch = make(lm, one, sampler(one, truncated="drop")).next(lm.params, 0)
-        np.testing.assert_array_equal(batch.valid, ~cut)
+    batch = rolled(truncated="drop")
+    np.testing.assert_array_equal(batch.valid, ~cut)
+    assert not batch.advantages[cut].any()
 
 
 def test_a_rollout_without_a_whole_response_says_so(lm, one):
@@ -431,6 +444,41 @@ def test_the_last_slot_is_the_best_of_what_the_anchor_said(lm, one, teacher):
         assert metrics["rollout/reward"] == pytest.approx(want.feedback.mean())
 
 
+def off(mesh, by):
+    """A sampler whose log-probs are wrong by so many nats a token."""
+
+    def generate(*args, **settings):
+        out = build.generator(TK, mesh)(*args, **settings)
+        return out._replace(raw_logps=out.raw_logps + by)
+
+    return sampler(mesh)._replace(generate=generate)
+
+
+def test_whoever_samples_is_compared_with_the_kernel(lm, one, teacher):
+    names = [
+        f"rollout/{who}logp_gap{of}" for who in ("", "anchor_") for of in ("", "_max")
+    ]
+    for more in ({"anchor": lambda _: teacher}, {"behaviour": teacher, "needs": ()}):
+        for by, low, high in ((0.0, -1.0, 2e-5), (0.25, 0.2499, 0.2501)):
+            source = make(lm, one, off(one, by), **more)
+            source.next(lm.params, 0)
+            metrics = source.report()["metrics"]
+            found = [metrics[n] for n in names if n in metrics]
+            assert len(found) == (4 if "anchor" in more else 2)
+            assert all(low < x < high for x in found)
+
+
+def test_the_time_between_two_rollouts_is_that_of_the_updates(lm, one):
+    source = make(lm, one, epochs=2)
+    for at, slept in enumerate((0.0, 0.2, 0.3)):
+        time.sleep(slept)
+        source.next(lm.params, at)
+        metrics = source.report()["metrics"]
+        assert ("rollout/updating" in metrics) == (at == 2)
+        assert ("rollout/sampling" in metrics) == (at != 1)
+    assert metrics["rollout/updating"] >= 0.5
+
+
 def test_the_best_of_more_is_better(lm, one, teacher):
     """Of 1 and of 16 of some hundred nearly distinct numbers: means 50 and 94."""
 
@@ -533,6 +581,31 @@ def test_rewards_of_the_reference_are_kept_with_the_run(tmp_path):
         build.build(config, str(tmp_path / "run"))
 
 
+def test_the_global_table_is_that_of_all_prompts_of_the_run(tmp_path):
+    ctrl = {"calibration": "global", "transform": "identity"}
+    config = run_config(num_steps=2, shaping={"ctrl": ctrl, "rloo": {}})
+    roll(config, reference_samples=4, batches=1, epochs=1)
+    run = build.build(config, str(tmp_path / "run"))
+    batch = run.source.next(run.policy.params, 0)
+    table = dict(np.load(tmp_path / "run" / "reference_rewards.npz"))
+    rewards_of_all = np.concatenate(
+        [v.ravel() for k, v in table.items() if v.dtype == np.float32]
+    )
+    assert rewards_of_all.size == 8 * 4  # of both steps, not of this one alone
+    below = (batch.feedback[..., None] > rewards_of_all).mean(-1)
+    ties = (batch.feedback[..., None] == rewards_of_all).mean(-1)
+    u = below + ties / 2
+    want = (u - u.mean(1, keepdims=True)) * 4 / 3
+    got = [a[m][0] for a, m in zip(batch.advantages.reshape(-1, batch.mask.shape[-1]), batch.mask.reshape(-1, batch.mask.shape[-1]), strict=True)]  # fmt: skip
+    np.testing.assert_allclose(got, want.ravel(), atol=1e-6)
+
+
+def test_a_greedy_baseline_of_another_reward_is_refused(lm, one):
+    baseline = lambda: {e.id: np.zeros(2, np.float32) for e in PROMPTS}  # noqa: E731
+    with pytest.raises(ValueError, match=r"remax compares with the raw reward.*ctrl"):
+        make(lm, one, shaping=steps("ctrl", "remax"), baseline=baseline)
+
+
 def test_the_optimal_reward_is_that_of_the_runs_own_kl():
     loss = plugin.load("losses", "policy_gradient")
     several = steps(
@@ -541,14 +614,18 @@ def test_the_optimal_reward_is_that_of_the_runs_own_kl():
     got = build.with_strength(several, loss)
     assert got[0].hyper["beta"] == 0.3
     assert got[1:] == several[1:]
+    # a loss's KL is of tokens: no strength is right, and other transforms need none
     in_loss = plugin.load("losses", "policy_gradient_kl", {"beta": 0.1})
-    assert build.with_strength(several, in_loss)[0].hyper["beta"] == pytest.approx(0.4)
+    with pytest.raises(
+        ValueError, match=r"shaping.ctrl: transform 'optimal' .*no loss"
+    ):
+        build.with_strength(several, in_loss)
+    build.with_strength(steps("ctrl", "rloo"), in_loss)
     same = steps("ctrl", "kl", "rloo", ctrl={"beta": 0.3}, kl={"beta": 0.3})
     assert build.with_strength(same, loss, ["shaping.ctrl"]) == same
     without = steps("ctrl", "rloo", ctrl={"transform": "optimal"})
-    some = jax.tree.map(jnp.asarray, group([(1.0,)]))
-    with pytest.raises(ValueError, match=r"beta"):
-        build.with_strength(without, loss)[0](some, jnp.zeros((1, 2)))
+    with pytest.raises(ValueError, match=r"only a penalty in the reward has"):
+        build.with_strength(without, loss)
 
 
 def test_two_prompts_of_one_id_are_refused(lm, one):
@@ -579,9 +656,10 @@ def test_a_reward_that_breaks_names_the_text(lm, one, reward, message):
         source.next(lm.params, 0)
 
 
-def test_a_reward_that_breaks_on_an_invalid_response_does_no_harm():
+@pytest.mark.parametrize("break_down", [lambda: float("nan"), lambda: 1 / 0])
+def test_a_reward_that_breaks_on_an_invalid_response_does_no_harm(break_down):
     batch = group([(1.0, 2.0)], [[True, False]])
-    bound = plugin.bind(lambda text: float("nan") if text == "b" else 1.0)
+    bound = plugin.bind(lambda text: break_down() if text == "b" else 1.0)
     assert rewards.call(bound, batch, [["a", "b"]], {}).tolist() == [[1.0, 0.0]]
 
 
@@ -610,12 +688,37 @@ def test_a_run_that_broke_in_a_rollout_resumes_bit_for_bit(tmp_path):
     rollouts = len(CALLS)
     assert rollouts == 4  # two of two batches
     CALLS.clear()
+    BROKEN_AT.append(4)  # between the two batches of the second rollout
+    with pytest.raises(KeyboardInterrupt):
+        train.train(run_config(), str(tmp_path / "broken"))
+    BROKEN_AT.clear()
+    assert len(CALLS) == 4
+    got = train.train(run_config(), str(tmp_path / "broken"))
+    assert len(CALLS) == 4 + 2  # that rollout from its beginning, the first not again
+    equal(got.params, want.params)
+
+
+def test_a_run_that_stopped_between_the_steps_of_a_rollout_goes_on_with_it(tmp_path):
+    CALLS.clear()
+    want = train.train(run_config(), str(tmp_path / "whole"))
+    rollouts = len(CALLS)
+    CALLS.clear()
     config = run_config(num_steps=3)
     train.train(config, str(tmp_path / "halves"))  # stops inside the first rollout
     (tmp_path / "halves" / "config.json").unlink()  # the longer run is another config
     got = train.train(run_config(), str(tmp_path / "halves"))
     assert len(CALLS) == rollouts  # the responses in use were not drawn again
     equal(got.params, want.params)
+
+
+def test_evaluations_cut_prompts_as_the_rollouts_do():
+    config = run_config()  # rows of 24 tokens, 6 of them new
+    sampling = plugin.load("evals", "sample", {"reward": "constraints", "max_new": 2})
+    reading = plugin.load("evals", "perplexity")
+    assert build.sampled_length(config, sampling) == 18
+    assert build.sampled_length(config, reading) == 24
+    roll(config, reward={})
+    assert build.sampled_length(config, sampling) == 24
 
 
 REFUSED = {

@@ -22,7 +22,12 @@ from alignax import pairs
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps", "ref_logps")
-GROUP = "n"  # must be the run's rollout.group
+REQUIRES = {  # of rollouts: the pair is the best and the worst of n of the reference
+    "rollout.group": "loss.n",
+    "rollout.policy": "ref",
+    "rollout.temperature": 1.0,
+    "rollout.truncated": ("keep", "punish"),  # what is dropped is none of the n
+}
 RANGES = {"n": "[2, inf)", "alpha": "[0, 1]"}
 
 

@@ -11,7 +11,7 @@ transform 'best_of', shaping.kl with beta 1). Everything is a sum over tokens, l
 
 Source: Sessa et al. 2024, https://arxiv.org/abs/2407.14622
 Differs from the paper: ratios to the policy that sampled are clipped, for more than one
-step a rollout. J-BOND's reward, a quantile of two samples, is that of the shaping here.
+step a rollout.
 """
 
 import jax.numpy as jnp
@@ -21,6 +21,11 @@ from alignax import ratios
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps", "old_logps", "advantages")
+REQUIRES = {  # of rollouts: at another N or strength the optimum is not π_N
+    "shaping.ctrl.transform": "best_of",
+    "shaping.ctrl.n": "rollout.anchor_samples",
+    "shaping.kl.beta": 1.0,
+}
 RANGES = {"gamma": "[0, 1]", "clip_low": "(0, 1]", "clip_high": "(0, inf]"}
 
 

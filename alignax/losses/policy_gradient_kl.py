@@ -4,11 +4,13 @@
   l_t = log π(y_t) - log π_ref(y_t)
 
 The estimator k is explicit, because their gradients are not those of one quantity: see
-`ratios.kl`. k1 is refused.
+`ratios.kl`. k1 is refused. None has the gradient of the responses' KL(π ‖ π_ref): a token
+does not pay for where it leads, only for its own law at the prefixes that were sampled.
+What is exact at a KL strength (a tabulated optimum) needs the penalty of shaping/kl.py.
 
 Source: Shao et al. 2024, https://arxiv.org/abs/2402.03300 (k3)
-Differs from the paper: the default is k3+, the value of k3 with the gradient of
-KL(π ‖ π_ref).
+Differs from the paper: the default is k3+, the value of k3 with the gradient of the
+next token's KL(π ‖ π_ref).
 """
 
 from jaxtyping import Array, Float
@@ -17,6 +19,7 @@ from alignax import masked, ratios
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps", "old_logps", "advantages", "ref_logps")
+ESTIMATORS = ratios.ESTIMATORS  # another is refused before anything compiles
 RANGES = {"clip_low": "(0, 1]", "clip_high": "(0, inf]", "beta": "(0, inf)"}
 
 

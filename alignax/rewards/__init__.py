@@ -4,11 +4,15 @@ A dotted name may also point to any function from a response's text to a number.
 that takes the keywords `tokenizer` or `score` is handed the run's own.
 """
 
+import hashlib
 import inspect
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from alignax import plugin
 from alignax.plugin import Bound
@@ -48,12 +52,60 @@ def call(
         `build.scorer`); for rewards that read an LM, which otherwise use one device.
 
     Returns:
-      [B, G] float32, finite on valid responses and 0 on the others.
+      [B, G] float32, finite on valid responses and 0 on the others; on every host the
+      same.
 
     Raises:
       ValueError: the reward raised, gave another shape or a number that is not finite;
-        the text that caused it is shown. It needs what was not handed in.
+        the text that caused it is shown. It needs what was not handed in. It raised on
+        some hosts only, or gave them different numbers.
     """
+    if jax.process_count() == 1:
+        return _judged(reward, batch, texts, lms, tokenizer, score)
+    values, failure = None, None
+    try:
+        values = _judged(reward, batch, texts, lms, tokenizer, score)
+    except Exception as error:  # the others wait to hear of it
+        failure = error
+    digest = 0 if values is None else zlib.crc32(np.ascontiguousarray(values).tobytes())
+    mine = np.array([failure is not None, digest], np.uint32)
+    failed, digests = multihost_utils.process_allgather(mine).T
+    if failure is not None:
+        raise failure
+    if failed.any():
+        raise ValueError(
+            f"reward {reward.name} raised on hosts {np.flatnonzero(failed).tolist()}; "
+            "what is in their output"
+        )
+    if len(set(digests.tolist())) > 1:
+        raise ValueError(
+            f"reward {reward.name} gave hosts different numbers for the same responses: "
+            "every host judges by itself, so that a reward must be deterministic"
+        )
+    assert values is not None
+    return values
+
+
+def identity(reward: Bound) -> str:
+    """What the numbers of a reward depend on, as far as it can be read: names and code."""
+    members = {
+        label: identity(load(member if isinstance(member, str) else dict(member)))
+        for label, member in reward.hyper.get("members", {}).items()
+    }
+    try:
+        code = inspect.getsource(reward.function)
+    except (OSError, TypeError):  # typed in, or no plain function
+        made: Any = getattr(reward.function, "__code__", None)
+        code = made.co_code.hex() if made else type(reward.function).__qualname__
+    digest = hashlib.sha256(code.encode()).hexdigest()[:16]
+    parts = [reward.name, sorted(reward.hyper.items()), digest, sorted(members.items())]
+    return " ".join(str(p) for p in parts if p != [])
+
+
+def _judged(
+    reward: Bound, batch, texts: list[list[str]], lms, tokenizer, score
+) -> np.ndarray:
+    """What this host finds."""
     parameters = inspect.signature(reward.function).parameters
     if "batch" in parameters:
         handed = {"tokenizer": tokenizer, "score": score}
@@ -66,13 +118,19 @@ def call(
         try:
             values = np.asarray(reward(batch, texts, lms, **handed), np.float32)
         except Exception as error:
+            # hosts that share an LM's scores cannot ask for them one by one
+            alone = jax.process_count() == 1 or "score" not in handed
+            text = _culprit(reward, batch, texts, lms, handed) if alone else None
+            on = "a batch that begins with" if text is None else "the response"
             raise ValueError(
-                f"reward {reward.name} raised {_told(error)} on a batch that begins with "
-                f"{texts[0][0]!r}"
+                f"reward {reward.name} raised {_told(error)} on {on} "
+                f"{texts[0][0] if text is None else text!r}"
             ) from error
     else:
-        values = np.array([[_one(reward, t) for t in group] for group in texts])
-    values = values.astype(np.float32)
+        counts = np.asarray(batch.valid)
+        values = np.zeros(counts.shape, np.float32)
+        for b, g in np.argwhere(counts):
+            values[b, g] = _one(reward, texts[b][g])
     shape = (len(texts), len(texts[0]))
     if values.shape != shape:
         raise ValueError(
@@ -87,6 +145,19 @@ def call(
             f"reward {reward.name} gave {values[b, g]} for the response {texts[b][g]!r}"
         )
     return np.where(valid, values, 0.0).astype(np.float32)
+
+
+def _culprit(reward: Bound, batch, texts, lms, handed) -> str | None:
+    """The first response on which a reward raises also alone."""
+    for b, group in enumerate(texts):
+        for g, text in enumerate(group):
+            rows = (slice(b, b + 1), slice(g, g + 1))
+            try:
+                some = jax.tree.map(lambda x, at=rows: x[at[: min(x.ndim, 2)]], batch)
+                reward(some, [[text]], lms, **handed)
+            except Exception:
+                return text
+    return None
 
 
 def _one(reward: Bound, text: str) -> float:

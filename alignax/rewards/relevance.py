@@ -3,8 +3,8 @@
   r(x, y) = cos(x, y) · |y|/100 · #distinct trigrams of y / #trigrams of y
 
 Alone the first rewards short copies of the query, with the second it is repeated, and the
-third forbids that. |y| counts words and runs of punctuation; relevance is the cosine of
-the counts of words, in any case.
+third forbids that. |y| counts words, trigrams are of words and runs of punctuation;
+relevance is the cosine of the counts of words, in any case.
 
 Source: Kim et al. 2024, https://arxiv.org/abs/2402.03469
 Differs from the paper: bags of words stand for the vectors of its retriever (Contriever);
@@ -56,13 +56,13 @@ def reward(
         start = int(mask[b].any(0).argmax())  # the prompt is the same in every row
         query = bag(tokenizer.decode(tokens[b, 0, :start])) - template
         for g, text in enumerate(group):
-            parts = split(text)
+            mine = bag(text)
             value = {
-                "relevance": cosine(query, bag(text)),
-                "length": len(parts) / words,
-                "repetition": distinct(parts),
+                "relevance": cosine(query, mine),
+                "length": mine.total() / words,
+                "repetition": distinct(split(text)),
             }
-            out[b, g] = math.prod(value[f] for f in factors) if parts else 0.0
+            out[b, g] = math.prod(value[f] for f in factors) if mine else 0.0
     return out
 
 

@@ -8,15 +8,18 @@ order in the config:
   advantage  how much better than expected it was: exactly one
   scale      in which units
 
-Each reads `masked.token_rewards(batch)`: what the one before it left in
+A module may define `check(**hyper)`, which refuses hyper-parameters in a run. Each reads
+`masked.token_rewards(batch)`: what the one before it left in
 `Batch.advantages`, or the raw feedback, earned by the last scored token; feedback itself
 stays raw. `baseline` [B, R] holds rewards of other responses to the same prompt. What a
 module declares:
 
   STAGE     when it applies
-  BASELINE  whose rewards: 'reference', K samples of it; 'greedy', the policy's one greedy
-            response; 'group', the others of its group, which has two responses or more;
-            '' (the default), nobody's. With the last two `baseline` is None
+  BASELINE  whose rewards: 'reference', K samples of it; 'pool', those of all prompts that
+            the run may meet, [1, R] in order; 'greedy', the policy's one greedy response;
+            'group', the others of its group, which has two responses or more; '' (the
+            default), nobody's. With the last two `baseline` is None. A function gives it
+            from the hyper-parameters
   NEEDS     columns to fill before ('old_logps', 'ref_logps', 'old_values')
   RETURNS   True: what it gives, plus `old_values`, is what a critic should learn
             (`extra['returns']`)
@@ -33,7 +36,8 @@ from alignax.batch import Batch
 from alignax.plugin import Bound
 
 STAGES = ("reward", "penalty", "advantage", "scale")
-BASELINES = ("", "group", "reference", "greedy")
+BASELINES = ("", "group", "reference", "pool", "greedy")
+OF_REFERENCE = ("reference", "pool")  # made of rewards of reference samples
 
 
 def in_order(shapings: Iterable[Bound]) -> list[Bound]:

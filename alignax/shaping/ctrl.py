@@ -16,6 +16,8 @@ e^{tĈ}, and the 'best_of', 'optimal' and 'top' transforms.
 
 import functools
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +29,6 @@ from alignax.batch import Batch
 from alignax.theory import infalign
 
 STAGE = "reward"
-BASELINE = "reference"
 RANGES = {"floor": "[0, 1)", "n": "[2, inf)", "beta": "(0, inf)", "tau": "(0, 1)"}
 CALIBRATIONS = (
     "ecdf",
@@ -35,16 +36,30 @@ CALIBRATIONS = (
     "interpolated",
     "leave_one_out",
     "gaussian",
-    "rollout",
+    "global",
 )
 TRANSFORMS = ("identity", "log", "exp", "best_of", "optimal", "top")
 PROCEDURES = ("best_of", "worst_of")
 STEEPEST = 1.25  # |t|/K up to which the correction of e^{tĈ} keeps its order
 
 
+def BASELINE(hyper: Mapping[str, Any]) -> str:
+    """Whose rewards `hyper` compares with."""
+    return "pool" if hyper["calibration"] == "global" else "reference"
+
+
+def check(*, transform: str, beta: float, **_) -> None:
+    """Raises ValueError for an optimum without a KL strength that it could be for."""
+    if transform == "optimal" and not beta > 0:
+        raise ValueError(
+            "transform 'optimal' is tabulated for a KL strength of whole responses, which "
+            "only a penalty in the reward has (config.shaping.kl), and no loss beside it"
+        )
+
+
 def shape(
     batch: Batch,
-    baseline: Float[Array, "B K"],
+    baseline: Float[Array, "R K"],
     *,
     calibration: str = "ecdf",
     transform: str = "exp",
@@ -60,7 +75,8 @@ def shape(
 
     Args:
       batch: feedback [B, G], raw rewards; valid [B, G].
-      baseline: rewards of K reference samples of each prompt.
+      baseline: rewards of K reference samples of each prompt; one row of them all where
+        calibration is 'global'.
       calibration: how the quantile is estimated, see `calibrate`.
       transform: Φ. 'identity'; 'log', of at least `floor`; 'exp', e^{t(u-1)} for t > 0
         and -e^{tu} for t < 0; 'best_of', (n-1) log u, with a KL strength of 1 the law of
@@ -115,13 +131,14 @@ def shape(
 
 
 def calibrate(
-    reward: Float[Array, "B G"], baseline: Float[Array, "B K"], kind: str = "ecdf"
+    reward: Float[Array, "B G"], baseline: Float[Array, "R K"], kind: str = "ecdf"
 ) -> Float[Array, "B G"]:
     """Quantiles of rewards among those of reference samples.
 
     Args:
       reward: raw, finite.
-      baseline: rewards of K reference samples of each prompt.
+      baseline: rewards of K reference samples of each prompt, [B, K]; for 'global' in any
+        shape.
       kind: with m the samples below, ties counting half,
         'ecdf': m/K.
         'laplace': (m + 1/2)/(K + 1), never 0 or 1.
@@ -130,7 +147,8 @@ def calibrate(
         'interpolated': linear between neighbours, 0 and 1 beyond all.
         'gaussian': the CDF of a normal law with the samples' moments; this and the one
           before change under transforms of the reward that are not linear.
-        'rollout': m/K among the samples of all its prompts together: prompts are compared.
+        'global': m/R among the R samples of all prompts together, one table for a whole
+          run: prompts are compared, and one that is easier has higher quantiles.
 
     Returns:
       [B, G], within [0, 1].
@@ -142,7 +160,7 @@ def calibrate(
     k = baseline.shape[1]
     if k < 2 and kind in ("leave_one_out", "gaussian"):
         raise ValueError(f"calibration {kind!r} needs 2 reference samples, there is 1")
-    if kind == "rollout":
+    if kind == "global":
         flat = _below(reward.reshape(1, -1), baseline.reshape(1, -1))
         return flat.reshape(reward.shape) / baseline.size
     below = _below(reward, baseline)

@@ -16,11 +16,11 @@ https://arxiv.org/abs/2401.01879.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from numpy.polynomial import polynomial
 
 Grid = np.ndarray  # values at GRID
 GRID = np.linspace(0.0, 1.0, 6001)
@@ -64,18 +64,16 @@ def order_statistic(j: int, n: int) -> Procedure:
     _whole("n", n)
     if not 1 <= j <= n:
         raise ValueError(f"j is {j}, expected 1 to n={n}")
-    # P(at least j of n uniforms are below p), as a polynomial in p
-    mass = np.zeros(n + 1)
-    for k in range(j, n + 1):
-        term = polynomial.polypow([0.0, 1.0], k)
-        term = polynomial.polymul(term, polynomial.polypow([1.0, -1.0], n - k))
-        mass = polynomial.polyadd(mass, _choose(n, k) * term)
-    density = polynomial.polyder(mass)
-    return Procedure(
-        f"{j}-of-{n}",
-        lambda p: polynomial.polyval(p, density),
-        lambda p: polynomial.polyval(p, mass),
-    )
+
+    def density(p):
+        return n * math.comb(n - 1, j - 1) * p ** (j - 1) * (1 - p) ** (n - j)
+
+    def mass(p):
+        # P(at least j of n uniforms are below p): no term is negative, none cancels
+        terms = (math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(j, n + 1))
+        return np.minimum(sum(terms), 1.0)
+
+    return Procedure(f"{j}-of-{n}", density, mass)
 
 
 @functools.cache
@@ -157,8 +155,7 @@ def kl(f: Grid) -> float:
     return float(_integral(terms))
 
 
-STEP = 1.6  # from one solved β to the next: a start that is near enough
-MEMORY = 8  # iterations that Anderson's mixing looks back
+ITERATIONS = 20_000
 
 
 def optimal(procedure: Procedure, beta: float) -> tuple[Grid, Grid]:
@@ -166,7 +163,7 @@ def optimal(procedure: Procedure, beta: float) -> tuple[Grid, Grid]:
 
     For best-of-N the objective is strictly concave and the optimum unique; for
     worst-of-N uniqueness is not proved. The plain iteration oscillates at small β: this
-    one mixes (Anderson 1965) and walks there from β = 1.
+    one is damped in log f, by more wherever it does not contract.
 
     Raises:
       ValueError: beta <= 0.
@@ -182,26 +179,19 @@ def optimal(procedure: Procedure, beta: float) -> tuple[Grid, Grid]:
 def _optimal(procedure: Procedure, beta: float) -> Grid:
     """log f* on GRID."""
     x = np.zeros_like(GRID)
-    if beta < 1:  # from the next larger power of STEP, which is solved once for all
-        power = np.floor(-np.log(beta) / np.log(STEP) - 1e-9)
-        x = _optimal(procedure, float(STEP**-power))
-    points: list[Grid] = []
-    gaps: list[Grid] = []
-    for _ in range(300):
+    damping, before, left = 0.5, np.inf, 4
+    for _ in range(ITERATIONS):
         y = _transform(procedure, _cdf(np.exp(x))) / beta
         y -= y.max()
         y -= np.log(_integral(np.exp(y)))
-        gap = y - x
-        if np.abs(np.exp(y) - np.exp(x)).max() < 1e-10 * np.exp(y.max()):
+        apart = np.abs(np.exp(y) - np.exp(x)).max() / np.exp(y.max())
+        if apart < 1e-10:
             return y
-        points, gaps = [*points, x][-MEMORY:], [*gaps, gap][-MEMORY:]
-        x = x + 0.5 * gap
-        if len(points) > 1:
-            weight = np.exp(np.maximum(y - y.max(), -30.0) / 2)  # where f is
-            d_gap = np.stack([gaps[-1] - g for g in gaps[:-1]], 1)
-            d_point = np.stack([points[-1] - p for p in points[:-1]], 1)
-            mix = np.linalg.lstsq(d_gap * weight[:, None], gap * weight, rcond=1e-10)[0]
-            x -= (d_point + 0.5 * d_gap) @ mix
+        left -= 1
+        if not left:  # iterations in which a contraction would shrink it to e⁻²
+            damping = damping / 2 if apart > before / 2 else damping
+            before, left = apart, int(np.ceil(2 / damping))
+        x = x + damping * (y - x)
         x -= x.max()
         x -= np.log(_integral(np.exp(x)))
     raise RuntimeError(
@@ -348,10 +338,6 @@ def _cumulative(y: Grid) -> Grid:
 def _cdf(f: Grid) -> Grid:
     total = _cumulative(f)
     return np.clip(total / total[-1], 0.0, 1.0)
-
-
-def _choose(n: int, k: int) -> float:
-    return float(np.prod([(n - i) / (i + 1) for i in range(k)]))
 
 
 def _whole(name: str, value: int) -> None:

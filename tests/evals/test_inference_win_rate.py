@@ -83,6 +83,20 @@ def law(lm):
     return p / p.sum(-1, keepdims=True)
 
 
+def spread_of(p, q, n, best, samples=400, times=60):
+    """Standard error of the mean over prompts, by drawing from the laws themselves."""
+    rng, sign = np.random.default_rng(n), 1.0 if best else -1.0
+    ours, theirs = (
+        np.stack([rng.choice(len(x), (times, samples), p=x) for x in law], 1)
+        for law in (p, q)
+    )  # [times, prompts, samples]
+    means = [
+        win_rates(sign * a, sign * b, n).mean()
+        for a, b in zip(ours, theirs, strict=True)
+    ]
+    return np.std(means)
+
+
 def test_on_a_model_it_is_what_the_laws_say(tiny_config, make_lm):
     config = dataclasses.replace(tiny_config, vocab_size=TK.vocab_size)
     lm, ref = make_lm(config, 0), make_lm(config, 1)
@@ -94,8 +108,9 @@ def test_on_a_model_it_is_what_the_laws_say(tiny_config, make_lm):
     }  # fmt: skip
     for name, (n, best) in exact.items():
         want = np.mean([infalign.discrete_win_rate(a, b, n, best=best) for a, b in zip(p, q, strict=True)])  # fmt: skip
-        # 2400 samples a side: the standard error of a mean of n-subsets is below .5 n/√2400
-        assert got[name] == pytest.approx(want, abs=4 * 0.5 * n / np.sqrt(2400)), name
+        error = spread_of(p, q, n, best)
+        assert error < 0.02
+        assert got[name] == pytest.approx(want, abs=4 * error), name
         assert got[f"{name}/lo"] <= got[name] <= got[f"{name}/hi"]
     kl = (p * np.log(p / q)).sum(-1).mean()
     spread = np.sqrt((p * (np.log(p / q) - kl) ** 2).sum(-1).mean() / 2400)

@@ -140,5 +140,23 @@ def test_ties_count_in_no_pair():
 def test_another_n_than_that_of_the_rollouts_is_refused(tmp_path):
     config = bonbon_config.get_config("smoke")
     config.loss.n = 4
-    with pytest.raises(ValueError, match=r"loss\.n is 4, but rollout\.group is 8"):
+    message = r"rollout\.group is 8, expected 4, which is loss\.n"
+    with pytest.raises(ValueError, match=message):
+        build.build(config, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("policy", "", "rollout.policy is , expected ref"),
+        ("temperature", 0.7, r"rollout.temperature is 0.7, expected 1"),
+        ("truncated", "drop", "rollout.truncated is drop, expected keep or punish"),
+    ],
+)
+def test_pairs_that_are_not_of_n_of_the_reference_are_refused(
+    key, value, message, tmp_path
+):
+    config = bonbon_config.get_config("smoke")
+    config.rollout[key] = value
+    with pytest.raises(ValueError, match=f"losses.bonbon.*{message}"):
         build.build(config, str(tmp_path))

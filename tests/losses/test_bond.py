@@ -17,8 +17,12 @@ from losses_rollouts import (
 )
 from oracles import losses as oracle
 
+from alignax import build
 from alignax.batch import Scores, from_groups
 from alignax.losses import bond, policy_gradient, sft
+from alignax.shaping import ctrl
+from configs import bond as bond_config
+from configs import vbon
 
 loss = bond.loss
 
@@ -95,6 +99,48 @@ def test_metrics_are_of_the_own_responses():
 def test_a_batch_without_an_anchor_is_an_error():
     with pytest.raises(ValueError, match="one response a prompt"):
         loss(*group([[0.0]], [[1]]))
+
+
+@pytest.mark.parametrize(
+    "name, key, value, message",
+    [
+        ("ctrl", "n", 8, r"shaping.ctrl.n is 8, expected 4, which is rollout.anchor_s"),
+        ("ctrl", "transform", "exp", "shaping.ctrl.transform is exp, expected best_of"),
+        ("kl", "beta", 0.1, r"shaping.kl.beta is 0.1, expected 1"),
+        ("kl", None, None, "shaping.kl.beta is absent, expected 1"),
+    ],
+)
+def test_a_reward_that_is_not_of_the_anchors_best_of_n_is_refused(
+    name, key, value, message, tmp_path
+):
+    config = bond_config.get_config("smoke")
+    with config.unlocked():
+        if key is None:
+            del config.shaping[name]
+        else:
+            config.shaping[name][key] = value
+    with pytest.raises(ValueError, match=f"losses.bond.*{message}"):
+        build.build(config, str(tmp_path))
+
+
+def test_quantiles_of_the_reference_beside_an_anchor_that_moves_are_refused(tmp_path):
+    config = bond_config.get_config("smoke")
+    config.average, config.lms = 0.5, {"ref": "init", "ema": "average"}
+    config.rollout.anchor = "ema"
+    with pytest.raises(ValueError, match=r"rollout\.anchor='ema' moves, but"):
+        build.build(config, str(tmp_path))
+
+
+@pytest.mark.parametrize("config", [bond_config, vbon], ids=["bond", "vbon"])
+def test_the_lowest_of_the_reference_samples_is_not_cut_off(config):
+    c = config.get_config()
+    k, n = c.rollout.reference_samples, 4
+    batch = group([[0.0], [0.0]], [[0], [0]])[1]
+    batch = batch._replace(feedback=jnp.float32([[-1.0, 0.5]]), advantages=None)
+    hyper = {**c.shaping.ctrl, "n": n}
+    got = ctrl.shape(batch, jnp.arange(float(k))[None], **hyper).sum(-1)
+    want = (n - 1) * np.log(np.array([[0.5, 1.5]]) / (k + 1))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])

@@ -15,6 +15,7 @@ from losses_rollouts import (
 )
 from oracles import losses as oracle
 
+from alignax import plugin
 from alignax.losses import policy_gradient, policy_gradient_kl
 
 loss = policy_gradient_kl.loss
@@ -89,6 +90,11 @@ def test_the_metric_is_the_estimate_a_token():
     )  # fmt: skip
     metrics = loss(policy, batch)[1]
     assert float(metrics["kl"][0]) == pytest.approx(1 / math.e / 2, rel=1e-5)
+
+
+def test_an_estimator_is_refused_before_anything_compiles():
+    with pytest.raises(ValueError, match="estimator='k1' is not one of k2, k3, "):
+        plugin.load("losses", "policy_gradient_kl", {"estimator": "k1"})
 
 
 def test_k1_is_refused_with_the_reason():

@@ -45,16 +45,20 @@ def test_repetition_is_the_share_of_distinct_trigrams(text, want):
     assert relevance.distinct(text.split()) == pytest.approx(want)
 
 
-def test_length_counts_words_and_runs_of_punctuation():
+def test_trigrams_are_of_words_and_runs_of_punctuation():
     assert relevance.split("Well... it's 3.5, no?!") == [
         "Well", "...", "it", "'", "s", "3", ".", "5", ",", "no", "?!",
     ]  # fmt: skip
-    got = scored("one two three.", factors=("length",), words=8.0)
-    assert got[0] == pytest.approx(4 / 8)
+
+
+def test_length_counts_words_and_nothing_else():
+    padded = "one ... two !!! three. ? ? ?"
+    got = scored("one two three", padded, factors=("length",), words=8.0)
+    np.testing.assert_allclose(got, 3 / 8)
 
 
 def test_a_response_without_a_word_earns_nothing():
-    got = scored(" \n", GOOD, factors=("repetition",))
+    got = scored("?!", GOOD, factors=("repetition",))
     assert got.tolist() == [0.0, 1.0]
 
 

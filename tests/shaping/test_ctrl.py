@@ -62,9 +62,13 @@ def test_the_gaussian_of_equal_samples_is_a_step(value):
     np.testing.assert_array_equal(got, [[0, 0.5, 1]])
 
 
-def test_a_quantile_in_the_rollout_compares_prompts():
-    got = calibrate([[0.5], [10.5]], [[0, 1], [10, 11]], "rollout")
+def test_a_quantile_in_the_global_table_compares_prompts():
+    got = calibrate([[0.5], [10.5]], [[0, 1], [10, 11]], "global")
     np.testing.assert_array_equal(got, [[0.25], [0.75]])
+    table = calibrate([[0.5], [10.5]], [[0, 1, 10, 11]], "global")
+    np.testing.assert_array_equal(table, got)
+    assert plugin.load("shaping", "ctrl", {"calibration": "global"}).baseline == "pool"
+    assert plugin.load("shaping", "ctrl").baseline == "reference"
     np.testing.assert_array_equal(calibrate([[0.5], [10.5]], [[0, 1], [10, 11]]), 0.5)
 
 
@@ -107,8 +111,8 @@ def test_each_prompt_may_have_its_own_transform():
     scale, shift = np.array([[0.01], [1], [100]]), np.array([[5], [-70], [0]])
     got = calibrate(rewards * scale + shift, baseline * scale + shift)
     np.testing.assert_array_equal(got, want)
-    other = calibrate(rewards * scale + shift, baseline * scale + shift, "rollout")
-    assert not np.allclose(other, calibrate(rewards, baseline, "rollout"))
+    other = calibrate(rewards * scale + shift, baseline * scale + shift, "global")
+    assert not np.allclose(other, calibrate(rewards, baseline, "global"))
 
 
 @pytest.mark.parametrize("kind", ["ecdf", "laplace", "interpolated"])
