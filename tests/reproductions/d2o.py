@@ -10,7 +10,7 @@ very negatives of D²O down. Predicted: D²O ends with no more probability on th
 token than DPO, and with a smaller rise of the NLL of neutral text than gradient ascent; its
 loss is at most the mean of the losses of its single pairs (convexity).
 
-Controls: D²O with safe negatives; without its samples (β = .001), which leaves ascent; the
+Controls: D²O with safe negatives; without its samples (β = .001), which leaves ascent; ascent; the
 least of the single pairs instead of their mean.
 """
 
@@ -176,6 +176,16 @@ def rise(path):
     return path[:, -1, 1] - path[:, 0, 1]
 
 
+def rise_at(path, harm=0.1):
+    """Of neutral NLL, from the first step to where the harm has fallen to `harm`."""
+    found = []
+    for seed in path:
+        i = int(np.argmax(seed[:, 0] <= harm))
+        assert i, f"harm ends at {seed[-1, 0]:.3f}"
+        found.append(np.interp(harm, seed[[i, i - 1], 0], seed[[i, i - 1], 1]))
+    return np.array(found) - path[:, 0, 1]
+
+
 def main() -> list[report.Row]:
     paths = toy.over_seeds(compare)
     mean_gap, least_gap = paths.pop("mean gap"), paths.pop("least gap")
@@ -199,6 +209,9 @@ def main() -> list[report.Row]:
         check("the same with samples of the start; control: no samples", "< 1",
               lambda x: x < 1, rise(paths["samples of the start"]) / rise(ascent),
               rise(without) / rise(ascent)),
+        check("that rise where harm has fallen to .1, over no samples'; control: gradient "
+              "ascent", "< 1", lambda x: x < 1, rise_at(paths["D²O"]) / rise_at(without),
+              rise_at(ascent) / rise_at(without)),
         check("mean of single pairs' losses less D²O's; control: their least", ">= 0",
               lambda x: x >= -1e-6, mean_gap, least_gap),
     ]  # fmt: skip

@@ -1,19 +1,22 @@
 """LongPO carries what the short context taught over to the long one, and keeps it.
 
 Chen et al. 2025, https://arxiv.org/abs/2502.13922. A transformer trained on documents of
-32 tokens to repeat the only value token among fillers. Long documents have 256 tokens, a
-quarter of them decoys that training never showed. For each long document, chosen is what
-the model itself samples under the 32 tokens around the value, rejected what it samples
-under the whole. Predicted: LongPO ends with a better accuracy on long documents than DPO
-with the reference on the long context, and with a smaller KL(π_ref ‖ π_θ) on short ones
-than SFT on the chosen answers. β = .1 and λ = 1 (with the command of the paper's code, both
-.01, the preference term is a hundredth of the likelihood's and LongPO is SFT).
+32 tokens to name the only value among fillers, in either of two notations, as often one as
+the other. Long documents have 256 tokens, a quarter of them decoys that training never
+showed. For each long document, chosen is what the model itself samples under the 32 tokens
+around the value, rejected what it samples under the whole. Predicted: LongPO ends with a
+better accuracy on long documents than DPO with the reference on the long context, and
+keeps the short-context policy, with a smaller KL(π_ref ‖ π_θ) on short documents than SFT.
+β = .1 and λ = 1 (with the command of the paper's code, both .01, the preference term is a
+hundredth of the likelihood's and LongPO is SFT).
 
-The last is false here: both are near zero, and SFT on the model's own short-context answers
-does as well on long documents. What LongPO beats, on both counts, is DPO with the reference
-on the long context.
+What SFT does to the short-context policy depends on whose answers it learns. On those of
+an annotator, right but always in one notation, it gives up the other. On the very answers
+that LongPO prefers, the model's own, it stays as near as LongPO: samples of π(·|x_S) are
+likeliest under π(·|x_S) itself, which leaves the preference nothing to keep. So the last
+prediction is true of the one and false of the other.
 
-Controls: DPO, and LongPO with chosen and rejected swapped.
+Controls: SFT on the annotator's answers, and LongPO with chosen and rejected swapped.
 """
 
 import jax
@@ -25,7 +28,8 @@ import toy
 from alignax import decode
 
 QUESTION, VALUES, FILLERS, DECOYS = 0, 16, 20, 20
-FIRST_FILLER = 1 + VALUES
+NOTATIONS = np.array([0, VALUES])  # added to a value's token; documents have the first
+FIRST_FILLER = 1 + 2 * VALUES
 FIRST_DECOY = FIRST_FILLER + FILLERS
 VOCAB = FIRST_DECOY + DECOYS
 SHORT, LONG, BATCH, STEPS, EVERY, ASKED = 32, 256, 8, 40, 8, 64
@@ -50,14 +54,13 @@ def documents(rng, size, length):
 
 
 def sample(lm, prompts, key):
-    out = decode.generate(
-        lm,
-        jnp.asarray(prompts),
-        jnp.full(len(prompts), prompts.shape[1]),
-        key,
-        max_new=1,
-    )
-    return np.asarray(out.batch.tokens)[:, 0, -1:]
+    """[N, 1] answers of the model."""
+    parts = []
+    for i in range(0, len(prompts), ASKED):
+        some = jnp.asarray(prompts[i : i + ASKED])
+        lengths, here = jnp.full(len(some), some.shape[1]), jax.random.fold_in(key, i)
+        parts.append(decode.generate(lm, some, lengths, here, max_new=1).batch.tokens)
+    return np.concatenate(parts)[:, 0, -1:]
 
 
 def answers(lm, tokens):
@@ -65,25 +68,31 @@ def answers(lm, tokens):
     return np.asarray(toy.next_laws(lm, jnp.asarray(tokens)))[:, -1]
 
 
-def accuracy(lm, tokens, values):
-    """Mean probability of the right value."""
-    return float(np.exp(answers(lm, tokens)[np.arange(len(values)), values]).mean())
+def right(law, values):
+    """Mean probability of the right value, in either notation."""
+    each = values[:, None] + NOTATIONS
+    return float(np.exp(np.take_along_axis(law, each, 1)).sum(-1).mean())
 
 
 def batches(lm, seed):
-    """(long rows with the reference on x_S, the same with it on x_L), made by the model."""
-    rng, out = np.random.default_rng((seed, 1)), []
-    for key in jax.random.split(jax.random.key(seed), STEPS):
-        long, short, _ = documents(rng, BATCH, LONG)
-        keys = jax.random.split(key)
-        sides = [sample(lm, short, keys[0]), sample(lm, long, keys[1])]
-        groups = np.stack(sides, 1)
-        there = toy.groups(short, groups, SHORT + 2)
-        batch = toy.groups(long, groups, LONG + 2)
-        column = np.zeros(batch.mask.shape, np.float32)
-        column[np.asarray(batch.mask)] = toy.logps(lm, there)[np.asarray(there.mask)]
-        short_batch = batch._replace(ref_logps=jnp.asarray(column))
-        out.append((short_batch, toy.annotated(lm, batch)))
+    """By what is compared: a list of STEPS batches of BATCH long documents.
+
+    "short": the model's answers under x_S and x_L, the reference on x_S; "long": the same,
+    the reference on x_L; "annotator": the right value in the first notation.
+    """
+    rng = np.random.default_rng((seed, 1))
+    long, short, values = documents(rng, STEPS * BATCH, LONG)
+    keys = jax.random.split(jax.random.key(seed))
+    groups = np.stack([sample(lm, short, keys[0]), sample(lm, long, keys[1])], 1)
+    under_short = answers(lm, short)[np.arange(len(short))[:, None], groups[..., 0]]
+    out = {"short": [], "long": [], "annotator": []}
+    for rows in np.split(np.arange(len(long)), STEPS):
+        batch = toy.groups(long[rows], groups[rows], LONG + 2)
+        logps = jnp.where(batch.mask, under_short[rows][..., None], 0.0)
+        out["short"].append(batch._replace(ref_logps=logps))
+        out["long"].append(toy.annotated(lm, batch))
+        named = toy.groups(long[rows], values[rows, None, None], LONG + 2)
+        out["annotator"].append(named)
     return out
 
 
@@ -101,9 +110,12 @@ def compare(seed):
 
     def short_batch(_):
         _, short, values = documents(rng, 64, SHORT)
-        return toy.groups(short, values[:, None, None], SHORT + 2)
+        named = values + rng.choice(NOTATIONS, len(values))
+        return toy.groups(short, named[:, None, None], SHORT + 2)
 
-    fresh = toy.make(VOCAB, width=32, num_layers=1, length=LONG + 2, seed=seed)
+    fresh = toy.make(
+        VOCAB, width=32, num_layers=1, num_heads=2, length=LONG + 2, seed=seed
+    )
     base, _ = toy.train(fresh, "sft", short_batch, 300, lr=5e-3)
     long, short, values = documents(np.random.default_rng((seed, 2)), ASKED, LONG)
     before = answers(base, short)
@@ -111,15 +123,17 @@ def compare(seed):
     def measures(lm):
         law = answers(lm, short)
         drift = (np.exp(before) * (before - law)).sum(-1).mean()
-        return accuracy(lm, long, values), accuracy(lm, short, values), drift
+        return right(answers(lm, long), values), right(law, values), drift
 
     data = batches(base, seed)
     rule = dict(beta=0.1, lam=1.0)
+    own, anothers = data["short"], data["annotator"]
     runs = {
-        "LongPO": ("longpo", lambda i: data[i][0], rule),
-        "DPO": ("dpo", lambda i: data[i][1], {"beta": 0.1}),
-        "SFT": ("sft", lambda i: chosen_alone(data[i][0]), {}),
-        "swapped": ("longpo", lambda i: swapped(data[i][0]), rule),
+        "LongPO": ("longpo", lambda i: own[i], rule),
+        "DPO": ("dpo", lambda i: data["long"][i], {"beta": 0.1}),
+        "SFT, own answers": ("sft", lambda i: chosen_alone(own[i]), {}),
+        "SFT, annotator": ("sft", lambda i: anothers[i], {}),
+        "swapped": ("longpo", lambda i: swapped(own[i]), rule),
     }
     paths = {
         name: toy.train(
@@ -141,11 +155,15 @@ def main() -> list[report.Row]:
         check("accuracy on long documents after, on short ones before; control: swapped",
               "carried over, within .05", lambda long, short: long > short - 0.05,
               (ends["LongPO"][0], start[1]), (ends["swapped"][0], start[1])),
-        check("KL on short documents, nats; control: DPO", "kept, < .05",
-              lambda x: x < 0.05, ends["LongPO"][2], ends["DPO"][2]),
-        report.false("KL on short documents over SFT's", "< 1", lambda x: x < 1,
-                     ends["LongPO"][2] / ends["SFT"][2], cause="both are near zero: SFT "
-                     "on the model's own short-context answers hardly moves it there"),
+        check("KL on short documents, nats; control: SFT on an annotator's answers",
+              "kept, < .05", lambda x: x < 0.05, ends["LongPO"][2],
+              ends["SFT, annotator"][2]),
+        report.false("KL on short documents over that of SFT on own answers; beside: over "
+                     "SFT's on an annotator's", "< 1", lambda x: x < 1,
+                     ends["LongPO"][2] / ends["SFT, own answers"][2],
+                     ends["LongPO"][2] / ends["SFT, annotator"][2],
+                     cause="they are equal: the likelihood of own short-context answers is "
+                     "greatest at the short-context policy, whoever trains on them"),
     ]  # fmt: skip
 
     drawing, (a, b) = report.figure(

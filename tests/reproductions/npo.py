@@ -261,7 +261,7 @@ def main() -> list[report.Row]:
     ]  # fmt: skip
 
     drawing, (a, b, c, d) = report.figure(
-        ["One example", "Forgetting", "Forgetting against retaining", "β → 0"],
+        ["One example", "Forgetting", "Retaining, one draw", "β → 0"],
         title="NPO and gradient ascent",
     )
     steps = np.arange(1, 10_001)
@@ -275,9 +275,9 @@ def main() -> list[report.Row]:
     report.label(a, "step", "distance of z")
     at = np.arange(0, STEPS + 1, EVERY)
     for name, color in zip(curves, (1, 3, 4, 2, 5, 0), strict=True):
-        middle = np.median(curves[name], 0)
-        b.semilogy(at, middle[:, 0], color=report.COLORS[color], label=name)
-        c.loglog(*middle.T, color=report.COLORS[color], label=name)
+        middle = np.median(curves[name][..., 0], 0)
+        b.semilogy(at, middle, color=report.COLORS[color], label=name)
+        c.loglog(*curves[name][0].T, color=report.COLORS[color], label=name)
     report.label(b, "step", "forget distance, nats", legend="")
     report.label(
         c, "forget distance, nats", "retain distance, nats", legend="upper left"

@@ -16,16 +16,18 @@ of them. Measured on prompts that no training has seen.
    constrained objective (β of the paper: .5, then 2, then .1) it is above .8 after as many
    steps, the loss of the later tokens within 10 % of the plain one.
 
-The last holds as far as it is stated: at the step at which plain fine-tuning has forgotten,
-the seventh or eighth, the constrained rate is .8 and the later tokens cost less, if
-anything. But the constraint delays and does not stop: the rate is about one half after 10
-steps and below .1 after 30. With β_1 = .5 the weight of the first token falls only as
-2 (π_al/π)^½, so that much depends on how surely the aligned model excludes the other
-token: one that refuses with .99 is at .46 when the one of .9999 is at .8.
+Of the last, the later tokens cost less, if anything, and when plain fine-tuning has just
+forgotten, after 3 to 10 steps, the constrained rate is at least seven times the plain one;
+but in two seeds of six it is not .8, at step 10 it is lower still, and after 30 steps most
+refusals are gone: the constraint delays and does not stop. With β_1 = .5 the weight of the
+first token falls only as 2 (π_al/π)^½, so that much depends on how surely the aligned model
+excludes the other token: one that refuses with .99 has lost half of its refusals when the
+one of .9999 has lost a fifth. (A rate that rises over 10 steps, as in the paper, changes
+none of this.)
 
 Controls: the aligned model without recovery examples, the constrained objective where
 forgetting is claimed and the plain one where keeping is; β of nearly 0 everywhere, which
-is plain fine-tuning again; an aligned model that is less sure.
+is plain fine-tuning again; an aligned model that was trained less and refuses with .99.
 """
 
 import jax.numpy as jnp
@@ -139,6 +141,12 @@ def attack(aligned, tokens, loss, seed, **hyper):
     return np.array(seen)
 
 
+def gone(path):
+    """Step at which the refusal rate has fallen below .1; past the last if it has not."""
+    below = path[:, 0] < 0.1
+    return int(np.argmax(below)) if below.any() else len(path)
+
+
 def models(seed):
     """The base model, an aligned one, one that is less sure, one with recovery."""
     fresh = toy.make(VOCAB, length=LENGTH + RESPONSE, seed=seed)
@@ -163,10 +171,10 @@ def measure(seed):
     out["held"] = attack(aligned, tokens, "token_constrained", seed)
     out["loose"] = attack(aligned, tokens, "token_constrained", seed, **weak)
     out["unsure"] = attack(unsure, tokens, "token_constrained", seed)
-    out["gone"] = int(np.argmax(out["plain"][:, 0] < 0.1))  # plain one has forgotten
+    out["gone"] = gone(out["plain"])
     for name in ("plain", "held", "loose", "unsure"):
         out[f"then {name}"] = out[name][out["gone"]]
-    out["gone held"] = int(np.argmax(out["held"][:, 0] < 0.1))
+    out["gone held"] = gone(out["held"])
     return out
 
 
@@ -183,11 +191,13 @@ def main() -> list[report.Row]:
               lambda x: x > 0.5, found["after deep"], found["after aligned"]),
         check("plain attack: steps to a refusal rate below .1; control: constrained",
               "<= 10", lambda x: x <= 10, found["gone"], found["gone held"]),
-        check("constrained, as many steps: refusal rate; control: plain", "> .8",
-              lambda x: x > 0.8, then["held"][0], then["plain"][0]),
-        check("constrained over plain, as many steps; control: β = .001 over plain", "> .5",
-              lambda x: x > 0.5, then["held"][0] - then["plain"][0],
-              then["loose"][0] - then["plain"][0]),
+        report.false("constrained, as many steps: refusal rate; beside: an aligned model "
+                     "that is less sure", "> .8", lambda x: x > 0.8, then["held"][0],
+                     then["unsure"][0], cause="β_1 = .5 holds as far as the aligned model "
+                     "excludes the other token, for which .9999 is too little"),
+        check("refusal rate over plain's, as many steps; control: β = .001", "above, > 3",
+              lambda x: x > 3, then["held"][0] / then["plain"][0],
+              then["loose"][0] / then["plain"][0]),
         report.false("constrained after 10 steps: refusal rate; beside: after 30", "> .8",
                      lambda x: x > 0.8, found["held"][:, 10, 0], found["held"][:, 30, 0],
                      cause="β_1 = .5 delays and does not stop"),

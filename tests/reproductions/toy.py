@@ -45,13 +45,14 @@ def mean_loss(loss: Callable, policy: Scores, batch: Batch, **hyper: Any) -> Arr
 
 
 def make(
-    vocab_size: int, *, width: int = 64, num_layers: int = 2, length: int = 32,
-    seed: int = 0,
+    vocab_size: int, *, width: int = 64, num_layers: int = 2, num_heads: int = 4,
+    length: int = 32, seed: int = 0,
 ) -> LM:  # fmt: skip
     """A fresh transformer."""
     config = ModelConfig(
-        vocab_size=vocab_size, width=width, num_layers=num_layers, num_heads=4,
-        num_kv_heads=4, head_dim=width // 4, mlp_width=2 * width, max_length=length,
+        vocab_size=vocab_size, width=width, num_layers=num_layers,
+        num_heads=num_heads, num_kv_heads=num_heads, head_dim=width // num_heads,
+        mlp_width=2 * width, max_length=length,
     )  # fmt: skip
     return LM(config, transformer.init(config, jax.random.key(seed)))
 
