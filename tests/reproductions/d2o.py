@@ -10,8 +10,8 @@ very negatives of D²O down. Predicted: D²O ends with no more probability on th
 token than DPO, and with a smaller rise of the NLL of neutral text than gradient ascent; its
 loss is at most the mean of the losses of its single pairs (convexity).
 
-Controls: D²O with safe negatives; without its samples (β = .001), which leaves ascent; ascent; the
-least of the single pairs instead of their mean.
+Controls: D²O with safe negatives; without its samples (β = .001), which leaves ascent; ascent
+itself; the least of the single pairs instead of their mean.
 """
 
 import jax
