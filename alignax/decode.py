@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from alignax import guides, logprob, requests
+from alignax import context, guides, logprob, requests
 from alignax.automaton import Automaton
 from alignax.batch import LM, Batch
+from alignax.context import Context, Rules
 from alignax.guides import Guide
 from alignax.models import transformer
-from alignax.warpers import Warpers, warp
 
 
 class Generated(NamedTuple):
@@ -104,60 +104,24 @@ def generate(
       ValueError: an argument out of its range; a mask that leaves a row no token; a
         guide that gives NaN.
     """
-    scalar = np.ndim(temperature) == 0
-    if max_new < 1 or group < 1 or (scalar and temperature < 0):
-        raise ValueError(
-            f"temperature={temperature}, max_new={max_new}, group={group}; expected "
-            "temperature >= 0, max_new >= 1, group >= 1"
-        )
-    prompts, lengths = jnp.asarray(prompts), jnp.asarray(lengths)
-    requests.check_prompts(prompts, lengths)
-    b, v = len(prompts), lm.config.vocab_size
-    if prefill is not None:
-        prompts, lengths = requests.prefilled(
-            prompts, lengths, prefill, prefill_lengths
-        )
-
-    def row(name, value, low, high=np.inf, dtype=np.float32):
-        return (
-            None
-            if value is None
-            else requests.per_row(name, value, b, group, low, high, dtype)
-        )
-
-    w = Warpers(
-        jnp.float32(temperature or 1.0)
-        if scalar
-        else row("temperature", temperature, 0),
-        row("repetition_penalty", repetition_penalty, np.finfo(np.float32).tiny),
-        row("frequency_penalty", frequency_penalty, -np.inf),
-        row("presence_penalty", presence_penalty, -np.inf),
-        requests.bias(logit_bias, b, group, v),
-        row("top_k", top_k, 0, dtype=np.int32),
-        row("top_p", top_p, np.finfo(np.float32).tiny, 1),
-        row("min_p", min_p, 0, 1),
-    )
+    request = requests.parse(
+        prompts, lengths, lm.config.vocab_size, max_new=max_new, group=group,
+        temperature=temperature, eos_ids=eos_ids, top_k=top_k, top_p=top_p, min_p=min_p,
+        repetition_penalty=repetition_penalty, frequency_penalty=frequency_penalty,
+        presence_penalty=presence_penalty, logit_bias=logit_bias, min_new=min_new,
+        limits=limits, stops=stops, grammar=grammar, prefill=prefill,
+        prefill_lengths=prefill_lengths, forced=forced, seeds=seeds,
+    )  # fmt: skip
     if guide is not None and guide.kind == "block":
         raise ValueError("guide.kind is 'block': `generate` takes vector and scalar")
     if candidates < 1:
         raise ValueError(f"candidates={candidates}, expected at least 1")
-    for name, table in (("stops", stops), ("grammar", grammar)):
-        if table is not None and table.next.shape[1] != v:
-            raise ValueError(
-                f"{name} is over {table.next.shape[1]} tokens, expected vocab_size={v}"
-            )
+    greedy = np.ndim(temperature) == 0 and temperature == 0
     out, dead = _generate(
-        lm, prompts, lengths, key,
-        w, jnp.asarray(sorted(eos_ids), jnp.int32),
-        _Control(
-            row("min_new", min_new, 0, max_new, np.int32),
-            row("limits", limits, 1, max_new, np.int32),
-            stops, grammar, requests.forced(forced, b, group, max_new, v),
-            None if seeds is None else jnp.asarray(requests.ids("seeds", seeds, (b,))),
-            None if guide is None else guides.traced(guide),
-        ),
-        max_new=max_new, group=group, greedy=bool(scalar and temperature == 0),
-        kind=None if guide is None else guide.kind, candidates=min(candidates, v),
+        lm, request, key, None if guide is None else guides.traced(guide),
+        max_new=max_new, group=group, greedy=bool(greedy),
+        kind=None if guide is None else guide.kind,
+        candidates=min(candidates, lm.config.vocab_size),
     )  # fmt: skip
     if dead is not None and (dead := np.asarray(dead)).any():
         at = dead.nonzero()[0].tolist()
@@ -168,16 +132,58 @@ def generate(
     return out
 
 
-class _Control(NamedTuple):
-    """What is neither the model nor a warper: None compiles to nothing."""
+class Rows(NamedTuple):
+    """The N = B x G rows of a request before their first token."""
 
-    min_new: Array | None  # [N]
-    limits: Array | None  # [N]
-    stops: Automaton | None
-    grammar: Automaton | None
-    forced: Array | None  # [N, F]
-    seeds: Array | None  # [B]
-    guide: Any
+    lengths: Array  # [N]
+    tokens: Array  # [N, T]
+    keys: Array  # [N]
+    rules: Rules
+    context: Context
+
+
+def lay(request: requests.Request, key: Array, size: int, max_new: int, group: int):
+    """Rows of a request; a row's key is its own whatever its neighbours."""
+    n = len(request.prompts) * group
+    prompts, lengths = (
+        jnp.repeat(x, group, axis=0) for x in (request.prompts, request.lengths)
+    )
+    row = jnp.arange(n)
+    if request.seeds is None:
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(row)
+    else:
+        own = jnp.repeat(request.seeds, group, axis=0)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, own)
+        keys = jax.vmap(jax.random.fold_in)(keys, row % group)
+    real = jnp.arange(prompts.shape[1]) < lengths[:, None]
+    tokens = jnp.pad(jnp.where(real, prompts, 0), ((0, 0), (0, max_new)))
+    rules, start = context.begin(request.rules, prompts, lengths, size)
+    return Rows(lengths, tokens, keys, rules, start)
+
+
+def read(lm: LM, h: Array, rules: Rules) -> tuple[Array, Array]:
+    """Log-probabilities [N, K, V] after h [N, K, D], and the logits to warp."""
+    logps = logprob.rows(lm, h)
+    if rules.warpers.repetition is None:
+        return logps, logps
+    return logps, transformer.unembed(lm, h)  # it reads the sign of the model's own
+
+
+def result(tokens, lengths, ends, ended, raw, law, group: int, stats) -> Generated:
+    """Rows [N, ...] as Generated."""
+    at = jnp.arange(tokens.shape[1])
+    mask = (at >= lengths[:, None]) & (at < ends[:, None])
+
+    def split(x):
+        return x.reshape(-1, group, *x.shape[1:])
+
+    n = len(tokens)
+    batch = Batch(
+        split(tokens), split(mask), split(ends), split(jnp.zeros(n)),
+        split(jnp.ones(n, bool)), old_logps=None if law is None else split(law),
+    )  # fmt: skip
+    stats = {"ended": ended.mean(), **stats}
+    return Generated(batch, split(raw), split(~ended), stats)
 
 
 class _State(NamedTuple):
@@ -190,35 +196,19 @@ class _State(NamedTuple):
     cache: transformer.Cache
     raw: Array  # [N, T]
     law: Array  # [N, T]
-    counts: Any = None  # [N, V] of the response
-    stops: Any = None  # [N] states
-    grammar: Any = None  # [N] states
-    guide: Any = None  # before the last token
-    dead: Any = None  # [N] no law to draw from
+    context: Context
+    guide: Any  # before the last token
+    dead: Array | None  # [N] no law to draw from
 
 
 @functools.partial(
     jax.jit, static_argnames=("max_new", "group", "greedy", "kind", "candidates")
 )
-def _generate(
-    lm,
-    prompts,
-    lengths,
-    key,
-    w,
-    eos,
-    control,
-    *,
-    max_new,
-    group,
-    greedy,
-    kind,
-    candidates,
-):
+def _generate(lm, request, key, guide, *, max_new, group, greedy, kind, candidates):
+    prompts, lengths = request.prompts, request.lengths
     b, p = prompts.shape
     n, t = b * group, p + max_new
-    v = lm.config.vocab_size
-    lm = transformer.unstack(lm)
+    lm, guide = transformer.unstack((lm, guide))
     cache = transformer.init_cache(lm.config, b, t)
     h, filled = transformer.hidden(lm, prompts, cache=cache)
     h = jnp.take_along_axis(h, (lengths - 1)[:, None, None], 1)
@@ -228,81 +218,47 @@ def _generate(
 
     guide_state = None
     if kind:
-        init, update, keep = control.guide
+        init, update, keep = guide
         guide_state = jax.tree.map(fan_out, init(prompts, lengths, t))
-    prompts, lengths = fan_out(prompts), fan_out(lengths)
+    rows = lay(request, key, lm.config.vocab_size, max_new, group)
+    lengths, rules, w = rows.lengths, rows.rules, rows.rules.warpers
+    if greedy:
+        w = w._replace(temperature=jnp.float32(1.0))
+        rules = rules._replace(warpers=w)
     row = jnp.arange(n)
-    if control.seeds is None:
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(row)
-    else:
-        own = jax.vmap(jax.random.fold_in, (None, 0))(key, fan_out(control.seeds))
-        keys = jax.vmap(jax.random.fold_in)(own, row % group)
-    real = jnp.arange(p) < lengths[:, None]
-    tokens = jnp.zeros((n, t), prompts.dtype).at[:, :p].set(jnp.where(real, prompts, 0))
-    zeros = jnp.zeros((n, t), jnp.float32)
-    said = None
-    if w.repetition is not None:  # padding writes out of bounds and is dropped
-        at = jnp.where(real, prompts, v)
-        said = jnp.zeros((n, v), bool).at[row[:, None], at].set(True, mode="drop")
-    is_eos = jnp.zeros(v, bool).at[eos].set(True)
 
     def tilt(logits, s):
         """The guide's word on the next token, and its state after the last one."""
-        one = jnp.ones(n, jnp.int32)
         last = s.tokens[row, s.ends - 1][:, None]
         given = logits[:, None] if kind == "vector" else None
         out, states = update(s.guide, last, s.ends - 1, given)
-        state = keep(states, one)
+        state = keep(states, jnp.ones(n, jnp.int32))
         if kind == "vector":
             return out[:, 0], state
-        best, ids = jax.lax.top_k(logits, candidates)
-        wide = jax.tree.map(lambda x: jnp.repeat(x, candidates, 0), state)
-        value, _ = update(
-            wide, ids.reshape(-1, 1).astype(prompts.dtype),
-            jnp.repeat(s.ends, candidates), None,
-        )  # fmt: skip
-        value = value.reshape(n, candidates)
-        # -inf + NaN is NaN: only what may be drawn can be wrong
-        best = jnp.where(jnp.isneginf(best), best, best + value)
-        law = jnp.full_like(logits, -jnp.inf).at[row[:, None], ids].set(best)
-        return law, state
+        return guides.over_best(update, state, s.ends, logits, candidates), state
 
     def draw(s):
-        logps = logprob.rows(lm, s.h)[:, 0]
-        new = s.ends - lengths
-        logits, allowed, state, dead = logps, None, None, None
-        if w.repetition is not None:  # it reads the sign of the model's own logits
-            logits = transformer.unembed(lm, s.h)[:, 0]
-        if control.grammar is not None:
-            allowed = control.grammar.flag[s.grammar]
-        if control.min_new is not None:
-            late = (new + 1 >= control.min_new)[:, None] | ~is_eos
-            allowed = late if allowed is None else allowed & late
-        logits = warp(logits, w, counts=s.counts, prompt=said, allowed=allowed)
+        logps, logits = (x[:, 0] for x in read(lm, s.h, rules))
+        logits, state, dead = context.warped(rules, s.context, logits), None, None
         if kind:
             logits, state = tilt(logits, s)
         if s.dead is not None:
             best = logits.max(-1)  # NaN if any is
             dead = s.dead | (~s.done & ~jnp.isfinite(best))
+        logits = context.force(rules, s.context, logits)
         if greedy:
             token = jnp.argmax(logits, -1)
             law = jnp.zeros_like(logps)
         else:
-            law = jax.nn.log_softmax(logits)
-            step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, s.step)
-            token = jax.vmap(jax.random.categorical)(step_keys, law)
-            if w.temperature.ndim:
-                cold = w.temperature == 0
-                token = jnp.where(cold, jnp.argmax(logits, -1), token)
-                law = jnp.where(cold[:, None], 0.0, law)
-        law = law[row, token]
-        if control.forced is not None:
-            many = control.forced.shape[1]
-            given = control.forced[row, jnp.minimum(new, many - 1)]
-            is_given = (new < many) & (given >= 0)
-            token = jnp.where(is_given, given, token)
-            law = jnp.where(is_given, 0.0, law)
-        return token.astype(prompts.dtype), logps[row, token], law, state, dead
+            step_keys = jax.vmap(jax.random.fold_in, (0, None))(rows.keys, s.step)
+            token, law = context.draw(step_keys, logits, w)
+        return (
+            token.astype(prompts.dtype),
+            logps[row, token],
+            law[row, token],
+            state,
+            dead,
+        )
 
     def body(s):
         token, raw, law, guide, dead = draw(s)
@@ -314,52 +270,25 @@ def _generate(
         position = jnp.minimum(s.ends, t - 1)[:, None]
         h, cache = transformer.hidden(lm, token[:, None], position, cache=s.cache)
         assert cache is not None
-        ends = s.ends + ~s.done
-        ending = (token[:, None] == eos[None]).any(-1)
-        counts, stops, grammar = s.counts, s.stops, s.grammar
-        if counts is not None:
-            counts = counts.at[row, token].add(~s.done)
-        if stops is not None:
-            hit = control.stops.flag[stops, token]
-            if control.min_new is not None:
-                hit &= ends - lengths >= control.min_new
-            ending |= hit
-            stops = control.stops.next[stops, token]
-        if grammar is not None:
-            grammar = control.grammar.next[grammar, token]
-        ended = s.ended | (ending & ~s.done)
-        done = s.done | ending
-        if control.limits is not None:
-            done |= ends - lengths >= control.limits
+        after, ended, done = context.advance(rules, s.context, token, ~s.done)
+        ended = s.ended | (ended & ~s.done)
+        done |= s.done
         if dead is not None:
             done |= dead
         return _State(
-            s.step + 1, tokens, ends, done, ended, h, cache, raws, laws,
-            counts, stops, grammar, guide, dead,
+            s.step + 1, tokens, s.ends + ~s.done, done, ended, h, cache, raws, laws,
+            after, guide, dead,
         )  # fmt: skip
 
     no = jnp.zeros(n, bool)
-    origin = jnp.zeros(n, jnp.int32)
-    masks = kind or w.bias is not None or control.grammar or control.min_new is not None
+    zeros = jnp.zeros((n, t), jnp.float32)
     start = _State(
-        jnp.int32(0), tokens, lengths, no, no, fan_out(h),
-        jax.tree.map(fan_out, filled), zeros, zeros,
-        counts=jnp.zeros((n, v), jnp.int32) if w.counts else None,
-        stops=origin if control.stops else None,
-        grammar=origin if control.grammar else None,
-        guide=guide_state,
-        dead=no if masks else None,
+        jnp.int32(0), rows.tokens, lengths, no, no, fan_out(h),
+        jax.tree.map(fan_out, filled), zeros, zeros, rows.context, guide_state,
+        no if kind or rules.masks else None,
     )  # fmt: skip
     s = jax.lax.while_loop(lambda s: (s.step < max_new) & ~s.done.all(), body, start)
-    at = jnp.arange(t)
-    mask = (at >= lengths[:, None]) & (at < s.ends[:, None])
-
-    def split(x):
-        return x.reshape(b, group, *x.shape[1:])
-
-    batch = Batch(
-        split(s.tokens), split(mask), split(s.ends), jnp.zeros((b, group)),
-        jnp.ones((b, group), bool), old_logps=split(s.law),
-    )  # fmt: skip
-    stats = {"steps": s.step, "ended": s.ended.mean()}
-    return Generated(batch, split(s.raw), split(~s.ended), stats), s.dead
+    out = result(
+        s.tokens, lengths, s.ends, s.ended, s.raw, s.law, group, {"steps": s.step}
+    )
+    return out, s.dead

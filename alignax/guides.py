@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 KINDS = ("vector", "scalar", "block")
 
@@ -79,6 +79,43 @@ def traced(guide: Guide) -> tuple[Partial, Partial, Partial]:
         for f in (guide.init, guide.update, guide.keep)
     )
     return init, update, keep
+
+
+def over_best(
+    update: Callable[..., Any],
+    state: Any,
+    start: Int[Array, " N"],
+    logits: Float[Array, "N V"],
+    candidates: int,
+) -> Float[Array, "N V"]:
+    """The tilted law of a scalar guide over the best tokens; -inf off them.
+
+    Args:
+      update: the guide's.
+      state: before the next token.
+      start: where it stands.
+      logits: the law to tilt; of equal ones the lower id is the better.
+      candidates: how many of the best; a top-k of its own.
+    """
+    n = len(logits)
+    best, ids = jax.lax.top_k(logits, candidates)
+    value = at_each(update, state, start, ids)
+    # -inf + NaN is NaN: only what may be drawn can be wrong
+    best = jnp.where(jnp.isneginf(best), best, best + value)
+    return jnp.full_like(logits, -jnp.inf).at[jnp.arange(n)[:, None], ids].set(best)
+
+
+def at_each(
+    update: Callable[..., Any],
+    state: Any,
+    start: Int[Array, " N"],
+    ids: Int[Array, "N K"],
+) -> Float[Array, "N K"]:
+    """V of each row's prefix followed by each of K alternative tokens, in one call."""
+    k = ids.shape[1]
+    wide = jax.tree.map(lambda x: jnp.repeat(x, k, 0), state)
+    value, _ = update(wide, ids.reshape(-1, 1), jnp.repeat(start, k), None)
+    return value.reshape(ids.shape)
 
 
 def chain(*guides: Guide) -> Guide:

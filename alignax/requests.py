@@ -1,11 +1,109 @@
 """What a user asks of the sampler, checked on the host and made into arrays."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Int
+
+from alignax.automaton import Automaton
+from alignax.context import Rules
+from alignax.warpers import Warpers
+
+
+class Request(NamedTuple):
+    """B prompts, what is asked of their N = B x G rows, and their seeds."""
+
+    prompts: Array  # [B, P], prefill included
+    lengths: Array  # [B]
+    rules: Rules
+    seeds: Array | None  # [B]
+
+
+def parse(
+    prompts,
+    lengths,
+    size: int,
+    *,
+    max_new: int,
+    group: int,
+    temperature: Any = 1.0,
+    eos_ids: Sequence[int] = (),
+    top_k: Any = None,
+    top_p: Any = None,
+    min_p: Any = None,
+    repetition_penalty: Any = None,
+    frequency_penalty: Any = None,
+    presence_penalty: Any = None,
+    logit_bias: Any = None,
+    min_new: Any = None,
+    limits: Any = None,
+    stops: Automaton | None = None,
+    grammar: Automaton | None = None,
+    prefill: Any = None,
+    prefill_lengths: Any = None,
+    forced: Any = None,
+    seeds: Any = None,
+) -> Request:
+    """The settings of `decode.generate`, where each of them is described.
+
+    Args:
+      prompts: ids [B, P].
+      lengths: [B].
+      size: of the vocabulary.
+      max_new: most tokens of a response.
+      group: G.
+      temperature: the others are settings of `generate`.
+
+    Raises:
+      ValueError: an argument out of its range.
+    """
+    if max_new < 1 or group < 1:
+        raise ValueError(
+            f"max_new={max_new}, group={group}; expected max_new >= 1, group >= 1"
+        )
+    prompts, lengths = jnp.asarray(prompts), jnp.asarray(lengths)
+    check_prompts(prompts, lengths)
+    b = len(prompts)
+    if prefill is not None:
+        prompts, lengths = prefilled(prompts, lengths, prefill, prefill_lengths)
+    for name, table in (("stops", stops), ("grammar", grammar)):
+        if table is not None and table.next.shape[1] != size:
+            raise ValueError(
+                f"{name} is over {table.next.shape[1]} tokens, expected "
+                f"vocab_size={size}"
+            )
+
+    def row(name, value, low, high: float = np.inf, dtype: Any = np.float32):
+        if value is None:
+            return None
+        return per_row(name, value, b, group, low, high, dtype)
+
+    tiny = np.finfo(np.float32).tiny
+    temperatures = row("temperature", temperature, 0)
+    assert temperatures is not None
+    if np.ndim(temperature) == 0:
+        temperatures = jnp.float32(temperature)
+    warpers = Warpers(
+        temperatures,
+        row("repetition_penalty", repetition_penalty, tiny),
+        row("frequency_penalty", frequency_penalty, -np.inf),
+        row("presence_penalty", presence_penalty, -np.inf),
+        bias(logit_bias, b, group, size),
+        row("top_k", top_k, 0, dtype=np.int32),
+        row("top_p", top_p, tiny, 1),
+        row("min_p", min_p, 0, 1),
+    )
+    rules = Rules(
+        warpers, jnp.asarray(sorted(eos_ids), jnp.int32),
+        row("min_new", min_new, 0, max_new, np.int32),
+        row("limits", limits, 1, max_new, np.int32),
+        stops, grammar, forced_ids(forced, b, group, max_new, size),
+    )  # fmt: skip
+    rows = None if seeds is None else jnp.asarray(ids("seeds", seeds, (b,)))
+    return Request(prompts, lengths, rules, rows)
 
 
 def ragged(
@@ -96,7 +194,7 @@ def ids(name: str, value, shape: tuple) -> np.ndarray:
     return value
 
 
-def forced(forced, b: int, group: int, max_new: int, v: int) -> jax.Array | None:
+def forced_ids(forced, b: int, group: int, max_new: int, v: int) -> jax.Array | None:
     """[B, F] ids or -1 as [N, F]."""
     if forced is None:
         return None

@@ -1,7 +1,7 @@
 """Speculative guided decoding: a draft proposes a block, one call of the target verifies.
 
   draft x_1 .. x_γ ~ q     target call: p(· | s_0) .. p(· | s_γ)     guide call: the tilts
-  verify.block or verify.token on π* ∝ p exp(g): τ drafts stay, one token follows
+  guided.MODES on π* ∝ p exp(g): τ drafts stay, one token follows
 
 Rows accept as many as they do, each by itself. What the caches hold beyond a row's end
 is never read, and is overwritten when the row gets there: nothing is rolled back.
@@ -16,105 +16,146 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from alignax import guides, logprob, requests
-from alignax.batch import LM, Batch
+from alignax import context, decode, drafts, guided, guides, requests
+from alignax.batch import LM
+from alignax.context import Context
 from alignax.decode import Generated
+from alignax.drafts import Draft
 from alignax.guides import Guide
 from alignax.models import transformer
-from alignax.verify import RULES, verify
-from alignax.warpers import Warpers, warp
+from alignax.verify import RULES
+
+TRIES = 10_000  # of one token under thin, or of one block: then it is an error
+EMPTY = 4  # a fault beyond guided.FAULTS
+OWN = 2**32 - 1  # never a step: the branch of keys that blocks are judged with
 
 
 def speculate(
     lm: LM,
-    draft: LM,
+    draft: LM | Draft,
     prompts: Int[Array, "B P"] | Int[np.ndarray, "B P"],
     lengths: Int[Array, " B"] | Int[np.ndarray, " B"],
     key: Array,
     *,
     max_new: int,
     group: int = 1,
-    temperature: Any = 1.0,
-    eos_ids: Sequence[int] = (),
-    top_k: Any = None,
-    top_p: Any = None,
-    min_p: Any = None,
     guide: Guide | None = None,
-    draft_length: int = 4,
+    mode: str = "",
+    guided_draft: bool = False,
+    candidates: int = 16,
+    draft_length: int | Sequence[int] = 4,
+    block_length: int = 8,
     rule: str = "block",
+    **settings: Any,
 ) -> Generated:
     """Draws from the law of `decode.generate` with the same settings. *Exact*.
 
     Exact: the law, up to float32, whatever the draft; greedy, the tokens themselves
     wherever the best two are further apart than the rounding of a call on one token and
     of a call on several. Samples are others than `generate` draws from the same key. The
-    draft has the same warpers, and no guide. A row depends on (key, row index) alone.
+    draft is under the same warpers. A row depends on (key, row index or its seed) alone,
+    unless draft lengths adapt.
 
     Args:
       lm: the target.
-      draft: proposes; of the same vocabulary.
+      draft: proposes, of the same vocabulary: an LM, or one of `drafts`.
       prompts: as in `generate`.
       lengths: likewise.
       key: likewise.
       max_new: likewise.
       group: likewise.
-      temperature: likewise, per row; 0 is greedy.
-      eos_ids: likewise, also inside a block.
-      top_k: likewise.
-      top_p: likewise.
-      min_p: likewise.
-      guide: of kind vector; its `update` gets the draft_length + 1 tokens of a block.
-      draft_length: γ; part of the shape.
-      rule: 'block' or 'token', of `verify`.
+      guide: of any kind. Of kind vector, its `update` gets the tokens of a block. Of kind
+        block, it gets [N, block_length] tokens, -1 where a response ended before, and the
+        law is that of whole blocks, p(block) exp(g(block)), renormalised.
+      mode: how a guide is verified, one of `guided.MODES`; '' is the first of its kind.
+        topk is the law of `generate`. thin has all of the vocabulary for candidates, and
+        needs guide.hi; lazy needs lo and hi; neither of them is ever greedy.
+      guided_draft: tilts the proposals, too, where that is the guide of kind vector.
+      candidates: how many of the best tokens a scalar guide may choose from; under thin,
+        how many it scores at a time.
+      draft_length: γ; part of the shape. Several, all compiled into one program: the next
+        longer one when most rows kept all their drafts, else the next shorter one; the
+        first is the first.
+      block_length: tokens that a guide of kind block judges at a time.
+      rule: 'block' or 'token', of `verify`; lazy and thin decide token by token.
+      **settings: all others of `generate`: temperature, eos_ids, top_k, penalties,
+        limits, stops, grammar, prefill, forced, seeds, ...
 
     Returns:
       Generated. stats has 'steps' (calls of the target), 'ended',
-      'tokens_per_target_call' (mean over rows and their calls) and 'accepted' [γ]: how
-      often the i-th draft stayed, of all calls.
+      'tokens_per_target_call' (mean over rows and their calls), 'accepted' [max γ]: how
+      often the i-th draft stayed, of all calls, 'guide_scores_per_token' (prefixes or
+      blocks that the guide scored) and 'redraws_per_token' (tokens, or blocks, that it
+      refused). old_logps is None under lazy, thin and block: π* is then known up to its
+      normaliser only.
 
     Raises:
-      ValueError: an argument out of its range, another vocabulary, another kind of
-        guide, or a guide that gives NaN.
+      ValueError: an argument out of its range, another vocabulary, a mode of another
+        kind of guide, no token left to draw, or a guide that gives NaN, leaves its
+        bounds, or refuses everything.
     """
-    if max_new < 1 or group < 1 or draft_length < 1:
+    several = isinstance(draft_length, Sequence)
+    gammas: tuple[int, ...] = tuple(draft_length) if several else (draft_length,)  # type: ignore
+    if not gammas or min(gammas) < 1 or block_length < 1 or candidates < 1:
         raise ValueError(
-            f"max_new={max_new}, group={group}, draft_length={draft_length}; expected all "
-            "at least 1"
+            f"draft_length={draft_length}, block_length={block_length}, "
+            f"candidates={candidates}; expected all at least 1"
         )
     if rule not in RULES:
         raise ValueError(f"unknown rule {rule!r}; known: {sorted(RULES)}")
-    if draft.config.vocab_size != lm.config.vocab_size:
+    draft = drafts.as_draft(draft)
+    size = lm.config.vocab_size
+    if draft.vocab_size != size:
         raise ValueError(
-            f"the draft has a vocabulary of {draft.config.vocab_size}, expected the "
-            f"target's {lm.config.vocab_size}"
+            f"the draft has a vocabulary of {draft.vocab_size}, expected the target's "
+            f"{size}"
         )
-    if guide is not None and guide.kind != "vector":
-        raise ValueError(f"guide.kind is {guide.kind!r}: `speculate` takes vector")
-    prompts, lengths = jnp.asarray(prompts), jnp.asarray(lengths)
-    requests.check_prompts(prompts, lengths)
-
-    def row(name, value, low, high=np.inf, dtype=np.float32):
-        if value is None:
-            return None
-        return requests.per_row(name, value, len(prompts), group, low, high, dtype)
-
-    temperatures = row("temperature", temperature, 0)
-    assert temperatures is not None
-    w = Warpers(
-        temperatures,
-        top_k=row("top_k", top_k, 0, dtype=np.int32),
-        top_p=row("top_p", top_p, np.finfo(np.float32).tiny, 1),
-        min_p=row("min_p", min_p, 0, 1),
+    mode = _mode(guide, mode)
+    if guided_draft and mode != "vector":
+        raise ValueError("guided_draft needs a guide of kind vector")
+    request = requests.parse(
+        prompts, lengths, size, max_new=max_new, group=group, **settings
     )
-    out, dead = _speculate(
-        lm, draft, prompts, lengths, key, w, jnp.asarray(sorted(eos_ids), jnp.int32),
-        None if guide is None else guides.traced(guide),
-        max_new=max_new, group=group, gamma=draft_length, rule=rule,
+    cold = (np.asarray(request.rules.warpers.temperature) == 0).any()
+    if cold and mode in ("lazy", "thin"):
+        raise ValueError(f"mode {mode!r} draws: temperature 0 needs topk or vector")
+    order = sorted(set(gammas))
+    out, fault = _speculate(
+        lm, draft[:2], request, key, None if guide is None else guides.traced(guide),
+        None if guide is None else (jnp.float32(guide.lo), jnp.float32(guide.hi)),
+        max_new=max_new, group=group, mode=mode, guided_draft=guided_draft,
+        candidates=min(candidates, size), gammas=tuple(order),
+        first=order.index(gammas[0]), block_length=block_length, rule=rule,
     )  # fmt: skip
-    if guide is not None and np.asarray(dead).any():
-        at = np.asarray(dead).nonzero()[0].tolist()
-        raise ValueError(f"rows {at} (prompt * group + slot): the guide gave NaN")
+    if fault is not None and (fault := np.asarray(fault)).any():
+        at = fault.nonzero()[0]
+        said = (*guided.FAULTS, "the grammar or the logit bias masks every token")
+        raise ValueError(
+            f"rows {at.tolist()} (prompt * group + slot): {said[fault[at[0]]]}"
+        )
     return out
+
+
+def _mode(guide: Guide | None, mode: str) -> str:
+    """The mode, or the first of the guide's kind."""
+    if guide is None:
+        if mode:
+            raise ValueError(f"mode {mode!r} needs a guide")
+        return ""
+    guides.traced(guide)  # its own complaints first
+    known = guided.MODES[guide.kind]
+    mode = mode or known[0]
+    if mode not in known:
+        raise ValueError(
+            f"mode {mode!r} is none of {known}, for a guide of kind {guide.kind!r}"
+        )
+    needs = {"lazy": (guide.lo, guide.hi), "thin": (guide.hi,), "block": (guide.hi,)}
+    if not np.isfinite(needs.get(mode, (0,))).all():
+        raise ValueError(
+            f"mode {mode!r} needs finite bounds; guide.lo={guide.lo}, "
+            f"guide.hi={guide.hi}"
+        )
+    return mode
 
 
 class _State(NamedTuple):
@@ -122,135 +163,246 @@ class _State(NamedTuple):
     tokens: Array  # [N, T]
     ends: Array  # [N] where the next token goes
     done: Array  # [N]
-    ended: Array  # [N] done by EOS
-    dead: Array  # [N] the guide gave NaN
-    caches: Any  # target's and draft's, before the last token
-    guide: Any  # before the last token
+    ended: Array  # [N] done by EOS or a stop
+    fault: Array | None  # [N]
+    cache: transformer.Cache  # the target's, before the last token
+    draft: Any  # likewise
+    guide: Any  # likewise; of kind block, before the block
+    context: Context
     raw: Array  # [N, T]
-    law: Array  # [N, T]
+    law: Array | None  # [N, T]
+    block: Any  # where a row's block began [N], its context there, its tries [N]
     calls: Array  # [N] rounds in which the row took part
-    accepted: Array  # [γ]
+    accepted: Array  # [max γ]
+    costs: tuple[Array, Array]  # what the guide scored, and what it refused
+    at: Array  # which of the draft lengths
 
 
-def _laws(logits, w):
-    """Probabilities [N, K, V]: of a greedy row, all of it on the best token."""
-    cold = (w.temperature == 0)[:, None, None]
-    best = jax.nn.one_hot(jnp.argmax(logits, -1), logits.shape[-1])
-    return jnp.where(cold, best, jax.nn.softmax(logits, -1))
-
-
-@functools.partial(jax.jit, static_argnames=("max_new", "group", "gamma", "rule"))
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "max_new", "group", "mode", "guided_draft", "candidates", "gammas", "first",
+        "block_length", "rule",
+    ),
+)  # fmt: skip
 def _speculate(
-    lm, draft, prompts, lengths, key, w, eos, guide, *, max_new, group, gamma, rule
-):
-    b, p = prompts.shape
+    lm, draft, request, key, guide, bounds, *, max_new, group, mode, guided_draft,
+    candidates, gammas, first, block_length, rule,
+):  # fmt: skip
+    b, p = request.prompts.shape
     n, t = b * group, p + max_new
-    slots = t + gamma + 1  # a block may reach beyond the last token
-    models = transformer.unstack(lm), transformer.unstack(draft)
+    slots = t + max(gammas) + 1  # a block may reach beyond the last token
+    lm, draft, guide = transformer.unstack((lm, draft, guide))
 
     def fan_out(x):
         return jnp.repeat(x, group, axis=0)
 
-    def prefill(model):
-        cache = transformer.init_cache(model.config, b, slots)
-        return jax.tree.map(fan_out, transformer.hidden(model, prompts, cache=cache)[1])
+    def begin(init):
+        return jax.tree.map(fan_out, init(request.prompts, request.lengths, slots))
 
-    state = None
-    if guide is not None:
-        init, update, keep = guide
-        state = jax.tree.map(fan_out, init(prompts, lengths, slots))
-    caches = prefill(models[0]), prefill(models[1])
-    prompts, lengths = fan_out(prompts), fan_out(lengths)
+    cache = transformer.init_cache(lm.config, b, slots)
+    filled = transformer.hidden(lm, request.prompts, cache=cache)[1]
+    init_draft, propose = draft
+    rows = decode.lay(request, key, lm.config.vocab_size, max_new, group)
+    lengths = rows.lengths
+    w = rows.rules.warpers
+    w = w._replace(temperature=jnp.broadcast_to(w.temperature, (n,)))
+    rules = rows.rules._replace(warpers=w)
     row = jnp.arange(n)
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(row)
-    real = jnp.arange(p) < lengths[:, None]
-    tokens = jnp.zeros((n, t), prompts.dtype).at[:, :p].set(jnp.where(real, prompts, 0))
-    warped = jax.vmap(lambda z: warp(z, w), 1, 1)
+    lo, hi = bounds if guide else (None, None)
+    decide = guided.judge(
+        mode, guide, rule=rule, candidates=candidates, lo=lo, hi=hi, tries=TRIES
+    )
+    known = mode not in ("lazy", "thin", "block")
 
-    def read(model, block, start, cache):
-        """Log-probabilities [N, K, V] after each of a few tokens."""
-        positions = start[:, None] + jnp.arange(block.shape[1])
-        h, cache = transformer.hidden(model, block, positions, cache=cache)
-        return logprob.rows(model, h), cache
+    def along(said, names, logits=None):
+        """The warped laws [N, K, V] of the token after each of K, and after said."""
 
-    def body(s):
-        # a key of its own for every round and role: none is used again after a rejection
-        round_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, s.step)
+        def step(said, x):
+            name, z = x
+            out = context.warped(rules, said, z)
+            return context.advance(rules, said, name, row >= 0)[0], out
 
-        def role(i):
-            return jax.vmap(jax.random.fold_in, (0, None))(round_keys, i)
+        # the last token's own law is the first: it moves nothing
+        names = jnp.pad(names[:, 1:], ((0, 0), (0, 1)))
+        xs = names.T, jnp.moveaxis(logits, 1, 0)
+        return jnp.moveaxis(jax.lax.scan(step, said, xs)[1], 0, 1)
 
-        last = s.tokens[row, s.ends - 1]
+    def law(said, logits):
+        """Probabilities: forced tokens are certain, of a cold row the best is."""
+        k = logits.shape[1]
+        at = said._replace(new=said.new[:, None] + jnp.arange(k))
+        logits = jax.vmap(
+            lambda new, z: context.force(rules, said._replace(new=new), z), 1, 1
+        )(at.new, logits)
+        best = jax.nn.one_hot(jnp.argmax(logits, -1), logits.shape[-1])
+        cold = (w.temperature == 0)[:, None, None]
+        return jnp.where(cold, best, jax.nn.softmax(logits, -1))
 
-        def propose(carry, i):
-            token, cache = carry
-            rows, cache = read(models[1], token[:, None], s.ends - 1 + i, cache)
-            q = _laws(warped(rows), w)[:, 0]
-            new = jax.vmap(jax.random.categorical)(role(i), jnp.log(q))
-            return (new.astype(token.dtype), cache), (new.astype(token.dtype), q)
+    def tilt(state, token, position, logits):
+        _, update, keep = guide
+        out, states = update(state, token[:, None], position, logits[:, None])
+        return out[:, 0], keep(states, jnp.ones(n, jnp.int32))
 
-        # once more than it proposes: the cache must have the last proposal if it stays
-        (_, drafted), (drafts, q) = jax.lax.scan(
-            propose, (last, s.caches[1]), jnp.arange(gamma + 1)
-        )
-        drafts = drafts[:-1].T  # [N, γ]
-        block = jnp.concatenate([last[:, None], drafts], 1)
-        raws, cache = read(models[0], block, s.ends - 1, s.caches[0])
-        logits = warped(raws)
-        states = None
-        if guide is not None:
-            logits, states = update(s.guide, block, s.ends - 1, logits)
-        dead = s.dead | (~s.done & jnp.isnan(logits).any((1, 2)))
-        laws = _laws(logits, w)
-        q = jnp.moveaxis(q[:-1], 0, 1)
-        stays, after, _ = verify(role(gamma + 1), drafts, laws, q, rule=rule)
-        at = jnp.arange(gamma + 1)
-        new = jnp.pad(drafts, ((0, 0), (0, 1)))
-        new = jnp.where(at == stays[:, None], after[:, None].astype(new.dtype), new)
-        many = jnp.minimum(stays + 1, max_new - (s.ends - lengths))
-        is_eos = (new[:, :, None] == eos).any(-1) & (at < many[:, None])
-        ending = is_eos.any(-1)
-        many = jnp.where(ending, jnp.argmax(is_eos, -1) + 1, many)
-        many = jnp.where(s.done, 0, many)
-        # What is not kept is written out of bounds and dropped.
-        to = jnp.where(at < many[:, None], s.ends[:, None] + at, t)
+    def emit(s, new, stays):
+        """The tokens that rows really take of a round: up to EOS, a stop or a limit."""
 
-        def write(array, values):
-            return array.at[row[:, None], to].set(values, mode="drop")
+        def step(carry, x):
+            said, ends, done, ended = carry
+            i, token = x
+            live = ~done & (i <= stays)
+            if mode == "block":
+                live &= ends < s.block[0] + block_length
+            said, stop, full = context.advance(rules, said, token, live)
+            ends += live
+            full |= ends - lengths >= max_new
+            return (said, ends, done | (live & full), ended | (live & stop)), live
 
-        def of(rows):
-            return jnp.take_along_axis(rows, new[:, :, None], -1)[:, :, 0]
+        start = s.context, s.ends, s.done, s.ended
+        xs = jnp.arange(new.shape[1]), new.T
+        (said, ends, done, ended), taken = jax.lax.scan(step, start, xs)
+        return said, ends, done, ended, taken.T
 
-        ends = s.ends + many
-        done = s.done | ending | dead | (ends - lengths >= max_new)
-        stayed = (at[:-1] < stays[:, None]) & ~s.done[:, None]
-        return _State(
-            s.step + 1, write(s.tokens, new), ends, done, s.ended | (ending & ~s.done),
-            dead, (cache, drafted), None if guide is None else keep(states, stays + 1),
-            write(s.raw, of(raws)), write(s.law, jnp.log(of(laws))),
-            s.calls + ~s.done, s.accepted + stayed.sum(0),
-        )  # fmt: skip
+    def settle(s):
+        """Whole blocks are kept with probability exp(g - hi), or taken back."""
+        begun, said, tries = s.block
+        full = (s.done & (s.ends > begun)) | (s.ends >= begun + block_length)
+        full &= s.fault == 0
 
-    no = jnp.zeros(n, bool)
+        def judged(s):
+            _, update, keep = guide
+            at = begun[:, None] + jnp.arange(block_length)
+            there = jnp.take_along_axis(s.tokens, jnp.minimum(at, t - 1), 1)
+            names = jnp.where(at < s.ends[:, None], there, -1)
+            value, states = update(s.guide, names, begun, None)
+            coins = jax.vmap(
+                lambda k: jax.random.uniform(jax.random.fold_in(k, s.step))
+            )(jax.vmap(jax.random.fold_in, (0, None))(rows.keys, OWN))
+            keeps = full & (coins < jnp.exp(value - hi))
+            back = full & ~keeps
+            fault = guided.fault_of(value[:, None], -jnp.inf, hi)
+            tried = jnp.where(keeps, 0, tries + back)
+            fault = jnp.where(tried > TRIES, guided.TRIES, jnp.where(full, fault, 0))
+            after = keep(states, jnp.full(n, block_length))
+
+            def pick(new, old, where=keeps):
+                wide = where.reshape(n, *[1] * (new.ndim - 1))
+                return jnp.where(wide, new, old)
+
+            back = back & (fault == 0)
+            ends = jnp.where(back, begun, s.ends)
+            now = jax.tree.map(lambda a, b: pick(a, b, back), said, s.context)
+            begins = jnp.where(keeps, ends, begun)
+            kept = jax.tree.map(pick, now, said)
+            return s._replace(
+                ends=ends, done=(s.done & ~back) | (fault > 0), ended=s.ended & ~back,
+                fault=jnp.maximum(s.fault, fault), context=now,
+                guide=jax.tree.map(pick, after, s.guide),
+                block=(begins, kept, tried),
+                costs=(s.costs[0] + full.sum(), s.costs[1] + back.sum()),
+            )  # fmt: skip
+
+        return jax.lax.cond(full.any(), judged, lambda s: s, s)
+
+    def round_of(gamma):
+        def body(s):
+            # a key of its own for every round: none is used again after a rejection
+            keys = jax.vmap(jax.random.fold_in, (0, None))(rows.keys, s.step)
+            ours, theirs = (
+                jax.vmap(jax.random.fold_in, (0, None))(keys, i) for i in (0, 1)
+            )
+            proposed, q, drafted = propose(
+                s.draft,
+                drafts.Ask(
+                    s.tokens, s.ends, theirs, rules, s.context, gamma,
+                    tilt if guided_draft else None, s.guide,
+                ),
+            )  # fmt: skip
+            block = jnp.concatenate([s.tokens[row, s.ends - 1][:, None], proposed], 1)
+            positions = s.ends[:, None] - 1 + jnp.arange(gamma + 1)
+            h, cache = transformer.hidden(lm, block, positions, cache=s.cache)
+            assert cache is not None
+            raws, logits = decode.read(lm, h, rules)
+            logits = along(s.context, block, logits)
+            v = decide(
+                guided.Round(
+                    ours,
+                    proposed,
+                    q,
+                    block,
+                    s.ends - 1,
+                    logits,
+                    ~s.done,
+                    s.guide,
+                    functools.partial(law, s.context),
+                )
+            )
+            at = jnp.arange(gamma + 1)
+            new = jnp.pad(proposed, ((0, 0), (0, 1)))
+            after = v.after[:, None].astype(new.dtype)
+            new = jnp.where(at == v.stays[:, None], after, new)
+            fault, live = s.fault, ~s.done
+            if fault is not None:
+                bad = v.fault
+                if rules.masks:
+                    empty = jnp.isneginf(logits).all(-1) & (at <= v.stays[:, None])
+                    bad = jnp.where(empty.any(-1), EMPTY, bad)
+                fault = jnp.maximum(fault, jnp.where(live, bad, 0))
+            said, ends, done, ended, taken = emit(s, new, v.stays)
+            # What is not taken is written out of bounds and dropped.
+            to = jnp.where(taken, s.ends[:, None] + at, t)
+
+            def write(array, values):
+                return array.at[row[:, None], to].set(values, mode="drop")
+
+            def of(rows):
+                return jnp.take_along_axis(rows, new[:, :, None], -1)[:, :, 0]
+
+            stayed = (at[:-1] < v.stays[:, None]) & live[:, None]
+            most = (v.stays == gamma) & live
+            up = 2 * most.sum() >= live.sum()
+            longest = s.accepted.shape[0]
+            s = _State(
+                s.step + 1, write(s.tokens, new), ends,
+                done if fault is None else done | (fault > 0), ended, fault, cache,
+                drafted, s.guide if mode == "block" else v.state, said,
+                write(s.raw, of(raws)),
+                write(s.law, jnp.log(of(v.law))) if known else None,
+                s.block, s.calls + live,
+                s.accepted + jnp.pad(stayed.sum(0), (0, longest - gamma)),
+                (s.costs[0] + (v.scored * live).sum(), s.costs[1]
+                 + (v.redraws * live).sum()),
+                jnp.clip(s.at + jnp.where(up, 1, -1), 0, len(gammas) - 1),
+            )  # fmt: skip
+            return settle(s) if mode == "block" else s
+
+        return body
+
+    bodies = [round_of(gamma) for gamma in gammas]
+    no, none = jnp.zeros(n, bool), jnp.zeros(n, jnp.int32)
     zeros = jnp.zeros((n, t), jnp.float32)
     start = _State(
-        jnp.int32(0), tokens, lengths, no, no, no, caches, state, zeros, zeros,
-        jnp.zeros(n, jnp.int32), jnp.zeros(gamma, jnp.int32),
+        jnp.int32(0), rows.tokens, lengths, no, no,
+        none if guide or rules.masks else None, jax.tree.map(fan_out, filled),
+        begin(init_draft), begin(guide[0]) if guide else None, rows.context, zeros,
+        zeros if known else None,
+        (lengths, rows.context, none) if mode == "block" else None, none,
+        jnp.zeros(max(gammas), jnp.int32), (jnp.int32(0), jnp.int32(0)), jnp.int32(first),
     )  # fmt: skip
-    s = jax.lax.while_loop(lambda s: ~s.done.all(), body, start)
-    at = jnp.arange(t)
-    mask = (at >= lengths[:, None]) & (at < s.ends[:, None])
-
-    def split(x):
-        return x.reshape(b, group, *x.shape[1:])
-
-    batch = Batch(
-        split(s.tokens), split(mask), split(s.ends), jnp.zeros((b, group)),
-        jnp.ones((b, group), bool), old_logps=split(s.law),
-    )  # fmt: skip
-    calls = s.calls.sum()
+    s = jax.lax.while_loop(
+        lambda s: ~s.done.all(), lambda s: jax.lax.switch(s.at, bodies, s), start
+    )
+    # a block that was taken back has left its tokens there
+    real = jnp.arange(t) < s.ends[:, None]
+    calls, said = s.calls.sum(), (s.ends - lengths).sum()
     stats = {
-        "steps": s.step, "ended": s.ended.mean(), "accepted": s.accepted / calls,
-        "tokens_per_target_call": (s.ends - lengths).sum() / calls,
+        "steps": s.step, "accepted": s.accepted / calls,
+        "tokens_per_target_call": said / calls,
+        "guide_scores_per_token": s.costs[0] / said,
+        "redraws_per_token": s.costs[1] / said,
     }  # fmt: skip
-    return Generated(batch, split(s.raw), split(~s.ended), stats), s.dead
+    out = decode.result(
+        jnp.where(real, s.tokens, 0), lengths, s.ends, s.ended,
+        jnp.where(real, s.raw, 0), s.law, group, stats,
+    )  # fmt: skip
+    return out, s.fault

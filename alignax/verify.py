@@ -43,7 +43,7 @@ def token(
     one = jnp.ones(1, p.dtype)
     reach = jnp.concatenate([one, jnp.cumprod(accept)])  # all before i stay
     stop = reach * jnp.concatenate([1 - accept, one])
-    return stop, jnp.concatenate([_residual(p[:-1], q), p[-1:]])
+    return stop, jnp.concatenate([residual(p[:-1], q), p[-1:]])
 
 
 def block(
@@ -68,7 +68,7 @@ def block(
     h = jnp.minimum(1.0, jnp.concatenate([one, h[1:], mass[-1:]]))
     later = jnp.cumprod((1 - h)[::-1])[::-1]  # no coin from i on falls right
     stop = h * jnp.concatenate([later[1:], one])
-    return stop, jnp.concatenate([_residual(scaled, q, p[:-1]), p[-1:]])
+    return stop, jnp.concatenate([residual(scaled, q, p[:-1]), p[-1:]])
 
 
 RULES: dict[str, Callable] = {"token": token, "block": block}
@@ -114,7 +114,8 @@ def _ratio(p, q):
     return p / jnp.maximum(q, jnp.finfo(q.dtype).tiny)
 
 
-def _residual(p, q, otherwise=None):
+def residual(p: Array, q: Array, otherwise: Array | None = None) -> Array:
+    """max(0, p - q) [..., V], normalised; `otherwise` (p) where nothing is left of it."""
     rest = jnp.maximum(p - q, 0)
     total = rest.sum(-1, keepdims=True)
     otherwise = p if otherwise is None else otherwise

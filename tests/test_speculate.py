@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.tree_util import Partial
-from oracles import decoding, warping
+from oracles import chi_square, decoding, warping
 from oracles import transformer as oracle
-from scipy import stats
 
-from alignax import decode, guides, logprob
+from alignax import automaton, decode, guides, logprob
 from alignax.batch import check
 from alignax.speculate import _speculate, speculate
 
@@ -112,16 +111,6 @@ def test_a_target_that_drafts_for_itself_is_always_right(lms):
         assert out.stats["tokens_per_target_call"] == NEW / 2
 
 
-def p_value(seen, expected):
-    """Chi-square; cells that expect fewer than 5 are counted together."""
-    seen, expected = np.asarray(seen, float), np.asarray(expected, float)
-    small = expected < 5
-    if small.any():
-        seen = np.append(seen[~small], seen[small].sum())
-        expected = np.append(expected[~small], expected[small].sum())
-    return stats.chisquare(seen, expected * seen.sum() / expected.sum()).pvalue
-
-
 @pytest.mark.parametrize("rule", ["token", "block"])
 def test_responses_follow_the_exact_law_of_the_guided_target(lms, next_logits, rule):
     """Every response of up to 4 tokens, top-k before the guide, two temperatures."""
@@ -148,7 +137,10 @@ def test_responses_follow_the_exact_law_of_the_guided_target(lms, next_logits, r
         for y in responses(out)[b]:
             counts[y] += 1
         # a fixed seed: this fails one time in 10,000 drawings of the seed
-        assert p_value([*counts.values()], np.array([*law.values()]) * many) > 1e-4
+        assert (
+            chi_square.p_value([*counts.values()], np.array([*law.values()]) * many)
+            > 1e-4
+        )
 
 
 def test_both_log_probabilities_are_what_they_say(lms, next_logits):
@@ -183,17 +175,117 @@ def test_a_row_does_not_depend_on_its_neighbours_and_nothing_is_compiled_again(l
     assert responses(a)[0] != responses(b)[0]
 
 
+ALL = dict(
+    repetition_penalty=np.array([3.0, 0.3, 1.0]), frequency_penalty=1.5,
+    presence_penalty=np.array([-1.0, -3.0, 1.0]), logit_bias={3: -2.0},
+    top_k=np.array([4, 0, 3]), top_p=0.95, min_p=0.01, min_new=np.array([4, 4, 5]),
+    limits=np.array([7, 5, 6]), forced=np.array([[-1, 3], [1, -1], [-1, -1]]),
+    stops=automaton.stop_sequences([[3, 1], [3, 4]], V),
+    # after a 4 neither 4 nor 2
+    grammar=automaton.Automaton(
+        np.repeat(np.array([[0, 0, 0, 0, 1]]), 2, 0),
+        np.array([[True] * 5, [True, True, False, True, False]]),
+    ),
+    prefill=np.array([[2, 4], [4, 0], [0, 0]]), prefill_lengths=np.array([2, 1, 0]),
+    seeds=np.array([5, 7, 9]), eos_ids=EOS,
+)  # fmt: skip
+
+
+NEUTRAL = dict(
+    repetition_penalty=np.ones(3), frequency_penalty=0.0, presence_penalty=np.zeros(3),
+    logit_bias={3: 0.0}, min_new=np.zeros(3, int), limits=np.full(3, NEW), forced=np.full((3, 2), -1),
+    stops=automaton.Automaton(ALL["stops"].next, np.zeros_like(ALL["stops"].flag)),
+    grammar=automaton.Automaton(ALL["grammar"].next, np.ones((2, V), bool)),
+)  # fmt: skip
+
+
+def test_every_setting_of_generate_holds_inside_blocks(lms):
+    """Greedy and drawn rows, blocks of 2 and of 4 to 6 in one program."""
+    cold = dict(ALL, temperature=0.0, group=2)
+    plain = run(decode.generate, lms[0], **cold)
+    fast = guess(lms, draft_length=(2, 4, 5, 6), **cold)
+    check(fast.batch)
+    assert responses(fast) == responses(plain)
+    np.testing.assert_array_equal(fast.truncated, plain.truncated)
+    np.testing.assert_allclose(fast.raw_logps, plain.raw_logps, atol=1e-5)
+    for name, nothing in NEUTRAL.items():  # each of them matters
+        other = run(decode.generate, lms[0], **cold | {name: nothing})
+        assert responses(other) != responses(plain), name
+
+
+def test_what_was_said_counts_along_the_draft(lms, next_logits):
+    """Penalties, grammar and stops depend on the draft: the law of drawn responses."""
+    new, many = 3, 8192
+    names = ("repetition_penalty", "presence_penalty", "stops", "grammar")
+    out = guess(lms, group=many, max_new=new, draft_length=2, eos_ids=EOS, min_new=2,
+                **{k: ALL[k] for k in names})  # fmt: skip
+    for b in range(3):
+        prompt = PROMPTS[b, : LENGTHS[b]].tolist()
+        law = {}
+
+        def grow(said, mass, b=b, prompt=prompt, law=law):
+            over = said[-2:] in ((3, 1), (3, 4)) and len(said) >= 2
+            if len(said) == new or (said and said[-1] == 0) or over:
+                law[said] = mass
+                return
+            state = int(bool(said) and said[-1] == 4)
+            allowed = ALL["grammar"].flag[state].copy()
+            allowed[0] &= len(said) >= 1
+            p = warping.law(
+                next_logits([*prompt, *said]), prompt=prompt, response=said,
+                repetition=ALL["repetition_penalty"][b], allowed=allowed,
+                presence=ALL["presence_penalty"][b],
+                tilt=TABLE[(sum(prompt) + sum(said)) % 3],
+            )  # fmt: skip
+            for v in range(V):
+                if p[v]:
+                    grow((*said, v), mass * p[v])
+
+        grow((), 1.0)
+        counts = dict.fromkeys(law, 0)
+        for y in responses(out)[b]:
+            counts[y] += 1
+        expected = np.array([*law.values()]) * many
+        assert chi_square.p_value([*counts.values()], expected) > 1e-4
+
+
+def test_draft_lengths_follow_what_stays(lms):
+    """A perfect draft climbs to the longest; one that never agrees falls to the shortest."""
+    settings = dict(eos_ids=(), guide=None, temperature=0.0, max_new=20)
+    good = guess((lms[0], lms[0]), draft_length=(1, 2, 4), **settings)
+    assert good.stats["steps"] == 1 + 1 + 3  # 2 + 3 + 5 + 5 + 5 tokens
+    bad = guess(lms, draft_length=(4, 1, 2), prompts=PROMPTS[:1], lengths=LENGTHS[:1],
+                logit_bias=None, **settings)  # fmt: skip
+    assert responses(bad) == responses(
+        run(
+            decode.generate,
+            lms[0],
+            prompts=PROMPTS[:1],
+            lengths=LENGTHS[:1],
+            **settings,
+        )
+    )
+    assert bad.stats["accepted"][3] <= 1 / bad.stats["steps"] + 1e-6
+
+
+def test_no_token_left_to_draw_is_an_error(lms):
+    nothing = automaton.Automaton(np.zeros((1, V), int), np.zeros((1, V), bool))
+    with pytest.raises(ValueError, match=r"rows \[0, 1, 2\].*masks every token"):
+        guess(lms, grammar=nothing)
+
+
 BAD = {
     "draft_length": dict(draft_length=0), "max_new": dict(max_new=0),
     "temperature": dict(temperature=-1.0), "known: .*block.*token": dict(rule="tree"),
-    "guide.kind": dict(guide=GUIDE._replace(kind="scalar")),
+    "mode 'thin' is none of": dict(mode="thin"),
+    "unexpected keyword argument 'topk'": dict(topk=3),
     "lengths": dict(lengths=np.array([0, 1, 1])),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted(BAD))
 def test_bad_input_is_named(lms, name):
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises((ValueError, TypeError), match=name):
         guess(lms, **BAD[name])
 
 

@@ -48,11 +48,9 @@ def guide(
     sizes = [lm.config.vocab_size for lm in pair]
     if sizes[0] != sizes[1]:
         raise ValueError(f"{expert} and {base} have vocabularies of {sizes} tokens")
-    # sliced once, not at every step
-    both = tuple(transformer.unstack(lm) for lm in pair)
     return Guide(
-        Partial(_init, both),
-        Partial(_update, both, jnp.float32(weight)),
+        Partial(_init, pair),
+        Partial(_update, pair, jnp.float32(weight)),
         keep=by_position,
     )
 

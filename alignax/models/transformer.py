@@ -384,13 +384,20 @@ def init_cache(config: ModelConfig, rows: int, length: int) -> Cache:
     return Cache(zeros, tuple(jnp.zeros_like(z) for z in zeros))
 
 
-def unstack(lm: LM) -> LM:
-    """The same LM with a tuple of layers: slices taken once, not at every decode step."""
-    blocks = lm.params["blocks"]
-    layers = tuple(
-        jax.tree.map(lambda p, i=i: p[i], blocks) for i in range(lm.config.num_layers)
-    )
-    return LM(lm.config, {**lm.params, "blocks": layers})
+def unstack(lms: Any) -> Any:
+    """Every LM of a tree with a tuple of layers: slices taken once, not at every step."""
+
+    def one(lm):
+        if not isinstance(lm, LM) or isinstance(lm.params["blocks"], tuple):
+            return lm
+        blocks = lm.params["blocks"]
+        layers = tuple(
+            jax.tree.map(lambda p, i=i: p[i], blocks)
+            for i in range(lm.config.num_layers)
+        )
+        return LM(lm.config, {**lm.params, "blocks": layers})
+
+    return jax.tree.map(one, lms, is_leaf=lambda x: isinstance(x, LM))
 
 
 def hidden(
