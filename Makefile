@@ -1,6 +1,6 @@
 # Everything runs in .venv, made from setup.cfg with PYTHON (3.11 or newer):
 #   make quickstart                          align a small model here, in minutes
-#   make test                                lint, types and every test
+#   make test                                lint, types and the tests
 #   make test PYTHON=python3.12 VENV=.venv312
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 CONFIGS := $(filter-out %/__init__.py %/common.py %/models.py,$(wildcard configs/*.py))
 SCRATCH = $(shell mktemp -d)
 
-.PHONY: help quickstart test test-fast lint types smoke smoke-all check repro frontier real bench colabs
+.PHONY: help quickstart test test-fast test-training lint types smoke smoke-all check repro frontier real bench colabs
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -21,11 +21,14 @@ quickstart: $(VENV)/run.stamp  ## SFT, reward model, DPO and evaluation of a sma
 	rm -rf runs/quickstart
 	$(PY) -m alignax.main --config configs/quickstart.py --workdir runs/quickstart $(ARGS)
 
-test: lint types  ## lint, types and every test: what CI runs
-	$(PY) -m pytest -n auto $(PYTEST_ARGS)
+test: lint types  ## lint, types and every test but those that train for minutes
+	$(PY) -m pytest -n auto -m "not training" $(PYTEST_ARGS)
 
 test-fast: $(VENV)/test.stamp  ## tests that are not marked slow
-	$(PY) -m pytest -n auto -m "not slow" $(PYTEST_ARGS)
+	$(PY) -m pytest -n auto -m "not slow and not training" $(PYTEST_ARGS)
+
+test-training: $(VENV)/test.stamp  ## the quickstart's numbers, and its negative control
+	$(PY) -m pytest -m training $(PYTEST_ARGS)
 
 lint: $(VENV)/test.stamp  ## ruff: rules and format
 	$(PY) -m ruff check .

@@ -50,7 +50,7 @@ def quickstart(tmp_path_factory):
     return folder, run("-m", "alignax.main", *config)
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_dpo_wins_four_in_five_within_two_nats(quickstart):
     folder, printed = quickstart
     got = last(folder / "dpo")
@@ -65,13 +65,13 @@ def test_dpo_wins_four_in_five_within_two_nats(quickstart):
     assert "after" in (folder / "samples.md").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_the_reward_model_learns_the_taste(quickstart):
     got = last(quickstart[0] / "reward_model")
     assert got["eval/ranking_accuracy/accuracy/lo"] > 0.6
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_with_swapped_pairs_dpo_loses_four_in_five(quickstart, tmp_path):
     run("-c", SWAPPED, quickstart[0] / "sft", tmp_path / "swapped")
     got = last(tmp_path / "swapped")

@@ -9,6 +9,7 @@ import pytest
 from oracles import transformer as oracle
 
 from alignax import decode
+from alignax.batch import LM
 from alignax.decoders import proxy
 from alignax.speculate import speculate
 
@@ -86,6 +87,27 @@ def test_on_top_of_its_own_base_it_is_the_expert_and_every_draft_stays(lms):
         want = [logps(lms["policy"], ids[:t])[ids[t]] for t in range(n, n + NEW)]
         got = out.batch.old_logps[b, 1, n : n + NEW]
         np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+@pytest.mark.parametrize("weight", [1.0, 2.0])
+def test_the_expert_drafts_better_than_its_base(lms, weight):
+    """Of relatives, as a pair of a small model and its larger target are."""
+
+    def child(lm, seed, size):
+        leaves, tree = jax.tree.flatten(lm.params)
+        rng = np.random.default_rng(seed)
+        moved = [x + size * x.std() * rng.normal(size=x.shape) for x in leaves]
+        moved = [jnp.asarray(x, jnp.float32) for x in moved]
+        return LM(lm.config, jax.tree.unflatten(tree, moved))
+
+    base = lms["ref"]
+    family = {"ref": base, "policy": child(base, 0, 0.6)}
+    guide, target = proxy.guide(family, weight=weight), child(base, 1, 0.1)
+    kept = {}
+    for name, draft in family.items():
+        out = run(speculate, target, draft, guide=guide, draft_length=1, group=256)
+        kept[name] = out.stats["accepted"][0]
+    assert kept["policy"] > kept["ref"] + 0.05
 
 
 def test_bad_models_are_named(lms, tiny_lm):
