@@ -202,7 +202,7 @@ def main() -> list[report.Row]:
                      lambda x: x > 0.8, found["held"][:, 10, 0], found["held"][:, 30, 0],
                      cause="β_1 = .5 delays and does not stop"),
         check("loss of later tokens over plain's; control: before the attack",
-              "1 (10 %)", lambda x: x < 1.1, then["held"][1] / then["plain"][1],
+              "no higher, < 1.1", lambda x: x < 1.1, then["held"][1] / then["plain"][1],
               found["held"][:, 0, 1] / then["plain"][1]),
     ]  # fmt: skip
 
