@@ -1,8 +1,10 @@
-"""The single entry point: flags -> config -> train.
+"""The single entry point: flags -> config -> train, or responses to a file of prompts.
 
   python -m alignax.main --config configs/dpo.py --workdir runs/dpo --config.loss.beta=0.05
+  python -m alignax.main --config configs/generate.py --workdir runs/generate
+    --config.prompts.path=prompts.txt
 
-num_steps=0 evaluates only. A run stopped by SIGTERM exits with 75 (EX_TEMPFAIL): start
+num_steps=0 evaluates only; a config with `prompts` answers them. A run stopped by SIGTERM exits with 75 (EX_TEMPFAIL): start
 the same command again and it goes on.
 """
 
@@ -45,7 +47,7 @@ def main(argv):
     if DEBUG.value:
         jax.config.update("jax_debug_nans", True)
         jax.config.update("jax_disable_jit", True)
-    from alignax import build, train  # after the backend is set up
+    from alignax import build, respond, train  # after the backend is set up
     from alignax.checkpoint import CheckpointError
 
     if not WORKDIR.value and not EXPLAIN.value:
@@ -54,7 +56,12 @@ def main(argv):
         if EXPLAIN.value:
             print(build.explain(CONFIG.value))
             return
-        train.train(CONFIG.value, str(WORKDIR.value))
+        if not CONFIG.value.get("prompts"):
+            train.train(CONFIG.value, str(WORKDIR.value))
+            return
+        with train.preemption() as stop:
+            if not respond.respond(CONFIG.value, str(WORKDIR.value), stop):
+                raise train.Preempted("SIGTERM: the same command goes on")
     except train.Preempted as event:
         print(event, file=sys.stderr)
         sys.exit(os.EX_TEMPFAIL)

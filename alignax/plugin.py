@@ -12,14 +12,16 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-ROLES = {  # folder -> the function every file in it defines
-    "losses": "loss", "reweight": "reweight", "shaping": "shape", "rewards": "reward",
-    "evals": "evaluate", "data": "examples",
+ROLES = {  # folder -> the function every file in it defines, or one of these
+    "losses": ("loss",), "reweight": ("reweight",), "shaping": ("shape",),
+    "rewards": ("reward",), "evals": ("evaluate",), "data": ("examples",),
+    "decoders": ("guide", "search"),
 }  # fmt: skip
 
 
 # Keywords that the caller hands in; everything else is a hyper-parameter.
 HANDED = ("key", "tokenizer", "generate", "score", "batch_size", "length", "ema")
+SEARCH = (*HANDED, "max_new", "judge", "temperature", "eos_ids")  # to a `search`
 
 
 class Bound(NamedTuple):
@@ -36,6 +38,7 @@ class Bound(NamedTuple):
     # of a loss: what else the config must say where rollouts feed it
     requires: Mapping[str, Any] = MappingProxyType({})
     returns: bool = False  # of a shaping: what it gives, plus values, a critic learns
+    role: str = ""  # the function's name in its folder, one of ROLES
 
     def __call__(self, *args, **kwargs):
         return self.function(*args, **{**self.hyper, **kwargs})
@@ -60,8 +63,11 @@ def load(folder: str, name: str, hyper: Mapping[str, Any] | None = None) -> Boun
         function's own are listed), a value whose type cannot be the parameter's, or one
         outside the interval that the module states in RANGES.
     """
-    module, function = _find(folder, name)
-    return bind(function, hyper, name=f"{folder}.{name}", module=module)
+    module, function, role = _find(folder, name)
+    handed = SEARCH if role == "search" else HANDED
+    named = f"{folder}.{name}"
+    bound = bind(function, hyper, name=named, module=module, handed=handed)
+    return bound._replace(role=role)
 
 
 def bind(
@@ -70,6 +76,7 @@ def bind(
     *,
     name: str = "",
     module: Any = None,
+    handed: Sequence[str] = HANDED,
 ) -> Bound:
     """Binds a function's keyword-only parameters; `load` after the import.
 
@@ -79,6 +86,7 @@ def bind(
       name: what errors call it.
       module: where NEEDS, COUPLED, EMA, STAGE, BASELINE, REQUIRES and RETURNS stand; the
         function's own module by default.
+      handed: keywords that are no hyper-parameters, since the caller hands them in.
 
     Raises:
       ValueError: as for `load`.
@@ -89,7 +97,7 @@ def bind(
     takes = {
         p.name: p
         for p in parameters
-        if p.kind is p.KEYWORD_ONLY and p.name not in HANDED
+        if p.kind is p.KEYWORD_ONLY and p.name not in handed
     }
     given = dict(hyper or {})
     for key, value in given.items():
@@ -178,7 +186,8 @@ def _find(folder: str, name: str):
         raise ValueError(
             f"unknown plug-in folder {folder!r}; known: {', '.join(ROLES)}"
         )
-    role = ROLES[folder]
+    roles = ROLES[folder]
+    wanted = "() or ".join(roles)
     path = name if "." in name else f"alignax.{folder}.{name}"
     try:
         module = importlib.import_module(path)
@@ -189,10 +198,11 @@ def _find(folder: str, name: str):
             parent, _, attribute = path.rpartition(".")
             try:
                 module = importlib.import_module(parent)
-                return module, getattr(module, attribute)
+                role = attribute if attribute in roles else roles[0]
+                return module, getattr(module, attribute), role
             except (ModuleNotFoundError, AttributeError):
                 raise ValueError(
-                    f"cannot import {name!r} (a module with {role}(), or a function)"
+                    f"cannot import {name!r} (a module with {wanted}(), or a function)"
                 ) from None
         names = available(folder)
         near = difflib.get_close_matches(name, names, 1)
@@ -200,6 +210,7 @@ def _find(folder: str, name: str):
         raise ValueError(
             f"unknown name {name!r} in {folder}{hint}; available: {', '.join(names)}"
         ) from None
-    if not hasattr(module, role):
-        raise ValueError(f"{path} defines no {role}()")
-    return module, getattr(module, role)
+    for role in roles:
+        if hasattr(module, role):
+            return module, getattr(module, role), role
+    raise ValueError(f"{path} defines no {wanted}()")

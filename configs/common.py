@@ -65,6 +65,32 @@ def get_config() -> ConfigDict:
     c.rollout.cache = ""  # folder for the rewards of those samples; '' = the run's
     c.shaping = ConfigDict()  # {what makes advantages of rewards: hyper-parameters}
 
+    c.prompts = ConfigDict()  # a data set to respond to; {} trains and evaluates
+    c.decoder = ConfigDict()  # a file in decoders/ and its hyper-parameters
+    c.decoder.name = ""  # '' samples from the model itself
+    c.generate = ConfigDict()  # how c.prompts are answered: see decode.generate
+    c.generate.group = 1  # responses a prompt
+    c.generate.max_new = 256  # tokens of a response
+    c.generate.temperature = 1.0  # 0 is greedy
+    c.generate.top_k = 0  # 0 is off
+    c.generate.top_p = 1.0
+    c.generate.min_p = 0.0
+    c.generate.repetition_penalty = 1.0
+    c.generate.frequency_penalty = 0.0
+    c.generate.presence_penalty = 0.0
+    c.generate.logit_bias = ()  # pairs of an id and nats
+    c.generate.min_new = 0  # fewest tokens of a response
+    c.generate.stops = ()  # texts in front of which a response is cut
+    c.generate.prefill = ""  # how every response begins: given, not sampled
+    c.generate.forced = ""  # likewise, but scored
+    c.generate.candidates = 16  # tokens that a scalar guide judges
+    c.generate.draft = ""  # '' | name in c.lms | ngram | layers:K of the model itself
+    c.generate.draft_length = 4  # tokens of a draft
+    c.generate.rule = "block"  # that verifies it: block | token
+    c.generate.mode = ""  # how a guide is verified: see speculate; '' is its kind's
+    c.generate.guided_draft = False  # the draft is guided too
+    c.generate.reward = ConfigDict()  # name, and its hyper-parameters: scores, searches
+
     c.optim = ConfigDict()
     c.optim.name = "adamw"  # adamw | adafactor | lion
     c.optim.lr = 1e-6
@@ -106,6 +132,9 @@ def get_config() -> ConfigDict:
         c.eval_data,
         c.rollout.reward,
         c.shaping,
+        c.prompts,
+        c.decoder,
+        c.generate.reward,
     ):
         section.unlock()
     return c

@@ -153,10 +153,11 @@ def innermost(section):
 @names
 def test_smoke_is_two_steps_that_need_no_file_and_no_network(name):
     for config in stages(load(name, "smoke")):
-        assert config.num_steps == 2
+        assert config.num_steps == (0 if config.prompts else 2)
         assert config.model.path == "" or config.model.path.startswith("stage:")
         assert config.tokenizer == "bytes"
-        sections = [innermost(config.data), innermost(config.eval_data)]
+        sections = [config.data, config.eval_data, config.prompts]
+        sections = [innermost(section) for section in sections]
         sections += [innermost(s) for s in config.mixture.values()]
         assert {s.name for s in sections if s} <= MADE_HERE
         assert math.prod(config.mesh) == 1

@@ -20,12 +20,25 @@ def test_a_name_is_a_file_in_its_folder():
     )
 
 
-@pytest.mark.parametrize("folder", ["losses", "rewards", "evals", "data"])
+@pytest.mark.parametrize("folder", plugin.ROLES)
 def test_every_file_in_a_folder_defines_its_function(folder):
     names = plugin.available(folder)
     assert names
     for name in names:
         plugin._find(folder, name)
+
+
+def test_a_decoder_is_a_guide_or_a_search_and_a_search_is_handed_more():
+    assert plugin.load("decoders", "proxy").role == "guide"
+    search = plugin.load("decoders", "best_of_n", {"n": 4})
+    assert search.role == "search"
+    assert search.hyper["n"] == 4
+    handed = {"max_new", "judge", "temperature", "eos_ids"}
+    assert not handed & {*search.hyper}
+    with pytest.raises(ValueError, match=r"best_of_n has no hyper-parameter 'max_new'"):
+        plugin.load("decoders", "best_of_n", {"max_new": 4})
+    # of an evaluation it is one
+    assert "max_new" in plugin.load("evals", "sample", {"reward": "x"}).hyper
 
 
 def test_defaults_are_filled_in_and_given_values_win():

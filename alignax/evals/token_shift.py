@@ -1,60 +1,219 @@
-"""Where in a response two models differ: KL by position, and how much of it comes early.
+"""Where in a response two models differ: KL by position, and tokens that changed rank.
 
   D_k = mean over responses of KL(π(·|x, y_<k) ‖ π_ref(·|x, y_<k)),   k = 1, 2, ...
   early = Σ_{k ≤ 5} D_k / Σ_k D_k
+  token y_k is unshifted at rank 1 under π_ref, marginal at 2 or 3, shifted beyond
 
-Alignment that is only a few tokens deep has almost all of its KL there.
+Alignment that is only a few tokens deep has almost all of its KL there, and most tokens of
+an aligned answer are what the base model would have said.
 
-Source: Qi et al. 2024, https://arxiv.org/abs/2406.05946, section 2
-Differs from the paper: the responses are those of the data set, whatever they are; the
-paper takes harmful answers.
+Source: Qi et al. 2024, https://arxiv.org/abs/2406.05946, section 2 (KL); Lin et al. 2023,
+https://arxiv.org/abs/2312.01552, section 2 (ranks)
+Differs from the papers: the responses are those of the data set unless `max_new` is given;
+the first paper takes harmful answers, the second the aligned model's greedy ones. Of tokens
+that the base finds equally likely the lower id ranks first.
 """
 
-import numpy as np
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
-from alignax import source
-from alignax.batch import LM, Metrics
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from alignax import logprob, requests, source
+from alignax.batch import LM, Batch, Metrics
+from alignax.models import transformer
+
+TILE = 16  # positions whose rows of logits exist at once
+RANGES = {"positions": "[1, inf)", "early": "[1, inf)", "max_new": "[0, inf)"}
+
+
+class _Shift(NamedTuple):
+    """What the baseline thinks of each token of a response."""
+
+    kl: Float[Array, "N R"]  # nats
+    rank: Int[Array, "N R"]  # from 1, under the baseline
+    logp: Float[Array, "N R"]  # nats, under the baseline
 
 
 def evaluate(
     lm: LM, lms: dict[str, LM], data, *, key, tokenizer, generate, score,
     batch_size: int, length: int, baseline: str = "ref", positions: int = 20,
-    early: int = 5,
+    early: int = 5, ranks: bool = False, max_new: int = 0, plain: bool = False,
 ) -> Metrics:  # fmt: skip
-    """Exact KL from a baseline at each position of the data's responses.
+    """Exact KL from a baseline at each position of responses, and their tokens' ranks.
 
     Args:
       baseline: name in `lms` of the model to compare with.
       positions: how many positions are reported one by one.
       early: positions that count as early.
+      ranks: report what became of the tokens' ranks too.
+      max_new: tokens of a greedy response of the model to each prompt, which are read
+        instead of the data's; 0 reads the data's.
+      plain: the baseline reads the prompt without the chat template, as a base model
+        would; each response is one turn.
 
     Returns:
       'kl' (mean nats a token), 'early' (share of the sum of D_k over all positions) and
-      'position/01' ... : D_k where a response is that long.
+      'position/01' ... : D_k where a response is that long. With `ranks` 'unshifted',
+      'marginal' and 'shifted' (shares of all tokens), 'rank' (their mean), 'base_prob'
+      (mean probability under the baseline) and each of them by position too, as
+      'shifted/01'.
 
     Raises:
-      ValueError: no LM of that name, or `positions` < 1.
+      ValueError: no LM of that name, another vocabulary, or `positions` < 1.
     """
-    del key, generate
     if baseline not in lms:
         raise ValueError(
             f"token_shift needs an LM {baseline!r} to compare with; there are {sorted(lms)}"
         )
     if positions < 1:
         raise ValueError(f"positions is {positions}, expected at least 1")
-    total, count = np.zeros(length + 1), np.zeros(length + 1)
-    for batch in source.eval_batches(
-        data, tokenizer, batch_size=batch_size, length=length
+    base, bare = lms[baseline], dataclasses.replace(tokenizer, chat_template=None)
+    prompts = {e.id: e.prompt for e in data} if plain else {}
+    found: dict[str, list[np.ndarray]] = {}  # of each response one row of numbers
+    for batch, ids in _responses(
+        lm, data, tokenizer, generate, key, batch_size, length, max_new
     ):
-        kl = score(lm, batch, ("kl",), kl_to=lms[baseline]).kl
-        scored = np.asarray(batch.mask & batch.valid[..., None])
-        place = np.cumsum(scored, -1)[scored]  # from 1
-        np.add.at(total, place, np.asarray(kl, np.float64)[scored])
-        np.add.at(count, place, 1.0)
-    mean = total / np.maximum(count, 1.0)
-    out = {
-        "kl": float(total.sum() / count.sum()),
-        "early": float(mean[1 : early + 1].sum() / max(mean.sum(), 1e-30)),
+        if not (ranks or plain):
+            kl = np.asarray(score(lm, batch, ("kl",), kl_to=base).kl, np.float64)
+            scored = np.asarray(batch.mask & batch.valid[..., None])
+            rows = [k[s] for k, s in zip(_flat(kl), _flat(scored), strict=True)]
+            found.setdefault("kl", []).extend(r for r in rows if len(r))
+            continue
+        said = [bare.prompt(prompts[i]) for i in ids] if plain else None
+        for name, values in _compare(lm, base, batch, said).items():
+            found.setdefault(name, []).extend(values)
+    out = _by_position("kl", found["kl"], positions)
+    curve = _curve(found["kl"], len)
+    out["early"] = float(curve[:early].sum() / max(curve.sum(), 1e-30))
+    out = {k.replace("kl/", "position/"): v for k, v in out.items()}
+    if not ranks:
+        return out
+    rank = found["rank"]
+    named = {
+        "unshifted": [r == 1 for r in rank],
+        "marginal": [(r > 1) & (r <= 3) for r in rank],
+        "shifted": [r > 3 for r in rank],
+        "rank": rank,
+        "base_prob": [np.exp(x) for x in found["logp"]],
     }
-    seen = [k for k in range(1, positions + 1) if k <= length and count[k]]
-    return out | {f"position/{k:02d}": float(mean[k]) for k in seen}
+    for name, rows in named.items():
+        out |= _by_position(name, rows, positions)
+    return out
+
+
+def _responses(
+    lm, data, tokenizer, generate, key, batch_size, length, max_new
+) -> Iterator[tuple[Batch, list[str]]]:
+    """Batches of responses, and whose prompts they answer."""
+    if not max_new:
+        batches = source.eval_batches(
+            data, tokenizer, batch_size=batch_size, length=length
+        )
+        yield from ((batch, batches.ids(i)) for i, batch in enumerate(batches))
+        return
+    prompts = source.prompt_batches(
+        data, tokenizer, batch_size=batch_size, length=length
+    )
+    for p in prompts:
+        out = generate(
+            lm, p.tokens, p.lengths, key, max_new=max_new, temperature=0.0
+        ).batch
+        out = jax.device_get(out)
+        yield out._replace(valid=out.valid & p.valid[:, None]), p.ids
+
+
+def _flat(x: np.ndarray) -> np.ndarray:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _curve(rows: list[np.ndarray], size: Any) -> np.ndarray:
+    """The mean at each position over the responses that are that long."""
+    longest = max(map(size, rows), default=0)
+    total, count = np.zeros(longest), np.zeros(longest)
+    for row in rows:
+        total[: len(row)] += row
+        count[: len(row)] += 1
+    return total / np.maximum(count, 1)
+
+
+def _by_position(name: str, rows: list[np.ndarray], positions: int) -> Metrics:
+    """The mean over all tokens, and at each of the first positions."""
+    every = np.concatenate(rows).astype(np.float64)
+    curve = _curve(rows, len)[:positions]
+    by = {f"{name}/{k:02d}": float(x) for k, x in enumerate(curve, 1)}
+    return {name: float(every.mean()), **by}
+
+
+def _compare(
+    lm: LM, base: LM, batch: Batch, prompts: list[list[int]] | None
+) -> dict[str, list[np.ndarray]]:
+    """The fields of _Shift, of every valid response a row.
+
+    Args:
+      lm: reads the batch.
+      base: reads it too, or `prompts` in front of the responses.
+      batch: [B, G, T].
+      prompts: of the first, valid rows of B; None for those of the batch.
+    """
+    sizes = lm.config.vocab_size, base.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"token_shift: vocabularies of {sizes} tokens")
+    mask, tokens = np.asarray(batch.mask), np.asarray(batch.tokens)
+    places = [(b, g) for b, g in np.argwhere(batch.valid) if mask[b, g].any()]
+    ours, theirs, said, at = [], [], [], []
+    for b, g in places:
+        (scored,) = np.nonzero(mask[b, g])
+        ids = tokens[b, g, : int(batch.lengths[b, g])].tolist()
+        ours.append(ids)
+        at.append((scored - 1, scored - 1))
+        said.append(tokens[b, g][scored])
+        theirs.append(ids)
+        if prompts is not None:
+            if len(scored) != scored[-1] - scored[0] + 1:
+                raise ValueError("plain: a response of several turns")
+            theirs[-1] = [*prompts[b], *said[-1].tolist()]
+            at[-1] = (scored - 1, np.arange(len(scored)) + len(prompts[b]) - 1)
+    longest = max(map(len, said))
+    r = -(-longest // TILE) * TILE
+
+    def pad(rows):
+        return np.stack([np.pad(x, (0, r - len(x))) for x in rows]).astype(np.int32)
+
+    out = jax.device_get(
+        _read(
+            lm, base, requests.ragged(ours)[0], requests.ragged(theirs)[0],
+            pad([a for a, _ in at]), pad([b for _, b in at]), pad(said),
+        )
+    )  # fmt: skip
+    return {
+        name: [row[: len(s)] for row, s in zip(x, said, strict=True)]
+        for name, x in out._asdict().items()
+    }
+
+
+@jax.jit
+def _read(lm, base, ours, theirs, at_ours, at_theirs, said):
+    """_Shift [N, R] of the tokens `said`, each after the position `at`."""
+    n, r = said.shape
+    row = jnp.arange(n)[:, None]
+    h = transformer.hidden(lm, ours)[0][row, at_ours]
+    g = transformer.hidden(base, theirs)[0][row, at_theirs]
+
+    def tile(xs):
+        h, g, token = xs
+        p, q = logprob.rows(lm, h), logprob.rows(base, g)
+        logp = jnp.take_along_axis(q, token[..., None], -1)
+        before = jnp.arange(q.shape[-1]) < token[..., None]
+        ahead = (q > logp) | ((q == logp) & before)
+        return _Shift((jnp.exp(p) * (p - q)).sum(-1), 1 + ahead.sum(-1), logp[..., 0])
+
+    def tiles(x):
+        return jnp.moveaxis(x.reshape(n, r // TILE, TILE, *x.shape[2:]), 1, 0)
+
+    out = jax.lax.map(tile, jax.tree.map(tiles, (h, g, said)))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(n, r), out)

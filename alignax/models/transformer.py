@@ -153,7 +153,9 @@ def _einsum(equation, a, b):
     left, right = inputs.split(",")
     inner = [c for c in left if c in right and c not in out]
     batch = [c for c in left if c in right and c in out]
-    axes = [(tuple(map(x.index, inner)), tuple(map(x.index, batch))) for x in (left, right)]
+    axes = [
+        (tuple(map(x.index, inner)), tuple(map(x.index, batch))) for x in (left, right)
+    ]
     y = jax.lax.dot_general(
         a, b, tuple(zip(*axes, strict=True)), preferred_element_type=jnp.float32
     )

@@ -11,8 +11,8 @@ text, only:
 
   tokens int32[16,2,T], mask bool (last assistant turn), lengths int32[16,2]
   logps float32[16,2,T]      log p(tokens[t] | tokens[<t]) for every real t >= 1, else 0
-  prompts int32[4,P], prompt_lengths int32[4]        right-padded
-  greedy int32[4,32], gaps float32[4,32]             argmax tokens (not stopped at EOS) and the
+  prompts int32[16,P], prompt_lengths int32[16]      right-padded
+  greedy int32[16,64], gaps float32[16,64]           argmax tokens (not stopped at EOS) and the
                                                      top-two logit gap at each step
 """
 
@@ -26,7 +26,7 @@ import torch
 import transformers
 
 HERE = pathlib.Path(__file__).parent
-PAIRS, LONGEST, PROMPTS, NEW = 16, 288, 4, 32
+PAIRS, LONGEST, PROMPTS, NEW = 16, 288, 16, 64
 
 
 def messages(dialogue):

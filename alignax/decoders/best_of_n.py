@@ -1,0 +1,95 @@
+"""Best of N: draw N responses, keep the one that the judge likes best.
+
+  best   y = argmax_i r(y_i)        worst   y = argmin_i r(y_i)
+  soft   y = y_i with probability exp(r(y_i) / lam) / Σ_j exp(r(y_j) / lam)
+
+With F(t) = P(r <= t) and F⁻(t) = P(r < t) under p, the best has the law
+p(y) (F^N - F⁻^N) / (F - F⁻) at t = r(y): ties are shared as p shares them. It is at most
+log N - (N - 1) / N nats from p (Beirami et al. 2024, https://arxiv.org/abs/2401.01879).
+Soft: Verdun et al. 2025, https://arxiv.org/abs/2505.03156; the best as lam -> 0, p as
+lam -> ∞, and within log(1 + χ² / N) nats of p exp(r / lam) / Z.
+
+Differs from the paper: nothing. The worst of N is the best on -r, InfAlign's adversary
+(https://arxiv.org/abs/2412.19792).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from alignax import hypotheses
+from alignax.batch import LM
+from alignax.decode import Generated
+from alignax.hypotheses import Judge
+
+SELECTS = ("best", "worst", "soft")
+RANGES = {"n": "[1, inf)", "lam": "(0, inf)"}
+
+
+def search(
+    lm: LM,
+    lms: dict[str, LM],
+    prompts: Any,
+    lengths: Any,
+    key: Array,
+    *,
+    max_new: int,
+    judge: Judge | None = None,
+    temperature: float = 1.0,
+    eos_ids: Sequence[int] = (),
+    n: int = 16,
+    select: str = "best",
+    lam: float = 1.0,
+    sampling: Mapping[str, Any] | None = None,
+) -> Generated:
+    """The best of n, the worst, or a soft best. *Exact*: the law above, for every n.
+
+    Args:
+      lm: what draws.
+      lms: not read.
+      prompts: ids [B, P], right-padded.
+      lengths: real tokens of each prompt, [B].
+      key: `jax.random.key`.
+      max_new: most tokens of a response.
+      judge: r, of complete responses.
+      temperature: of p.
+      eos_ids: end a response.
+      n: N.
+      select: one of SELECTS.
+      lam: temperature of the soft choice, in units of r; otherwise not read.
+      sampling: further settings of `decode.generate`, which make p.
+
+    Returns:
+      Generated, G = 1; feedback is r of the response, old_logps None. stats:
+      'tokens_sampled', 'judge_calls' (responses judged).
+
+    Raises:
+      ValueError: an argument out of its range, no judge, or one that gives no [B, n].
+    """
+    del lms
+    if n < 1 or lam <= 0 or select not in SELECTS:
+        raise ValueError(
+            f"n={n}, lam={lam}, select={select!r}; expected n >= 1, lam > 0 and one of "
+            f"{', '.join(SELECTS)}"
+        )
+    h = hypotheses.start(prompts, lengths, max_new)
+    h, drawn = hypotheses.extend(
+        lm, h, jax.random.fold_in(key, 0), tokens=max_new, group=n,
+        temperature=temperature, eos_ids=eos_ids, sampling=sampling,
+    )  # fmt: skip
+    scores = hypotheses.judged(judge, h)
+    if select == "soft":
+        role, logits = jax.random.fold_in(key, 1), jnp.asarray(scores / lam)
+        index = np.asarray(jax.random.categorical(role, logits, axis=1))
+    else:
+        index = (-scores if select == "worst" else scores).argmax(1)
+    index = index[:, None]
+    return hypotheses.generated(
+        hypotheses.take(h, index),
+        np.take_along_axis(scores, index, 1),
+        {"tokens_sampled": drawn, "judge_calls": scores.size},
+    )

@@ -1,0 +1,77 @@
+"""Conditional beam search: the likeliest response among those with an attribute.
+
+Yoshida 2024, https://arxiv.org/abs/2408.16241
+
+  beams <- the best of  log p(y_<=t | x) + log P_phi(A | x, y_<=t)
+  at the end  argmax  log p(y | x) + log P_phi(A | x, y)
+
+phi foretells of a beginning whether the completed response will have A, and of a complete
+one whether it has. By Bayes the sum is log p(y_<=t, A | x): the mode of the conditional
+law, where the mode of p may be an empty or a copied response whatever samples look like.
+
+Differs from the paper: phi is a judge that is handed in, not a classifier on the model's
+hidden states. The beam is DeAL's without a look-ahead, at lam = 1.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array
+
+from alignax import hypotheses
+from alignax.batch import LM
+from alignax.decode import Generated
+from alignax.decoders import deal
+from alignax.hypotheses import Judge
+
+RANGES = {"beams": "[1, inf)", "top_k": "[1, inf)"}
+
+
+def search(
+    lm: LM,
+    lms: dict[str, LM],
+    prompts: Any,
+    lengths: Any,
+    key: Array,
+    *,
+    max_new: int,
+    judge: Judge | None = None,
+    temperature: float = 1.0,
+    eos_ids: Sequence[int] = (),
+    beams: int = 5,
+    top_k: int = 10,
+) -> Generated:
+    """A beam by log p(y, A). *Approximate*; the exact mode if the beam is wide enough.
+
+    Args:
+      lm: p.
+      lms: not read.
+      prompts: ids [B, P], right-padded.
+      lengths: real tokens of each prompt, [B].
+      key: not read: nothing is random.
+      max_new: most tokens of a response.
+      judge: P(A | x, y) in [0, 1], of beginnings and of complete responses. What it gives
+        0 is dropped, unless nothing is left.
+      temperature: not read: p is the model's own.
+      eos_ids: end a response.
+      beams: hypotheses that are kept.
+      top_k: candidates of each.
+
+    Returns:
+      Generated, G = 1; feedback is log p(y, A), old_logps are 0. stats as of `deal`.
+
+    Raises:
+      ValueError: an argument out of its range, or a judge that gives no probabilities.
+    """
+
+    def log_probability(batch):
+        p = hypotheses.scored(judge, batch, low=0.0, high=1.0)
+        with np.errstate(divide="ignore"):
+            return np.log(p)
+
+    return deal.search(
+        lm, lms, prompts, lengths, key, max_new=max_new, judge=log_probability,
+        temperature=temperature, eos_ids=eos_ids, top_k=top_k, lookahead=0, lam=1.0,
+        beams=beams,
+    )  # fmt: skip

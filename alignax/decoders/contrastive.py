@@ -1,0 +1,65 @@
+"""Contrastive decoding: what a weak model says as well counts against a token.
+
+  π*(v | s) ∝ p(v | s)^{1+b} / p_amateur(v | s)^b   where p(v | s) >= a max p(· | s)
+
+Li et al. 2022, https://arxiv.org/abs/2210.15097 (the best token by the ratio alone, which is
+b → ∞); with an exponent O'Brien and Lewis 2023, https://arxiv.org/abs/2309.09117; with the
+amateur as the draft that is verified, Yuan et al. 2023, https://arxiv.org/abs/2311.08981.
+
+Differs from the papers: p is the target after every warper, temperature included. Where
+Yuan et al. have the rows of their draft at hand, the amateur is read once more a block.
+"""
+
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from alignax import companions
+from alignax.batch import LM
+from alignax.guides import Guide, by_position
+
+RANGES = {
+    "weight": "[0, inf)",
+    "plausible": "[0, 1]",
+    "amateur_temperature": "(0, inf)",
+}
+
+
+def guide(
+    lms: dict[str, LM],
+    *,
+    amateur: str = "amateur",
+    weight: float = 0.5,
+    plausible: float = 0.1,
+    amateur_temperature: float = 1.0,
+) -> Guide:
+    """An *exact* vector guide: weight (log p - log p_amateur), -inf on the implausible.
+
+    Args:
+      lms: has the amateur, which shares the target's vocabulary.
+      amateur: its name; it is also the draft to speculate with.
+      weight: b; 0 only cuts what is implausible.
+      plausible: a, least share of the best token's probability.
+      amateur_temperature: of p_amateur; above 1 it counts against fewer tokens.
+
+    Returns:
+      A Guide whose state is the cache of the amateur.
+
+    Raises:
+      ValueError: a name that `lms` does not have.
+    """
+    models = companions.find(lms, amateur)
+    numbers = tuple(map(jnp.float32, (weight, plausible, amateur_temperature)))
+    return Guide(
+        Partial(companions.init, models),
+        Partial(_update, models, numbers),
+        keep=by_position,
+    )
+
+
+def _update(models, numbers, caches, tokens, start, logits):
+    weight, plausible, temperature = numbers
+    (amateur,), after = companions.rows(models, caches, tokens, start, logits)
+    keep = logits >= logits.max(-1, keepdims=True) + jnp.log(plausible)
+    # what normalises either law is the same for all tokens
+    tilted = (1 + weight) * logits - weight * amateur / temperature
+    return jnp.where(keep, tilted, -jnp.inf), after

@@ -1,0 +1,65 @@
+"""Nudging: a small aligned model writes the tokens of which a large base is unsure.
+
+  π*(v | s) = p_base(v | s)    if max p_base(· | s) >= γ
+              p_nudge(v | s)   otherwise
+
+Fei et al. 2024, https://arxiv.org/abs/2410.09300 (γ = 0.4, greedy). The base is the target.
+
+Speculation with the nudging model as draft accepts every draft where the base is unsure,
+and 1 - TV(p_base, p_nudge) of them where it is sure: one call of the base a block.
+
+Differs from the paper: token by token, where both models share a vocabulary; there whole
+words change hands, as text, and the first is always the nudging model's.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from alignax import companions
+from alignax.batch import LM
+from alignax.guides import Guide, by_position
+
+RANGES = {"gamma": "[0, inf)", "nudge_temperature": "(0, inf)"}
+
+
+def guide(
+    lms: dict[str, LM],
+    *,
+    nudge: str = "nudge",
+    gamma: float = 0.4,
+    nudge_temperature: float = 1.0,
+) -> Guide:
+    """An *exact* vector guide: its logits take the place of the target's where it nudges.
+
+    Exact is the law above. The base's probabilities are those after every warper: its
+    temperature changes how sure it is, and what it forbids the other may not say.
+
+    Args:
+      lms: has the nudging model, which shares the target's vocabulary.
+      nudge: its name; it is also the draft to speculate with.
+      gamma: γ; 0 is the target alone, anything above 1 the nudging model alone.
+      nudge_temperature: of the nudging model's law; that of the call, so that a draft of
+        it is accepted where it nudges.
+
+    Returns:
+      A Guide whose state is the cache of the nudging model.
+
+    Raises:
+      ValueError: a name that `lms` does not have.
+    """
+    models = companions.find(lms, nudge)
+    numbers = tuple(map(jnp.float32, (gamma, nudge_temperature)))
+    return Guide(
+        Partial(companions.init, models),
+        Partial(_update, models, numbers),
+        keep=by_position,
+    )
+
+
+def _update(models, numbers, caches, tokens, start, logits):
+    gamma, temperature = numbers
+    (nudge,), after = companions.rows(models, caches, tokens, start, logits)
+    nudge = jnp.where(jnp.isneginf(logits), -jnp.inf, nudge / temperature)
+    sure = jax.nn.softmax(logits).max(-1, keepdims=True) >= gamma
+    return jnp.where(sure, logits, nudge), after

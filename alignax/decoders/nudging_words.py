@@ -1,0 +1,208 @@
+"""Nudging word by word: two models that share no vocabulary exchange text.
+
+  the nudging model says a few words; the first is taken, and more of them as long as
+      max p_base(· | text) < γ   and the base would not begin the next word itself
+  the base goes on, greedily, up to its first token with max p_base < γ
+  and so on, until the nudging model says that it is done
+
+Fei et al. 2024, https://arxiv.org/abs/2410.09300 (γ = 0.4). `decoders.nudging` is the law
+token by token, for models that share a vocabulary.
+
+Differs from the paper: the last of several words may have been cut off by the number of
+tokens and is left for the next round; the prompt that the nudging model gets is the text
+that the base reads.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from alignax import decode, logprob, requests
+from alignax import tokenizer as tokenizers
+from alignax.batch import LM, from_groups
+from alignax.decode import Generated
+from alignax.tokenizer import Tokenizer
+
+RANGES = {
+    "gamma": "[0, inf)", "chunk": "[1, inf)", "rounds": "[1, inf)", "repeats": "[1, inf)",
+}  # fmt: skip
+REPEATED = 30  # characters: a longer end that is said twice is said once
+KNOWN = 5  # words: a longer chunk of the base that was said before is dropped
+
+_score = jax.jit(logprob.score)
+
+
+class Said(NamedTuple):
+    """What a model says next, greedily."""
+
+    ids: list[int]
+    probabilities: list[float]  # of each, which is the best one
+    ended: bool  # by EOS, which is not among them
+
+
+def search(
+    lm: LM,
+    lms: dict[str, LM],
+    prompts: Any,
+    lengths: Any,
+    key: Array,
+    *,
+    max_new: int,
+    judge: Any = None,
+    temperature: float = 1.0,
+    eos_ids: Sequence[int] = (),
+    tokenizer: Tokenizer | None = None,
+    nudge: str = "nudge",
+    nudge_tokenizer: str = "",
+    gamma: float = 0.4,
+    chunk: int = 16,
+    rounds: int = 150,
+    repeats: int = 3,
+) -> Generated:
+    """Nudging across tokenizers. *Approximate*: a loop on text, and no law of its own.
+
+    Args:
+      lm: the base.
+      lms: has the nudging model.
+      prompts: ids [B, P] of the base, right-padded.
+      lengths: real tokens of each prompt, [B].
+      key: not read: nothing is random.
+      max_new: most tokens of a response, in the base's.
+      judge: not read.
+      temperature: not read: both are greedy.
+      eos_ids: end what either says; the base's do not end the response.
+      tokenizer: the base's.
+      nudge: name of the nudging model.
+      nudge_tokenizer: a path of its tokenizer, with its chat template; '' is the base's.
+      gamma: γ; 0 still takes the first word of each round from the nudging model.
+      chunk: tokens that either says at a time.
+      rounds: most of them.
+      repeats: the same words of the nudging model so many times running end the response.
+
+    Returns:
+      Generated, G = 1, in the base's tokens; old_logps is None. stats: 'tokens_sampled',
+      'judge_calls' (0), 'rounds' and 'nudged' (share of characters that were nudged).
+
+    Raises:
+      ValueError: an argument out of its range, no such model, or no tokenizer.
+    """
+    del judge, temperature
+    if min(chunk, rounds, repeats) < 1 or gamma < 0:
+        raise ValueError(
+            f"chunk={chunk}, rounds={rounds}, repeats={repeats}, gamma={gamma}; expected "
+            "gamma >= 0, the others >= 1"
+        )
+    if max_new < 1:
+        raise ValueError(f"max_new={max_new}, expected at least 1")
+    if nudge not in lms:
+        raise ValueError(f"no LM {nudge!r}; there are {sorted(lms)}")
+    if tokenizer is None:
+        raise ValueError("nudging_words exchanges text: it needs the tokenizer")
+    text, other = tokenizer, tokenizer
+    if nudge_tokenizer:
+        other = tokenizers.load(nudge_tokenizer)
+    ends = sorted(eos_ids), sorted(other.eos_ids if nudge_tokenizer else eos_ids)
+    stats = {"tokens_sampled": 0, "judge_calls": 0, "rounds": 0, "nudged": 0.0}
+
+    def say(model, ids, eos) -> Said:
+        tokens, size = requests.ragged([ids])
+        out = decode.generate(
+            model, tokens, size, key, max_new=chunk, temperature=0.0, eos_ids=eos
+        )
+        mask = np.asarray(out.batch.mask[0, 0])
+        said = np.asarray(out.batch.tokens[0, 0])[mask].tolist()
+        best = np.exp(np.asarray(out.raw_logps[0, 0])[mask]).tolist()
+        ended = bool(said) and said[-1] in eos
+        stats["tokens_sampled"] += len(said)
+        return Said(said[:-1] if ended else said, best[: len(said) - ended], ended)
+
+    def one(prompt: list[int]) -> tuple[str, bool]:
+        """(the response, whether the nudging model ended it)."""
+        asked = other.prompt(text.decode(prompt))
+        answer, nudged, last = "", 0, [""] * repeats
+        for _ in range(rounds):
+            if len(text.encode(answer)) >= max_new:
+                break
+            stats["rounds"] += 1
+            from_nudge = say(lms[nudge], [*asked, *other.encode(answer)], ends[1])
+            words = after(other, answer, from_nudge.ids)
+            if from_nudge.ended:
+                return answer + words, True
+            taken, base = nudges(
+                words,
+                lambda w, a=answer: say(lm, [*prompt, *text.encode(a + w)], ends[0]),
+                lambda ids, a=answer: after(text, a, ids), gamma,
+            )  # fmt: skip
+            last = [*last[1:], taken]
+            if not taken or (last[0] and len(set(last)) == 1):
+                break
+            answer, nudged = answer + taken, nudged + len(taken)
+            while base.ids:
+                sure = [p >= gamma for p in base.probabilities]
+                many = sure.index(False) if False in sure else len(sure)
+                more = after(text, answer, base.ids[:many])
+                if len(more.split()) > KNOWN and more.strip() in answer:
+                    break
+                answer += more
+                whole = many == chunk and not base.ended
+                if not whole or len(text.encode(answer)) >= max_new:
+                    break
+                base = say(lm, [*prompt, *text.encode(answer)], ends[0])
+        stats["nudged"] += nudged / max(len(answer), 1) / len(prompts)
+        return once(answer), False
+
+    prompts, lengths = np.asarray(prompts), np.asarray(lengths)
+    requests.check_prompts(jnp.asarray(prompts), jnp.asarray(lengths))
+    asked, said, truncated = [], [], []
+    for row, n in zip(prompts, lengths, strict=True):
+        ids = row[:n].tolist()
+        answer, ended = one(ids)
+        response = [*text.encode(answer), *([ends[0][0]] if ended and ends[0] else [])]
+        asked.append(ids)
+        said.append([response[:max_new] or [text.eos_id]])
+        truncated.append([not ended or len(response) > max_new])
+    batch = from_groups(asked, said, length=prompts.shape[1] + max_new)
+    raw = _score(lm, jax.tree.map(jnp.asarray, batch)).logps
+    return Generated(batch, raw, jnp.array(truncated), stats)
+
+
+def nudges(words: str, base, read, gamma: float) -> tuple[str, Said]:
+    """The words that are taken, and what the base says after them.
+
+    Args:
+      words: of the nudging model.
+      base: what it says after some of them.
+      read: the text of ids that the base says.
+      gamma: γ.
+    """
+    parts = re.findall(r"\s*\S+", words) or ([words] if words else [])
+    parts = parts[:-1] if len(parts) > 1 else parts
+    taken = ""
+    for i, part in enumerate(parts):
+        taken += part
+        said = base(taken)
+        unsure = bool(said.ids) and said.probabilities[0] < gamma
+        following = parts[i + 1].strip() if i + 1 < len(parts) else ""
+        first = read(said.ids[:1]).strip() if said.ids else ""
+        if not unsure or (first and following.startswith(first)):
+            break
+    return taken, said if taken else Said([], [], False)
+
+
+def after(tokens: Tokenizer, text: str, ids: Sequence[int]) -> str:
+    """What ids add to a text: some tokenizers drop the blank in front of a beginning."""
+    before = tokens.encode(text)
+    return tokens.decode([*before, *ids]).removeprefix(tokens.decode(before))
+
+
+def once(text: str) -> str:
+    """A text without the repetition of a long end."""
+    for n in range(len(text) // 2, REPEATED - 1, -1):
+        while len(text) >= 2 * n and text[-n:] == text[-2 * n : -n]:
+            text = text[:-n]
+    return text

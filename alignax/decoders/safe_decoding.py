@@ -1,0 +1,91 @@
+"""SafeDecoding: over its first tokens, a response moves towards what a safer model says.
+
+  π*(v | s) ∝ max(p + α (p_expert - p), ε)(v | s)   on S(s), for the first m tokens
+
+S is the intersection of the k best tokens of both models, at the smallest k that leaves at
+least c of them.
+
+Xu et al. 2024, https://arxiv.org/abs/2402.08983 (α = 3, m = 2, c = 5). A jailbreak that is
+refused in its first words is refused; what follows is the target's own.
+
+Differs from the paper: p is the target after every warper, and what those forbid stays
+forbidden; the released code is greedy over the first m tokens whatever the sampling, here the
+engine's temperature says. ε is its floor for what would be negative.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from alignax import companions
+from alignax.batch import LM
+from alignax.guides import Guide, by_position
+
+FLOOR = 1e-8  # ε
+RANGES = {
+    "alpha": "[0, inf)", "first": "[0, inf)", "common": "[1, inf)",
+    "expert_temperature": "(0, inf)",
+}  # fmt: skip
+
+
+def guide(
+    lms: dict[str, LM],
+    *,
+    expert: str = "expert",
+    alpha: float = 3.0,
+    first: int = 2,
+    common: int = 5,
+    expert_temperature: float = 1.0,
+) -> Guide:
+    """An *exact* vector guide: the law above, which is that of the method.
+
+    Args:
+      lms: has the expert, which shares the target's vocabulary.
+      expert: its name; it is also a draft to speculate with.
+      alpha: α; 0 is the target on S, 1 the expert on S.
+      first: m, tokens of a response, after any prefill.
+      common: c, fewest tokens of S.
+      expert_temperature: of the expert's law; that of the call, if both shall be alike.
+
+    Returns:
+      A Guide whose state is the cache of the expert and the lengths of the prompts.
+
+    Raises:
+      ValueError: a name that `lms` does not have.
+    """
+    models = companions.find(lms, expert)
+    numbers = tuple(map(jnp.float32, (alpha, expert_temperature)))
+    counts = tuple(map(jnp.int32, (first, common)))
+    return Guide(
+        Partial(_init, models),
+        Partial(_update, models, numbers, counts),
+        keep=by_position,
+    )
+
+
+def _init(models, tokens, lengths, length):
+    return companions.init(models, tokens, lengths, length), lengths
+
+
+def _update(models, numbers, counts, state, tokens, start, logits):
+    alpha, temperature = numbers
+    first, common = counts
+    caches, lengths = state
+    (expert,), after = companions.rows(models, caches, tokens, start, logits)
+    forbidden = jnp.isneginf(logits)
+    expert = jnp.where(forbidden, -jnp.inf, expert / temperature)
+    p, p_expert = jax.nn.softmax(logits), jax.nn.softmax(expert)
+    moved = jnp.log(jnp.maximum(p + alpha * (p_expert - p), FLOOR))
+    # a token is in the intersection at k as soon as k is above its worse rank
+    worse = jnp.maximum(_ranks(logits), _ranks(expert))
+    last = jnp.minimum(common, logits.shape[-1]) - 1
+    most = jnp.take(jnp.sort(worse, -1), last, -1)[..., None]
+    moved = jnp.where((worse <= most) & ~forbidden, moved, -jnp.inf)
+    position = start[:, None] + jnp.arange(tokens.shape[1])
+    early = position + 1 - lengths[:, None] < first
+    return jnp.where(early[..., None], moved, logits), (after, lengths)
+
+
+def _ranks(x):
+    """0 for the best; of equals the lower id is the better."""
+    return jnp.argsort(jnp.argsort(-x, -1, stable=True), -1)

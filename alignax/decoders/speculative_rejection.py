@@ -1,0 +1,121 @@
+"""Speculative rejection: start with many responses, give up those that begin badly.
+
+Sun et al. 2024, https://arxiv.org/abs/2410.20290
+
+  every `every` tokens:  keep { i : r(x, y_i,<t) >= quantile_reject(r) }, go on with those
+  at the end:            argmax r(y_i) over the responses that were completed
+
+Differs from the paper: partial responses are judged every so many tokens, not whenever
+the memory is full. The quantile is over everything that was not given up; what is
+complete costs nothing more and stays a candidate whatever its rank.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from alignax import hypotheses
+from alignax.batch import LM
+from alignax.decode import Generated
+from alignax.hypotheses import Judge
+
+RANGES = {"n": "[1, inf)", "every": "[1, inf)", "reject": "[0, 1)"}
+
+
+def search(
+    lm: LM,
+    lms: dict[str, LM],
+    prompts: Any,
+    lengths: Any,
+    key: Array,
+    *,
+    max_new: int,
+    judge: Judge | None = None,
+    temperature: float = 1.0,
+    eos_ids: Sequence[int] = (),
+    n: int = 32,
+    every: int = 32,
+    reject: float = 0.5,
+    sampling: Mapping[str, Any] | None = None,
+) -> Generated:
+    """Best of n at a part of its cost. *Approximate*; with reject = 0 exactly best of n.
+
+    Approximate, because the judge's rank of a beginning is not that of its end.
+
+    Args:
+      lm: what draws.
+      lms: not read.
+      prompts: ids [B, P], right-padded.
+      lengths: real tokens of each prompt, [B].
+      key: `jax.random.key`.
+      max_new: most tokens of a response.
+      judge: r, of complete responses and of their beginnings.
+      temperature: of p.
+      eos_ids: end a response.
+      n: responses to start with; their rows shrink by powers of two.
+      every: tokens between two judgements.
+      reject: share that is given up at each.
+      sampling: further settings of `decode.generate` that have no memory.
+
+    Returns:
+      Generated, G = 1; feedback is r of the response, old_logps None. stats:
+      'tokens_sampled', 'judge_calls' (responses judged, each time), 'rejected',
+      'tokens_saved' (at most: had every rejected one gone on to max_new).
+
+    Raises:
+      ValueError: an argument out of its range, or a judge that gives no [B, G].
+    """
+    del lms
+    if n < 1 or every < 1 or not 0 <= reject < 1:
+        raise ValueError(
+            f"n={n}, every={every}, reject={reject}; expected n >= 1, every >= 1, "
+            "0 <= reject < 1"
+        )
+
+    def grow(h, step, **how):
+        return hypotheses.extend(
+            lm, h, jax.random.fold_in(key, step), tokens=every, sampling=sampling,
+            temperature=temperature, eos_ids=eos_ids, **how,
+        )  # fmt: skip
+
+    h, drawn = grow(hypotheses.start(prompts, lengths, max_new), 0, group=n)
+    part, mine = h, np.ones(h.ends.shape, bool)  # what the last step drew
+    index = np.broadcast_to(np.arange(n), mine.shape)
+    alive = mine.copy()  # not given up
+    scores = np.full(mine.shape, -np.inf)
+    step = calls = saved = 0
+    while True:
+        b, k = np.nonzero(mine)
+        scores[b, index[b, k]] = hypotheses.judged(judge, part, mine)[b, k]
+        calls += len(b)
+        among = np.where(alive, scores, np.nan)
+        cut = np.nanquantile(among, reject, axis=1, method="higher", keepdims=True)
+        lost = alive & ~h.done & (scores < cut)
+        saved += int((max_new - h.sizes)[lost].sum())
+        alive &= ~lost
+        going = alive & ~h.done
+        if not going.any():
+            break
+        step += 1
+        size = min(n, 1 << (int(going.sum(1).max()) - 1).bit_length())
+        index = np.argsort(~going, 1, kind="stable")[:, :size]
+        mine = np.take_along_axis(going, index, 1)
+        seeds = index + n * np.arange(len(index))[:, None]
+        part, more = grow(hypotheses.take(h, index), step, active=mine, seeds=seeds)
+        drawn += more
+        h = hypotheses.put(h, index, part, mine)
+    final = np.where(alive, scores, -np.inf)
+    index = final.argmax(1)[:, None]
+    return hypotheses.generated(
+        hypotheses.take(h, index),
+        np.take_along_axis(scores, index, 1),
+        {
+            "tokens_sampled": drawn,
+            "judge_calls": calls,
+            "rejected": int((~alive).sum()),
+            "tokens_saved": saved,
+        },
+    )

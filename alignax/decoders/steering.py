@@ -1,0 +1,84 @@
+"""Steering as a guide: what a push on the hidden states does to the next token.
+
+  π*(v | s) ∝ p(v | s) (p(v | s; h + r u) / p(v | s; h))^weight
+
+The same model is read twice, with u added to its residual stream after every layer and
+without. Where it is the target itself, unwarped, and weight = 1, the law is the steered
+model's own: it composes with other guides, with drafts and with verification, which see
+laws alone. `alignax.steering` reads u from pairs of texts.
+
+Zou et al. 2023, https://arxiv.org/abs/2310.01405; Wolf et al. 2024,
+https://arxiv.org/abs/2401.16332
+Differs from the papers: they steer the model, we tilt by what steering changes; at a
+temperature τ of the call the tilt is not divided by τ, unless weight = 1 / τ is given.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from alignax import companions, logprob, steering
+from alignax.batch import LM
+from alignax.guides import Guide, by_position
+from alignax.models import transformer
+
+RANGES = {"seed": "[0, inf)"}
+
+
+def guide(
+    lms: dict[str, LM],
+    *,
+    model: str = "target",
+    vectors: Any = "random",
+    strength: float = 1.0,
+    layers: tuple[int, ...] = (),
+    weight: float = 1.0,
+    seed: int = 0,
+) -> Guide:
+    """An *exact* vector guide: weight (log p of the steered model - log p of the model).
+
+    Args:
+      lms: has the model that is steered, which shares the target's vocabulary.
+      model: its name.
+      vectors: a path of [L, D] unit vectors as `numpy.save` writes them, the vectors, or
+        'random': the control of any effect.
+      strength: r, in units of the hidden state's norm.
+      layers: which are steered, negative ones from the end; () is all.
+      weight: of the tilt; 0 leaves the target alone.
+      seed: of random vectors.
+
+    Returns:
+      A Guide whose state is two caches, of the model steered and not.
+
+    Raises:
+      ValueError: a name that `lms` does not have, vectors of another shape, or a layer
+        that is not there.
+    """
+    models = companions.find(lms, model)
+    push = strength * steering.load(vectors, *models, layers=layers, seed=seed)
+    return Guide(
+        Partial(_init, models, push),
+        Partial(_update, models, push, jnp.float32(weight)),
+        keep=by_position,
+    )
+
+
+def _init(models, push, tokens, lengths, length):
+    plain = companions.init(models, tokens, lengths, length)
+    cache = transformer.init_cache(models[0].config, len(tokens), length)
+    steered = transformer.hidden(
+        models[0], tokens, cache=cache, edit=steering.edit(push, 1.0)
+    )[1]
+    return *plain, steered
+
+
+def _update(models, push, weight, caches, tokens, start, logits):
+    plain, steered = caches
+    (before,), (plain,) = companions.rows(models, (plain,), tokens, start, logits)
+    positions = start[:, None] + jnp.arange(tokens.shape[1])
+    h, steered = transformer.hidden(
+        models[0], tokens, positions, cache=steered, edit=steering.edit(push, 1.0)
+    )
+    after = logprob.rows(models[0], h)
+    return logits + weight * (after - before), (plain, steered)

@@ -1,0 +1,208 @@
+"""Transfer Q*: every candidate is tried out by a policy that is already aligned.
+
+  π_alg(v | s) ∝ π_BL(v | s) e^{TQ(s, v) / α}   on the k best tokens of π_BL
+
+  direct    TQ(s, v) = E_{τ ~ ρ_BL(· | s v)} r(s v τ)
+  indirect  TQ(s, v) = E_{τ ~ ρ_BL(· | s v)} [ω r] / E[ω],   ω = e^{(r - r_BL) / β}
+  released  argmax of logit + r / α, one rollout of 20 tokens a candidate
+
+Chakraborty et al. 2024, https://arxiv.org/abs/2405.20495. ρ_BL is the law of whole
+responses of the baseline, which was aligned with the reward r_BL: with r itself (direct) or
+with another one (indirect, where the mean is that under ρ_r ∝ ρ_sft e^{r / β}).
+
+This is a search with a loop of its own, not a guide: rollouts have to be judged as text by
+host code, and inside the engine's compiled loop every token would wait for the host. A
+rollout's key is made of the key and of a hash of (prefix, v), so that TQ is a function: it
+is the same wherever and whenever a prefix is met.
+
+Differs from the paper: it says r_BL, we read it off the baseline and the model it came
+from, r_BL / β = log ρ_BL / ρ_sft up to a constant that cancels. Which law its decoder tilts
+is not said; π_BL is what the released code tilts. That code samples as the checkpoint's own
+settings say: here it is `rollout_temperature`. Its indirect form has no E[ω] and the same
+reward model twice; it is not reproduced.
+"""
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from alignax import hypotheses, logprob
+from alignax.batch import LM
+from alignax.companions import find
+from alignax.decode import Generated, generate
+from alignax.hypotheses import Hypotheses, Judge
+
+VARIANTS = ("direct", "indirect", "released")
+RELEASED_HORIZON = 20
+RANGES = {
+    "candidates": "[1, inf)", "rollouts": "[1, inf)", "horizon": "[0, inf)",
+    "alpha": "(0, inf)", "beta": "(0, inf)", "rollout_temperature": "[0, inf)",
+}  # fmt: skip
+
+_score = jax.jit(logprob.score)
+
+
+def search(
+    lm: LM,
+    lms: dict[str, LM],
+    prompts: Any,
+    lengths: Any,
+    key: Array,
+    *,
+    max_new: int,
+    judge: Judge | None = None,
+    temperature: float = 1.0,
+    eos_ids: Sequence[int] = (),
+    variant: str = "direct",
+    reference: str = "ref",
+    candidates: int = 10,
+    rollouts: int = 4,
+    horizon: int = 0,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    rollout_temperature: float = 1.0,
+) -> Generated:
+    """*Approximate*: exact is the tilt by the means over `rollouts`, not by TQ itself.
+
+    e^{TQ / α} of a noisy TQ is too large on average; what is wrong with the law falls as
+    1 / rollouts.
+
+    Args:
+      lm: the baseline π_BL, which is tilted and which rolls out.
+      lms: has the model that the baseline was tuned from, for 'indirect'.
+      prompts: ids [B, P], right-padded.
+      lengths: real tokens of each prompt, [B].
+      key: `jax.random.key`.
+      max_new: most tokens of a response.
+      judge: r, of responses that are complete or cut off by the horizon.
+      temperature: of π_BL, before the tilt; 0 takes the best. 'released' always does.
+      eos_ids: end a response.
+      variant: one of VARIANTS.
+      reference: name of the model that the baseline was tuned from.
+      candidates: k.
+      rollouts: of each candidate; 'released' makes one.
+      horizon: most tokens of a rollout; 0 is to the end of the response, or 20 of them
+        for 'released'.
+      alpha: α, in the unit of the reward a nat.
+      beta: β of the weights of 'indirect'.
+      rollout_temperature: of the rollouts; 1 is ρ_BL, 0 the greedy one.
+
+    Returns:
+      Generated, G = 1; feedback is r of the response, old_logps are under the tilted law.
+      stats: 'tokens_sampled' (of rollouts and of responses), 'judge_calls' (texts judged).
+
+    Raises:
+      ValueError: an argument out of its range, no judge or one that gives no numbers, or
+        'indirect' without its reference.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"variant={variant!r} is not one of {', '.join(VARIANTS)}")
+    if min(candidates, rollouts) < 1 or horizon < 0 or min(alpha, beta) <= 0:
+        raise ValueError(
+            f"candidates={candidates}, rollouts={rollouts}, horizon={horizon}, "
+            f"alpha={alpha}, beta={beta}; expected >= 1, >= 1, >= 0, > 0, > 0"
+        )
+    source = None
+    if variant == "indirect":
+        (source,) = find(lms, reference)
+        if rollout_temperature == 0:
+            raise ValueError(
+                "rollout_temperature=0 has one rollout, which cannot be weighted: "
+                "'indirect' expects it above 0"
+            )
+    greedy = temperature == 0 or variant == "released"
+    if variant == "released":
+        rollouts, horizon = 1, horizon or RELEASED_HORIZON
+    horizon = min(horizon or max_new, max_new)
+    roll_key, draw_key = jax.random.split(key)
+    h = hypotheses.start(prompts, lengths, max_new)
+    law = np.zeros(h.tokens.shape, np.float32)
+    stats = {"tokens_sampled": 0, "judge_calls": 0}
+    for step in range(max_new):
+        live = ~h.done
+        if not live.any():
+            break
+        raw, best = (x[:, 0] for x in hypotheses.next_best(lm, h, candidates))  # [B, K]
+        tried, ratio, drawn = _try_out(
+            lm, source, h, best, roll_key, rollouts, horizon, rollout_temperature, eos_ids
+        )  # fmt: skip
+        r = hypotheses.judged(judge, tried, np.broadcast_to(live, tried.ends.shape))
+        r = r.reshape(*best.shape, rollouts)
+        q = mean(r, None if ratio is None else r / beta + ratio)
+        score = raw / (1.0 if greedy else temperature) + q / alpha
+        place, logp = _draw(jax.random.fold_in(draw_key, step), score, greedy)
+        here = (np.arange(h.tokens.shape[2]) == h.ends[..., None]) & live[..., None]
+        law = np.where(here, logp[..., None], law)
+        token, logp = (np.take_along_axis(x, place, 1) for x in (best, raw))
+        h = hypotheses.append(h, token, logp, eos_ids, live)
+        stats["tokens_sampled"] += drawn + int(live.sum())
+        stats["judge_calls"] += int(live.sum()) * best.shape[1] * rollouts
+    stats["judge_calls"] += len(h.ends)
+    out = hypotheses.generated(h, hypotheses.judged(judge, h), stats)
+    drawn_from = jnp.asarray(law, jnp.float32)
+    return out._replace(batch=out.batch._replace(old_logps=drawn_from))
+
+
+def mean(rewards: np.ndarray, log_weights: np.ndarray | None = None) -> np.ndarray:
+    """TQ [...] from rollouts [..., M]: the plain mean, or one of normalised weights."""
+    if log_weights is None:
+        return rewards.mean(-1)
+    w = np.exp(log_weights - log_weights.max(-1, keepdims=True))
+    return (w * rewards).sum(-1) / w.sum(-1)
+
+
+def _try_out(
+    lm: LM, source: LM | None, h: Hypotheses, best: np.ndarray, key: Array, rollouts: int,
+    horizon: int, temperature: float, eos_ids: Sequence[int],
+) -> tuple[Hypotheses, np.ndarray | None, int]:  # fmt: skip
+    """Every candidate with its rollouts, [B, K * M]; their log ρ_sft / ρ_BL; tokens drawn."""
+    (b, k), t = best.shape, h.tokens.shape[2]
+    live = np.broadcast_to(~h.done, (b, k))
+    wide = hypotheses.take(h, np.zeros((b, k), int))
+    wide = hypotheses.append(wide, best, np.zeros(best.shape), eos_ids, live)
+    going = ~wide.done & live
+    rows = wide.tokens.reshape(b * k, t)
+    # what has no room draws one token, which is not looked at
+    room = np.where(going, np.minimum(horizon, wide.max_new - wide.sizes), 1)
+    hashes = [
+        zlib.crc32(row[:end].tobytes())
+        for row, end in zip(rows, wide.ends.reshape(-1), strict=True)
+    ]
+    out = generate(
+        lm, rows, wide.ends.reshape(-1), key, max_new=horizon, group=rollouts,
+        temperature=temperature, eos_ids=eos_ids, limits=room.reshape(-1),
+        seeds=np.array(hashes, np.uint32),
+    )  # fmt: skip
+    batch = jax.tree.map(np.asarray, out.batch)
+    tried = hypotheses.rows_of(wide, lambda x: np.repeat(x, rollouts, 1))
+    again = np.repeat(going, rollouts, 1)
+    ends = np.where(again, batch.lengths.reshape(b, -1), tried.ends)
+    at = np.arange(t)
+    fresh = (at >= tried.ends[..., None]) & (at < ends[..., None])
+    words = np.where(fresh, batch.tokens[..., :t].reshape(b, -1, t), tried.tokens)
+    tried = tried._replace(tokens=words, ends=ends)
+    ratio = None
+    if source is not None:
+        rolled: Any = fresh
+        asked = hypotheses.as_batch(tried)._replace(mask=rolled)
+        theirs = np.asarray(_score(source, asked).logps, np.float64).sum(-1)
+        law = np.asarray(batch.old_logps, np.float64)[..., :t].reshape(b, -1, t)
+        ratio = (theirs - np.where(fresh, law, 0).sum(-1)).reshape(b, k, rollouts)
+    return tried, ratio, int(fresh.sum())
+
+
+def _draw(key: Array, score: np.ndarray, greedy: bool) -> tuple[np.ndarray, np.ndarray]:
+    """A place in each row [B, 1] and its log-probability; the noise is the row's own."""
+    if greedy:
+        return score.argmax(1)[:, None], np.zeros((len(score), 1))
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(np.arange(len(score)))
+    noise = jax.vmap(lambda one: jax.random.gumbel(one, score.shape[1:]))(keys)
+    place = (score + np.asarray(noise)).argmax(1)[:, None]
+    top = score.max(1, keepdims=True)
+    total = top + np.log(np.exp(score - top).sum(1, keepdims=True))
+    return place, np.take_along_axis(score, place, 1) - total

@@ -1,0 +1,56 @@
+"""CD-Q: a scalar head predicts its own next value, and at the end the reward.
+
+  L = Σ_t w_t ½ (V(x, y_≤t) - sg[u_t])²,   u_t = V(x, y_≤t+1),   u_T = r
+
+Source: Mudgal et al. 2023, https://arxiv.org/abs/2310.17022
+Differs from the paper: u_t there is the mean of V over all next tokens under p. A scalar
+head says V of one prefix a call, so that mean would take V calls; on rollouts of p the
+token that was drawn has the same mean, and since u_t has no gradient (sg) and L is
+quadratic, the same expected gradient. The head is its own target: there is no second copy.
+
+On rollouts of p it is at rest where V(s) = E[r | s], as losses/value_mean, with less
+variance and a bias while the values after it are still wrong.
+"""
+
+import jax
+from jaxtyping import Array, Float
+
+from alignax import heads, masked
+from alignax.batch import Batch, Metrics, Number, Scores
+
+NEEDS = ("values",)
+REQUIRES = {"rollout.keep": "all"}  # chosen responses are no sample of the law
+RANGES = {"radius": "(0, inf]"}
+
+
+def loss(
+    policy: Scores,
+    batch: Batch,
+    *,
+    centre: Number = 0.0,
+    radius: Number = float("inf"),
+    reduction: str = "sequence",
+) -> tuple[Float[Array, " B"], Metrics]:
+    """Half the squared one-step error of the value at every scored token.
+
+    Args:
+      policy: values [B, G, T], on the prefix that ends with each token.
+      batch: feedback [B, G], the reward of the whole response; mask [B, G, T]; valid
+        [B, G]. The responses are samples of the law that is to be guided.
+      centre: V = centre + radius tanh(head / radius), in the unit of the reward.
+      radius: above 0; inf leaves the head alone.
+      reduction: 'token', 'sequence' or 'constant', as in `masked.token_weights`.
+
+    Returns:
+      [B] values, and metrics 'value' (mean), 'step_error' (mean square of V - u) and
+      'value_error' (of V - r).
+    """
+    v = heads.squash(policy.values, centre, radius)
+    error = (v - jax.lax.stop_gradient(heads.following(v, batch))) ** 2
+    keep = batch.mask & batch.valid[..., None]
+    weights = masked.token_weights(batch, reduction)
+    return 0.5 * (weights * error).sum((1, 2)), {
+        "value": masked.per_prompt(v, keep),
+        "step_error": masked.per_prompt(error, keep),
+        "value_error": masked.per_prompt((v - batch.feedback[..., None]) ** 2, keep),
+    }

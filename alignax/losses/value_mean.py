@@ -1,0 +1,51 @@
+"""CD-FUDGE: a scalar head predicts, all along a response, what the response will earn.
+
+  L = Σ_t w_t ½ (V(x, y_≤t) - r)²
+
+Source: Mudgal et al. 2023, https://arxiv.org/abs/2310.17022; before them Yang and Klein
+2021 (FUDGE), https://arxiv.org/abs/2104.05218
+Differs from the paper: the head may be squashed into a range, which bounds the guide it
+becomes; and it may be a mean over tokens or responses instead of a sum.
+
+On rollouts of p, the minimum is V(s) = E[r | s]: what decoders/controlled.py tilts p by.
+"""
+
+from jaxtyping import Array, Float
+
+from alignax import heads, masked
+from alignax.batch import Batch, Metrics, Number, Scores
+
+NEEDS = ("values",)
+REQUIRES = {"rollout.keep": "all"}  # chosen responses are no sample of the law
+RANGES = {"radius": "(0, inf]"}
+
+
+def loss(
+    policy: Scores,
+    batch: Batch,
+    *,
+    centre: Number = 0.0,
+    radius: Number = float("inf"),
+    reduction: str = "sequence",
+) -> tuple[Float[Array, " B"], Metrics]:
+    """Half the squared error of the value at every scored token.
+
+    Args:
+      policy: values [B, G, T], on the prefix that ends with each token.
+      batch: feedback [B, G], the reward of the whole response; mask [B, G, T]; valid
+        [B, G]. The responses are samples of the law that is to be guided.
+      centre: V = centre + radius tanh(head / radius), in the unit of the reward.
+      radius: above 0; inf leaves the head alone.
+      reduction: 'token', 'sequence' or 'constant', as in `masked.token_weights`.
+
+    Returns:
+      [B] values, and metrics 'value' (mean) and 'value_error' (mean square).
+    """
+    v = heads.squash(policy.values, centre, radius)
+    error = (v - batch.feedback[..., None]) ** 2
+    keep = batch.mask & batch.valid[..., None]
+    weights = masked.token_weights(batch, reduction)
+    return 0.5 * (weights * error).sum((1, 2)), {
+        "value": masked.per_prompt(v, keep),
+        "value_error": masked.per_prompt(error, keep),
+    }

@@ -1,0 +1,61 @@
+"""A Q of every next token at once, in the logits of an LM: what a vector guide needs.
+
+  L = Σ_t w_t { ½ (Q(s_t, y_t) - r)² + κ c² KL(p ‖ π)(s_t) }
+  Q(s, v) = b(s) + c log(π(v | s) / p(v | s))
+
+b is the scalar head on the prefix before a token. For any Q(s, ·) there are b and π that
+say it, b being c log Σ_v p e^{Q / c}; so nothing is lost by the normalised π, and c only sets
+the scale. On rollouts of p the minimum at κ = 0 is Q(s, v) = E[r | s v]. Tokens that no
+rollout had are held by the KL: of a small Q it is half the variance, so that κ shrinks
+differences of Q by 1 / (1 + κ).
+
+Source: Mudgal et al. 2023 (controlled decoding), https://arxiv.org/abs/2310.17022; Q as a
+log-ratio: Rafailov et al. 2024, https://arxiv.org/abs/2404.12358, Richemond et al. 2024,
+https://arxiv.org/abs/2405.19107
+Differs from the papers: the first has a network with one output a token, the last regresses
+whole responses; here every token's Q learns the reward of its response.
+"""
+
+from jaxtyping import Array, Float
+
+from alignax import masked
+from alignax.batch import Batch, Metrics, Number, Scores
+
+NEEDS = ("logps", "ref_logps", "state_values", "forward_kl")
+REQUIRES = {"rollout.keep": "all"}  # chosen responses are no sample of the law
+RANGES = {"scale": "(0, inf)", "penalty": "[0, inf)"}
+
+
+def loss(
+    policy: Scores,
+    batch: Batch,
+    *,
+    scale: Number = 1.0,
+    penalty: Number = 0.1,
+    reduction: str = "sequence",
+) -> tuple[Float[Array, " B"], Metrics]:
+    """Half the squared error of Q of every scored token, and what holds the others.
+
+    Args:
+      policy: logps, forward_kl (to the reference, which is p) and state_values [B, G, T].
+      batch: ref_logps [B, G, T]; feedback [B, G], the reward of the whole response; mask
+        [B, G, T]; valid [B, G]. The responses are samples of the reference.
+      scale: c, above 0, in the unit of the reward a nat; the guide has the same.
+      penalty: κ, at least 0.
+      reduction: 'token', 'sequence' or 'constant', as in `masked.token_weights`.
+
+    Returns:
+      [B] values, and metrics 'value' (mean b), 'value_error' (mean square of Q - r),
+      'advantage' (mean Q - b of what was said) and 'kl' (nats a token).
+    """
+    advantage = scale * (policy.logps - masked.reference(batch))
+    error = (policy.state_values + advantage - batch.feedback[..., None]) ** 2
+    keep = batch.mask & batch.valid[..., None]
+    weights = masked.token_weights(batch, reduction)
+    total = weights * (0.5 * error + penalty * scale**2 * policy.forward_kl)
+    return total.sum((1, 2)), {
+        "value": masked.per_prompt(policy.state_values, keep),
+        "value_error": masked.per_prompt(error, keep),
+        "advantage": masked.per_prompt(advantage, keep),
+        "kl": masked.per_prompt(policy.forward_kl, keep),
+    }

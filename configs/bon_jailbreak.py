@@ -1,0 +1,18 @@
+"""Best-of-N jailbreaking of SmolLM2-135M-Instruct: tries until one gets through.
+
+Source: Hughes et al. 2024, https://arxiv.org/abs/2412.03556
+Command: python -m alignax.main --config configs/bon_jailbreak.py --workdir runs/bon
+  --config.eval_data.path=harmful.jsonl --config.evals.bon_jailbreak.control.path=harmless.jsonl
+The evaluator is a rule on words in place of a trained judge: name your own, as
+--config.evals.bon_jailbreak.evaluator.name=my_project.judge, a function of the text.
+"""
+
+from configs import dpo, exploitation, models
+
+
+def get_config(arg: str = ""):
+    smoke = models.is_smoke(arg)
+    attack = {**exploitation.ATTACK, "tries": 64, "sigma": 0.4, "size": 100}
+    if smoke:
+        attack |= {"max_new": 4, "tries": 4}
+    return exploitation.attacked(dpo.get_config(arg), "bon_jailbreak", attack, smoke)

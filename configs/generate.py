@@ -1,0 +1,58 @@
+"""Responses of SmolLM2-135M-Instruct to a file of prompts; one variant a decoder.
+
+Source: the decoders' own, named in alignax/decoders/; for one, https://arxiv.org/abs/2402.06147
+Command: python -m alignax.main --config configs/generate.py --workdir runs/generate
+  --config.prompts.path=prompts.jsonl
+configs/generate.py:args is another decoder, configs/generate.py:args,smoke its smoke run.
+c.lms has the paths of what it reads, a reward model's for args; JUDGE is yours to change.
+"""
+
+from configs import common, models
+
+JUDGE = {"name": "constraints", "keywords": ("thank",), "max_words": 60}
+METHODS = {  # decoder: (its hyper-parameters, models that it reads, what judges)
+    "args": ({"reward": "reward", "weight": 1.0}, {"reward": ""}, {}),
+    "best_of_n": ({"n": 16, "select": "best"}, {}, JUDGE),
+    "conditional_beam": ({"beams": 5, "top_k": 10}, {}, JUDGE),
+    "contrastive": ({"weight": 0.5, "plausible": 0.1}, {"amateur": "init"}, {}),
+    "controlled": ({"values": "value", "beta": 1.0}, {"value": ""}, {}),
+    "controlled_blocks": ({"n": 16, "block": 32}, {}, JUDGE),
+    "deal": ({"top_k": 10, "lookahead": 16, "lam": 1.0, "prune": True}, {}, JUDGE),
+    "gsi": ({"n": 16, "step": 64, "beta": 0.05}, {"draft": "init"}, JUDGE),
+    "nudging": ({"gamma": 0.4}, {"nudge": "init"}, {}),
+    "nudging_words": ({"gamma": 0.4, "chunk": 16}, {"nudge": "init"}, {}),
+    "proxy": ({"weight": 1.0}, {"policy": "init", "ref": "init"}, {}),
+    "rain": ({"simulations": 50, "rollout": 32}, {}, JUDGE),
+    "rsd": ({"step": 64, "delta": 0.7}, {"draft": "init"}, JUDGE),
+    "safe_decoding": ({"alpha": 3.0, "first": 2}, {"expert": "init"}, {}),
+    "steering": ({"vectors": "random", "strength": 1.0}, {}, {}),
+    "speculative_rejection": ({"n": 32, "every": 32, "reject": 0.5}, {}, JUDGE),
+    "transfer_q": ({"variant": "direct", "candidates": 10}, {"ref": "init"}, JUDGE),
+}  # fmt: skip
+
+
+def get_config(arg: str = ""):
+    method, _, rest = arg.partition(",")
+    if method not in METHODS:
+        method, rest = "", arg
+    if rest not in ("", "smoke"):
+        known = ", ".join(("'smoke'", *METHODS))
+        raise ValueError(f"there is no variant {arg!r} of this config, only {known}")
+    c = common.get_config()
+    c.model.path = "models/SmolLM2-135M-Instruct.Q4_1.gguf"  # launch/fetch_smollm2.sh
+    c.prompts = {"name": "prompts", "path": "", "size": 0}
+    c.batch_size, c.length = 8, 1024
+    c.loss = {"name": "sft"}  # of no use: nothing is trained
+    hyper, lms, reward = METHODS.get(method, ({}, {}, {}))
+    c.decoder, c.generate.reward = {"name": method, **hyper}, reward
+    c.lms = lms
+    if models.is_smoke(rest):
+        models.smoke(c, kind="prompts")
+        c.num_steps, c.prompts, c.data, c.eval_data = 0, {**c.eval_data}, {}, {}
+        c.generate.max_new = 8
+        # in the place of a trained head, the model's own, which is 0
+        c.lms = {name: path for name, path in lms.items() if path}
+        c.model.value_head = len(c.lms) < len(lms)
+        for key in (k for k, v in hyper.items() if lms.get(v) == ""):
+            c.decoder[key] = "target"
+    return c

@@ -1,0 +1,14 @@
+"""A value head that learns from its own next value, on SmolLM2-135M-Instruct's rollouts.
+
+Source: Mudgal et al. 2023 (CD-Q), https://arxiv.org/abs/2310.17022
+Command: python -m alignax.main --config configs/value_bootstrap.py
+  --workdir runs/value_bootstrap --config.data.path=pairs.jsonl.gz
+"""
+
+from configs import value_mean
+
+
+def get_config(arg: str = ""):
+    c = value_mean.get_config(arg)
+    c.loss.name = "value_bootstrap"
+    return c

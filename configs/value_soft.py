@@ -1,0 +1,16 @@
+"""A soft value head on rollouts of SmolLM2-135M-Instruct, for the tilt by whole rewards.
+
+Source: Garg et al. 2023, https://arxiv.org/abs/2301.02328; what it is for: Zhao et al. 2024,
+https://arxiv.org/abs/2404.17546
+Command: python -m alignax.main --config configs/value_soft.py --workdir runs/value_soft
+  --config.data.path=pairs.jsonl.gz
+The guide has the same beta: decoders/controlled with beta=0.25.
+"""
+
+from configs import value_mean
+
+
+def get_config(arg: str = ""):
+    c = value_mean.get_config(arg)
+    c.loss.update(name="value_soft", beta=0.25)
+    return c

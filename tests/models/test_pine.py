@@ -1,0 +1,150 @@
+"""One document is the ordinary model; more are read the same in every order."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alignax import decode
+from alignax.models import pine, transformer
+
+PREFIX, SUFFIX = [3, 1, 4], [1, 5]
+DOCUMENTS = [[9, 2, 6, 5], [3, 5], [8, 9, 7]]
+
+
+def states(lm, documents, prefix=PREFIX, suffix=SUFFIX, length=None):
+    tokens, layout = pine.lay(prefix, documents, suffix, length)
+    return np.asarray(pine.hidden(lm, jnp.asarray(tokens), layout))
+
+
+@pytest.mark.parametrize("document", [[9], [9, 2, 6, 5]])
+@pytest.mark.parametrize("prefix", [PREFIX, []])
+def test_one_document_is_the_ordinary_model(tiny_lm, document, prefix):
+    ids = jnp.array([prefix + document + SUFFIX])
+    want, _ = transformer.hidden(tiny_lm, ids)
+    np.testing.assert_allclose(
+        states(tiny_lm, [document], prefix), want[0], rtol=1e-4, atol=1e-5
+    )
+
+
+def test_every_order_gives_the_suffix_the_same_states(tiny_lm):
+    orders = list(itertools.permutations(DOCUMENTS))
+    ends = np.stack([states(tiny_lm, order)[-2:] for order in orders])
+    np.testing.assert_allclose(ends, ends[:1].repeat(6, 0), rtol=1e-4, atol=1e-5)
+    plain = []
+    for order in orders:
+        ids = jnp.array([[*PREFIX, *itertools.chain(*order), *SUFFIX]])
+        plain.append(np.asarray(transformer.hidden(tiny_lm, ids)[0])[0, -2:])
+    assert np.ptp(np.stack(plain), axis=0).max() > 1e-2
+
+
+def test_a_documents_own_tokens_move_with_it(tiny_lm):
+    a, b, c = DOCUMENTS
+    one, other = states(tiny_lm, [a, b, c]), states(tiny_lm, [c, a, b])
+    np.testing.assert_allclose(one[3:7], other[6:10], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(one[9:12], other[3:6], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(one[:3], other[:3], atol=1e-6)
+
+
+def test_the_definition_in_float64(tiny_config, make_lm):
+    """One layer, one head, by loops over tokens."""
+    config = dataclasses.replace(
+        tiny_config, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=4
+    )
+    lm = make_lm(config)
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), lm.params)
+    block = jax.tree.map(lambda x: x[0], p["blocks"])
+
+    def norm(x, scale):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps) * scale
+
+    def turned(x, position):
+        angle = position * config.rope_theta ** (-np.arange(0, 4, 2) / 4)
+        a, b = x[:2], x[2:]
+        return np.r_[a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)]  # fmt: skip
+
+    parts = [PREFIX, *DOCUMENTS, SUFFIX]
+    flat = [
+        (s, i, token) for s, part in enumerate(parts) for i, token in enumerate(part)
+    ]
+    x = p["embed"][[token for *_, token in flat]]
+    h = norm(x, block["attn_norm"]["scale"])
+    q, k, v = (h @ block["attn"][n]["kernel"][:, 0] for n in "qkv")
+    documents, end = (1, 2, 3), 3 + 9
+    sizes = {j: len(parts[j]) for j in documents}
+
+    def weights(t, among):
+        use = [u for u, (s, *_) in enumerate(flat) if s in among]
+        z = np.array([q[t] @ k[u] / 2 for u in use])
+        a = np.exp(z - z.max())
+        return dict(zip(use, a / a.sum(), strict=True))
+
+    def importance(t, among):
+        a = weights(t, among)
+        return {j: sum(a[u] for u, (s, *_) in enumerate(flat) if s == j) / sizes[j] for j in among}  # fmt: skip
+
+    out = np.zeros((len(flat), 4))
+    for t, (s, i, _) in enumerate(flat):
+        if s in documents:
+            others = [j for j in documents if j != s]
+            rows = [importance(r, others) for r, (z, *_) in enumerate(flat) if z == s]
+            value = {j: sum(row[j] for row in rows) for j in others}
+            order = [s, *sorted(others, key=lambda j, v=value: -v[j])]
+            position = end - sizes[s] + i
+        else:
+            value = importance(t, documents)
+            order = sorted(documents, key=lambda j, v=value: -v[j])
+            position = i if s == 0 else end + i
+        shift = {j: sum(sizes[o] for o in order[: order.index(j)]) for j in documents}
+        at = [
+            n if z == 0 else end + n if z == 4 else end - shift[z] - sizes[z] + n
+            for z, n, _ in flat
+        ]
+        use = [u for u in range(len(flat)) if at[u] <= position]
+        z = np.array([turned(q[t], position) @ turned(k[u], at[u]) / 2 for u in use])
+        a = np.exp(z - z.max())
+        out[t] = (a / a.sum()) @ v[use]
+    x = x + out @ block["attn"]["o"]["kernel"][0]
+    g = norm(x, block["mlp_norm"]["scale"])
+    gate, up = (g @ block["mlp"][n]["kernel"] for n in ("gate", "up"))
+    x = x + (gate / (1 + np.exp(-gate)) * up) @ block["mlp"]["down"]["kernel"]
+    want = norm(x, p["norm"]["scale"])
+    np.testing.assert_allclose(states(lm, DOCUMENTS), want, rtol=1e-3, atol=1e-4)
+
+
+def test_greedy_responses_are_the_same_in_every_order(tiny_lm):
+    said = [
+        pine.greedy(tiny_lm, PREFIX, order, SUFFIX, max_new=3)
+        for order in itertools.permutations(DOCUMENTS)
+    ]
+    assert said == [said[0]] * 6
+    ids = np.array([PREFIX + DOCUMENTS[0] + SUFFIX])
+    out = decode.generate(
+        tiny_lm, ids, np.array([9]), jax.random.key(0), max_new=3, temperature=0.0
+    )
+    want = np.asarray(out.batch.tokens)[0, 0, 9:].tolist()
+    assert pine.greedy(tiny_lm, PREFIX, DOCUMENTS[:1], SUFFIX, max_new=3) == want
+    first = want[0]
+    assert pine.greedy(
+        tiny_lm, PREFIX, DOCUMENTS[:1], SUFFIX, max_new=3, eos_ids=[first]
+    ) == [first]
+
+
+def test_padding_is_never_seen(tiny_lm):
+    long = states(tiny_lm, DOCUMENTS, length=20)
+    np.testing.assert_allclose(
+        long[:14], states(tiny_lm, DOCUMENTS), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_what_cannot_be_laid_out_is_named(tiny_lm):
+    with pytest.raises(ValueError, match=r"documents have \[2, 0\] tokens"):
+        pine.lay(PREFIX, [[1, 2], []], SUFFIX)
+    with pytest.raises(ValueError, match="the row has 14 tokens, but length is 13"):
+        pine.lay(PREFIX, DOCUMENTS, SUFFIX, 13)
+    local = tiny_lm._replace(config=dataclasses.replace(tiny_lm.config, window=4))
+    with pytest.raises(ValueError, match="all see everything"):
+        states(local, DOCUMENTS)
