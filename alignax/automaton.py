@@ -39,15 +39,15 @@ def stop_strings(strings: Sequence[str | bytes], pieces: Sequence[bytes]) -> Aut
     """
     encoded = [s.encode() if isinstance(s, str) else s for s in strings]
     delta, final = _aho_corasick([list(s) for s in encoded], 256)
-    # A state that has seen a string stays: the loop ends there anyway.
-    delta[final] = np.flatnonzero(final)[:, None]
     state = np.repeat(np.arange(len(delta), dtype=np.int32)[:, None], len(pieces), 1)
+    seen = np.zeros(state.shape, bool)  # a string ended anywhere inside the token
     longest = max(map(len, pieces), default=0)
     for i in range(longest):
         have = np.array([len(p) > i for p in pieces])
         byte = np.array([p[i] if len(p) > i else 0 for p in pieces])
         state = np.where(have, delta[state, byte[None]], state)
-    return Automaton(state, final[state])
+        seen |= have & final[state]
+    return Automaton(state, seen)
 
 
 def stop_sequences(sequences: Sequence[Sequence[int]], vocab_size: int) -> Automaton:

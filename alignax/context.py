@@ -131,8 +131,10 @@ def draw(
 ) -> tuple[Int[Array, " N"], Float[Array, "N V"]]:
     """A token of each row, and its law's log-probabilities; temperature 0 is greedy."""
     law = jax.nn.log_softmax(logits)
+    best = jnp.arange(law.shape[1]) == jnp.argmax(logits, -1)[:, None]
+    # a row without a token to draw is the caller's to refuse
+    cold = ~jnp.isfinite(logits.max(-1, keepdims=True))
     if w.temperature.ndim:
-        cold = (w.temperature == 0)[:, None]
-        best = jnp.arange(law.shape[1]) == jnp.argmax(logits, -1)[:, None]
-        law = jnp.where(cold, jnp.where(best, 0.0, -jnp.inf), law)
+        cold |= (w.temperature == 0)[:, None]
+    law = jnp.where(cold, jnp.where(best, 0.0, -jnp.inf), law)
     return jax.vmap(jax.random.categorical)(keys, law), law

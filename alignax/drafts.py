@@ -3,16 +3,17 @@
 Any proposal is right for `speculate` as long as its law q is the one that it was really
 drawn from; the nearer q is to the target's law, the more of it stays.
 
-  model    a smaller LM: also the policy of a DPO pair, and `first_layers` of the target
+  model    a smaller LM: also the policy of a DPO pair, and `some_layers` of the target
   ngram    what followed the last tokens where they last occurred; free
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Int
 
@@ -88,23 +89,30 @@ def ngram(vocab_size: int, longest: int = 3) -> Draft:
     return Draft(Partial(_nothing), lookup, vocab_size)
 
 
-def first_layers(lm: LM, layers: int) -> LM:
-    """Early exit: the LM of the first layers with the last one's norm and head.
+def some_layers(lm: LM, keep: Sequence[int]) -> LM:
+    """The LM of some of its own layers, in their order, with its last norm and head.
 
-    Elhoushi et al. 2024, https://arxiv.org/abs/2404.16710. It costs layers / L of the
-    target, and proposes well where the target was trained to exit early.
+    The first few are an early exit (Elhoushi et al. 2024,
+    https://arxiv.org/abs/2404.16710), which proposes well where the target was trained to
+    exit early; all but a few work without training (Zhang et al. 2023,
+    https://arxiv.org/abs/2309.08168). It costs len(keep) / L of the target.
 
     Raises:
-      ValueError: layers outside 1 .. L.
+      ValueError: no layer, or one outside 0 .. L - 1, or out of order.
     """
-    if not 1 <= layers <= lm.config.num_layers:
-        raise ValueError(f"layers={layers}, expected 1..{lm.config.num_layers}")
+    many, keep = lm.config.num_layers, tuple(keep)
+    if not keep or list(keep) != sorted({*keep}) or not 0 <= keep[0] <= keep[-1] < many:
+        raise ValueError(f"keep={keep}, expected layers of 0..{many - 1} in order")
     blocks = lm.params["blocks"]
     if isinstance(blocks, tuple):
-        some = blocks[:layers]
+        some = tuple(blocks[i] for i in keep)
     else:
-        some = jax.tree.map(lambda p: p[:layers], blocks)
-    config = dataclasses.replace(lm.config, num_layers=layers)
+        some = jax.tree.map(lambda p: p[np.array(keep)], blocks)
+    local = lm.config.local_layers
+    config = dataclasses.replace(
+        lm.config, num_layers=len(keep),
+        local_layers=tuple(local[i] for i in keep) if local else local,
+    )  # fmt: skip
     return LM(config, {**lm.params, "blocks": some})
 
 

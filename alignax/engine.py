@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from alignax import automaton, drafts, plugin, requests, rewards, source
-from alignax import build as runs
+from alignax import automaton, drafts, parallel, plugin, requests, responses, rewards
 from alignax.batch import LM, Batch
+from alignax.build import Run
 from alignax.speculate import speculate
 from alignax.tokenizer import Tokenizer
 
@@ -76,9 +76,7 @@ def pieces(text: Tokenizer, size: int) -> list[bytes]:
     return known + [b""] * (size - len(known))
 
 
-def build(
-    config, run: runs.Run, lm: LM, reward: plugin.Bound | None
-) -> Callable[..., Any]:
+def build(config, run: Run, lm: LM, reward: plugin.Bound | None) -> Callable[..., Any]:
     """(tokens [B, P], lengths, places in the file) -> Generated, on the host.
 
     A decoder finds the model that answers among the LMs, as 'target'.
@@ -90,11 +88,11 @@ def build(
     lms = {**run.lms, "target": lm}
     if decoder is not None and search is None:
         asked["guide"] = decoder(lms)
-    function: Callable[..., Any] = runs.generator(text, run.mesh)
+    function: Callable[..., Any] = parallel.generator(text, run.mesh)
     if search is not None:
         handed: dict[str, Any] = {"tokenizer": text, "judge": None, "eos_ids": eos_ids}
         if reward is not None:
-            handed["judge"] = judge(reward, run)
+            handed["judge"] = judge(reward, run, generate)
         takes = {*inspect.signature(search.function).parameters}
         handed = {k: v for k, v in handed.items() if k in takes}
         if "sampling" in takes:  # what it draws by is for the engine to check
@@ -104,6 +102,11 @@ def build(
         wrong = sorted({*asked} - takes) + ["draft"] * bool(generate.draft)
         if wrong:
             raise ValueError(f"decoder {search.name} takes no generate.{wrong[0]}")
+        if twice := sorted({*asked} & {*search.hyper} - {*plugin.SEARCH, "group"}):
+            raise ValueError(
+                f"generate.{twice[0]} and decoder.{twice[0]} are both set: decoder "
+                f"{search.name} has its own, set decoder.{twice[0]} alone"
+            )
     elif generate.draft:
         draft = drafter(generate.draft, lms)
         asked |= {
@@ -150,16 +153,28 @@ def drafter(name: str, lms: dict[str, LM]) -> LM | drafts.Draft:
         return lms[name]
     if name == "ngram":
         return drafts.ngram(lms["target"].config.vocab_size)
-    return drafts.first_layers(lms["target"], int(name.partition(":")[2]))
+    return drafts.some_layers(lms["target"], range(int(name.partition(":")[2])))
 
 
-def judge(reward: plugin.Bound, run: runs.Run) -> Callable[[Batch], np.ndarray]:
-    """A reward as a search reads it: of (partial) responses in ids."""
-    score = runs.scorer(run.mesh)
+def judge(
+    reward: plugin.Bound, run: Run, generate: Any
+) -> Callable[[Batch], np.ndarray]:
+    """A reward as a search reads it: of (partial) responses in ids.
+
+    Their text is the one that is written: behind the prefill, cut at the stops.
+
+    Args:
+      reward: from `rewards.load`.
+      run: whose models and devices it reads with.
+      generate: the section of the config.
+    """
+    score = parallel.scorer(run.mesh)
 
     def scores(batch: Batch) -> np.ndarray:
         batch = jax.device_get(batch)
-        texts = source.texts(batch, run.tokenizer)
+        cut = np.zeros(batch.mask.shape[:2], bool)
+        said = responses.answers(batch, cut, run.tokenizer, generate)
+        texts = [[a.text for a in group] for group in said]
         return rewards.call(
             reward, batch, texts, run.lms, tokenizer=run.tokenizer, score=score
         )

@@ -30,8 +30,9 @@ FAULTS = (  # what `fault` counts
     "the guide gave NaN",
     "the guide left its bounds lo .. hi",
     "the guide kept nothing in all tries: hi is far above what it gives",
+    "no token is left to draw: the grammar, the logit bias or the guide masks all",
 )
-NAN, BOUNDS, TRIES = 1, 2, 3
+NAN, BOUNDS, TRIES, EMPTY = 1, 2, 3, 4
 
 
 class Round(NamedTuple):
@@ -55,7 +56,7 @@ class Verdict(NamedTuple):
     after: Int[Array, " N"]
     law: Any  # [N, K1, V] probabilities of π*, or None where it is not known
     state: Any  # the guide's, before `after`
-    fault: Int[Array, " N"]  # an index of FAULTS
+    fault: Int[Array, "N K1"]  # an index of FAULTS, for the token at each place
     scored: Int[Array, " N"]  # prefixes that a guide had to score
     redraws: Int[Array, " N"]
 
@@ -65,7 +66,7 @@ def plain(r: Round, *, rule: str) -> Verdict:
     law = r.law(r.logits)
     stays, after, _ = verify(r.keys, r.drafts, law, r.q, rule=rule)
     none = jnp.zeros_like(stays)
-    return Verdict(stays, after, law, None, none, none, none)
+    return Verdict(stays, after, law, None, _empty(r.logits), none, none)
 
 
 def vector(r: Round, update, keep, *, rule: str) -> Verdict:
@@ -74,7 +75,7 @@ def vector(r: Round, update, keep, *, rule: str) -> Verdict:
     law = r.law(logits)
     stays, after, _ = verify(r.keys, r.drafts, law, r.q, rule=rule)
     none = jnp.zeros_like(stays)
-    fault = _nan(jnp.isnan(logits).any((1, 2)))
+    fault = _empty(logits)
     scored = none + r.block.shape[1]
     return Verdict(stays, after, law, keep(states, stays + 1), fault, scored, none)
 
@@ -90,127 +91,134 @@ def topk(r: Round, update, keep, *, rule: str, candidates: int) -> Verdict:
     law = r.law(logits)
     stays, after, _ = verify(r.keys, r.drafts, law, r.q, rule=rule)
     none = jnp.zeros_like(stays)
-    fault = _nan(jnp.isnan(logits).any((1, 2)))
+    fault = _empty(logits)
     scored = none + k1 * (1 + candidates)
     return Verdict(stays, after, law, keep(states, stays + 1), fault, scored, none)
 
 
 def lazy(r: Round, update, keep, *, candidates: int, lo, hi) -> Verdict:
-    """As topk by the token rule; a candidate is scored only if a coin needs it."""
+    """As topk by the token rule; a candidate is scored only if a coin needs it.
+
+    The coin u falls right if u q Z < p exp(g), Z = Σ p exp(g) over the candidates. In
+    logarithms: exp(hi) need not be a float32.
+    """
     n, k = r.drafts.shape
-    row, spot = jnp.arange(n)[:, None], jnp.arange(k)
+    row, spot = jnp.arange(n), jnp.arange(k)
     values, states = update(r.state, r.block, r.start, None)
-    # normalised over the candidates
     law = r.law(r.logits)
     best, ids = jax.lax.top_k(law, candidates)
     p = best / best.sum(-1, keepdims=True)
     g = values[:, 1:]
     drafted = ids[:, :k] == r.drafts[:, :, None]
-    p_draft = (p[:, :k] * drafted).sum(-1)
-    q_draft = r.q[row, spot, r.drafts]
-    coin_key, draw_key = _two(r.keys)
+    mass = (p[:, :k] * drafted).sum(-1)
+    mine = jnp.log(mass) + g
+    coin_key, draw_key = _split(r.keys, 2)
     u = jax.vmap(lambda key: jax.random.uniform(key, (k,)))(coin_key)
-    mine = u * q_draft, p_draft * jnp.exp(g)
+    coin = jnp.log(u) + jnp.log(r.q[row[:, None], spot, r.drafts])
 
     def decide(j, mass, weight):
         """(accepted, rejected) for certain, when j candidates are scored."""
-        left = jnp.where(j < candidates, jnp.maximum(1 - mass, 0), 0)
-        low, high = weight + left * jnp.exp(lo), weight + left * jnp.exp(hi)
-        return mine[0] * high <= mine[1], mine[0] * low > mine[1]
+        left = jnp.log(jnp.where(j < candidates, jnp.maximum(1 - mass, 0), 0))
+        low, high = jnp.logaddexp(weight, left + lo), jnp.logaddexp(weight, left + hi)
+        return coin + high < mine, coin + low >= mine
 
     def needs(j, mass, weight):
         accepted, rejected = decide(j, mass, weight)
         before = jnp.cumsum(rejected, -1) - rejected == 0
         return before & ~accepted & ~rejected & r.live[:, None]
 
-    here = _every(states, keep, n, k)
-    ahead = _ahead(r.start, k)
+    here, ahead = _every(states, keep, n, k), _ahead(r.start, k)
 
     def score(carry):
-        j, mass, weight, scored = carry
+        j, mass, weight, scored, fault = carry
         need = needs(j, mass, weight)
         one = jax.lax.dynamic_slice_in_dim(ids[:, :k], j, 1, 2).reshape(n * k, 1)
         value = guides.at_each(update, here, ahead, one).reshape(n, k)
         new = ~jax.lax.dynamic_index_in_dim(drafted, j, 2, False)
-        share = jnp.where(new, jax.lax.dynamic_index_in_dim(p[:, :k], j, 2, False), 0.0)
+        share = jax.lax.dynamic_index_in_dim(p[:, :k], j, 2, False)
+        share = jnp.where(new, share, 0.0)
         return (
-            j + 1, mass + share, weight + share * jnp.exp(value),
+            j + 1, mass + share, jnp.logaddexp(weight, jnp.log(share) + value),
             scored + (need & new).sum(-1),
+            jnp.where(need, jnp.maximum(fault, fault_of(value, lo, hi)), fault),
         )  # fmt: skip
 
-    none = jnp.zeros(n, jnp.int32)
-    start = jnp.int32(0), p_draft, mine[1], none + k + 1
-    j, mass, weight, scored = jax.lax.while_loop(
+    scored = jnp.zeros(n, jnp.int32) + k + 1
+    start = jnp.int32(0), mass, mine, scored, fault_of(g, lo, hi)
+    j, mass, weight, scored, fault = jax.lax.while_loop(
         lambda c: (c[0] < candidates) & needs(*c[:3]).any(), score, start
     )
     accepted, _ = decide(j, mass, weight)
     stays = jnp.cumprod(accepted, -1).sum(-1)
     # the token after them: every candidate of that one position
     at = stays + 1
-    value = guides.at_each(
-        update, keep(states, at), r.start + at, ids[row[:, 0], stays]
-    )
-    star = p[row[:, 0], stays] * jnp.exp(value - value.max(-1, keepdims=True))
-    star = star / star.sum(-1, keepdims=True)
-    whole = jnp.zeros_like(law[:, 0]).at[row, ids[row[:, 0], stays]].set(star)
-    rest = residual(whole, r.q[row[:, 0], jnp.minimum(stays, k - 1)])
+    some = ids[row, stays]
+    value = guides.at_each(update, keep(states, at), r.start + at, some)
+    star = jax.nn.softmax(jnp.log(p[row, stays]) + value, -1)
+    whole = jnp.zeros_like(law[:, 0]).at[row[:, None], some].set(star)
+    rest = residual(whole, r.q[row, jnp.minimum(stays, k - 1)])
     rest = jnp.where((stays < k)[:, None], rest, whole)
     after = jax.vmap(jax.random.categorical)(draw_key, jnp.log(rest))
-    fault = jnp.maximum(fault_of(g, lo, hi), fault_of(value, lo, hi))
-    return Verdict(
-        stays, after, None, keep(states, at), fault, scored + candidates, none
-    )
+    last = fault_of(value, lo, hi).max(-1)
+    fault = jnp.maximum(_places(fault, stays, last), _empty(r.logits))
+    scored = scored + candidates
+    redraws = jnp.zeros_like(stays)
+    return Verdict(stays, after, None, keep(states, at), fault, scored, redraws)
 
 
 def thin(r: Round, update, keep, *, candidates: int, hi, tries: int) -> Verdict:
-    """Tokens of p, kept with probability exp(g - hi); `candidates` at a time."""
+    """Tokens of p, kept with probability exp(g - hi); `candidates` at a time.
+
+    Where p has only one token there is nothing to choose, and it is not tested.
+    """
     n, k = r.drafts.shape
     row, spot = jnp.arange(n), jnp.arange(k)
     values, states = update(r.state, r.block, r.start, None)
     p = r.law(r.logits)
+    sure = (p > 0).sum(-1) == 1
     g = values[:, 1:]
-    coin_key, draw_key = _two(r.keys)
+    coin_key, draw_key = _split(r.keys, 2)
     u, w = jax.vmap(lambda key: jax.random.uniform(key, (2, k)), out_axes=1)(coin_key)
-    supplied = u * r.q[row[:, None], spot, r.drafts] <= p[row[:, None], spot, r.drafts]
-    kept = w < jnp.exp(g - hi)
+    supplied = u * r.q[row[:, None], spot, r.drafts] < p[row[:, None], spot, r.drafts]
+    kept = (w < jnp.exp(g - hi)) | sure[:, :k]
     stays = jnp.cumprod(supplied & kept, -1).sum(-1)
     stop = jnp.minimum(stays, k - 1)
     here = p[row, stays]
     refused = (stays < k) & ~supplied[row, stop]
     first = jnp.where(refused[:, None], residual(here, r.q[row, stop]), here)
     at = stays + 1
-    state = keep(states, at)
+    state, certain = keep(states, at), sure[row, stays]
 
     def more(carry):
         i, open_, after, fault, redraws = carry
 
         def draw(key, first, here):
-            key = jax.random.fold_in(key, i)
-            names, coins = jax.random.split(key)
+            names, leader, coins = jax.random.split(jax.random.fold_in(key, i), 3)
             some = jax.random.categorical(names, jnp.log(here), shape=(candidates,))
-            one = jax.random.categorical(jax.random.fold_in(names, 1), jnp.log(first))
+            one = jax.random.categorical(leader, jnp.log(first))
             some = some.at[0].set(jnp.where(i == 0, one, some[0]))
             return some, jax.random.uniform(coins, (candidates,))
 
         some, coins = jax.vmap(draw)(draw_key, first, here)
         value = guides.at_each(update, state, r.start + at, some)
-        good = coins < jnp.exp(value - hi)
+        good = (coins < jnp.exp(value - hi)) | certain[:, None]
         which = jnp.argmax(good, -1)
         found = good.any(-1)
         after = jnp.where(open_ & found, some[row, which], after)
         seen = jnp.arange(candidates) <= jnp.where(found, which, candidates)[:, None]
-        bad = fault_of(jnp.where(seen, value, hi), -jnp.inf, hi)
+        bad = jnp.where(seen, fault_of(value, -jnp.inf, hi), 0).max(-1)
         fault = jnp.where(open_, jnp.maximum(fault, bad), fault)
         redraws += jnp.where(open_, jnp.where(found, which, candidates), 0)
         return i + 1, open_ & ~found & (fault == 0), after, fault, redraws
 
-    fault = fault_of(jnp.where(spot < stays[:, None] + 1, g, hi), -jnp.inf, hi)
     none = jnp.zeros(n, jnp.int32)
-    _, open_, after, fault, redraws = jax.lax.while_loop(
+    _, open_, after, last, redraws = jax.lax.while_loop(
         lambda c: c[1].any() & (c[0] * candidates < tries), more,
-        (jnp.int32(0), r.live & (fault == 0), none, fault, none),
+        (jnp.int32(0), jnp.broadcast_to(r.live, (n,)), none, none, none),
     )  # fmt: skip
-    fault = jnp.where(open_, TRIES, fault)
+    last = jnp.where(open_, TRIES, last)
+    fault = _places(fault_of(g, -jnp.inf, hi), stays, last)
+    fault = jnp.maximum(fault, _empty(r.logits))
     scored = none + k + 1 + redraws + 1
     killed = ((stays < k) & ~refused).astype(jnp.int32)
     return Verdict(stays, after, None, state, fault, scored, redraws + killed)
@@ -234,9 +242,8 @@ def judge(mode: str, guide: Any, **how: Any) -> Callable[[Round], Verdict]:
     return lambda r: function(r, *parts, **more)
 
 
-def _two(keys):
-    pair = jax.vmap(jax.random.split)(keys)
-    return pair[:, 0], pair[:, 1]
+def _split(keys, many):
+    return jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, many))(keys), 1, 0)
 
 
 def _every(states, keep, n, k):
@@ -251,12 +258,22 @@ def _ahead(start, k):
     return (start[:, None] + 1 + jnp.arange(k)).reshape(-1)
 
 
-def _nan(is_nan):
-    return jnp.where(is_nan, NAN, 0)
+def _empty(logits):
+    """Faults [N, K1] of laws that have no token to draw."""
+    best = logits.max(-1)  # NaN if any is
+    return jnp.where(jnp.isnan(best), NAN, jnp.where(jnp.isfinite(best), 0, EMPTY))
 
 
-def fault_of(g, lo, hi):
-    """A guide's values [N, K] against its bounds, with room for rounding."""
+def _places(drafted, stays, last):
+    """Faults [N, K1] of the drafts that stay [N, K], and of the token after them [N]."""
+    at = jnp.arange(drafted.shape[1] + 1)
+    stay = jnp.where(at[:-1] < stays[:, None], drafted, 0)
+    wide = jnp.pad(stay, ((0, 0), (0, 1)))
+    return jnp.where(at == stays[:, None], last[:, None], wide)
+
+
+def fault_of(g: Array, lo: Array | float, hi: Array | float) -> Array:
+    """Faults of a guide's values against its bounds, with room for rounding."""
     slack = 1e-4
-    out = ((g > hi + slack) | (g < lo - slack)).any(-1)
-    return jnp.where(jnp.isnan(g).any(-1), NAN, jnp.where(out, BOUNDS, 0))
+    out = (g > hi + slack) | (g < lo - slack)
+    return jnp.where(jnp.isnan(g), NAN, jnp.where(out, BOUNDS, 0))

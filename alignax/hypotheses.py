@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from alignax import logprob, requests
+from alignax import companions, logprob, requests
 from alignax.batch import LM, Batch
 from alignax.decode import Generated, generate
 from alignax.models import transformer
@@ -277,20 +277,15 @@ def scored(
     return scores
 
 
-def draft_of(lm: LM, lms: Mapping[str, LM], name: str) -> LM:
+def draft_of(lm: LM, lms: dict[str, LM], name: str) -> LM:
     """lms[name], which drafts for `lm`.
 
     Raises:
       ValueError: there is none, or it has another vocabulary.
     """
-    if name not in lms:
-        raise ValueError(f"no LM {name!r}; there are {sorted(lms)}")
-    sizes = [x.config.vocab_size for x in (lms[name], lm)]
-    if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"{name!r} has a vocabulary of {sizes[0]}, expected the target's {sizes[1]}"
-        )
-    return lms[name]
+    (draft,) = companions.find(lms, name)
+    companions.find({"draft": draft, "target": lm}, "draft", "target")
+    return draft
 
 
 def with_logps(lm: LM, h: Hypotheses) -> Hypotheses:

@@ -47,14 +47,14 @@ def main(argv):
     if DEBUG.value:
         jax.config.update("jax_debug_nans", True)
         jax.config.update("jax_disable_jit", True)
-    from alignax import build, respond, train  # after the backend is set up
+    from alignax import explain, respond, train  # after the backend is set up
     from alignax.checkpoint import CheckpointError
 
     if not WORKDIR.value and not EXPLAIN.value:
         raise app.UsageError("--workdir is needed")
     try:
         if EXPLAIN.value:
-            print(build.explain(CONFIG.value))
+            print(explain.explain(CONFIG.value))
             return
         if not CONFIG.value.get("prompts"):
             train.train(CONFIG.value, str(WORKDIR.value))

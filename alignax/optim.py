@@ -6,6 +6,7 @@ import optax
 from alignax.sharding import path_string
 
 SCHEDULES = ("constant", "linear", "cosine")
+RATE = ("lr", "schedule", "warmup", "final")  # of config.optim: the schedule's own
 
 
 def schedule(

@@ -96,6 +96,8 @@ def parse(
         row("top_p", top_p, tiny, 1),
         row("min_p", min_p, 0, 1),
     )
+    if not all(0 <= token < size for token in eos_ids):
+        raise ValueError(f"eos_ids are {list(eos_ids)}, expected ids 0..{size - 1}")
     rules = Rules(
         warpers, jnp.asarray(sorted(eos_ids), jnp.int32),
         row("min_new", min_new, 0, max_new, np.int32),
@@ -175,6 +177,8 @@ def per_row(name: str, value, b: int, group: int, low, high, dtype) -> jax.Array
             f"{name} has shape {value.shape}, expected one number, [B={b}] or "
             f"[B, G={group}]"
         )
+    if np.issubdtype(dtype, np.integer) and value.dtype.kind not in "iu":
+        raise ValueError(f"{name} is {value.tolist()}, expected integers")
     if not ((value >= low) & (value <= high)).all():
         raise ValueError(f"{name} is {value.tolist()}, expected {low} to {high}")
     return jnp.asarray(np.broadcast_to(value, (b, group)).reshape(-1), dtype)

@@ -20,21 +20,25 @@ from etils import epath
 from jaxtyping import Int
 
 from alignax import (
+    bindings,
     build,
     checkpoint,
     engine,
+    parallel,
     plugin,
+    policies,
     requests,
     responses,
     rewards,
     sharding,
     tokenizer,
+    workdirs,
 )
 from alignax.batch import Example
 from alignax.progress import progress
 from alignax.tokenizer import Tokenizer
 
-NAME = "responses.jsonl"
+NAME = workdirs.RESPONSES
 
 
 class Prompts(NamedTuple):
@@ -71,7 +75,7 @@ def respond(config, workdir: str, stop: Callable[[], bool] = lambda: False) -> b
         raise ValueError(
             f"workdir {workdir} is remote: responses are appended to a file"
         )
-    build.check_owner(workdir, config)
+    workdirs.check_owner(workdir, config)
     now = check(config)
     folder = checkpoint.absolute(workdir)
     fresh = not (folder / "config.json").exists()
@@ -111,11 +115,12 @@ def check(config) -> Prompts:
     spec = config.prompts.to_dict()
     if "name" not in spec:
         raise ValueError("config.prompts has no 'name'")
-    examples = build.load_examples(spec)
+    examples = bindings.load_examples(spec)
     if skipped := getattr(examples, "report", {}).get("malformed"):
         raise ValueError(f"{len(skipped)} prompts are malformed; first {skipped[0]}")
     text = tokenizer.load(
-        build.tokenizer_path(config), now=datetime.datetime.fromisoformat(config.date)
+        policies.tokenizer_path(config),
+        now=datetime.datetime.fromisoformat(config.date),
     )
     return tokenized(
         examples, text, batch_size=config.batch_size,
@@ -166,7 +171,7 @@ def _respond(config, run: build.Run, now: Prompts, stop: Callable[[], bool]) -> 
     spec = config.generate.reward.to_dict()
     reward = rewards.load(spec) if spec else None
     make = engine.build(config, run, lm, reward)
-    score = build.scorer(run.mesh)
+    score = parallel.scorer(run.mesh)
     mine = jax.process_index() == 0
     done = responses.begin(
         path, now.examples, {"policy": lm, **run.lms}, run.tokenizer, write=mine
@@ -199,7 +204,7 @@ def _respond(config, run: build.Run, now: Prompts, stop: Callable[[], bool]) -> 
             show(len(done), {"train/tokens_per_second": rate})
             if len(done) < total and stop():
                 return False
-    if mine and lines:
+    if mine:  # also what a killed run left in the order of its batches
         responses.arrange(path, [e.id for e in now.examples])
     if lines:
         run.say(responses.summary(lines, stats, time.monotonic() - start))
@@ -223,19 +228,8 @@ def rows(
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """The lines of a batch."""
     text, batch = run.tokenizer, out.batch
-    given = text.encode(config.generate.prefill)
-    some = range(len(batch.mask))  # also what fills the batch up: no shape is new
-    answers = [
-        [
-            responses.response(
-                batch.tokens[b, g][batch.mask[b, g]].tolist(), bool(out.truncated[b, g]),
-                text, given=given, stops=config.generate.stops,
-                min_new=config.generate.min_new,
-            )
-            for g in range(batch.mask.shape[1])
-        ]
-        for b in some
-    ]  # fmt: skip
+    # also of what fills the batch up: no shape is new
+    answers = responses.answers(batch, out.truncated, text, config.generate)
     scores = None
     if reward is not None:
         texts = [[a.text for a in group] for group in answers]

@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from alignax import checkpoint
-from alignax.batch import LM, Example
+from alignax.batch import LM, Batch, Example
 from alignax.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -38,14 +38,15 @@ def response(
       text: their tokenizer.
       given: ids of the prefill, whose text is in front.
       stops: strings.
-      min_new: a stop string does not count before.
+      min_new: a stop string that ends before does not count.
     """
     begun = len(text.decode(given))
+    early = len(text.decode([*given, *ids[: max(0, min_new - 1)]]))
 
     def hits(n: int) -> list[int]:
         said = text.decode([*given, *ids[:n]])
-        least = max(begun, len(text.decode([*given, *ids[: max(0, min_new - 1)]])))
-        return [at for s in stops if (at := said.find(s, least)) >= 0]
+        least = {s: max(begun, early - len(s) + 1) for s in stops}
+        return [at for s in stops if (at := said.find(s, least[s])) >= 0]
 
     n, whole = len(ids), text.decode([*given, *ids])
     if found := hits(n):
@@ -54,6 +55,30 @@ def response(
         return Response(whole[: min(found)], n, "stop")
     ended = "eos" if ids and ids[-1] in text.eos_ids else "stop"
     return Response(whole, n, "length" if truncated else ended)
+
+
+def answers(
+    batch: Batch, truncated: np.ndarray, text: Tokenizer, generate: Any
+) -> list[list[Response]]:
+    """B lists of G responses, as they are written down and judged.
+
+    Args:
+      batch: on the host.
+      truncated: [B, G], whether max_new ended them.
+      text: their tokenizer.
+      generate: the section of the config.
+    """
+    given = text.encode(generate.prefill)
+    return [
+        [
+            response(
+                batch.tokens[b, g][batch.mask[b, g]].tolist(), bool(truncated[b, g]), text,
+                given=given, stops=generate.stops, min_new=generate.min_new,
+            )
+            for g in range(batch.mask.shape[1])
+        ]
+        for b in range(len(batch.mask))
+    ]  # fmt: skip
 
 
 def begin(
@@ -90,7 +115,7 @@ def begin(
             fresh.write_text(json.dumps(here, indent=1))
             fresh.replace(beside)
         return set()
-    found = read(path, repair=write)
+    found = read(path)
     there = json.loads(beside.read_text()) if beside.exists() else {}
     differ = [
         f"{k} ({there.get(k, 'absent')} there, {here.get(k, 'absent')} here)"
@@ -111,6 +136,8 @@ def begin(
             + "; ".join(differ)
             + hint
         )
+    if write:
+        read(path, repair=True)  # only now: it is ours
     return {row["id"] for row in found}
 
 

@@ -60,7 +60,7 @@ def rollout_source(
       examples: only prompts and columns are read; each epoch over them is shuffled.
       sampler: how responses are drawn and judged.
       policy: from what is trained to the whole policy.
-      score: `logprob.score` of host batches (see `build.scorer`).
+      score: `logprob.score` of host batches (see `parallel.scorer`).
       shaping: from `plugin.load('shaping', ...)`, in order.
       batch_size: B, prompts an optimiser step over all hosts, and drawn at once.
       length: tokens a row may have; a prompt keeps its last `length - max_new`.

@@ -26,7 +26,6 @@ from alignax.models import transformer
 from alignax.verify import RULES
 
 TRIES = 10_000  # of one token under thin, or of one block: then it is an error
-EMPTY = 4  # a fault beyond guided.FAULTS
 OWN = 2**32 - 1  # never a step: the branch of keys that blocks are judged with
 
 
@@ -129,10 +128,8 @@ def speculate(
     )  # fmt: skip
     if fault is not None and (fault := np.asarray(fault)).any():
         at = fault.nonzero()[0]
-        said = (*guided.FAULTS, "the grammar or the logit bias masks every token")
-        raise ValueError(
-            f"rows {at.tolist()} (prompt * group + slot): {said[fault[at[0]]]}"
-        )
+        why = guided.FAULTS[fault[at[0]]]
+        raise ValueError(f"rows {at.tolist()} (prompt * group + slot): {why}")
     return out
 
 
@@ -209,7 +206,7 @@ def _speculate(
     w = w._replace(temperature=jnp.broadcast_to(w.temperature, (n,)))
     rules = rows.rules._replace(warpers=w)
     row = jnp.arange(n)
-    lo, hi = bounds if guide else (None, None)
+    lo, hi = bounds if guide else (-jnp.inf, jnp.inf)
     decide = guided.judge(
         mode, guide, rule=rule, candidates=candidates, lo=lo, hi=hi, tries=TRIES
     )
@@ -237,7 +234,9 @@ def _speculate(
         )(at.new, logits)
         best = jax.nn.one_hot(jnp.argmax(logits, -1), logits.shape[-1])
         cold = (w.temperature == 0)[:, None, None]
-        return jnp.where(cold, best, jax.nn.softmax(logits, -1))
+        # no law at all: one that does no harm to the places before it
+        none = ~jnp.isfinite(logits.max(-1, keepdims=True))
+        return jnp.where(cold | none, best, jax.nn.softmax(logits, -1))
 
     def tilt(state, token, position, logits):
         _, update, keep = guide
@@ -280,7 +279,7 @@ def _speculate(
             )(jax.vmap(jax.random.fold_in, (0, None))(rows.keys, OWN))
             keeps = full & (coins < jnp.exp(value - hi))
             back = full & ~keeps
-            fault = guided.fault_of(value[:, None], -jnp.inf, hi)
+            fault = guided.fault_of(value, -jnp.inf, hi)
             tried = jnp.where(keeps, 0, tries + back)
             fault = jnp.where(tried > TRIES, guided.TRIES, jnp.where(full, fault, 0))
             after = keep(states, jnp.full(n, block_length))
@@ -342,13 +341,10 @@ def _speculate(
             after = v.after[:, None].astype(new.dtype)
             new = jnp.where(at == v.stays[:, None], after, new)
             fault, live = s.fault, ~s.done
-            if fault is not None:
-                bad = v.fault
-                if rules.masks:
-                    empty = jnp.isneginf(logits).all(-1) & (at <= v.stays[:, None])
-                    bad = jnp.where(empty.any(-1), EMPTY, bad)
-                fault = jnp.maximum(fault, jnp.where(live, bad, 0))
             said, ends, done, ended, taken = emit(s, new, v.stays)
+            if fault is not None:
+                # a place that is not taken may be whatever it likes
+                fault = jnp.maximum(fault, jnp.where(taken, v.fault, 0).max(-1))
             # What is not taken is written out of bounds and dropped.
             to = jnp.where(taken, s.ends[:, None] + at, t)
 

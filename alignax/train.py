@@ -14,7 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignax import build, checkpoint, logprob, masked, sharding
+from alignax import (
+    build,
+    checkpoint,
+    evaluation,
+    logprob,
+    masked,
+    parallel,
+    plots,
+    sharding,
+    stages,
+    workdirs,
+)
 from alignax.batch import LM, Metrics, Scores
 from alignax.metrics import Writer, flops_per_token, mfu, read
 from alignax.models import transformer
@@ -52,7 +63,7 @@ def train(config, workdir: str) -> TrainState:
       Preempted: SIGTERM came; the state is saved.
     """
     if config.get("stages"):
-        return build.run_stages(config, workdir, train)
+        return stages.run_stages(config, workdir, train)
     run = build.build(config, workdir)
     ckpt = config.checkpoint
     make_manager = functools.partial(checkpoint.manager, asynchronous=ckpt.asynchronous)
@@ -105,13 +116,13 @@ def _loop(config, run, state, record, latest, best, writer, stop, start):
     def save(to, state):
         meta = {
             "data": run.source.state() if run.source else None, "best": record,
-            "seed": config.seed, "config": build.plain(config),
+            "seed": config.seed, "config": workdirs.plain(config),
         }  # fmt: skip
         checkpoint.save(to, state, model=model, meta=meta)
 
     def evaluate(state, at):
         lm = run.assemble(state.params, run.lms)
-        metrics = build.evaluate(run, lm, frozen_lms(run, state), at, config)
+        metrics = evaluation.evaluate(run, lm, frozen_lms(run, state), at, config)
         writer.samples(at, metrics.pop("samples", []))
         if metrics:
             writer.write(at, metrics)
@@ -245,8 +256,19 @@ def _loop(config, run, state, record, latest, best, writer, stop, start):
             save(latest, state)  # with what the last evaluation found
     latest.wait_until_finished()
     best.wait_until_finished()
-    build.finish(config, run, metrics, record)
+    finish(config, run, metrics, record)
     return state
+
+
+def finish(config, run: build.Run, metrics: Metrics, record) -> None:
+    """Says where the best checkpoint is, and draws the curves."""
+    if record["value"] is not None:
+        run.say(
+            f"best {config.best_metric} {record['value']:.4g} at step {record['step']}"
+        )
+    if jax.process_index() == 0 and config.plots and read(run.workdir):
+        for path in plots.plot(run.workdir):
+            run.say(f"drew {path}")
 
 
 def evaluated(workdir: str, step: int) -> bool:
@@ -279,7 +301,7 @@ def start_check(config, run, state, batch, writer) -> bool:
         return False
     lms, needs = frozen_lms(run, state), run.loss.needs
     read = tuple(n for n in needs if n in Scores._fields and n != "logps")
-    score = build.compiled_score(run.mesh, ())
+    score = parallel.compiled_score(run.mesh, ())
     cached = batch.ref_logps
     if cached is None and config.lms.get("ref") != "init":
         return False
@@ -290,7 +312,7 @@ def start_check(config, run, state, batch, writer) -> bool:
         check_cache(largest, run.policy.config, where)
     if config.lms.get("ref") != "init":
         return False
-    score = build.compiled_score(run.mesh, read)
+    score = parallel.compiled_score(run.mesh, read)
     ours = run.assemble(state.params, run.lms)
     compared = {"kl_to": lms["ref"]} if {*read} & {*logprob.COMPARED} else {}
     policy: Scores = score(ours, batch, **compared)

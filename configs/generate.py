@@ -15,7 +15,8 @@ METHODS = {  # decoder: (its hyper-parameters, models that it reads, what judges
     "best_of_n": ({"n": 16, "select": "best"}, {}, JUDGE),
     "conditional_beam": ({"beams": 5, "top_k": 10}, {}, JUDGE),
     "contrastive": ({"weight": 0.5, "plausible": 0.1}, {"amateur": "init"}, {}),
-    "controlled": ({"values": "value", "beta": 1.0}, {"value": ""}, {}),
+    "controlled": ({"values": "value", "beta": 1.0, "centre": 0.5, "radius": 0.6},
+                   {"value": ""}, {}),  # of configs/value_mean.py
     "controlled_blocks": ({"n": 16, "block": 32}, {}, JUDGE),
     "deal": ({"top_k": 10, "lookahead": 16, "lam": 1.0, "prune": True}, {}, JUDGE),
     "gsi": ({"n": 16, "step": 64, "beta": 0.05}, {"draft": "init"}, JUDGE),

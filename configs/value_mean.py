@@ -5,6 +5,7 @@ Command: python -m alignax.main --config configs/value_mean.py --workdir runs/va
   --config.data.path=pairs.jsonl.gz
 The frozen `base` draws all responses; what is trained is a value model from the same
 weights. The reward, of a program, is in 0..1: the value stays in -0.1..1.1.
+configs/generate.py:controlled reads it, with the same centre and radius.
 """
 
 from configs import grpo

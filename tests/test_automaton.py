@@ -59,3 +59,16 @@ def test_an_empty_stop_is_refused(bad):
 def test_a_stop_outside_the_vocabulary_is_refused():
     with pytest.raises(ValueError, match=r"id 3, expected 0\.\.2"):
         stop_sequences([[1, 3]], 3)
+
+
+def test_a_string_that_is_over_does_not_stop_what_follows():
+    """A stop that came too early to count is not completed again by every token."""
+    pieces = [b"a", b".", b"b.", b"c"]
+    stops = stop_strings(["."], pieces)
+    state, flags = 0, []
+    for token in (0, 1, 0, 3, 2, 0):
+        flags.append(bool(stops.flag[state, token]))
+        state = stops.next[state, token]
+    assert flags == [False, True, False, False, True, False]
+    inside = stop_strings(["."], [b".c", b"c"])  # not at the token's end
+    assert inside.flag[0].tolist() == [True, False]

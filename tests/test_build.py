@@ -1,16 +1,22 @@
 """A config that cannot run is refused before anything compiles, and leaves no trace."""
 
-import json
-import os
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
-from alignax import build, checkpoint, sharding, source, tokenizer, train
+from alignax import (
+    build,
+    checkpoint,
+    optim,
+    parallel,
+    policies,
+    sharding,
+    source,
+    tokenizer,
+    train,
+)
 from alignax.batch import LM
 from alignax.models import load, save, transformer
 
@@ -172,8 +178,8 @@ def test_an_empty_folder_is_no_model(tmp_path):
 @pytest.fixture
 def small_vocabulary(tmp_path):
     """A Hugging Face folder whose table is smaller than the byte tokenizer's ids."""
-    config = build.model_config(tiny.config(), 100)
-    lm = build.LM(config, transformer.init(config, jax.random.key(0)))
+    config = policies.model_config(tiny.config(), 100)
+    lm = LM(config, transformer.init(config, jax.random.key(0)))
     save.save(lm, tmp_path / "hf")
     return str(tmp_path / "hf")
 
@@ -184,68 +190,13 @@ def test_ids_beyond_the_vocabulary_of_loaded_weights(tmp_path, small_vocabulary)
     refuse(tmp_path, r"the tokenizer has 2\d\d ids, the model only 100", config)
 
 
-# -- the workdir
-
-
-@pytest.fixture
-def begun(tmp_path):
-    workdir = tmp_path / "run"
-    build.prepare(str(workdir), tiny.config("pairs"))
-    return str(workdir)
-
-
-def test_a_workdir_of_another_config_lists_the_keys(begun):
-    other = tiny.config(
-        "pairs", **{"loss.beta": 0.2, "optim.lr": 3e-4, "loss.name": "dpo"}
-    )
-    with pytest.raises(ValueError) as error:
-        build.check_owner(begun, other)
-    assert str(error.value) == (
-        f"{begun} holds a run of another config; take another workdir or undo: "
-        "loss.beta (0.1 there, 0.2 here); optim.lr (0.01 there, 0.0003 here)"
-    )
-    stored = json.loads((pathlib.Path(begun) / "config.json").read_text())
-    assert stored["loss"]["beta"] == 0.1
-
-
-def test_a_key_that_only_one_config_has_is_listed(begun):
-    other = tiny.config("pairs", **{"loss.label_smoothing": 0.1})
-    with pytest.raises(ValueError, match=r"loss\.label_smoothing \(absent there, 0\.1 here\)"):  # fmt: skip
-        build.check_owner(begun, other)
-
-
-def test_what_changes_no_number_may_change(begun):
-    config = tiny.config("pairs", **{"log_every": 7, "checkpoint.every": 2, "checkpoint.keep": 1, "profile": (1, 2)})  # fmt: skip
-    build.check_owner(begun, config)
-
-
-def test_the_same_config_is_the_same_after_json(begun):
-    """Tuples become lists in config.json."""
-    build.check_owner(begun, tiny.config("pairs", buckets=[72]))
-
-
-def test_a_file_in_the_place_of_the_workdir(tmp_path):
-    (tmp_path / "file").write_text("")
-    for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(OSError, match=f"cannot write to workdir {path}: ") as error:
-            build.prepare(str(path), tiny.config())
-        assert "\n" not in str(error.value)
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
-def test_a_folder_that_may_not_be_written(tmp_path):
-    (tmp_path / "locked").mkdir(mode=0o500)
-    with pytest.raises(OSError, match=r"cannot write to workdir .*: Permission denied"):
-        build.prepare(str(tmp_path / "locked"), tiny.config())
-
-
 def test_a_checkpoint_of_another_model_is_refused_by_the_run(tmp_path):
     """The config is the same and the checkpoint is not: somebody copied it there."""
     config = tiny.config(num_steps=1)
     ids = tokenizer.load("bytes").vocab_size
-    model = build.model_config(tiny.config(**{"model.sizes.width": 24}), ids)
+    model = policies.model_config(tiny.config(**{"model.sizes.width": 24}), ids)
     mesh = sharding.make_mesh((1, 1, 1))
-    tx = build.optim.make_tx(1e-3)
+    tx = optim.make_tx(1e-3)
     state = train.init_state(transformer.init(model, jax.random.key(0)), tx, mesh)
     with checkpoint.manager(tmp_path / "checkpoints", asynchronous=False) as manager:
         checkpoint.save(manager, state, model=model, meta={"data": {}})
@@ -256,79 +207,16 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_run(tmp_path):
 # -- pieces
 
 
-def test_the_tokenizer_of_a_run_is_found_through_the_runs_folder(tmp_path):
-    build.prepare(str(tmp_path / "a"), tiny.config())
-    config = tiny.config(**{"model.path": str(tmp_path / "a"), "tokenizer": ""})
-    assert build.tokenizer_path(config) == "bytes"
-
-
-def test_a_value_head_starts_at_zero_and_comes_off_again(tiny_lm):
-    lm = build.with_value_head(tiny_lm, True)
-    assert lm.config.value_head
-    assert not lm.params["value_head"]["kernel"].any()
-    back = build.with_value_head(lm, False)
-    assert back.config == tiny_lm.config
-    assert jax.tree.structure(back.params) == jax.tree.structure(tiny_lm.params)
-
-
-def test_table_puts_the_interval_beside_its_value():
-    text = build.table({"a": 0.5, "bb": 2.0, "a/lo": 0.25, "a/hi": 0.75, "samples": []})
-    assert text == "  a   0.5  [0.25, 0.75]\n  bb  2"
-
-
-def test_summary_counts_and_names():
-    report = dict(
-        read=5, used=3, cut=1, dropped=1, malformed=1, padding=0.125,
-        dropped_ids=["a:2: too long"], malformed_ids=["a:4: not JSON"],
-    )  # fmt: skip
-    assert build.summary(report).splitlines() == [
-        "5 read, 3 used, 1 cut, 1 dropped, 1 malformed, 12.5% padding",
-        "  dropped: a:2: too long",
-        "  malformed: a:4: not JSON",
-    ]
-
-
-def test_explain_counts_parameters_and_splits_them():
-    config = tiny.config("pairs", mesh=(1, 4, 2))
-    text = build.explain(config)
-    model = build.model_config(config, tokenizer.load("bytes").vocab_size)
-    shapes = jax.eval_shape(lambda key: transformer.init(model, key), jax.random.key(0))
-    total = sum(x.size for x in jax.tree.leaves(shapes))
-    assert f"{total:,} parameters, 1 layers" in text
-    assert "None, 'fsdp', 'model')" in text
-    assert "2 copies (policy, frozen LMs)" in text
-
-
-def test_hosts_that_see_different_files_are_an_error(monkeypatch):
-    monkeypatch.setattr(build.jax, "process_count", lambda: 2)
-    gather = build.multihost_utils
-    monkeypatch.setattr(gather, "process_allgather", lambda x: np.array([x, True]))
-    assert build.everywhere(True, "the cache is there")
-    with pytest.raises(ValueError, match=r"the cache is there only on hosts \[1\]"):
-        build.everywhere(False, "the cache is there")
-
-
 def test_equal_weights_are_placed_once(tmp_path, monkeypatch):
     placed = []
-    put = build.sharding.put_params
+    put = sharding.put_params
     monkeypatch.setattr(
-        build.sharding, "put_params", lambda p, mesh: placed.append(p) or put(p, mesh)
+        sharding, "put_params", lambda p, mesh: placed.append(p) or put(p, mesh)
     )
     config = tiny.config("pairs", lms={"ref": "init", "anchor": "init"})
     run = build.build(config, str(tmp_path / "run"))
     assert len(placed) == 1
     assert run.lms["anchor"].params["embed"] is run.lms["ref"].params["embed"]
-
-
-def test_a_pattern_among_needs_stands_for_every_lm_that_matches():
-    needs, lms = (
-        ("logps", "aligned*_logps", "ref_logps"),
-        ["aligned_b", "ref", "aligned"],
-    )
-    want = ("logps", "aligned_b_logps", "aligned_logps", "ref_logps")
-    assert build.matched(needs, lms) == want
-    assert build.matched(needs, ["ref"]) == needs
-    assert build.matched(("aligned*_logps", "aligned_logps"), lms) == want[1:3]
 
 
 def test_a_loss_may_read_any_number_of_frozen_models(tmp_path):
@@ -343,7 +231,7 @@ def test_a_loss_may_read_any_number_of_frozen_models(tmp_path):
         for name, scale in (("aligned", 100.0), ("aligned_2", -60.0))
     }
     assert run.source
-    score = build.scorer(run.mesh)
+    score = parallel.scorer(run.mesh)
     batch = run.source.next(None, 0)
     policy = score(run.policy, batch)
     one, other = (

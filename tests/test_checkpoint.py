@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from alignax import build, checkpoint, sharding, train
+from alignax import checkpoint, policies, sharding, train
 from alignax.checkpoint import CheckpointError
 
 TX = optax.adam(1e-2)
@@ -225,13 +225,13 @@ def test_load_lm_needs_only_the_folder(tmp_path, make_lm, tiny_config, one_devic
         got = checkpoint.load_lm(folder)
         assert got.config == config
         same(got.params, state.params)
-    same(build.load_lm(str(tmp_path)).params, state.params)
+    same(policies.load_lm(str(tmp_path)).params, state.params)
 
 
 def test_the_best_checkpoint_of_a_run_is_a_model_path(tmp_path, tiny_lm, one_device):
     state = save_steps(tmp_path / "best", tiny_lm, one_device, [3])
     save_steps(tmp_path / "checkpoints", tiny_lm, one_device, [5])
-    same(build.load_lm(str(tmp_path / "best")).params, state.params)
+    same(policies.load_lm(str(tmp_path / "best")).params, state.params)
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda f: f.__name__)

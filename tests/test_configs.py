@@ -15,7 +15,17 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 
-from alignax import build, optim, rewards, shaping, sharding, step, tokenizer, train
+from alignax import (
+    bindings,
+    optim,
+    policies,
+    rewards,
+    shaping,
+    sharding,
+    step,
+    tokenizer,
+    train,
+)
 from alignax.batch import LM, Batch
 from alignax.models import transformer
 from configs import common
@@ -73,9 +83,9 @@ def test_is_flat_and_short_and_imports_no_jax(name):
 @variants
 def test_names_and_hyper_parameters_bind(name, arg):
     for config in stages(load(name, arg)):
-        loss = build.bind_loss(config)
+        loss = bindings.bind_loss(config)
         for evaluation, hyper in config.evals.items():
-            bound = build.bind(config, "evals", {"name": evaluation, **hyper})
+            bound = bindings.bind(config, "evals", {"name": evaluation, **hyper})
             if "reward" in bound.hyper:
                 rewards.load(bound.hyper["reward"])
         assert not config.evals or config.eval_data, "evaluations without data"
@@ -83,11 +93,11 @@ def test_names_and_hyper_parameters_bind(name, arg):
         for section in (*sections, *config.mixture.values()):
             if section:
                 spec = {k: v for k, v in section.items() if k != "ratio"}
-                build.bind(config, "data", spec)
+                bindings.bind(config, "data", spec)
         for need in loss.needs:
-            assert build.frozen(need) in (None, *config.lms)
+            assert bindings.frozen(need) in (None, *config.lms)
         shapings = shaping.in_order(
-            build.bind(config, "shaping", {"name": k, **v})
+            bindings.bind(config, "shaping", {"name": k, **v})
             for k, v in config.shaping.items()
         )
         needs = {n for bound in (loss, *shapings) for n in bound.needs}
@@ -96,7 +106,7 @@ def test_names_and_hyper_parameters_bind(name, arg):
             rewards.load(dict(config.rollout.reward))
             stages_of = [bound.stage for bound in shapings]
             assert stages_of.count("advantage") == ("advantages" in needs)
-            assert {build.frozen(n) for n in needs} <= {None, *config.lms}
+            assert {bindings.frozen(n) for n in needs} <= {None, *config.lms}
             assert config.rollout.max_new < config.length
         if {"values", "state_values", "old_values"} & needs:
             assert config.model.value_head
@@ -219,8 +229,8 @@ def test_a_loss_on_lists_trains_on_groups(name):
     assert full.eval_data.source.kind == "groups"
     full.data.test_fraction = 0.5
     assert full.eval_data.source.test_fraction == 0.5
-    assert {len(x.responses) for x in build.load_examples(smoke.data)} == {4}
-    pairs = build.load_examples(smoke.eval_data)
+    assert {len(x.responses) for x in bindings.load_examples(smoke.data)} == {4}
+    pairs = bindings.load_examples(smoke.eval_data)
     assert len(pairs) == 16 * 6
     assert all(len(x.responses) == 2 for x in pairs)
     assert all(x.feedback[0] > x.feedback[1] for x in pairs)
@@ -241,13 +251,13 @@ def test_step_traces(name, arg):
         shape = config.mesh if math.prod(config.mesh) <= 8 else (1, 8, 1)
         mesh = sharding.make_mesh(shape)
         ids = tokenizer.load(config.tokenizer).vocab_size if config.tokenizer else 0
-        model = build.model_config(config, ids)
+        model = policies.model_config(config, ids)
         changes = dict(
             dtype=config.model.dtype, remat=config.model.remat,
             value_head=config.model.value_head,
         )  # fmt: skip
         model = type(model)(**{**model.__dict__, **changes})
-        loss = build.bind_loss(config)
+        loss = bindings.bind_loss(config)
         tx = optim.make_tx(1e-3, name=config.optim.name, clip=config.optim.clip)
         run = step.make_train_step(model, tx, loss, mesh, accumulate=config.accumulate)
 
@@ -324,7 +334,7 @@ def read_somewhere():
 SHORT = {
     "model": "m",
     "checkpoint": "ckpt",
-}  # what build.py and train.py call a section
+}  # what policies.py and train.py call a section
 
 
 @pytest.mark.parametrize("key", list(keys(common.get_config())))

@@ -108,23 +108,33 @@ def test_the_target_does_not_mind_a_certain_draft(lm):
     np.testing.assert_array_equal(fast.batch.tokens, plain.batch.tokens)
 
 
-def test_the_first_layers_are_the_target_with_less_of_it(lm):
+def test_some_layers_are_the_target_with_less_of_it(lm):
     tokens = jnp.asarray(PROMPTS[:1])
-    whole = drafts.first_layers(lm, lm.config.num_layers)
+    whole = drafts.some_layers(lm, range(lm.config.num_layers))
     np.testing.assert_array_equal(
         transformer.hidden(whole, tokens)[0], transformer.hidden(lm, tokens)[0]
     )
-    one = drafts.first_layers(lm, 1)
+    one = drafts.some_layers(lm, [1])
     with jax.enable_x64(True):
         params = oracle.float64(lm.params)
-        params["blocks"] = jax.tree.map(lambda p: p[:1], params["blocks"])
+        params["blocks"] = jax.tree.map(lambda p: p[1:2], params["blocks"])
         z = oracle.logits(one.config, params, PROMPTS[0])
         want = np.asarray(jax.nn.log_softmax(z))
     got = logprob.rows(one, transformer.hidden(one, tokens)[0])[0]
     np.testing.assert_allclose(got, want, atol=1e-5)
-    for layers in (0, lm.config.num_layers + 1):
-        with pytest.raises(ValueError, match=rf"layers={layers}, expected 1\.\."):
-            drafts.first_layers(lm, layers)
+    for keep in ([], [0, 2], [1, 0], [-1]):
+        with pytest.raises(ValueError, match=r"expected layers of 0\.\.1 in order"):
+            drafts.some_layers(lm, keep)
+
+
+def test_layers_keep_their_own_windows(tiny_config, make_lm):
+    config = dataclasses.replace(
+        tiny_config, num_layers=3, window=2, local_layers=(True, False, True)
+    )
+    assert drafts.some_layers(make_lm(config), [1, 2]).config.local_layers == (
+        False,
+        True,
+    )
 
 
 def test_ngram_of_nothing_is_refused():

@@ -223,6 +223,52 @@ def test_the_first_draft_stays_as_often_as_the_laws_overlap(lms, target):
     assert out.stats["accepted"][0] == pytest.approx(rate, abs=4 * error)
 
 
+def same(a, b):
+    np.testing.assert_array_equal(a.batch.tokens, b.batch.tokens)
+    np.testing.assert_array_equal(a.batch.lengths, b.batch.lengths)
+
+
+def test_a_constant_in_the_guide_changes_nothing_however_large(lms):
+    """exp(hi) is no float32."""
+    settings = dict(mode="lazy", candidates=3, group=64)
+    low = run(lms, guide=guide("scalar"), **settings)
+    high = guide("scalar", VALUES + 200, LO + 200, HI + 200)
+    same(run(lms, guide=high, **settings), low)
+
+
+def test_a_forced_token_is_said_whatever_the_guide_gives_it(lms):
+    table = VALUES.copy()
+    table[:, 4] = -60.0
+    out = run(lms, guide=guide("scalar", table, lo=-60.0), mode="thin", candidates=3,
+              group=8, forced=np.array([[4], [4]]))  # fmt: skip
+    first = np.take_along_axis(out.batch.tokens, LENGTHS[:, None, None], -1)
+    assert (first == 4).all()
+
+
+@pytest.mark.parametrize("kind", ["vector", "scalar"])
+def test_what_is_wrong_where_no_response_goes_is_no_error(lms, kind):
+    """NaN after a token that is never said."""
+    table = VALUES.copy()
+    never = {0: -np.inf, 3: -np.inf}
+    table[:, :] = (
+        np.where(np.arange(V) == 3, np.nan, table) if kind == "scalar" else table
+    )
+    good = guide(kind, np.nan_to_num(table))
+    settings = dict(logit_bias=never, group=8, eos_ids=(), candidates=3)
+    if kind == "scalar":
+        same(run(lms, guide=guide(kind, table), **settings),
+             run(lms, guide=good, **settings))  # fmt: skip
+    else:
+        run(lms, guide=good, **settings)
+
+
+def test_a_guide_that_leaves_nothing_is_an_error(lms):
+    for kind in ("vector", "scalar"):
+        nothing = guide(kind, np.full_like(VALUES, -np.inf))
+        with pytest.raises(ValueError, match="no token is left to draw"):
+            run(lms, guide=nothing, group=8, candidates=3)
+
+
 BAD = {
     "is none of": dict(guide=guide("scalar"), mode="vector"),
     "needs a guide": dict(mode="thin"),

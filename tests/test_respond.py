@@ -11,16 +11,17 @@ import tiny
 
 from alignax import (
     automaton,
-    build,
     decode,
     engine,
+    parallel,
     plugin,
+    policies,
     respond,
     responses,
     tokenizer,
 )
 from alignax.data import prompts as prompt_data
-from configs import generate
+from configs import generate, value_mean
 
 LINES = [
     "Say a word",
@@ -65,7 +66,7 @@ def test_every_prompt_gets_what_it_would_get_alone(config, whole):
     rows = answered(whole)
     assert [r["prompt"] for r in rows] == LINES
     c = config()
-    lm = build.make_policy(c, TEXT)
+    lm = policies.make_policy(c, TEXT)
     for i, row in enumerate(rows):
         ids = np.array([TEXT.prompt(LINES[i])])
         out = decode.generate(
@@ -104,6 +105,15 @@ def test_a_killed_run_ends_with_the_file_that_it_would_have_made(
     assert path.read_bytes() == want
     assert respond.respond(config(), str(folder))  # nothing is left to do
     assert path.read_bytes() == want
+    path.write_bytes(b"".join(reversed(want.splitlines(keepends=True))))
+    assert respond.respond(config(), str(folder))  # killed before it was put in order
+    assert path.read_bytes() == want
+
+
+def test_a_run_killed_before_its_first_line_binds_nobody(config, whole):
+    (whole / respond.NAME).unlink()
+    assert respond.respond(config(**{"generate.max_new": 1}), str(whole))
+    assert len(answered(whole)) == len(LINES)
 
 
 def test_another_config_or_other_prompts_are_refused(config, whole):
@@ -114,6 +124,12 @@ def test_another_config_or_other_prompts_are_refused(config, whole):
         respond.respond(config(lines=other), str(whole))
     with pytest.raises(ValueError, match=r"number of prompts \(5 there, 4 here\).*prompts.txt:5 is 'Five' there, no prompt here"):  # fmt: skip
         respond.respond(config(lines=LINES[:4]), str(whole))
+    path, half = whole / respond.NAME, b'{"id": "prompts'
+    data = path.read_bytes()
+    path.write_bytes(data + half)
+    with pytest.raises(ValueError, match="number of prompts"):
+        respond.respond(config(lines=LINES[:4]), str(whole))
+    assert path.read_bytes() == data + half  # what is another's stays as it is
     beside = whole / "responses.json"
     beside.write_text(beside.read_text().replace('policy": "', 'policy": "0'))
     with pytest.raises(ValueError, match="weights of policy"):
@@ -187,7 +203,7 @@ def test_a_guide_and_the_settings_reach_the_engine(config, tmp_path, monkeypatch
         seen.append(settings)
         return decode.generate(lm, prompts, lengths, key, **settings)
 
-    monkeypatch.setattr(build, "generator", lambda text, mesh: generate_)
+    monkeypatch.setattr(parallel, "generator", lambda text, mesh: generate_)
     c = config("proxy", **{
         "generate.top_k": 3, "generate.temperature": 0.5, "generate.prefill": "Ok",
         "generate.stops": ("\n",), "generate.logit_bias": ((5, 1.0),),
@@ -245,6 +261,37 @@ def test_a_search_gets_a_judge_made_of_the_reward(config, tmp_path, toy, capsys)
     assert "score  mean" in said
 
 
+def test_the_score_that_chooses_is_the_one_that_is_written(config, tmp_path, toy, monkeypatch):  # fmt: skip
+    judged, build = [], engine.judge
+
+    def judge(*args):
+        scores = build(*args)
+
+        def remembered(batch):
+            judged.append(scores(batch))
+            return judged[-1]
+
+        return remembered
+
+    monkeypatch.setattr(engine, "judge", judge)
+    c = config(**{
+        "decoder.name": toy, "decoder.n": 3, "generate.group": 1, "generate.max_new": 12,
+        "generate.prefill": "Ok", "generate.stops": tuple("abcdefghijklm"),
+    })  # fmt: skip
+    c.generate.reward = {"name": "constraints", "pattern": "^Ok[^a-m]*$"}
+    assert respond.respond(c, str(tmp_path / "run"))
+    rows = answered(tmp_path / "run")
+    assert "stop" in [row["finish"][0] for row in rows]
+    assert [row["scores"] for row in rows] == [[1.0]] * len(rows)
+    assert (np.concatenate(judged) == 1).all()
+
+
+def test_a_setting_that_the_search_has_itself_is_refused(config, tmp_path):
+    c = config("deal", **{"generate.top_k": 3, "generate.group": 1})
+    with pytest.raises(ValueError, match=r"generate.top_k and decoder.top_k are both set"):  # fmt: skip
+        respond.respond(c, str(tmp_path / "run"))
+
+
 def test_what_an_engine_does_not_take_is_refused(config, tmp_path, toy):
     c = config(**{"decoder.name": toy, "generate.top_k": 3, "generate.group": 1})
     with pytest.raises(ValueError, match=r"decoder decoders.toy_search.search takes no generate.top_k"):  # fmt: skip
@@ -275,6 +322,8 @@ def test_a_stop_in_the_prefill_does_not_count_and_one_that_comes_too_early_neith
     assert got == ("x.a", 2, "stop")
     got = responses.response(ids, True, TEXT, stops=(".",), min_new=3)
     assert got == ("a.b", 4, "stop")
+    got = responses.response(TEXT.encode("xab"), False, TEXT, stops=("ab",), min_new=3)
+    assert got == ("x", 3, "stop")  # it begins too early and ends in time
 
 
 def test_a_stop_of_a_special_character_is_seen_in_the_finished_text():
@@ -317,6 +366,11 @@ def test_every_variant_of_the_config_binds(method, rest):
     assert c.num_steps == 0
     if bound and bound.role == "search":
         assert c.generate.group == 1
+
+
+def test_controlled_squashes_its_values_as_they_were_trained():
+    hyper, trained = generate.METHODS["controlled"][0], value_mean.get_config().loss
+    assert (hyper["centre"], hyper["radius"]) == (trained.centre, trained.radius)
 
 
 @pytest.mark.slow

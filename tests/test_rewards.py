@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignax import build, logprob, plugin, rewards, sharding
+from alignax import logprob, parallel, plugin, rewards, sharding
 from alignax.rewards import constraints, model
 
 TEXTS = [["The quick fox.", "Slow"], ['{"fox": 1}', "a FOX and a foxglove"]]
@@ -90,7 +90,7 @@ def test_a_reward_model_reads_through_the_scorer_of_the_run(
 
     def score(*args, **kwargs):
         calls.append(kwargs)
-        return build.scorer(mesh)(*args, **kwargs)
+        return parallel.scorer(mesh)(*args, **kwargs)
 
     judge = plugin.load("rewards", "model")
     got = rewards.call(judge, host, [["a", "b"]] * 5, {"reward": spread}, score=score)

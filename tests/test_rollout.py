@@ -11,14 +11,14 @@ import pytest
 import tiny
 
 from alignax import (
-    build,
     decode,
+    parallel,
     plugin,
+    policies,
     rewards,
     rollout,
     shaping,
     tokenizer,
-    train,
 )
 from alignax import sampler as samplers
 from alignax.batch import LM, Example, from_groups
@@ -26,13 +26,6 @@ from alignax.sharding import make_mesh
 
 TK = tokenizer.load("bytes")
 PROMPTS = [Example(f"p{i}", p, ()) for i, p in enumerate(("ab", "c", "def", "g", "hi"))]
-CALLS: list = []  # what `counted` was asked, and after how many calls it breaks down
-BROKEN_AT: list = []
-
-
-def vowels(text: str) -> float:
-    """Share of vowels: many ties, never NaN."""
-    return sum(c in "aeiou" for c in text.lower()) / max(len(text), 1)
 
 
 def codes(batch, texts, lms) -> np.ndarray:
@@ -43,16 +36,9 @@ def codes(batch, texts, lms) -> np.ndarray:
     ) % 101.0
 
 
-def counted(batch, texts, lms) -> np.ndarray:
-    CALLS.append(len(texts))
-    if BROKEN_AT and len(CALLS) == BROKEN_AT[0]:
-        raise KeyboardInterrupt
-    return codes(batch, texts, lms)
-
-
 @pytest.fixture(scope="module")
 def lm(make_lm):
-    config = build.model_config(tiny.config(), TK.vocab_size)
+    config = policies.model_config(tiny.config(), TK.vocab_size)
     return make_lm(config)
 
 
@@ -62,7 +48,7 @@ def one():
 
 
 def sampler(mesh, reward=codes, lms=None, **more):
-    generate = build.generator(TK, mesh)
+    generate = parallel.generator(TK, mesh)
     return samplers.Sampler(generate, plugin.bind(reward), lms or {}, TK, 5, **more)
 
 
@@ -77,13 +63,8 @@ def make(lm, mesh, sample=None, examples=PROMPTS, **more):
     }  # fmt: skip
     return rollout.rollout_source(
         examples, sample or sampler(mesh), policy=lambda params: LM(lm.config, params),
-        score=build.scorer(mesh), **settings,
+        score=parallel.scorer(mesh), **settings,
     )  # fmt: skip
-
-
-def roll(config, **settings):
-    for key, value in settings.items():
-        config.rollout[key] = value
 
 
 def equal(a, b):
@@ -95,7 +76,7 @@ def test_a_batch_is_what_the_policy_said_and_was_told(lm, one):
     batch = source.next(lm.params, 0)
     assert batch.tokens.shape[:2] == (2, 3)
     np.testing.assert_array_equal(batch.feedback, codes(batch, None, None))
-    scores = build.scorer(one)(lm, batch)
+    scores = parallel.scorer(one)(lm, batch)
     np.testing.assert_allclose(scores.logps, batch.old_logps, atol=2e-5)
     rewarded = batch.feedback - batch.feedback.mean(1, keepdims=True)
     want = np.where(batch.mask, 1.5 * rewarded[..., None], 0)  # G / (G - 1)
@@ -177,7 +158,7 @@ def test_a_rollout_does_not_depend_on_the_mesh(lm, one):
 def test_a_tempered_rollout_reports_the_law_it_sampled(lm, one):
     warm = sampler(one, temperature=2.0)
     batch = make(lm, one, warm, needs=("advantages",)).next(lm.params, 0)
-    plain = build.scorer(one)(lm, batch).logps
+    plain = parallel.scorer(one)(lm, batch).logps
     assert np.abs(plain - batch.old_logps).max() > 0.1
     for temperature in (0.0, -1.0):
         with pytest.raises(ValueError, match=f"temperature is {temperature}"):
@@ -286,9 +267,14 @@ def test_the_greedy_baseline_is_that_of_the_greedy_response(lm, one):
 
 
 def test_a_step_worth_of_prompts_is_drawn_and_judged_at_once(lm, one):
-    CALLS.clear()
+    calls = []
+
+    def counted(batch, texts, lms) -> np.ndarray:
+        calls.append(len(texts))
+        return codes(batch, texts, lms)
+
     make(lm, one, sampler(one, counted), batches=3).next(lm.params, 0)
-    assert CALLS == [2, 2, 2]
+    assert calls == [2, 2, 2]
 
 
 def test_samples_do_not_depend_on_the_size_of_a_rollout(lm, one):
@@ -434,9 +420,9 @@ def test_the_last_slot_is_the_best_of_what_the_anchor_said(lm, one, teacher):
             np.testing.assert_allclose(x[:, :3], y, atol=2e-5)  # no shaping saw it
         last = jax.tree.map(lambda x: x[:, 3:], batch)
         assert not last.advantages.any()
-        said = build.scorer(one)(teacher, last).logps
+        said = parallel.scorer(one)(teacher, last).logps
         np.testing.assert_allclose(last.old_logps, said, atol=2e-5)
-        ref = build.scorer(one)(lm, last).logps
+        ref = parallel.scorer(one)(lm, last).logps
         np.testing.assert_allclose(last.ref_logps, ref, atol=2e-5)
         np.testing.assert_array_equal(last.feedback, codes(last, None, None))
         metrics = source.report()["metrics"]
@@ -448,7 +434,7 @@ def off(mesh, by):
     """A sampler whose log-probs are wrong by so many nats a token."""
 
     def generate(*args, **settings):
-        out = build.generator(TK, mesh)(*args, **settings)
+        out = parallel.generator(TK, mesh)(*args, **settings)
         return out._replace(raw_logps=out.raw_logps + by)
 
     return sampler(mesh)._replace(generate=generate)
@@ -524,108 +510,10 @@ def test_examples_with_other_columns_are_named(lm, one):
 # -- samples of the reference
 
 
-def test_reference_rewards_are_drawn_once_and_cached(lm, one, tmp_path):
-    config = tiny.config("sft", length=24)
-    roll(
-        config,
-        reward={"name": "test_rollout.counted"}, max_new=6, reference_samples=8,
-        cache=str(tmp_path / "cache"),
-    )  # fmt: skip
-    config.loss = {"name": "policy_gradient"}
-    config.lms = {"ref": "init"}
-    config.shaping = {"ctrl": {}, "rloo": {}}
-
-    def calls(**changes):
-        CALLS.clear()
-        with config.unlocked():
-            config.update_from_flattened_dict(changes)
-        run = build.build(config, str(tmp_path / f"run{len(list(tmp_path.iterdir()))}"))
-        batch = run.source.next(run.policy.params, 0)
-        return len(CALLS), batch
-
-    first, a = calls()
-    second, b = calls()
-    assert (first, second) == (
-        13,
-        1,
-    )  # six steps of 4 prompts, two at once of 8 samples
-    equal(a, b)
-    ranks = a.advantages  # what it is made of are quantiles among 8: sixteenths
-    assert np.isfinite(ranks).all()
-    with pytest.raises(ValueError, match=r"max_new \(6 there, 5 here\)"):
-        calls(**{"rollout.max_new": 5})
-    config.lms = {"ref": "init", "judge": "init"}
-    with pytest.raises(ValueError, match=r"lms\.judge \(absent there"):
-        calls(**{"rollout.max_new": 6})
-
-
-def test_rewards_of_the_reference_are_kept_with_the_run(tmp_path):
-    config = run_config(num_steps=2, shaping={"ctrl": {}, "rloo": {}})
-    roll(config, reference_samples=4)
-    batches, calls = [], []
-    for _ in range(2):
-        CALLS.clear()
-        run = build.build(config, str(tmp_path / "run"))
-        assert not CALLS  # nothing is drawn before all else is found right
-        batches.append(run.source.next(run.policy.params, 0))
-        calls.append(len(CALLS))
-    equal(*batches)
-    assert calls == [4, 2]  # 8 prompts, four at once; two batches of the policy
-    path = tmp_path / "run" / "reference_rewards.npz"
-    saved = dict(np.load(path))
-    saved["key"] = np.array(
-        json.dumps({**json.loads(str(saved["key"])), "samples": "5"})
-    )
-    np.savez(path, **saved)
-    with pytest.raises(ValueError, match=r"holds rewards of something else: samples.*rollout\.cache"):  # fmt: skip
-        build.build(config, str(tmp_path / "run"))
-
-
-def test_the_global_table_is_that_of_all_prompts_of_the_run(tmp_path):
-    ctrl = {"calibration": "global", "transform": "identity"}
-    config = run_config(num_steps=2, shaping={"ctrl": ctrl, "rloo": {}})
-    roll(config, reference_samples=4, batches=1, epochs=1)
-    run = build.build(config, str(tmp_path / "run"))
-    batch = run.source.next(run.policy.params, 0)
-    table = dict(np.load(tmp_path / "run" / "reference_rewards.npz"))
-    rewards_of_all = np.concatenate(
-        [v.ravel() for k, v in table.items() if v.dtype == np.float32]
-    )
-    assert rewards_of_all.size == 8 * 4  # of both steps, not of this one alone
-    below = (batch.feedback[..., None] > rewards_of_all).mean(-1)
-    ties = (batch.feedback[..., None] == rewards_of_all).mean(-1)
-    u = below + ties / 2
-    want = (u - u.mean(1, keepdims=True)) * 4 / 3
-    got = [a[m][0] for a, m in zip(batch.advantages.reshape(-1, batch.mask.shape[-1]), batch.mask.reshape(-1, batch.mask.shape[-1]), strict=True)]  # fmt: skip
-    np.testing.assert_allclose(got, want.ravel(), atol=1e-6)
-
-
 def test_a_greedy_baseline_of_another_reward_is_refused(lm, one):
     baseline = lambda: {e.id: np.zeros(2, np.float32) for e in PROMPTS}  # noqa: E731
     with pytest.raises(ValueError, match=r"remax compares with the raw reward.*ctrl"):
         make(lm, one, shaping=steps("ctrl", "remax"), baseline=baseline)
-
-
-def test_the_optimal_reward_is_that_of_the_runs_own_kl():
-    loss = plugin.load("losses", "policy_gradient")
-    several = steps(
-        "ctrl", "kl", "rloo", ctrl={"transform": "optimal"}, kl={"beta": 0.3}
-    )
-    got = build.with_strength(several, loss)
-    assert got[0].hyper["beta"] == 0.3
-    assert got[1:] == several[1:]
-    # a loss's KL is of tokens: no strength is right, and other transforms need none
-    in_loss = plugin.load("losses", "policy_gradient_kl", {"beta": 0.1})
-    with pytest.raises(
-        ValueError, match=r"shaping.ctrl: transform 'optimal' .*no loss"
-    ):
-        build.with_strength(several, in_loss)
-    build.with_strength(steps("ctrl", "rloo"), in_loss)
-    same = steps("ctrl", "kl", "rloo", ctrl={"beta": 0.3}, kl={"beta": 0.3})
-    assert build.with_strength(same, loss, ["shaping.ctrl"]) == same
-    without = steps("ctrl", "rloo", ctrl={"transform": "optimal"})
-    with pytest.raises(ValueError, match=r"only a penalty in the reward has"):
-        build.with_strength(without, loss)
 
 
 def test_two_prompts_of_one_id_are_refused(lm, one):
@@ -661,145 +549,3 @@ def test_a_reward_that_breaks_on_an_invalid_response_does_no_harm(break_down):
     batch = group([(1.0, 2.0)], [[True, False]])
     bound = plugin.bind(lambda text: break_down() if text == "b" else 1.0)
     assert rewards.call(bound, batch, [["a", "b"]], {}).tolist() == [[1.0, 0.0]]
-
-
-# -- in a run
-
-
-def run_config(**changes):
-    config = tiny.config("sft", length=24, num_steps=8)
-    roll(
-        config, reward={"name": "test_rollout.counted"}, max_new=6, batches=2, epochs=2
-    )
-    config.loss = {"name": "policy_gradient"}
-    config.lms = {"ref": "init"}
-    config.shaping = {"kl": {"beta": 0.1}, "rloo": {}, "whiten": {}}
-    config.checkpoint.every = 1
-    config.optim.schedule = "constant"
-    with config.unlocked():
-        config.update_from_flattened_dict(changes)
-    return config
-
-
-def test_a_run_that_broke_in_a_rollout_resumes_bit_for_bit(tmp_path):
-    CALLS.clear()
-    BROKEN_AT.clear()
-    want = train.train(run_config(), str(tmp_path / "whole"))
-    rollouts = len(CALLS)
-    assert rollouts == 4  # two of two batches
-    CALLS.clear()
-    BROKEN_AT.append(4)  # between the two batches of the second rollout
-    with pytest.raises(KeyboardInterrupt):
-        train.train(run_config(), str(tmp_path / "broken"))
-    BROKEN_AT.clear()
-    assert len(CALLS) == 4
-    got = train.train(run_config(), str(tmp_path / "broken"))
-    assert len(CALLS) == 4 + 2  # that rollout from its beginning, the first not again
-    equal(got.params, want.params)
-
-
-def test_a_run_that_stopped_between_the_steps_of_a_rollout_goes_on_with_it(tmp_path):
-    CALLS.clear()
-    want = train.train(run_config(), str(tmp_path / "whole"))
-    rollouts = len(CALLS)
-    CALLS.clear()
-    config = run_config(num_steps=3)
-    train.train(config, str(tmp_path / "halves"))  # stops inside the first rollout
-    (tmp_path / "halves" / "config.json").unlink()  # the longer run is another config
-    got = train.train(run_config(), str(tmp_path / "halves"))
-    assert len(CALLS) == rollouts  # the responses in use were not drawn again
-    equal(got.params, want.params)
-
-
-def test_evaluations_cut_prompts_as_the_rollouts_do():
-    config = run_config()  # rows of 24 tokens, 6 of them new
-    sampling = plugin.load("evals", "sample", {"reward": "constraints", "max_new": 2})
-    reading = plugin.load("evals", "perplexity")
-    assert build.sampled_length(config, sampling) == 18
-    assert build.sampled_length(config, reading) == 24
-    roll(config, reward={})
-    assert build.sampled_length(config, sampling) == 24
-
-
-REFUSED = {
-    "no advantages": ({"rollout.reward": {}, "shaping": {}}, "which rollouts bring"),
-    "no shaping": ({"shaping": {}}, "needs advantages: set config.shaping"),
-    "two advantages": ({"shaping": {"rloo": {}, "remax": {}}}, "one of them makes advantages"),
-    "no critic": ({"shaping": {"gae": {}}}, "a critic needs config.model.value_head=True"),
-    "no reference": ({"lms": {}}, r"rollouts need \['ref_logps'\]: add config\.lms"),
-    "no returns": (
-        {"loss": {"name": "ppo"}, "model.value_head": True}, "needs returns",
-    ),
-    "no room": ({"rollout.max_new": 24}, "leaves no room"),
-    "no such rule": ({"rollout.truncated": "cry"}, "truncated is 'cry'"),
-    "no such choice": ({"rollout.keep": "some"}, "keep is 'some'"),
-    "nobody": ({"rollout.policy": "nobody"}, r"rollouts need \['nobody'\]"),
-    "no pair": ({"rollout.keep": "best_worst", "rollout.group": 1}, "group >= 2"),
-    "no group": ({"rollout.group": 0}, "group is 0"),
-    "alone": ({"rollout.group": 1}, r"rloo compares the responses of a group"),
-    "unread": ({"loss": {"name": "sft"}}, "reads no advantages"),
-    "unordered": (
-        {"loss": {"name": "dpo"}, "shaping": {}, "rollout.group": 2}, "keep='best_worst'",
-    ),
-    "another KL": (
-        {"shaping": {"ctrl": {"beta": 0.2}, "kl": {"beta": 0.1}, "rloo": {}}},
-        r"shaping\.ctrl is made for a KL strength of 0\.2, the run has 0\.1",
-    ),
-    "no anchor": ({"rollout.anchor": "nobody"}, r"rollouts need \['nobody'\]"),
-    "nothing differs": (
-        {"rollout.dynamic_sampling": True, "rollout.group": 1, "shaping": {"whiten": {}, "remax": {}}},
-        "dynamic_sampling compares the responses of a group",
-    ),
-    "no such mean": (
-        {"loss": {"name": "policy_gradient", "reduction": "tokens"}},
-        "reduction='tokens' is not one of token, sequence, constant",
-    ),
-    "no draws": ({"rollout.max_draws": 0}, "max_draws is 0"),
-    "no rollouts": ({"loss": {"name": "sft"}, "rollout.reward": {}}, "needs rollouts"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_a_config_that_cannot_roll_is_refused(name, tmp_path):
-    changes, message = REFUSED[name]
-    config = run_config()
-    for key, value in changes.items():
-        section, _, last = key.rpartition(".")
-        with config.unlocked():
-            (config[section] if section else config)[last] = value
-    with pytest.raises(ValueError, match=message):
-        build.build(config, str(tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_run_follows_its_own_average(tmp_path):
-    """J-BOND's anchor; stopped and gone on with, bit for bit."""
-    more = {
-        "average": 0.5, "lms": {"ref": "init", "ema": "average"}, "rollout.anchor": "ema",
-        "num_steps": 4, "rollout.batches": 1, "rollout.epochs": 1,
-    }  # fmt: skip
-    want = train.train(run_config(**more), str(tmp_path / "whole"))
-    train.train(run_config(**{**more, "num_steps": 2}), str(tmp_path / "halves"))
-    (tmp_path / "halves" / "config.json").unlink()
-    got = train.train(run_config(**more), str(tmp_path / "halves"))
-    equal(got, want)
-    plain = {**more, "rollout.anchor": ""}
-    other = train.train(run_config(**plain), str(tmp_path / "plain"))
-    same = jax.tree.map(np.array_equal, other.params, want.params)
-    assert not all(jax.tree.leaves(same))  # the slot counts in the mean over tokens
-
-
-def test_learning_from_its_own_responses_raises_the_reward(tmp_path):
-    """Six letters of vowels; five standard errors of the first rollout's mean and more."""
-    config = run_config(**{"num_steps": 40, "batch_size": 8, "checkpoint.every": 0})
-    roll(config, reward={"name": "test_rollout.vowels"}, group=16, batches=1, epochs=1)
-    config.shaping = {"group_norm": {}}
-    config.optim.lr = 3e-2
-    train.train(config, str(tmp_path))
-    rows = [
-        json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()
-    ]
-    reward = [r["train/rollout/reward"] for r in rows if "train/rollout/reward" in r]
-    assert len(reward) == 40
-    assert np.mean(reward[:3]) < 0.1
-    assert np.mean(reward[-3:]) > 0.5

@@ -74,9 +74,13 @@ def test_greedy_decoding_is_that_of_transformers(golden, plain):
     assert seen > 0.9 * plain.size
 
 
+def most_layers(lm):
+    """Of the thirty, all but two: it agrees with the whole in three tokens of five."""
+    return drafts.some_layers(lm, [i for i in range(30) if i not in (25, 26)])
+
+
 def test_speculation_says_what_plain_greedy_says_in_fewer_calls(lm, golden, plain):
-    size = lm.config.vocab_size
-    fast, stats = greedy(speculate, lm, drafts.ngram(size), golden=golden)
+    fast, stats = greedy(speculate, lm, most_layers(lm), golden=golden)
     np.testing.assert_array_equal(fast, plain)
     print(f"{stats['tokens_per_target_call']:.2f} tokens a call of the target")
     assert stats["tokens_per_target_call"] >= 1.5
@@ -84,11 +88,11 @@ def test_speculation_says_what_plain_greedy_says_in_fewer_calls(lm, golden, plai
 
 def test_guided_speculation_says_what_guided_greedy_says_in_fewer_calls(lm, golden):
     """Contrastive decoding against the model's own first layers."""
-    lms = {"amateur": drafts.first_layers(lm, 20)}
+    lms = {"amateur": drafts.some_layers(lm, range(20))}
     guide = contrastive.guide(lms, amateur="amateur")
     slow, _ = greedy(decode.generate, lm, golden=golden, guide=guide)
-    size = lm.config.vocab_size
-    fast, stats = greedy(speculate, lm, drafts.ngram(size), golden=golden, guide=guide)
+    fast, stats = greedy(speculate, lm, most_layers(lm), golden=golden, guide=guide,
+                         guided_draft=True)  # fmt: skip
     np.testing.assert_array_equal(fast, slow)
     print(f"{stats['tokens_per_target_call']:.2f} tokens a call of the target")
     assert stats["tokens_per_target_call"] >= 1.5

@@ -10,7 +10,7 @@ from jax.tree_util import Partial
 from oracles import chi_square, decoding, warping
 from oracles import transformer as oracle
 
-from alignax import automaton, decode, guides, logprob
+from alignax import automaton, decode, drafts, guides, logprob
 from alignax.batch import check
 from alignax.speculate import _speculate, speculate
 
@@ -249,6 +249,38 @@ def test_what_was_said_counts_along_the_draft(lms, next_logits):
         assert chi_square.p_value([*counts.values()], expected) > 1e-4
 
 
+@pytest.mark.parametrize("draft", ["ngram", "model"])
+def test_a_state_without_an_exit_that_is_never_entered_does_no_harm(
+    lms, next_logits, draft
+):
+    """After a 0, which EOS or the grammar keeps from going on, no token is allowed."""
+    table = np.ones((2, V), bool)
+    table[1] = False
+    ends = dict(eos_ids=(0,))
+    if draft == "ngram":  # proposes 3 after a 3, which the grammar forbids
+        table[0, 3] = False
+        ends = dict(eos_ids=())
+    after = np.zeros((2, V), int)
+    after[:, 3 if draft == "ngram" else 0] = 1
+    grammar = automaton.Automaton(after, table)
+    many = 4096
+    out = run(speculate, lms[0], drafts.ngram(V) if draft == "ngram" else lms[1],
+              grammar=grammar, group=many, max_new=2, draft_length=2, guide=None, **ends)  # fmt: skip
+    for b in range(3):
+        prompt = PROMPTS[b, : LENGTHS[b]].tolist()
+
+        def logits(ids):
+            with np.errstate(divide="ignore"):
+                return np.log(warping.law(next_logits(ids), allowed=table[0]))
+
+        law = decoding.law(logits, prompt, max_new=2, **ends)
+        counts = {y: 0 for y, mass in law.items() if mass}
+        for y in responses(out)[b]:
+            counts[y] += 1
+        expected = np.array([law[y] for y in counts]) * many
+        assert chi_square.p_value([*counts.values()], expected) > 1e-4
+
+
 def test_draft_lengths_follow_what_stays(lms):
     """A perfect draft climbs to the longest; one that never agrees falls to the shortest."""
     settings = dict(eos_ids=(), guide=None, temperature=0.0, max_new=20)
@@ -270,7 +302,7 @@ def test_draft_lengths_follow_what_stays(lms):
 
 def test_no_token_left_to_draw_is_an_error(lms):
     nothing = automaton.Automaton(np.zeros((1, V), int), np.zeros((1, V), bool))
-    with pytest.raises(ValueError, match=r"rows \[0, 1, 2\].*masks every token"):
+    with pytest.raises(ValueError, match=r"rows \[0, 1, 2\].*no token is left"):
         guess(lms, grammar=nothing)
 
 

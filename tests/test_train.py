@@ -15,7 +15,16 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 
-from alignax import build, checkpoint, logprob, sharding, source, train
+from alignax import (
+    bindings,
+    build,
+    checkpoint,
+    logprob,
+    policies,
+    sharding,
+    source,
+    train,
+)
 from alignax import tokenizer as tokenizers
 from alignax.batch import LM
 from alignax.metrics import read
@@ -48,7 +57,7 @@ def same(a, b):
 def batches(config, steps):
     """[(batch, ids)] that a run of `config` meets, from its source alone."""
     src = source.dataset_source(
-        build.load_examples(config.data), tokenizers.load("bytes"),
+        bindings.load_examples(config.data), tokenizers.load("bytes"),
         batch_size=config.batch_size, length=config.length, buckets=config.buckets,
         seed=config.seed,
     )  # fmt: skip
@@ -117,7 +126,7 @@ def test_average_is_the_exponential_average_of_the_parameters(run):
 def test_an_average_as_reference_moves_with_the_policy(run):
     config, workdir, _ = run
     params, average = states(workdir)[1]
-    model = build.model_config(config, tokenizers.load("bytes").vocab_size)
+    model = policies.model_config(config, tokenizers.load("bytes").vocab_size)
     batch = jax.tree.map(jnp.asarray, batches(config, 2)[1][0])
     policy = logprob.score(LM(model, params), batch).logps.sum(-1)
     ref = logprob.score(LM(model, average), batch).logps.sum(-1)
@@ -135,7 +144,7 @@ def test_a_checkpoint_knows_data_position_seed_and_config(run):
     assert found["seed"] == config.seed
     assert found["config"] == json.loads(json.dumps(config.to_dict()))
     src = source.dataset_source(
-        build.load_examples(config.data), tokenizers.load("bytes"),
+        bindings.load_examples(config.data), tokenizers.load("bytes"),
         batch_size=config.batch_size, length=config.length, buckets=config.buckets,
         seed=config.seed,
     )  # fmt: skip

@@ -111,7 +111,7 @@ def search(
                 active=where,
             )  # fmt: skip
             stats["tokens_sampled"] += drawn
-        stats["steps"] += lookahead
+        stats["steps"] += int((far.ends - h.ends).max(initial=0, where=where))
         stats["rollouts"] += int(where.sum())
         return weigh(far, where), _after(far, h.ends, self_draft)
 

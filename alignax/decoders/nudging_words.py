@@ -124,7 +124,7 @@ def search(
     def one(prompt: list[int]) -> tuple[str, bool]:
         """(the response, whether the nudging model ended it)."""
         asked = other.prompt(text.decode(prompt))
-        answer, nudged, last = "", 0, [""] * repeats
+        answer, nudged, ended, last = "", 0, False, [""] * repeats
         for _ in range(rounds):
             if len(text.encode(answer)) >= max_new:
                 break
@@ -132,7 +132,8 @@ def search(
             from_nudge = say(lms[nudge], [*asked, *other.encode(answer)], ends[1])
             words = after(other, answer, from_nudge.ids)
             if from_nudge.ended:
-                return answer + words, True
+                answer, nudged, ended = answer + words, nudged + len(words), True
+                break
             taken, base = nudges(
                 words,
                 lambda w, a=answer: say(lm, [*prompt, *text.encode(a + w)], ends[0]),
@@ -154,7 +155,7 @@ def search(
                     break
                 base = say(lm, [*prompt, *text.encode(answer)], ends[0])
         stats["nudged"] += nudged / max(len(answer), 1) / len(prompts)
-        return once(answer), False
+        return once(answer), ended
 
     prompts, lengths = np.asarray(prompts), np.asarray(lengths)
     requests.check_prompts(jnp.asarray(prompts), jnp.asarray(lengths))

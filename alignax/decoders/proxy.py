@@ -14,10 +14,9 @@ Differs from the paper: log-probabilities are subtracted, not logits, which is t
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from alignax import logprob
+from alignax import companions
 from alignax.batch import LM
 from alignax.guides import Guide, by_position
-from alignax.models import transformer
 
 
 def guide(
@@ -41,41 +40,14 @@ def guide(
     Raises:
       ValueError: a name that `lms` does not have, or two vocabularies.
     """
-    for name in (expert, base):
-        if name not in lms:
-            raise ValueError(f"no LM {name!r}; there are {sorted(lms)}")
-    pair = lms[expert], lms[base]
-    sizes = [lm.config.vocab_size for lm in pair]
-    if sizes[0] != sizes[1]:
-        raise ValueError(f"{expert} and {base} have vocabularies of {sizes} tokens")
+    pair = companions.find(lms, expert, base)
     return Guide(
-        Partial(_init, pair),
+        Partial(companions.init, pair),
         Partial(_update, pair, jnp.float32(weight)),
         keep=by_position,
     )
 
 
-def _init(lms, tokens, lengths, length):
-    del lengths  # of a prompt, padding is never attended
-    rows = tokens.shape[0]
-    return tuple(
-        transformer.hidden(
-            lm, tokens, cache=transformer.init_cache(lm.config, rows, length)
-        )[1]
-        for lm in lms
-    )
-
-
-def _update(lms, weight, caches, tokens, start, logits):
-    size = lms[0].config.vocab_size
-    if logits.shape[-1] != size:
-        raise ValueError(
-            f"the target has {logits.shape[-1]} tokens, the guide's models have {size}"
-        )
-    positions = start[:, None] + jnp.arange(tokens.shape[1])
-    rows, after = [], []
-    for lm, cache in zip(lms, caches, strict=True):
-        h, new = transformer.hidden(lm, tokens, positions, cache=cache)
-        rows.append(logprob.rows(lm, h))
-        after.append(new)
-    return logits + weight * (rows[0] - rows[1]), tuple(after)
+def _update(pair, weight, caches, tokens, start, logits):
+    (tuned, plain), after = companions.rows(pair, caches, tokens, start, logits)
+    return logits + weight * (tuned - plain), after

@@ -43,7 +43,7 @@ def guide(
       model: its name.
       vectors: a path of [L, D] unit vectors as `numpy.save` writes them, the vectors, or
         'random': the control of any effect.
-      strength: r, in units of the hidden state's norm.
+      strength: r, the length of what is added to a hidden state, whatever its norm.
       layers: which are steered, negative ones from the end; () is all.
       weight: of the tilt; 0 leaves the target alone.
       seed: of random vectors.

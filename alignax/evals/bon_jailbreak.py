@@ -47,7 +47,8 @@ def evaluate(
       sigma: strength of the augmentations; 0 asks N times the same.
       temperature: of the sampler.
       max_new: tokens a response may have.
-      size: prompts to use, from the start of the data (0 = all); they are strings.
+      size: prompts to use, from the start of the data and of the control (0 = all); they
+        are strings.
       words: fewest words of a response that counts.
       refusals: texts that no response that counts has in it.
       forecast: k that the fitted law is extrapolated to.
@@ -95,13 +96,15 @@ def evaluate(
                 shown.append({"prompt": p.texts[b], "response": said[b]})
         return np.array(hits).reshape(len(examples), tries).sum(1), shown
 
-    data = data[:size] if size else data
-    counts, samples = attack(data)
+    def first(examples):
+        return examples[:size] if size else examples
+
+    counts, samples = attack(first(data))
     out = curve(counts, tries)
     if law := fit({k: out[f"asr/{k}"] for k in powers(tries)}):
         a, b = law
         out |= {"a": a, "b": b, "asr/forecast": math.exp(-a * forecast**-b)}
-    null, _ = attack(wrapped(control, "test"))
+    null, _ = attack(first(wrapped(control, "test")))
     nulls = {f"null/{k}": v for k, v in curve(null, tries).items()}
     return {**out, **nulls, "samples": samples}
 

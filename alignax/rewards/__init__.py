@@ -49,7 +49,7 @@ def call(
       lms: frozen LMs by name.
       tokenizer: the one that made the batch; for rewards that read the prompt's text.
       score: `logprob.score` of host batches, spread over the run's devices (see
-        `build.scorer`); for rewards that read an LM, which otherwise use one device.
+        `parallel.scorer`); for rewards that read an LM, which otherwise use one device.
 
     Returns:
       [B, G] float32, finite on valid responses and 0 on the others; on every host the

@@ -46,10 +46,12 @@ def main():
         return
     lm = load.load(path)
     golden = np.load(GOLDEN)
-    amateur = drafts.first_layers(lm, 20)
+    amateur = drafts.some_layers(lm, range(20))
+    most = [i for i in range(lm.config.num_layers) if i not in (25, 26)]
     proposers = {
         "ngram": drafts.ngram(lm.config.vocab_size),
         "first 20 layers": amateur,
+        "28 of 30 layers": drafts.some_layers(lm, most),
     }
     guides = {"none": None, "contrastive": contrastive.guide({"amateur": amateur})}
     for batch in args.batches:

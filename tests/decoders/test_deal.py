@@ -114,6 +114,12 @@ def test_a_self_draft_changes_nothing_and_waits_less_often(lm, prune):
         assert fast.stats["steps"] <= 0.6 * full.stats["steps"]
 
 
+def test_a_look_ahead_that_ends_early_counts_the_steps_it_took(lm):
+    out = run(lm, lam=2.0, max_new=2, lookahead=16)
+    # after the first token one is left to look at, after the second none
+    assert out.stats["steps"] == out.stats["rounds"] + 1
+
+
 @pytest.mark.parametrize("ways", [{}, {"prune": True}, {"self_draft": 2}], ids=str)
 def test_without_weight_and_with_one_beam_it_is_greedy(lm, ways):
     out = run(lm, lam=0.0, **ways)

@@ -80,6 +80,7 @@ def test_the_base_says_what_it_knows_and_the_other_says_the_rest(talk):
     assert not out.truncated[0, 0]
     assert out.batch.tokens[0, 0, out.batch.lengths[0, 0] - 1] == EOS
     assert out.stats["rounds"] == 2
+    assert out.stats["nudged"] == pytest.approx(1 - len(" Paris") / len(text))
     assert out.batch.old_logps is None
 
 
@@ -143,6 +144,13 @@ def test_a_long_end_that_is_repeated_is_said_once():
     line = "This is a sentence of some length. "
     assert nudging_words.once("Start. " + line * 3) == "Start. " + line
     assert nudging_words.once("ha ha ha ") == "ha ha ha "
+
+
+def test_a_repeated_end_is_said_once_where_the_response_ended_too(talk):
+    line = "This is a sentence of some length. "
+    text, out = talk(base, lambda text: (line * 2 + "$", 0.9), chunk=80)
+    assert text == line
+    assert not out.truncated[0, 0]
 
 
 def test_two_tokenizers_and_real_models(make_lm, tiny_config):

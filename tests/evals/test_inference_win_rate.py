@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from alignax import build, tokenizer
+from alignax import build, parallel, tokenizer
 from alignax.batch import Batch, Example
 from alignax.evals import inference_win_rate
 from alignax.evals.inference_win_rate import best_weights, win_rates
@@ -69,7 +69,7 @@ def evaluate(lm, ref, **settings):
     more = {"samples": 64, "max_new": 1, "n": (2, 4), **settings}
     return inference_win_rate.evaluate(
         lm, {"ref": ref}, PROMPTS, key=jax.random.key(1), tokenizer=TK,
-        generate=build.generator(TK, mesh), score=build.scorer(mesh), batch_size=4,
+        generate=parallel.generator(TK, mesh), score=parallel.scorer(mesh), batch_size=4,
         length=8, reward="test_inference_win_rate.last", **more,
     )  # fmt: skip
 

@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 import tiny
 
-from alignax import adapted, build, checkpoint, logprob, optim, plugin, train
+from alignax import (
+    adapted,
+    build,
+    checkpoint,
+    explain,
+    logprob,
+    optim,
+    plugin,
+    policies,
+    train,
+)
 from alignax.batch import LM
 from alignax.metrics import flops_per_token, read
 from alignax.models import load, lora, transformer
@@ -205,7 +215,7 @@ def test_log_probs_are_those_of_peft(name):
     assert settings.targets == tuple(sorted(lora.TARGETS)) or name == "peft_qwen2"
     # float32 in another order of sums, at logits of order 10
     assert furthest(lora.attach(base, adapters, settings), ids, logits) < 5e-5
-    assert furthest(build.load_lm(str(GOLDEN / name)), ids, logits) < 5e-5
+    assert furthest(policies.load_lm(str(GOLDEN / name)), ids, logits) < 5e-5
     # what a golden number can notice: another scale, and no adapters at all
     wrong = dataclasses.replace(settings, rank_stabilised=not settings.rank_stabilised)
     assert furthest(lora.attach(base, adapters, wrong), ids, logits) > 0.1
@@ -326,7 +336,7 @@ def test_adapters_stored_in_bfloat16_are_read(tmp_path):
 def test_peft_adapters_whose_base_is_nowhere_name_it(tmp_path):
     folder = copy("peft_qwen2", tmp_path / "a", base_model_name_or_path="hub/name")
     with pytest.raises(FileNotFoundError, match="names the base 'hub/name', which is"):
-        build.load_lm(str(folder))
+        policies.load_lm(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -375,11 +385,11 @@ def test_the_run_folder_loads_as_the_merged_model(run, tmp_path):
     """From any working directory, and from the folder of its checkpoints, elsewhere."""
     config, base, workdir, state = run
     want = lora.merge(
-        checkpoint.load_lm(base), state.params, build.lora_settings(config)
+        checkpoint.load_lm(base), state.params, policies.lora_settings(config)
     )
     shutil.copytree(workdir, tmp_path / "inner" / "run")
     for folder in (workdir, str(tmp_path / "inner" / "run" / "checkpoints")):
-        merged = build.load_lm(folder)
+        merged = policies.load_lm(folder)
         for a, b in zip(jax.tree.leaves(merged), jax.tree.leaves(want), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-6)
     before = checkpoint.load_lm(base).params["blocks"]["mlp"]["up"]["kernel"]
@@ -421,10 +431,10 @@ def other_base(folder):
 
 
 def test_a_base_that_moved_along_is_found(run, moved):
-    got, want = build.load_lm(str(moved / "run")), build.load_lm(run[2])
+    got, want = policies.load_lm(str(moved / "run")), policies.load_lm(run[2])
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_array_equal(a, b)
-    path = build.tokenizer_path(tiny.config(tokenizer="", **{"model.path": run[2]}))
+    path = policies.tokenizer_path(tiny.config(tokenizer="", **{"model.path": run[2]}))
     assert path == "bytes"
 
 
@@ -433,13 +443,13 @@ def test_a_base_that_is_gone_is_missed_by_name(moved):
     with pytest.raises(
         FileNotFoundError, match=r"in none of \['/nowhere/base', .*/base'"
     ):
-        build.load_lm(str(moved / "run"))
+        policies.load_lm(str(moved / "run"))
 
 
 def test_adapters_are_not_merged_into_another_base(moved):
     other_base(moved / "base")
     with pytest.raises(ValueError, match=r"base is not the base that the adapters in"):
-        build.load_lm(str(moved / "run"))
+        policies.load_lm(str(moved / "run"))
 
 
 def test_a_run_does_not_go_on_with_another_base(run, moved, monkeypatch):
@@ -454,7 +464,7 @@ def test_adapters_without_a_note_of_their_base_are_refused(moved):
     with pytest.raises(
         ValueError, match=r"holds adapters, and no config\.json and base"
     ):
-        build.load_lm(str(moved / "run"))
+        policies.load_lm(str(moved / "run"))
 
 
 @pytest.fixture(scope="module")
@@ -477,12 +487,12 @@ def test_a_run_in_bfloat16_starts_at_its_base_and_trains(half):
 def test_a_base_drawn_from_a_seed_is_drawn_again(half):
     """Cast to bfloat16 first, as the run saw it."""
     config, workdir, state = half
-    merged = build.load_lm(workdir)
+    merged = policies.load_lm(workdir)
     plain = dataclasses.replace(merged.config, dtype="float32")
     drawn = transformer.init(plain, jax.random.key(3))
     drawn = jax.tree.map(lambda x: x.astype(jnp.bfloat16), drawn)
     want = lora.merge(
-        LM(merged.config, drawn), state.params, build.lora_settings(config)
+        LM(merged.config, drawn), state.params, policies.lora_settings(config)
     )
     for a, b in zip(jax.tree.leaves(merged), jax.tree.leaves(want), strict=True):
         assert a.dtype == jnp.bfloat16
@@ -494,7 +504,7 @@ def test_another_seed_draws_another_base(half, tmp_path):
     path = tmp_path / "run" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "seed": 4}))
     with pytest.raises(ValueError, match="trained on weights drawn from a seed"):
-        build.load_lm(str(tmp_path / "run"))
+        policies.load_lm(str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -518,7 +528,7 @@ def test_adapters_at_zero_change_no_bit_in_bfloat16(family, dtype, make_batch):
 
 def test_explain_counts_what_is_trained_and_kept():
     c = tiny.config("pairs", **{"lora.rank": 2, "model.param_dtype": "bfloat16"})
-    text = build.explain(c)
+    text = explain.explain(c)
     # q, k, v, o, gate, up, down: rank 2 of in + out
     count = 2 * (16 + 16 + 16 + 8 + 16 + 8 + 16 + 16 + 3 * (16 + 16))
     assert f"{count:,} of adapters are trained" in text

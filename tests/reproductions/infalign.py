@@ -40,9 +40,9 @@ import tokenizers
 from jaxtyping import Float
 
 from alignax import (
-    build,
     frontier,
     optim,
+    parallel,
     plugin,
     rewards,
     sampler,
@@ -159,8 +159,8 @@ class World:
         with tempfile.TemporaryDirectory() as folder:
             self.text = letters(pathlib.Path(folder))
         self.tools = {
-            "generate": build.generator(self.text, self.mesh),
-            "score": build.scorer(self.mesh),
+            "generate": parallel.generator(self.text, self.mesh),
+            "score": parallel.scorer(self.mesh),
         }
         self.config = ModelConfig(
             vocab_size=self.text.vocab_size, width=32, num_layers=2, num_heads=4,

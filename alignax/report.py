@@ -1,0 +1,32 @@
+"""What a run prints: counts of examples, and metrics as aligned lines."""
+
+from typing import Any
+
+from alignax.batch import Metrics
+
+
+def summary(report: dict[str, Any]) -> str:
+    """How many examples were read, used, cut, dropped and malformed, and which."""
+    names = ("read", "used", "cut", "dropped", "malformed")
+    text = (
+        ", ".join(f"{report[n]} {n}" for n in names)
+        + f", {report['padding']:.1%} padding"
+    )
+    for name in ("dropped_ids", "malformed_ids"):
+        text += "".join(
+            f"\n  {name.removesuffix('_ids')}: {line}" for line in report[name]
+        )
+    return text
+
+
+def table(metrics: Metrics) -> str:
+    """Metrics as aligned lines, an interval beside its value."""
+    names = [k for k in metrics if not k.endswith(("/lo", "/hi")) and k != "samples"]
+    width = max(map(len, names), default=0)
+    lines = []
+    for k in names:
+        line = f"  {k:<{width}}  {metrics[k]:.4g}"
+        if f"{k}/lo" in metrics:
+            line += f"  [{metrics[f'{k}/lo']:.4g}, {metrics[f'{k}/hi']:.4g}]"
+        lines.append(line)
+    return "\n".join(lines)
