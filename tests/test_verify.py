@@ -200,3 +200,51 @@ def test_an_unknown_rule_is_refused():
     with pytest.raises(ValueError, match="known: \\['block', 'token'\\]"):
         verify.verify(jax.random.split(jax.random.key(0), 1), jnp.zeros((1, 1), int),
                       jnp.ones((1, 2, 3)) / 3, jnp.ones((1, 1, 3)) / 3, rule="tokens")  # fmt: skip
+
+
+def in_step(worlds, length, resample):
+    """{(y, z): probability} of two rows that advance by the least that either kept.
+
+    Args:
+      worlds: of the two rows.
+      length: tokens.
+      resample: wrongly, whoever kept more draws its last token again.
+    """
+    outcomes = [
+        functools.cache(
+            lambda s, w=w: [
+                *spec.rounds(spec.token(w.star, w.q), s, w.star, w.q, GAMMA)
+            ]
+        )
+        for w in worlds
+    ]
+
+    def cut(row, s, emitted, many):
+        if many == len(emitted) or not resample:
+            return [(1.0, emitted[:many])]
+        w, here = worlds[row], (*s, *emitted[: many - 1])
+        rest = spec.normalised(np.maximum(w.star(here) - w.q(here), 0))
+        return [(share, (*emitted[: many - 1], v)) for v, share in enumerate(rest)]
+
+    out, front = {}, {((), ()): 1.0}
+    while front:
+        grown = {}
+        for (s, r), mass in front.items():
+            for (a, x), (b, y) in itertools.product(outcomes[0](s), outcomes[1](r)):
+                many = min(len(x), len(y))
+                for (c, x2), (d, y2) in itertools.product(
+                    cut(0, s, x, many), cut(1, r, y, many)
+                ):
+                    new = (*s, *x2)[:length], (*r, *y2)[:length]
+                    place = out if len(new[0]) == length else grown
+                    place[new] = place.get(new, 0.0) + mass * a * b * c * d
+        front = grown
+    return out
+
+
+def test_rows_may_advance_together_if_they_keep_what_they_accepted():
+    worlds, length = (World(2), World(3)), 2
+    laws = [spec.plain(w.star, length) for w in worlds]
+    want = {(y, z): laws[0][y] * laws[1][z] for y in laws[0] for z in laws[1]}
+    assert spec.distance(in_step(worlds, length, False), want) < 1e-12
+    assert spec.distance(in_step(worlds, length, True), want) > 0.03
