@@ -104,7 +104,7 @@ ELSEWHERE = {  # hyper-parameters that do nothing here, and what changes them el
     ("nudging_words", "nudge_tokenizer"): 'nudge_tokenizer="bytes"',
     ("nudging_words", "repeats"): "repeats=9",
     ("rain", "alike"): "alike=",  # trees are made up in tests/test_rewind.py
-    ("rain", "exploration"): "exploration=8.0",
+    ("rain", "exploration"): "exploration=exploration",
     ("rain", "most"): "Rules(most=most)",
     ("rain", "share"): "share",
     ("rain", "spread"): "spread",
