@@ -126,15 +126,23 @@ def advance(
     return Context(new, counts, stops, grammar), ended, done
 
 
+def law(logits: Float[Array, "N *K V"], w: Warpers) -> Float[Array, "N *K V"]:
+    """Log-probabilities, normalised; at temperature 0 the best token is certain.
+
+    So is some token where no token is left to draw: that is the caller's to refuse, and
+    does no harm to the places before it.
+    """
+    best = jnp.argmax(logits, -1, keepdims=True) == jnp.arange(logits.shape[-1])
+    certain = ~jnp.isfinite(logits.max(-1, keepdims=True))
+    if w.temperature.ndim:
+        certain |= (w.temperature == 0).reshape(-1, *[1] * (logits.ndim - 1))
+    sure = jnp.where(best, 0.0, -jnp.inf)
+    return jnp.where(certain, sure, jax.nn.log_softmax(logits))
+
+
 def draw(
     keys: Array, logits: Float[Array, "N V"], w: Warpers
 ) -> tuple[Int[Array, " N"], Float[Array, "N V"]]:
-    """A token of each row, and its law's log-probabilities; temperature 0 is greedy."""
-    law = jax.nn.log_softmax(logits)
-    best = jnp.arange(law.shape[1]) == jnp.argmax(logits, -1)[:, None]
-    # a row without a token to draw is the caller's to refuse
-    cold = ~jnp.isfinite(logits.max(-1, keepdims=True))
-    if w.temperature.ndim:
-        cold |= (w.temperature == 0)[:, None]
-    law = jnp.where(cold, jnp.where(best, 0.0, -jnp.inf), law)
-    return jax.vmap(jax.random.categorical)(keys, law), law
+    """A token of each row, and its law's log-probabilities."""
+    logps = law(logits, w)
+    return jax.vmap(jax.random.categorical)(keys, logps), logps

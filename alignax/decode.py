@@ -218,8 +218,7 @@ def _generate(lm, request, key, guide, *, max_new, group, greedy, kind, candidat
 
     guide_state = None
     if kind:
-        init, update, keep = guide
-        guide_state = jax.tree.map(fan_out, init(prompts, lengths, t))
+        guide_state = jax.tree.map(fan_out, guide[0](prompts, lengths, t))
     rows = lay(request, key, lm.config.vocab_size, max_new, group)
     lengths, rules, w = rows.lengths, rows.rules, rows.rules.warpers
     if greedy:
@@ -229,13 +228,11 @@ def _generate(lm, request, key, guide, *, max_new, group, greedy, kind, candidat
 
     def tilt(logits, s):
         """The guide's word on the next token, and its state after the last one."""
-        last = s.tokens[row, s.ends - 1][:, None]
-        given = logits[:, None] if kind == "vector" else None
-        out, states = update(s.guide, last, s.ends - 1, given)
-        state = keep(states, jnp.ones(n, jnp.int32))
+        last, given = s.tokens[row, s.ends - 1], logits if kind == "vector" else None
+        out, state = guides.step(guide, s.guide, last, s.ends - 1, given)
         if kind == "vector":
-            return out[:, 0], state
-        return guides.over_best(update, state, s.ends, logits, candidates), state
+            return out, state
+        return guides.over_best(guide[1], state, s.ends, logits, candidates), state
 
     def draw(s):
         logps, logits = (x[:, 0] for x in read(lm, s.h, rules))

@@ -81,6 +81,31 @@ def traced(guide: Guide) -> tuple[Partial, Partial, Partial]:
     return init, update, keep
 
 
+def step(
+    guide: tuple[Callable, Callable, Callable],
+    state: Any,
+    token: Int[Array, " N"],
+    start: Int[Array, " N"],
+    logits: Float[Array, "N V"] | None,
+) -> tuple[Array, Any]:
+    """One token further.
+
+    Args:
+      guide: init, update and keep.
+      state: before the token.
+      token: it.
+      start: where it stands.
+      logits: of the next token, for kind vector.
+
+    Returns:
+      (what `update` gives for that place: the tilted logits, or a value; the state after).
+    """
+    _, update, keep = guide
+    given = None if logits is None else logits[:, None]
+    out, states = update(state, token[:, None], start, given)
+    return out[:, 0], keep(states, jnp.ones_like(token, jnp.int32))
+
+
 def over_best(
     update: Callable[..., Any],
     state: Any,

@@ -291,10 +291,10 @@ def draft_of(lm: LM, lms: dict[str, LM], name: str) -> LM:
 def with_logps(lm: LM, h: Hypotheses) -> Hypotheses:
     """With raw log-probabilities under `lm`, whoever drew the tokens."""
     batch = as_batch(h)
-    return h._replace(raw=np.asarray(_score(lm, batch).logps))
+    return h._replace(raw=np.asarray(score(lm, batch).logps))
 
 
-_score = jax.jit(logprob.score)
+score = jax.jit(logprob.score)
 
 
 def generated(

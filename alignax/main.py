@@ -4,8 +4,8 @@
   python -m alignax.main --config configs/generate.py --workdir runs/generate
     --config.prompts.path=prompts.txt
 
-num_steps=0 evaluates only; a config with `prompts` answers them. A run stopped by SIGTERM exits with 75 (EX_TEMPFAIL): start
-the same command again and it goes on.
+num_steps=0 evaluates only; a config with `prompts` answers them. A run stopped by SIGTERM
+exits with 75 (EX_TEMPFAIL): start the same command again and it goes on.
 """
 
 import logging

@@ -93,8 +93,7 @@ def speculate(
         kind of guide, no token left to draw, or a guide that gives NaN, leaves its
         bounds, or refuses everything.
     """
-    several = isinstance(draft_length, Sequence)
-    gammas: tuple[int, ...] = tuple(draft_length) if several else (draft_length,)  # type: ignore
+    gammas = (draft_length,) if isinstance(draft_length, int) else tuple(draft_length)
     if not gammas or min(gammas) < 1 or block_length < 1 or candidates < 1:
         raise ValueError(
             f"draft_length={draft_length}, block_length={block_length}, "
@@ -232,16 +231,7 @@ def _speculate(
         logits = jax.vmap(
             lambda new, z: context.force(rules, said._replace(new=new), z), 1, 1
         )(at.new, logits)
-        best = jax.nn.one_hot(jnp.argmax(logits, -1), logits.shape[-1])
-        cold = (w.temperature == 0)[:, None, None]
-        # no law at all: one that does no harm to the places before it
-        none = ~jnp.isfinite(logits.max(-1, keepdims=True))
-        return jnp.where(cold | none, best, jax.nn.softmax(logits, -1))
-
-    def tilt(state, token, position, logits):
-        _, update, keep = guide
-        out, states = update(state, token[:, None], position, logits[:, None])
-        return out[:, 0], keep(states, jnp.ones(n, jnp.int32))
+        return jnp.exp(context.law(logits, w))
 
     def emit(s, new, stays):
         """The tokens that rows really take of a round: up to EOS, a stop or a limit."""
@@ -314,7 +304,8 @@ def _speculate(
                 s.draft,
                 drafts.Ask(
                     s.tokens, s.ends, theirs, rules, s.context, gamma,
-                    tilt if guided_draft else None, s.guide,
+                    functools.partial(guides.step, guide) if guided_draft else None,
+                    s.guide,
                 ),
             )  # fmt: skip
             block = jnp.concatenate([s.tokens[row, s.ends - 1][:, None], proposed], 1)

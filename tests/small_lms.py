@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from oracles import transformer as oracle
-from scipy import stats
 
 V, P, NEW = 5, 3, 3
 PROMPTS = np.array([[3, 1, 4], [2, 0, 0]])
@@ -77,13 +76,3 @@ def value(lm, ids):
 def softmax(z):
     e = np.exp(z - np.max(z))
     return e / e.sum()
-
-
-def p_value(seen, expected):
-    """Chi-square; cells that expect fewer than 5 are counted together."""
-    seen, expected = np.asarray(seen, float), np.asarray(expected, float)
-    small = expected < 5
-    if small.any():
-        seen = np.append(seen[~small], seen[small].sum())
-        expected = np.append(expected[~small], expected[small].sum())
-    return stats.chisquare(seen, expected * seen.sum() / expected.sum()).pvalue

@@ -124,7 +124,7 @@ NORMALISERS = {
     # a few verified positions, [N, K, V]: a sampler needs the whole row
     ("alignax/logprob.py", "rows", "log_softmax"),
     # [N, V] of one decoding step: the law after the temperature
-    ("alignax/context.py", "draw", "log_softmax"),
+    ("alignax/context.py", "law", "log_softmax"),
 }
 
 

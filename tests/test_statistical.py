@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import decoding
+from oracles import chi_square, decoding
 from oracles import transformer as oracle
 from scipy import stats
 
@@ -50,16 +50,6 @@ def sample(lm, temperature, seed=0):
     ]
 
 
-def p_value(seen, expected):
-    """Chi-square; cells that expect fewer than 5 are counted together."""
-    seen, expected = np.asarray(seen, float), np.asarray(expected, float)
-    small = expected < 5
-    if small.any():
-        seen = np.append(seen[~small], seen[small].sum())
-        expected = np.append(expected[~small], expected[small].sum())
-    return stats.chisquare(seen, expected * seen.sum() / expected.sum()).pvalue
-
-
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_responses_follow_the_exact_law(lm, next_logits, temperature):
     for prompt, length, seen in zip(
@@ -74,7 +64,7 @@ def test_responses_follow_the_exact_law(lm, next_logits, temperature):
         assert set(seen) <= set(law)
         counts = [seen.count(response) for response in law]
         # a fixed seed: this fails one time in 10,000 drawings of the seed
-        assert p_value(counts, np.array([*law.values()]) * GROUP) > 1e-4
+        assert chi_square.p_value(counts, np.array([*law.values()]) * GROUP) > 1e-4
 
 
 def test_the_measure_sees_a_wrong_temperature(lm, next_logits):
@@ -84,7 +74,7 @@ def test_the_measure_sees_a_wrong_temperature(lm, next_logits):
     )
     seen = sample(lm, 1.0)[0]
     counts = [seen.count(response) for response in law]
-    assert p_value(counts, np.array([*law.values()]) * GROUP) < 1e-4
+    assert chi_square.p_value(counts, np.array([*law.values()]) * GROUP) < 1e-4
 
 
 def test_samples_of_a_group_are_independent(lm):
@@ -112,4 +102,4 @@ def test_steps_of_a_response_draw_fresh_randomness(lm, next_logits):
         z = next_logits([2, 3, 4, first])
         p = np.exp(z - z.max())
         counts = np.bincount(second, minlength=5)
-        assert p_value(counts, p / p.sum() * len(second)) > 1e-4
+        assert chi_square.p_value(counts, p / p.sum() * len(second)) > 1e-4

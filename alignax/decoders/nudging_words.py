@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from alignax import decode, logprob, requests
+from alignax import decode, hypotheses, requests
 from alignax import tokenizer as tokenizers
 from alignax.batch import LM, from_groups
 from alignax.decode import Generated
@@ -33,8 +33,6 @@ RANGES = {
 }  # fmt: skip
 REPEATED = 30  # characters: a longer end that is said twice is said once
 KNOWN = 5  # words: a longer chunk of the base that was said before is dropped
-
-_score = jax.jit(logprob.score)
 
 
 class Said(NamedTuple):
@@ -168,7 +166,7 @@ def search(
         said.append([response[:max_new] or [text.eos_id]])
         truncated.append([not ended or len(response) > max_new])
     batch = from_groups(asked, said, length=prompts.shape[1] + max_new)
-    raw = _score(lm, jax.tree.map(jnp.asarray, batch)).logps
+    raw = hypotheses.score(lm, jax.tree.map(jnp.asarray, batch)).logps
     return Generated(batch, raw, jnp.array(truncated), stats)
 
 

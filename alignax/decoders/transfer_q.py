@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from alignax import hypotheses, logprob
+from alignax import hypotheses
 from alignax.batch import LM
 from alignax.companions import find
 from alignax.decode import Generated, generate
@@ -43,8 +43,6 @@ RANGES = {
     "candidates": "[1, inf)", "rollouts": "[1, inf)", "horizon": "[0, inf)",
     "alpha": "(0, inf)", "beta": "(0, inf)", "rollout_temperature": "[0, inf)",
 }  # fmt: skip
-
-_score = jax.jit(logprob.score)
 
 
 def search(
@@ -190,7 +188,7 @@ def _try_out(
     if source is not None:
         rolled: Any = fresh
         asked = hypotheses.as_batch(tried)._replace(mask=rolled)
-        theirs = np.asarray(_score(source, asked).logps, np.float64).sum(-1)
+        theirs = np.asarray(hypotheses.score(source, asked).logps, np.float64).sum(-1)
         law = np.asarray(batch.old_logps, np.float64)[..., :t].reshape(b, -1, t)
         ratio = (theirs - np.where(fresh, law, 0).sum(-1)).reshape(b, k, rollouts)
     return tried, ratio, int(fresh.sum())

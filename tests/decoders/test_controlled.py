@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from losses_values import World
-from oracles import decoding
+from oracles import chi_square, decoding
 from small_lms import (
     LENGTHS,
     NEW,
@@ -15,7 +15,6 @@ from small_lms import (
     V,
     law,
     models,
-    p_value,
     responses,
     run,
     softmax,
@@ -104,7 +103,7 @@ def test_its_bounds_let_a_draft_be_verified(lms):
             counts[y] += 1
         # a fixed seed: this fails one time in 10,000 drawings of the seed
         seen, want = [*counts.values()], np.array([*exact.values()]) * many
-        assert p_value(seen, want) > 1e-4
+        assert chi_square.p_value(seen, want) > 1e-4
 
 
 def test_no_head_however_loud_leaves_its_bounds(lms):

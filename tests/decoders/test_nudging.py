@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import decoding
+from oracles import chi_square, decoding
 from small_lms import (
     LENGTHS,
     NEW,
@@ -11,7 +11,6 @@ from small_lms import (
     V,
     law,
     models,
-    p_value,
     responses,
     run,
     softmax,
@@ -98,7 +97,7 @@ def test_responses_follow_the_exact_law_with_the_nudging_model_as_draft(lms):
             counts[y] += 1
         # a fixed seed: this fails one time in 10,000 drawings of the seed
         seen, want = [*counts.values()], np.array([*exact.values()]) * many
-        assert p_value(seen, want) > 1e-4
+        assert chi_square.p_value(seen, want) > 1e-4
 
 
 def test_where_it_nudges_every_draft_stays_at_any_temperature(lms):

@@ -39,7 +39,9 @@ def talk(monkeypatch):
 
     monkeypatch.setattr(nudging_words.decode, "generate", generate)
     monkeypatch.setattr(
-        nudging_words, "_score", lambda lm, batch: Scores(jnp.zeros(batch.mask.shape))
+        nudging_words.hypotheses,
+        "score",
+        lambda lm, batch: Scores(jnp.zeros(batch.mask.shape)),
     )
 
     def run(base, nudge, **hyper):

@@ -159,7 +159,7 @@ def test_texts_are_compared_from_their_set_on(lm):
 
 def test_a_second_call_compiles_nothing(lm):
     def sizes():
-        caches = decode._generate, hypotheses._best, rain._states, hypotheses._score
+        caches = decode._generate, hypotheses._best, rain._states, hypotheses.score
         return [f._cache_size() for f in caches]
 
     run(lm)
