@@ -141,6 +141,10 @@ def rollout_source(
         buckets=(room,),  # one T for all: a constant reduction is by that constant
     )  # fmt: skip
     reference = functools.cache(baseline or dict)
+    compiled = [
+        s._replace(function=jax.jit(functools.partial(s.function, **s.hyper)), hyper={})
+        for s in shaping
+    ]
 
     @functools.cache
     def pool() -> np.ndarray:
@@ -236,7 +240,7 @@ def rollout_source(
             given["reference"] = np.stack([reference()[e.id] for e in some])
             given["pool"] = pool()
         batch = slots(whole.batch, slice(group))
-        for s in shaping:
+        for s in compiled:
             batch = shaped(s, batch, given[s.baseline])
         numbers = {**summary(batch, drawn.truncated), **tally, **clock}
         gap = whole.gap[:, :group][batch.mask & batch.valid[..., None]]

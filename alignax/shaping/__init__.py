@@ -1,7 +1,7 @@
 """Shapings: `shape(batch, baseline, *, ...) -> f32[B, G, T]`, one file per equation.
 
 A run has some of them, each with a STAGE, and they apply in that order, whatever their
-order in the config:
+order in the config. A rollout compiles it, its hyper-parameters fixed:
 
   reward     what a response is worth: calibrated, transformed, punished for its length
   penalty    what a token costs: the KL to the reference

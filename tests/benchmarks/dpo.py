@@ -1,0 +1,212 @@
+"""Seconds of a DPO step on real pairs and its memory, beside TRL's.
+
+  python tests/benchmarks/dpo.py [--data pairs.jsonl.gz] [--pairs 4] [--length 256]
+    [--batches 4] [--modes precomputed online]
+
+ALIGNAX_SMOLLM2 names SmolLM2-135M-Instruct as GGUF, ALIGNAX_HH the pairs (HH-RLHF's JSON
+lines), ALIGNAX_PEER_PYTHON a Python that has torch, transformers, gguf and trl. Each side is a process
+of its own, with all cores, on the same token ids; they step in turns over the same
+batches, and medians are compared. Both do AdamW with clipped gradients. 'precomputed':
+the reference was read before, and none is in memory; 'online': it is read in every step.
+One JSON line a mode.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+PEER = """
+import json, os, resource, sys, tempfile, time
+import datasets, torch, transformers, trl
+datasets.disable_progress_bars()
+ask = json.loads(sys.argv[1])
+torch.set_num_threads(os.cpu_count())
+folder, file = os.path.split(ask["model"])
+given = dict(gguf_file=file, dtype=torch.float32)
+model = transformers.AutoModelForCausalLM.from_pretrained(folder, **given)
+text = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
+text.pad_token = text.pad_token or text.eos_token
+online = ask["mode"] == "online"
+ref = transformers.AutoModelForCausalLM.from_pretrained(folder, **given) if online else None
+many = ask["pairs"]
+args = trl.DPOConfig(
+    output_dir=tempfile.mkdtemp(), per_device_train_batch_size=many, bf16=False, fp16=False,
+    max_length=ask["length"], precompute_ref_log_probs=not online, report_to=[],
+    learning_rate=1e-6, use_cpu=True,
+)
+trainer = trl.DPOTrainer(
+    model, ref, args=args, processing_class=text,
+    train_dataset=datasets.Dataset.from_list(ask["rows"]),
+)
+rows = list(trainer.train_dataset)
+names = ("prompt_ids", "chosen_ids", "rejected_ids")
+print(json.dumps({"version": trl.__version__, "torch": torch.__version__,
+                  "rows": [[row[name] for name in names] for row in rows]}), flush=True)
+trainer.create_optimizer()
+model.train()
+for line in sys.stdin:
+    i = json.loads(line)
+    start = time.perf_counter()
+    batch = trainer.data_collator(rows[i * many : (i + 1) * many])
+    loss = trainer.training_step(model, batch)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
+    taken = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({"s": taken, "loss": float(loss), "rss": peak}), flush=True)
+"""
+
+
+def ours(ask):
+    """This program as a worker: pairs of ids come in, then a line for every step."""
+    import jax
+
+    from alignax import optim, plugin, sharding, source
+    from alignax.batch import LM, from_pairs
+    from alignax.models import load
+    from alignax.step import init_state, make_train_step
+
+    many, length = ask["pairs"], ask["length"]
+    lm = load.load(ask["model"])
+    mesh = sharding.make_mesh((1, 1, 1))
+    tx = optim.make_tx(1e-6)
+    step = make_train_step(lm.config, tx, plugin.load("losses", "dpo"), mesh)
+    ref = LM(lm.config, sharding.put_params(lm.params, mesh))
+    state = init_state(lm.params, tx, mesh)
+    annotate = jax.jit(lambda batch, lms: source.annotate(batch, lms))
+    batches = []
+    for i in range(0, len(ask["rows"]), many):
+        some = ask["rows"][i : i + many]
+        prompts, *sides = zip(*some, strict=True)
+        sides = [
+            [r[: length - len(p)] for p, r in zip(prompts, side, strict=True)]
+            for side in sides
+        ]
+        batch = from_pairs(prompts, *sides, length=length)
+        if ask["mode"] == "precomputed":
+            batch = jax.device_get(annotate(batch, {"ref": ref}))
+        batches.append(batch)
+    lms = {"ref": ref} if ask["mode"] == "online" else {}
+    del lm, ref, annotate
+    say(version=jax.__version__)
+    for line in sys.stdin:
+        start = time.perf_counter()
+        batch = sharding.put_batch(batches[json.loads(line)], mesh)
+        state, metrics = jax.block_until_ready(step(state, lms, batch))
+        taken = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        say(s=taken, loss=float(metrics["loss"]), rss=peak)
+
+
+def say(**numbers):
+    print(json.dumps(numbers), flush=True)
+
+
+class Side:
+    """A worker that steps when it is told to."""
+
+    def __init__(self, command, **env):
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            stderr=subprocess.DEVNULL if not os.environ.get("VERBOSE") else None,
+            env={**os.environ, **env},
+        )  # fmt: skip
+        self.hello = self.read()
+
+    def read(self):
+        for line in self.process.stdout:
+            if line.startswith("{"):  # a library may print, too
+                return json.loads(line)
+        raise RuntimeError("a side stopped; VERBOSE=1 shows what it said")
+
+    def step(self, i):
+        self.process.stdin.write(f"{i}\n")
+        self.process.stdin.flush()
+        return self.read()
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def dialogues(path, many):
+    """Rows of text: what the two sides share up to the last answer is the prompt."""
+    rows, opened = [], gzip.open if path.endswith(".gz") else open
+    with opened(path, "rt") as file:
+        for line in file:
+            row, cut = json.loads(line), "\n\nAssistant:"
+            prompt, _, chosen = row["chosen"].rpartition(cut)
+            other, _, rejected = row["rejected"].rpartition(cut)
+            if (
+                prompt == other
+                and chosen.strip()
+                and rejected.strip()
+                and len(prompt) < 600
+            ):
+                rows.append(dict(prompt=prompt + cut, chosen=chosen, rejected=rejected))
+            if len(rows) == many:
+                return rows
+    raise SystemExit(f"{path} has {len(rows)} pairs, {many} are asked for")
+
+
+def main():
+    args = argparse.ArgumentParser(description=__doc__)
+    args.add_argument("--data", default=os.environ.get("ALIGNAX_HH"))
+    args.add_argument("--pairs", type=int, default=4)
+    args.add_argument("--length", type=int, default=256)
+    args.add_argument("--batches", type=int, default=4)
+    args.add_argument("--modes", nargs="+", default=["precomputed", "online"])
+    args = args.parse_args()
+    path, python = map(os.environ.get, ("ALIGNAX_SMOLLM2", "ALIGNAX_PEER_PYTHON"))
+    if not (path and python and args.data):
+        sys.exit(
+            print("skipped: it needs a model, a peer and pairs (see its docstring)")
+        )
+    for mode in args.modes:
+        rows = dialogues(args.data, args.pairs * args.batches)
+        ask = {"model": path, "mode": mode, "pairs": args.pairs, "length": args.length}
+        peer = Side(
+            [python, "-c", PEER, json.dumps({**ask, "rows": rows})], PYTHONPATH=""
+        )
+        ids = peer.hello["rows"]
+        us = Side(
+            [sys.executable, __file__, "--worker", json.dumps({**ask, "rows": ids})]
+        )
+        sides, took = {"ours": us, "peer": peer}, {"ours": [], "peer": []}
+        for side in sides.values():
+            side.step(0)  # compiles, and makes the optimiser's state
+        losses, last = {"ours": [], "peer": []}, {}
+        for i in range(args.batches):
+            for name, side in sides.items():
+                last[name] = side.step(i)
+                took[name].append(last[name]["s"])
+                losses[name].append(last[name]["loss"])
+        real = sum(len(p) + len(c) + len(r) for p, c, r in ids) / args.batches
+        say(
+            benchmark="dpo", mode=mode, pairs=args.pairs, length=args.length,
+            s={k: round(statistics.median(v), 2) for k, v in took.items()},
+            ratio=round(
+                statistics.median(b / a for a, b in zip(*took.values(), strict=True)), 2
+            ),
+            ratios=[round(b / a, 2) for a, b in zip(*took.values(), strict=True)],
+            peak_gb={k: round(v["rss"] / 2**20, 2) for k, v in last.items()},
+            losses={k: [round(x, 4) for x in v] for k, v in losses.items()},
+            distinct_tokens=round(real), jax=us.hello["version"],
+            peer=f"trl {peer.hello['version']}, torch {peer.hello['torch']}",
+        )  # fmt: skip
+        for side in sides.values():
+            side.close()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        ours(json.loads(sys.argv[2]))
+    else:
+        main()
