@@ -2,6 +2,7 @@
 
   B prompts   G responses per prompt   T tokens (prompt followed by response, right-padded)
   N = B*G rows   V vocabulary   D width   H heads   K head size   L layers
+  S blocks   R rows a block   L tokens a row (of a Layout)
 
 SFT is G=1, preference pairs are G=2 (slot 0 chosen, slot 1 rejected), rankings G=K,
 RL groups and best-of-N G=N.
@@ -39,6 +40,27 @@ class Example(NamedTuple):
     columns: Mapping[str, float] = MappingProxyType({})  # one number each: Batch.extra
 
 
+class Layout(NamedTuple):
+    """Where the tokens of a batch stand when each is computed once: see `layout.build`.
+
+    S blocks of R rows of L tokens; block s holds prompts sB/S .. (s+1)B/S - 1 of the
+    batch. In a row stand several groups, each its shared tokens (the prompt) and then
+    what each response goes on with. A token sees the shared tokens before it and those
+    before it of its own branch. A layout belongs to the tokens and the mask it was built
+    from; it holds no number of theirs that a loss reads.
+    """
+
+    tokens: Int[Array, "S R L"]
+    positions: Int[Array, "S R L"]  # in its own response's row: every branch goes on
+    group: Int[Array, "S R L"]  # which group of its row a token is of; 0 is padding
+    branch: Int[Array, "S R L"]  # 0 = shared, g + 1 = of response g alone
+    previous: Int[Array, "S R L"]  # column of the token before, whose state predicts it
+    scored: Bool[Array, "S R L"]  # True where some response's mask is
+    places: Int[
+        Array, "B G T"
+    ]  # place in the block's R * L of a token; 0 where unscored
+
+
 class Batch(NamedTuple):
     """What every loss, evaluation and sampler reads. Fields are described in place."""
 
@@ -58,7 +80,7 @@ class Batch(NamedTuple):
         None  # nats, under the law that sampled it
     )
     advantages: Float[Array, "B G T"] | None = None  # what shaping/ made of feedback
-    layout: Any | None = None  # host-built packed layout; None = one row per response
+    layout: Layout | None = None  # host-built; None = one row per response
     extra: dict[str, Array] | None = None  # columns private to one method
 
 

@@ -36,6 +36,17 @@ from alignax.batch import LM, Example, Params
 from alignax.models import lora
 
 
+class Pieces(NamedTuple):
+    """What an optimiser step is made of: all that training needs besides data."""
+
+    policy: LM  # its parameters are those that are trained
+    assemble: Callable[[Params, Mapping[str, LM]], LM]  # from them, the whole policy
+    lms: dict[str, LM]  # frozen, on the mesh
+    moving: tuple[str, ...]  # names that mean the policy's average
+    rate: Callable
+    tx: optax.GradientTransformation
+
+
 class Run(NamedTuple):
     """The pieces of a run."""
 
@@ -106,40 +117,21 @@ def build(config, workdir: str) -> Run:
             examples, text, batch_size=config.batch_size, length=config.length,
             buckets=config.buckets, seed=config.seed, host=host,
             vocab_size=policy.config.vocab_size,
+            packed=sharding.packed(config.layout, config.accumulate, mesh),
+            filled=config.layout == "packed",
         )  # fmt: skip
     eval_data = bindings.load_examples(config.eval_data) if config.eval_data else None
     if evals and eval_data is None:
         raise ValueError(f"evals {sorted(evals)} need config.eval_data")
-    rate = optim.schedule(
-        config.optim.lr, config.num_steps, kind=config.optim.schedule,
-        warmup=config.optim.warmup, final=config.optim.final,
-    )  # fmt: skip
-    tx = optim.make_tx(
-        rate, **{k: v for k, v in config.optim.items() if k not in optim.RATE}
+    policy, assemble, lms, moving, rate, tx = pieces(
+        config, policy, loss, mesh, ids=text.vocab_size
     )
-    adapters = policies.lora_settings(config)
-    lms, moving = place_lms(config, policy, text, mesh)
-    missing = [n for n in loss.needs if bindings.frozen(n) not in (None, *lms, *moving)]
-    if missing:
-        raise ValueError(
-            f"loss {loss.name!r} needs {missing}: add config.lms, there are {sorted(lms)}"
-        )
     for name, e in evals.items():
         if possible := getattr(inspect.getmodule(e.function), "check", None):
             try:
                 possible((*lms, *moving), eval_data, **e.hyper)
             except ValueError as error:
                 raise ValueError(f"evals.{name}: {error}") from error
-    model = policy.config
-
-    def assemble(params: Params, lms: Mapping[str, LM]) -> LM:
-        if adapters is None:
-            return LM(model, params)
-        return lora.attach(lms["base"], params, adapters)
-
-    if adapters:
-        key = jax.random.key(config.seed)
-        policy = LM(model, lora.init(policy, adapters, key))
     if (config.reference_cache or config.reference_data) and data is not None:
         if "ref" not in lms or config.mixture:
             raise ValueError(
@@ -153,7 +145,7 @@ def build(config, workdir: str) -> Run:
         )  # fmt: skip
     # Last, so that a config that cannot run leaves nothing behind.
     folder = workdirs.prepare(workdir, config)
-    if adapters:
+    if config.lora.rank:
         adapted.note(folder, config.model.path, lms["base"].params)
     say = functools.partial(print, flush=True) if jax.process_index() == 0 else _quiet
     if data is not None:
@@ -167,14 +159,69 @@ def build(config, workdir: str) -> Run:
         )  # fmt: skip
         say(f"evaluation data: {report.summary(batches.report)}")
     return Run(
-        epath.Path(folder).name, folder, mesh, text, policy, assemble, lms, tuple(moving),
+        epath.Path(folder).name, folder, mesh, text, policy, assemble, lms, moving,
         loss, rate, tx, data, evals, eval_data, say,
     )  # fmt: skip
 
 
+def pieces(
+    config, policy: LM, loss: plugin.Bound, mesh: Mesh, *, ids: int,
+    load: Callable[[str], LM] = policies.load_lm,
+) -> Pieces:  # fmt: skip
+    """What the step of a config is made of; `preflight` traces it, no array is held.
+
+    Args:
+      config: a ConfigDict.
+      policy: with all its parameters; adapters are drawn here.
+      loss: of the config.
+      mesh: devices that hold the frozen LMs.
+      ids: how many the tokenizer has.
+      load: what reads the frozen LMs that the config gives a path for.
+
+    Raises:
+      ValueError: an unknown optimiser or schedule; an LM that a loss needs and that is
+        not there, or that cannot read the rows.
+    """
+    rate = optim.schedule(
+        config.optim.lr, config.num_steps, kind=config.optim.schedule,
+        warmup=config.optim.warmup, final=config.optim.final,
+    )  # fmt: skip
+    tx = optim.make_tx(
+        rate, **{k: v for k, v in config.optim.items() if k not in optim.RATE}
+    )
+    adapters = policies.lora_settings(config)
+    lms, moving = place_lms(config, policy, mesh, ids=ids, load=load)
+    missing = [n for n in loss.needs if bindings.frozen(n) not in (None, *lms, *moving)]
+    if missing:
+        raise ValueError(
+            f"loss {loss.name!r} needs {missing}: add config.lms, there are {sorted(lms)}"
+        )
+    model = policy.config
+
+    def assemble(params: Params, lms: Mapping[str, LM]) -> LM:
+        if adapters is None:
+            return LM(model, params)
+        return lora.attach(lms["base"], params, adapters)
+
+    if adapters:
+        key = jax.random.key(config.seed)
+        policy = LM(model, lora.init(policy, adapters, key))
+    return Pieces(policy, assemble, lms, tuple(moving), rate, tx)
+
+
+def settings(config, pieces: Pieces | Run) -> dict[str, Any]:
+    """The keywords of `make_train_step` that a config decides."""
+    return dict(
+        accumulate=config.accumulate, average=config.average,
+        average_every=config.average_every, moving=pieces.moving,
+        assemble=pieces.assemble,
+    )  # fmt: skip
+
+
 def place_lms(
-    config, policy: LM, text: tokenizer.Tokenizer, mesh: Mesh
-) -> tuple[dict[str, LM], list[str]]:
+    config, policy: LM, mesh: Mesh, *, ids: int,
+    load: Callable[[str], LM] = policies.load_lm,
+) -> tuple[dict[str, LM], list[str]]:  # fmt: skip
     """The frozen LMs of a config on the mesh, and the names that mean the average.
 
     Beside adapters the policy's base is one of them, as 'base'.
@@ -196,13 +243,12 @@ def place_lms(
                 )
             moving.append(name)
             continue
-        lm = policy if path == "init" else policies.load_lm(path)
+        lm = policy if path == "init" else load(path)
         if lm is policy and lm.config.value_head:
             lm = policies.with_value_head(lm, False)
-        if lm.config.vocab_size < text.vocab_size:
+        if lm.config.vocab_size < ids:
             raise ValueError(
-                f"the tokenizer has {text.vocab_size} ids, lms.{name} only "
-                f"{lm.config.vocab_size}"
+                f"the tokenizer has {ids} ids, lms.{name} only {lm.config.vocab_size}"
             )
         if lm.config.max_length < config.length:
             raise ValueError(
@@ -279,9 +325,8 @@ def cached(config, data, text, ref: LM, examples, mesh: Mesh) -> source.Source:
     ):
         table = refcache.load(path, key)
     else:
-        table = refcache.compute(
-            read, lambda batch: parallel.scorer(mesh)(ref, batch).logps
-        )
+        scorer = parallel.scorer(mesh, packed=config.layout != "rows")
+        table = refcache.compute(read, lambda batch: scorer(ref, batch).logps)
         if config.reference_cache and jax.process_index() == 0:
             refcache.save(path, table, key)
     if config.reference_data:

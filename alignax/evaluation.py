@@ -10,7 +10,7 @@ from alignax.build import Run
 def evaluate(run: Run, lm: LM, lms: dict[str, LM], step: int, config) -> Metrics:
     """Runs the config's evaluations; names are 'eval/<evaluation>/<metric>'."""
     generate = parallel.generator(run.tokenizer, run.mesh)
-    score = parallel.scorer(run.mesh)
+    score = parallel.scorer(run.mesh, packed=config.layout != "rows")
     batch_size = config.eval_batch_size or config.batch_size
     out: Metrics = {}
     for name, evaluation in run.evals.items():

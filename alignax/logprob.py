@@ -6,6 +6,9 @@ log-sum-exp; the backward pass recomputes each tile from the saved log-sum-exp:
 
   log p(y) = z_y - lse(z),   d log p(y) / d z_v = 1[v = y] - exp(z_v - lse(z))
 
+Rows are responses as they stand in the batch or, where it has a layout, packed ones in
+which what responses share is computed once; the values are the same.
+
 The same walk reads what else a loss may need of the whole row: entropy, log Σ p², and
 the exact KL to a frozen LM either way, whose logits it tiles side by side.
 
@@ -23,8 +26,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from alignax.batch import LM, Batch, Scores, flatten
-from alignax.models import transformer
+from alignax.batch import LM, Batch, Layout, Scores, flatten
+from alignax.models import attention, transformer
 
 TOKEN_TILE, VOCAB_TILE = 256, 4096  # one logit tile is 4 MiB
 READ = ("entropy", "collision", "kl", "forward_kl")  # read in the same walk, if asked
@@ -87,29 +90,101 @@ def score(
       ValueError: values of a model without a value head, a KL to nothing or to another
         vocabulary, or B that the mesh does not divide.
     """
-    b, g, t = batch.tokens.shape
-    tokens, mask, _ = map(jnp.asarray, flatten(batch))  # host batches are welcome
+    inputs = _plain(batch) if batch.layout is None else _packed(batch, batch.layout)
     fields = tuple(n for n in READ if n in needs)
     other = None
     if compared := [n for n in fields if n in COMPARED]:
-        other = _frozen(lm, kl_to, tokens, compared)
-    h, _ = transformer.hidden(lm, tokens)
-    read = _read(lm, h, tokens, mask, mesh, tiles, precision, fields, other)
-    read = {k: v.reshape(b, g, t) for k, v in read.items()}
+        other = _frozen(lm, kl_to, inputs, compared)
+    h = _hidden(lm, inputs)
+    tokens, scored = inputs.tokens, inputs.scored
+    read = _read(
+        lm, h, tokens, scored, mesh, tiles, precision, fields, other, inputs.previous
+    )
     if asked := [n for n in VALUES if n in needs]:
         if not lm.config.value_head:
             raise ValueError(f"{asked} of a model without value_head=True")
         kernel = lm.params["value_head"]["kernel"].astype(jnp.float32)
-        after = jnp.einsum(
-            "ntd,d->nt", h.astype(jnp.float32), kernel, precision=precision
+        at = {
+            "values": jnp.einsum(
+                "ntd,d->nt", h.astype(jnp.float32), kernel, precision=precision
+            )
+        }
+        at["state_values"] = _before(inputs, at["values"])
+        read |= {name: at[name] for name in asked}
+    if batch.layout is not None:
+        read = _unpack(batch.layout, read, mesh)
+    shape, mask = batch.tokens.shape, jnp.asarray(batch.mask)
+    out = {k: jnp.where(mask, v.reshape(shape), 0.0) for k, v in read.items()}
+    return Scores(**out)
+
+
+class Inputs(NamedTuple):
+    """What an LM reads of a batch, in the plain layout or a packed one."""
+
+    tokens: Int[Array, "N T"]
+    scored: Bool[Array, "N T"]
+    positions: Int[Array, "N T"] | None = None
+    attend: attention.Attend | None = None
+    previous: Int[Array, "N T"] | None = None  # column; None is the one before
+
+
+def _plain(batch: Batch) -> Inputs:
+    tokens, mask, _ = map(jnp.asarray, flatten(batch))  # host batches are welcome
+    return Inputs(tokens, mask)
+
+
+def _packed(batch: Batch, layout: Layout) -> Inputs:
+    b, g, t = batch.tokens.shape
+    blocks, many, length = layout.tokens.shape
+    if layout.places.shape != (b, g, t) or b % blocks:
+        raise ValueError(
+            f"a layout of {blocks} blocks for tokens {layout.places.shape} is not of this "
+            f"batch, whose tokens are {(b, g, t)}"
         )
-        at = {"values": after, "state_values": jnp.pad(after[:, :-1], ((0, 0), (1, 0)))}
-        for name in asked:
-            read[name] = jnp.where(mask, at[name], 0.0).reshape(b, g, t)
-    return Scores(**read)
+    fields = layout._replace(places=layout.tokens)
+    rows = Layout(*(jnp.asarray(x).reshape(blocks * many, length) for x in fields))
+    attend = attention.Attend(
+        (rows.group, rows.branch), attention.siblings, reach=min(g * t, length)
+    )
+    return Inputs(rows.tokens, rows.scored, rows.positions, attend, rows.previous)
 
 
-def _frozen(lm, kl_to, tokens, compared):
+def _unpack(layout, read, mesh):
+    """{field: [B, G, T]} from {field: [S * R, L]}: every response reads its own places."""
+
+    def take(index, read):
+        index = index.reshape(layout.tokens.shape[0] // shards, -1)
+        flat = {k: v.reshape(len(index), -1) for k, v in read.items()}
+        return {k: jnp.take_along_axis(v, index, 1) for k, v in flat.items()}
+
+    index = jnp.asarray(layout.places)
+    if mesh is None or mesh.size == 1:
+        shards = 1
+        return take(index, read)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if layout.tokens.shape[0] % shards:
+        raise ValueError(
+            f"a layout of {layout.tokens.shape[0]} blocks does not divide over "
+            f"data*fsdp={shards} shards"
+        )
+    spec = P(("data", "fsdp"))
+    return jax.shard_map(take, mesh=mesh, in_specs=(spec, spec), out_specs=spec)(
+        index, read
+    )
+
+
+def _hidden(lm, inputs):
+    return transformer.hidden(lm, inputs.tokens, inputs.positions, inputs.attend)[0]
+
+
+def _before(inputs, x):
+    """x of the token before; 0 before the first."""
+    if inputs.previous is not None:
+        return jnp.take_along_axis(x, inputs.previous, 1)
+    return jnp.pad(x[:, :-1], ((0, 0), (1, 0)))
+
+
+def _frozen(lm, kl_to, inputs, compared):
     """(the LM to compare with, its hidden states)."""
     if kl_to is None:
         raise ValueError(
@@ -121,7 +196,7 @@ def _frozen(lm, kl_to, tokens, compared):
             f"{compared}: the LM has a vocabulary of {ours}, kl_to one of {theirs}"
         )
     kl_to = jax.lax.stop_gradient(kl_to)
-    return kl_to, transformer.hidden(kl_to, tokens)[0]
+    return kl_to, _hidden(kl_to, inputs)
 
 
 def sequence_logps(
@@ -147,14 +222,17 @@ def sequence_logps(
     return _read(lm, h, tokens, mask, mesh, tiles, precision)["logps"]
 
 
-def _read(lm, h, tokens, mask, mesh, tiles, precision, fields=(), other=None):
+def _read(
+    lm, h, tokens, mask, mesh, tiles, precision, fields=(), other=None, previous=None
+):
     """{field: [N, T]} from hidden states: the shift, then the walk.
 
-    `other` is (frozen LM, its hidden states), for the fields that compare with it.
+    `other` is (frozen LM, its hidden states), for the fields that compare with it;
+    `previous` the column that predicts a token, where that is not the one before.
     """
-    tokens, mask = jnp.asarray(tokens), jnp.asarray(mask)
-    targets = jnp.roll(tokens, -1, axis=1)
-    scored = jnp.roll(mask.at[:, 0].set(False), -1, axis=1)
+    targets, scored = jnp.asarray(tokens), jnp.asarray(mask).at[:, 0].set(False)
+    if previous is None:
+        targets, scored = (jnp.roll(x, -1, axis=1) for x in (targets, scored))
     weight, axis = transformer.head(lm)
     sides, heads = [(h, weight)], [Head(axis, lm.config.final_softcap)]
     if other is not None:
@@ -163,10 +241,12 @@ def _read(lm, h, tokens, mask, mesh, tiles, precision, fields=(), other=None):
         heads.append(Head(axis, other[0].config.final_softcap))
     walk = Walk(tuple(heads), fields, tiles, precision)
     if mesh is None or mesh.size == 1:
-        out = _local(walk, tuple(sides), targets, scored)
+        out = _local(walk, tuple(sides), targets, scored, previous)
     else:
-        out = _sharded(walk, mesh, tuple(sides), targets, scored)
-    return {k: jnp.roll(v, 1, axis=1) for k, v in out.items()}
+        out = _sharded(walk, mesh, tuple(sides), targets, scored, previous)
+    if previous is None:
+        out = {k: jnp.roll(v, 1, axis=1) for k, v in out.items()}
+    return out
 
 
 class Head(NamedTuple):
@@ -192,14 +272,17 @@ class Walk(NamedTuple):
         return ("p", "r")[: len(self.heads)]
 
 
-def _local(walk, sides, targets, scored):
+def _local(walk, sides, targets, scored, columns):
     n, t = targets.shape
     sides = tuple((h.reshape(n * t, -1), w) for h, w in sides)
-    out = _walk(walk, sides, targets.reshape(-1), scored.reshape(-1))
+    source = None
+    if columns is not None:
+        source = (columns + t * jnp.arange(n)[:, None]).reshape(-1)
+    out = _walk(walk, sides, targets.reshape(-1), scored.reshape(-1), source)
     return {k: v.reshape(n, t) for k, v in out.items()}
 
 
-def _sharded(walk, mesh, sides, targets, scored):
+def _sharded(walk, mesh, sides, targets, scored, columns):
     """The walk on each shard of tokens. Transposes of the casts sum gradients."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if targets.shape[0] % shards:
@@ -222,7 +305,7 @@ def _sharded(walk, mesh, sides, targets, scored):
     axes = ("data", "fsdp", "model") if split else ("data", "fsdp")
     walk = walk._replace(mesh_axes=axes, split=split)
 
-    def shard(sides, targets, scored):
+    def shard(sides, targets, scored, columns):
         whole = []
         for (h, w), head, gathered in zip(sides, walk.heads, gather, strict=True):
             if gathered:
@@ -230,12 +313,12 @@ def _sharded(walk, mesh, sides, targets, scored):
             if split:
                 h = _vary(h, ("model",))
             whole.append((h, _vary(w, ("data",) if gathered else ("data", "fsdp"))))
-        return _local(walk, tuple(whole), targets, scored)
+        return _local(walk, tuple(whole), targets, scored, columns)
 
     return jax.shard_map(
-        shard, mesh=mesh, in_specs=(tuple(specs), tokens_spec, tokens_spec),
+        shard, mesh=mesh, in_specs=(tuple(specs), *[tokens_spec] * 3),
         out_specs=tokens_spec,
-    )(sides, targets, scored)  # fmt: skip
+    )(sides, targets, scored, columns)  # fmt: skip
 
 
 def _vary(x, axes):
@@ -244,9 +327,13 @@ def _vary(x, axes):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _walk(walk, sides, targets, scored):
-    """{'logps', *walk.fields: [M]} of `targets` where `scored`, else 0; h is [M, D]."""
-    return _forward(walk, sides, targets, scored)[0]
+def _walk(walk, sides, targets, scored, source):
+    """{'logps', *walk.fields: [M]} of `targets` where `scored`, else 0; h is [M, D].
+
+    `source` [M] is the row of h that predicts a target, several may have the same; None
+    is its own.
+    """
+    return _forward(walk, sides, targets, scored, source)[0]
 
 
 def _plan(walk, sides, scored):
@@ -350,13 +437,20 @@ def _fields(walk, tops, sums, target):
     return out
 
 
-def _forward(walk, sides, targets, scored):
+def _heads(source, at):
+    """Which rows of h the targets `at` are predicted from; nowhere stays nowhere."""
+    if source is None:
+        return at
+    return source.at[at].get(mode="fill", fill_value=len(source))
+
+
+def _forward(walk, sides, targets, scored, source):
     order, num_tiles, c, vb, num_blocks = _plan(walk, sides, scored)
     offset = _first_column(walk, sides[0][1])
 
     def tile(i, carry):
         at = jax.lax.dynamic_slice_in_dim(order, i * c, c)
-        xs = [_take(h, at) for h, _ in sides]
+        xs = [_take(h, _heads(source, at)) for h, _ in sides]
         y = _take(targets, at) - offset
 
         def block(j, carry):
@@ -397,7 +491,7 @@ def _forward(walk, sides, targets, scored):
     carry = dict.fromkeys((*lses, "logps", *walk.fields), zeros)
     read = jax.lax.fori_loop(0, num_tiles, tile, carry)
     out = {k: v for k, v in read.items() if k not in lses}
-    return out, (sides, targets, scored, read)
+    return out, (sides, targets, scored, source, read)
 
 
 def _slope(walk, g, read, logits, hit):
@@ -419,7 +513,7 @@ def _slope(walk, g, read, logits, hit):
 
 
 def _backward(walk, residuals, g):
-    sides, targets, scored, read = residuals
+    sides, targets, scored, source, read = residuals
     (h, weight), head = sides[0], walk.heads[0]
     order, num_tiles, c, vb, num_blocks = _plan(walk, sides, scored)
     offset = _first_column(walk, weight)
@@ -427,7 +521,7 @@ def _backward(walk, residuals, g):
     def tile(i, carry):
         dh, dweight = carry
         at = jax.lax.dynamic_slice_in_dim(order, i * c, c)
-        xs = [_take(h, at) for h, _ in sides]
+        xs = [_take(h, _heads(source, at)) for h, _ in sides]
         y = _take(targets, at) - offset
         g_x, read_x = jax.tree.map(lambda v: _take(v, at)[:, None], (g, read))
 
@@ -454,13 +548,14 @@ def _backward(walk, residuals, g):
 
         dx = _vary(jnp.zeros(xs[0].shape, jnp.float32), walk.mesh_axes)
         dx, dweight = jax.lax.fori_loop(0, num_blocks, block, (dx, dweight))
-        return dh.at[at].set(dx.astype(h.dtype), mode="drop"), dweight
+        dh = dh.at[_heads(source, at)].add(dx.astype(h.dtype), mode="drop")
+        return dh, dweight
 
     zeros = (jnp.zeros(h.shape, h.dtype), jnp.zeros(weight.shape, jnp.float32))
     zeros = tuple(_vary(z, walk.mesh_axes) for z in zeros)
     dh, dweight = jax.lax.fori_loop(0, num_tiles, tile, zeros)
     frozen = (None,) * (len(sides) - 1)
-    return ((dh, dweight.astype(weight.dtype)), *frozen), None, None
+    return ((dh, dweight.astype(weight.dtype)), *frozen), None, None, None
 
 
 _walk.defvjp(_forward, _backward)

@@ -11,6 +11,7 @@ exits with 75 (EX_TEMPFAIL): start the same command again and it goes on.
 import logging
 import os
 import sys
+import traceback
 
 import jax
 from absl import app, flags
@@ -42,17 +43,19 @@ def main(argv):
     )
     logging.getLogger("alignax").setLevel(logging.INFO)
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax narrates every save
-    if DISTRIBUTED.value:
-        jax.distributed.initialize()
     if DEBUG.value:
         jax.config.update("jax_debug_nans", True)
         jax.config.update("jax_disable_jit", True)
-    from alignax import explain, respond, train  # after the backend is set up
+    from alignax import explain, hosts, respond, train  # after the backend is set up
     from alignax.checkpoint import CheckpointError
 
     if not WORKDIR.value and not EXPLAIN.value:
         raise app.UsageError("--workdir is needed")
     try:
+        if DISTRIBUTED.value:
+            hosts.start()
+        if DISTRIBUTED.value and not EXPLAIN.value:
+            hosts.check(CONFIG.value, str(WORKDIR.value))
         if EXPLAIN.value:
             print(explain.explain(CONFIG.value))
             return
@@ -65,11 +68,13 @@ def main(argv):
     except train.Preempted as event:
         print(event, file=sys.stderr)
         sys.exit(os.EX_TEMPFAIL)
-    except (ValueError, OSError, CheckpointError, FloatingPointError) as error:
-        if DEBUG.value:
-            raise
-        print(f"error: {error}\n(--debug shows the traceback)", file=sys.stderr)
-        sys.exit(1)
+    except Exception as error:
+        said = (ValueError, OSError, CheckpointError, FloatingPointError)
+        if DEBUG.value or not isinstance(error, said):
+            traceback.print_exc()
+        else:
+            print(f"error: {error}\n(--debug shows the traceback)", file=sys.stderr)
+        hosts.leave(1)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from alignax import (
     rollout,
     sampler,
     shaping,
+    sharding,
     source,
     workdirs,
 )
@@ -51,7 +52,8 @@ def rollouts(
         return lms[shown] if shown in lms else assemble(average, lms)
 
     reward = rewards.load(bindings.inner_dicts(config.rollout.reward))
-    score = parallel.scorer(mesh)
+    packed = sharding.packed(config.layout, config.accumulate, mesh)
+    score = parallel.scorer(mesh, packed=packed is not None)
     judged = sampler.Sampler(
         parallel.generator(text, mesh), reward, lms, text,
         max_new=config.rollout.max_new, temperature=config.rollout.temperature,
@@ -74,7 +76,7 @@ def rollouts(
         dynamic_sampling=config.rollout.dynamic_sampling,
         max_draws=config.rollout.max_draws, anchor=anchor if shown else None,
         anchor_samples=config.rollout.anchor_samples,
-        host=(jax.process_index(), jax.process_count()),
+        host=(jax.process_index(), jax.process_count()), packed=packed,
     )  # fmt: skip
 
 

@@ -9,20 +9,28 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from alignax import decode, logprob, sharding, tokenizer
+from alignax import decode, layout, logprob, sharding, tokenizer
 
 
-def scorer(mesh: Mesh) -> Callable:
-    """score(lm, batch, needs, ...) -> Scores on the host; every host holds the batch."""
+def scorer(mesh: Mesh, *, packed: bool = False) -> Callable:
+    """score(lm, batch, needs, ...) -> Scores on the host; every host holds the batch.
+
+    Args:
+      mesh: devices over which a batch is spread.
+      packed: lay rows out anew, so that what responses share is computed once.
+    """
     rows = NamedSharding(mesh, sharding.BATCH)
-
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = sharding.num_shards(mesh)
 
     def score(lm, batch, needs=(), **more):
         many = len(batch.tokens)
         # copies of the first row fill up what does not divide; they are cut off again
         at = np.r_[:many, np.zeros(-many % shards, int)]
-        batch = jax.device_put(jax.tree.map(lambda x: np.asarray(x)[at], batch), rows)
+        batch = batch._replace(layout=None)  # of other shards, if there is one
+        batch = jax.tree.map(lambda x: np.asarray(x)[at], batch)
+        if packed:
+            batch, _ = layout.lay(batch, shards=shards)
+        batch = jax.device_put(batch, rows)
         out = jax.device_get(compiled_score(mesh, tuple(needs))(lm, batch, **more))
         return jax.tree.map(lambda x: x[:many], out)
 
@@ -40,7 +48,7 @@ def compiled_score(mesh: Mesh, needs: tuple[str, ...]) -> Callable:
 def generator(text: tokenizer.Tokenizer, mesh: Mesh) -> Callable:
     """decode.generate that ends at the tokenizer's EOS, prompts spread over the mesh."""
     eos_ids = sorted(text.eos_ids)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = sharding.num_shards(mesh)
 
     def generate(lm, prompts, lengths, key, **settings):
         spec = P() if len(prompts) % shards else sharding.BATCH

@@ -4,16 +4,17 @@ Positions 0, 1, ... run through the data epoch after epoch. A plan gives random 
 the batches of all steps, so that a source can stop anywhere and go on from there.
 """
 
+import bisect
 import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
+from alignax import layout
 from alignax.batch import Batch, from_groups
 
 ENDLESS = 2**62  # steps
@@ -27,7 +28,8 @@ class Row(NamedTuple):
     responses: list[np.ndarray]
     scored: list[np.ndarray]
     feedback: Sequence[float]
-    columns: Mapping[str, float] = MappingProxyType({})
+    columns: Mapping[str, float]
+    distinct: int  # tokens, what responses share counted once: see `layout.group`
 
     def length(self) -> int:
         return len(self.prompt) + max(len(r) for r in self.responses)
@@ -72,52 +74,156 @@ class Order:
         return [rows[i * b : (i + 1) * b] for i in shuffled.tolist()]
 
 
+class Packing(NamedTuple):
+    """What packed rows are laid out for, and their usual shape."""
+
+    shards: int  # over all hosts
+    accumulate: int  # micro-batches
+    rows: int = 0  # R of each of shards * accumulate blocks; 0 = chosen by the batch
+    length: int = 0  # L
+
+    @property
+    def blocks(self) -> int:
+        return self.shards * self.accumulate
+
+
+class Filled:
+    """Which examples make up batch k, as many as fill its rows: a pure function of k.
+
+    Every epoch is cut into batches on its own (see `layout.fill`), in Grain's order; its
+    last batch is what is left. Devices and micro-batches have no part in it.
+    """
+
+    def __init__(self, sizes: list[int], prompts: int, *, window, seed, shuffle):
+        order = grain.MapDataset.range(len(sizes)).seed(seed)
+        self.order = (order.shuffle() if shuffle else order).repeat()
+        self.sizes, self.prompts = sizes, prompts
+        self.rows, self.length = layout.shape(sizes, prompts)
+        self.window = window * prompts if shuffle else 1
+        self.ends = [0]  # of the epochs so far, in batches
+        self.epoch = functools.lru_cache(maxsize=2)(self._epoch)
+
+    def batch(self, k: int) -> list[int | None]:
+        """Indices of the examples in batch k; None is an empty place."""
+        while self.ends[-1] <= k:
+            self.ends.append(self.ends[-1] + len(self.epoch(len(self.ends) - 1)))
+        number = bisect.bisect_right(self.ends, k) - 1
+        return self.epoch(number)[k - self.ends[number]]
+
+    def steps(self, epochs: int) -> int:
+        """Batches that so many epochs have."""
+        return sum(len(self.epoch(number)) for number in range(epochs))
+
+    def packing(self, shards: int, accumulate: int, some: int = 256) -> Packing:
+        """Rows for so many devices and micro-batches, as the first batches need them."""
+        if (blocks := shards * accumulate) == 1:
+            return Packing(1, 1, self.rows, self.length)
+        found = []
+        for batch in self.epoch(0)[:some]:
+            sizes = [0 if i is None else self.sizes[i] for i in batch]
+            parts = layout.spread(sizes, blocks)
+            found += [[sizes[i] for i in part] for part in parts]
+        return Packing(shards, accumulate, *layout.fitted(found, max(self.sizes)))
+
+    def _epoch(self, number: int) -> list[list[int | None]]:
+        n = len(self.sizes)
+        return layout.fill(
+            self.sizes, [self.order[i] for i in range(number * n, (number + 1) * n)],
+            prompts=self.prompts, rows=self.rows, length=self.length, window=self.window,
+        )  # fmt: skip
+
+
 class Plan:
     """Random access to the batches of all steps: what Grain iterates over."""
 
-    def __init__(self, data, orders, steps, *, buckets, host, pad, mixture):
+    def __init__(
+        self, data, orders, steps, *, buckets, host, pad, mixture, packing=None
+    ):
         self.data, self.orders, self.steps = data, orders, steps
         self.buckets, self.host, self.pad, self.mixture = buckets, host, pad, mixture
         self.group = max(len(row.responses) for rows in data for row in rows)
+        self.packing: Packing | None = packing
 
     def __len__(self) -> int:
         return self.steps
 
     def rows(self, k: int) -> list[tuple[int, Row | None]]:
         """(which part of the mixture, example or None) of all hosts' rows."""
-        return [
+        rows = [
             (part, None if i is None else self.data[part][i])
             for part, order in enumerate(self.orders)
             for i in order.batch(k)
         ]
+        if self.packing is None or self.mixture:
+            return rows
+        each = len(rows) // self.packing.blocks
+        sizes = [0 if row is None else row.distinct for _, row in rows]
+        out: list[tuple[int, Row | None]] = []
+        for block in layout.spread(sizes, self.packing.blocks):
+            out += [rows[i] for i in block] + [(0, None)] * (each - len(block))
+        return out
 
     def ids(self, k: int) -> list[str]:
         return [row.id for _, row in self.rows(k) if row is not None]
 
-    def __getitem__(self, k: int) -> tuple[Batch, list[str]]:
+    def __getitem__(self, k: int) -> tuple[Batch, list[str], dict[str, float]]:
+        """(this host's rows, ids of all hosts' examples, shares of all hosts' tokens)."""
         rows = self.rows(k)
-        size = fit(
-            max(row.length() for _, row in rows if row is not None), self.buckets
-        )
         index, count = self.host
         each = len(rows) // count
         mine = rows[index * each : (index + 1) * each]
-        batch = build([row for _, row in mine], self.group, size, self.pad)
+        batch = build([row for _, row in mine], self.group, self.size(rows), self.pad)
         if self.mixture:
             parts: Any = np.array([part for part, _ in mine], np.int32)
             batch = batch._replace(extra={**(batch.extra or {}), "source": parts})
-        return batch, [row.id for _, row in rows if row is not None]
+        if self.packing is not None:
+            p, (many, long) = self.packing, self.packed_shape(rows)
+            batch = batch._replace(
+                layout=layout.build(
+                    batch, shards=p.shards // count, accumulate=p.accumulate,
+                    rows=many, length=long,
+                )
+            )  # fmt: skip
+        real, distinct, total = self.tokens(rows)
+        shares = {"padding": 1 - real / total, "useful_tokens": distinct / total}
+        return batch, [row.id for _, row in rows if row is not None], shares
 
-    def padding(self, steps: int) -> float:
-        """Share of padding among all tokens of the first `steps` batches."""
-        real = total = 0
-        for k in range(steps):
-            rows = self.rows(k)
-            used = [row for _, row in rows if row is not None]
-            size = fit(max(row.length() for row in used), self.buckets)
-            total += len(rows) * self.group * size
-            real += sum(len(r.prompt) + len(a) for r in used for a in r.responses)
-        return 1.0 - real / total
+    def size(self, rows) -> int:
+        """T of a batch."""
+        return fit(
+            max(row.length() for _, row in rows if row is not None), self.buckets
+        )
+
+    def packed_shape(self, rows) -> tuple[int, int]:
+        """(R, L) of a batch, the same on all hosts: few batches need more than usual."""
+        assert self.packing is not None
+        each = len(rows) // self.packing.blocks
+        sizes = [0 if row is None else row.distinct for _, row in rows]
+        blocks = [sizes[i : i + each] for i in range(0, len(rows), each)]
+        if not self.packing.rows:
+            return layout.choose(blocks, each, self.group * self.size(rows))
+        need = max(len(layout.pack(block, self.packing.length)) for block in blocks)
+        usual = self.packing.rows
+        return usual if need <= usual else layout.steps(need), self.packing.length
+
+    def tokens(self, rows) -> tuple[int, int, int]:
+        """Tokens of a batch: that are there, distinct ones, and those computed."""
+        used = [row for _, row in rows if row is not None]
+        distinct = sum(row.distinct for row in used)
+        if self.packing is None:
+            real = sum(len(r.prompt) + len(a) for r in used for a in r.responses)
+            return real, distinct, len(rows) * self.group * self.size(rows)
+        many, long = self.packed_shape(rows)
+        return distinct, distinct, self.packing.blocks * many * long
+
+    def shares(self, steps: int) -> dict[str, float]:
+        """Of the first `steps` batches: share of padding, and of distinct real tokens.
+
+        What is computed twice, such as a prompt beside each response, is neither.
+        """
+        found = np.sum([self.tokens(self.rows(k)) for k in range(steps)], 0)
+        real, distinct, total = found.tolist()
+        return {"padding": 1.0 - real / total, "useful": distinct / total}
 
 
 def build(rows: list[Row | None], group: int, size: int, pad: int) -> Batch:

@@ -10,7 +10,7 @@ def summary(report: dict[str, Any]) -> str:
     names = ("read", "used", "cut", "dropped", "malformed")
     text = (
         ", ".join(f"{report[n]} {n}" for n in names)
-        + f", {report['padding']:.1%} padding"
+        + f", {report['padding']:.1%} padding, {report['useful']:.1%} useful tokens"
     )
     for name in ("dropped_ids", "malformed_ids"):
         text += "".join(

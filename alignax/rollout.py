@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from alignax import layout
 from alignax.batch import LM, Batch, Example, Params
 from alignax.packing import pack, unpack
 from alignax.plugin import Bound
@@ -53,6 +54,7 @@ def rollout_source(
     anchor: Callable[[Params | None], LM] | None = None,
     anchor_samples: int = 2,
     host: tuple[int, int] = (0, 1),
+    packed: tuple[int, int] | None = None,
 ) -> Source:
     """Batches of fresh responses, shaped into advantages.
 
@@ -85,6 +87,8 @@ def rollout_source(
         shaping sees it.
       anchor_samples: see `anchor`.
       host: (process index, process count).
+      packed: (shards over all hosts, micro-batches) that the batches of the step are
+        laid out for, in one of eight shapes; None leaves one row per response.
 
     Returns:
       A Source, whose `next` takes (params, step, average). Its report has 'metrics' of a
@@ -275,6 +279,13 @@ def rollout_source(
         rows = rows[part * batch_size : (part + 1) * batch_size]
         now["used"] += 1
         report["ids"] = [now["ids"][i] for i in rows]
+        if packed is not None:
+            whole = at(rows, now["buffer"])
+            batch, useful = layout.lay(
+                whole, shards=packed[0], accumulate=packed[1], host=host
+            )
+            report["metrics"] = {**report["metrics"], "useful_tokens": useful}
+            return batch
         share = batch_size // host[1]
         return at(rows[host[0] * share : (host[0] + 1) * share], now["buffer"])
 

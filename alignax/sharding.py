@@ -8,6 +8,7 @@ import logging
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,19 +21,22 @@ from alignax.models import lora, transformer
 PARAM_RULES = (*transformer.PARAM_RULES, *lora.PARAM_RULES)
 AXES = ("data", "fsdp", "model")
 BATCH = P(("data", "fsdp"))  # shards B; a group G is never split
+LAYOUTS = ("packed", "grouped", "rows")  # what config.layout may be
 log = logging.getLogger(__name__)
 
 
-def make_mesh(shape: Sequence[int]) -> Mesh:
+def make_mesh(shape: Sequence[int], devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over the first prod(shape) devices, axes ('data', 'fsdp', 'model').
 
     Args:
       shape: three sizes; one may be -1 and takes what is left.
+      devices: by default all there are; `preflight` has those of a slice elsewhere.
 
     Raises:
       ValueError: not three sizes, or more devices asked for than there are.
     """
-    shape, devices = list(shape), jax.devices()
+    shape = list(shape)
+    devices = jax.devices() if devices is None else list(devices)
     if len(shape) != 3 or shape.count(-1) > 1 or any(s < 1 and s != -1 for s in shape):
         raise ValueError(
             f"mesh shape {tuple(shape)} should be three sizes for {AXES}, one may be -1"
@@ -120,10 +124,31 @@ def put_params(params, mesh: Mesh):
     return place(params)
 
 
+def num_shards(mesh: Mesh) -> int:
+    """Parts that B is split into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def packed(layout: str, accumulate: int, mesh: Mesh) -> tuple[int, int] | None:
+    """What batches are laid out for, (shards, micro-batches); None for plain rows.
+
+    Args:
+      layout: of the config, one of LAYOUTS.
+      accumulate: micro-batches.
+      mesh: devices of the run.
+
+    Raises:
+      ValueError: an unknown layout.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"config.layout is {layout!r}, expected one of {LAYOUTS}")
+    return None if layout == "rows" else (num_shards(mesh), accumulate)
+
+
 def check_hosts(mesh: Mesh) -> None:
     """Raises ValueError if several hosts cannot feed this mesh; logs idle devices."""
     hosts, devices = jax.process_count(), len(jax.devices())
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = num_shards(mesh)
     if hosts > 1 and (mesh.size != devices or shards % hosts):
         raise ValueError(
             f"mesh {dict(mesh.shape)} on {hosts} hosts: it must use all {devices} devices, "
@@ -136,7 +161,7 @@ def check_hosts(mesh: Mesh) -> None:
 
 def check_batch_size(batch_size: int, accumulate: int, mesh: Mesh) -> None:
     """Raises ValueError if a step's prompts do not divide over micro-batches and mesh."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = num_shards(mesh)
     if batch_size % (shards * accumulate):
         raise ValueError(
             f"batch_size={batch_size} does not divide over accumulate={accumulate} x "

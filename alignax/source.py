@@ -21,9 +21,9 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from alignax import logprob
+from alignax import layout, logprob
 from alignax.batch import LM, Batch, Example
-from alignax.plan import ENDLESS, Order, Plan, Row, bucket_sizes, fit
+from alignax.plan import ENDLESS, Filled, Order, Packing, Plan, Row, bucket_sizes, fit
 from alignax.plan import identity as plan_identity
 from alignax.tokenizer import Tokenized, Tokenizer
 
@@ -40,8 +40,9 @@ class Source(NamedTuple):
       state: () -> a JSON-serialisable dict.
       restore: takes what `state` gave; the batches that follow are bit-identical.
       report: () -> counts over the data ('read', 'used', 'cut', 'dropped',
-        'malformed'), 'padding' (share of padding tokens over one epoch), the first
-        'dropped_ids' and 'malformed_ids' with their reasons, and 'ids' of the last batch.
+        'malformed'), over one epoch 'padding' (share of tokens) and 'useful' (share of
+        distinct ones, what responses share counted once), the first 'dropped_ids' and
+        'malformed_ids' with their reasons; 'ids' of the last batch, and 'metrics' of it.
     """
 
     next: Callable[..., Batch]
@@ -74,13 +75,22 @@ def dataset_source(
     host: tuple[int, int] = (0, 1),
     vocab_size: int | None = None,
     window: int = 16,
+    packed: tuple[int, int] | None = None,
+    filled: bool = True,
 ) -> Source:
     """Batches of a data set, or of a mixture with a fixed ratio in every step.
 
-    Examples of like length share a batch: within a window of shuffled batches rows are
-    sorted by length, cut into batches, and the batches shuffled again. Every example
-    occurs once an epoch; a batch may hold the end of one epoch and the start of the
+    Every example occurs once an epoch. Plain batches hold examples of like length: within
+    a window of shuffled batches rows are sorted by length, cut into batches, and the
+    batches shuffled again. A batch may hold the end of one epoch and the start of the
     next; the last batch of all is filled up with invalid rows.
+
+    Packed batches (see `layout`) all have one shape, whose rows hold as many tokens as
+    `batch_size` prompts have on average. They are filled up to that: a batch has up to
+    `batch_size` prompts, the places left over are invalid; those at the end of an epoch
+    have what is left of it. That needs room for some prompts beside each other, on every
+    device. Where there is none, and in a mixture, whose ratio is exact, batches are those
+    of plain rows, and each is packed into one of eight shapes.
 
     An example that cannot be tokenised (its prompt's ids are no prefix of the whole, a
     turn holds two EOS, ...) counts as malformed and is named with its reason.
@@ -100,15 +110,19 @@ def dataset_source(
         the most steps is passed this often, and the others repeat.
       host: (process index, process count).
       vocab_size: V of the model, to refuse ids beyond it; None does not check.
-      window: number of batches over which rows are sorted by length.
+      window: number of batches over which rows are sorted by length, or out of which
+        packed ones are filled.
+      packed: (shards over all hosts, micro-batches) that batches are laid out for; None
+        leaves one row per response.
+      filled: fill packed rows; False packs batches of examples of like length.
 
     Returns:
       A Source of host batches [B / process count, G, T], G the largest group.
 
     Raises:
       ValueError: no usable example; a ratio that `batch_size` cannot hold exactly; a
-        batch that the hosts cannot share evenly; a bucket beyond `length`; an id at or
-        beyond `vocab_size`.
+        batch that the hosts, or shards and micro-batches, cannot share evenly; a bucket
+        beyond `length`; an id at or beyond `vocab_size`.
     """
     parts = examples if isinstance(examples, Mapping) else {"data": (examples, 1)}
     shares = _shares({k: ratio for k, (_, ratio) in parts.items()}, batch_size)
@@ -124,12 +138,18 @@ def dataset_source(
     named = {k: sorted(rows[0].columns) for k, rows in zip(parts, data, strict=True)}
     if len({tuple(names) for names in named.values()}) > 1:
         raise ValueError(f"the parts of a mixture have different columns: {named}")
+    mixture = isinstance(examples, Mapping)
+    if packed is not None and batch_size % (packed[0] * packed[1]):
+        raise ValueError(
+            f"batch_size {batch_size} does not divide over {packed[0]} shards x "
+            f"{packed[1]} micro-batches"
+        )
     need = [-(-len(rows) // b) if epochs is None else -(-len(rows) * epochs // b)
             for rows, b in zip(data, shares, strict=True)]  # fmt: skip
     steps = ENDLESS if epochs is None else max(need)
-    orders = [
+    orders: list[Any] = [
         Order(
-            [row.length() for row in rows],
+            [row.length() if packed is None else row.distinct for row in rows],
             share,
             window=window,
             seed=seed + i,
@@ -138,10 +158,21 @@ def dataset_source(
         )
         for i, (rows, share, n) in enumerate(zip(data, shares, need, strict=True))
     ]
+    sizes = bucket_sizes(buckets, length)
+    one, packing = max(need), None  # batches to report on
+    if packed is not None:  # T costs next to nothing: one will do
+        sizes = (fit(max(row.length() for rows in data for row in rows), sizes),)
+        packing = Packing(*packed)
+        if filled and not mixture:
+            order = Filled(
+                [row.distinct for row in data[0]], batch_size,
+                window=window, seed=seed, shuffle=shuffle,
+            )  # fmt: skip
+            one, orders, packing = order.steps(1), [order], order.packing(*packed)
+            steps = ENDLESS if epochs is None else order.steps(epochs)
     plan = Plan(
         data, orders, steps,
-        buckets=bucket_sizes(buckets, length), host=host, pad=tokenizer.pad_id,
-        mixture=isinstance(examples, Mapping),
+        buckets=sizes, host=host, pad=tokenizer.pad_id, mixture=mixture, packing=packing,
     )  # fmt: skip
     # The state is worth nothing on other data or another layout: it says which it is of.
     settings: tuple[Any, ...] = (
@@ -152,18 +183,20 @@ def dataset_source(
         plan.buckets,
     )
     settings += (shuffle, epochs, window, shares)
+    if packed is not None:
+        settings += ("packed", filled)
     identity = plan_identity(data, settings)
     walk = iter(
         grain.MapDataset.source(plan).to_iter_dataset(
             grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         )
     )
-    counts["padding"] = plan.padding(min(steps, max(need)))
-    last: dict[str, list[str]] = {"ids": []}
+    counts |= plan.shares(min(steps, one))
+    last: dict[str, Any] = {"ids": [], "metrics": {}}
 
     def next_batch(params: Any = None, step: int = 0, average: Any = None) -> Batch:
         del params, step, average
-        batch, last["ids"] = next(walk)
+        batch, last["ids"], last["metrics"] = next(walk)
         return batch
 
     def state() -> dict[str, Any]:
@@ -235,7 +268,7 @@ def eval_batches(
         [rows], [order], -(-len(rows) // batch_size),
         buckets=bucket_sizes(buckets, length), host=host, pad=tokenizer.pad_id, mixture=False,
     )  # fmt: skip
-    counts["padding"] = plan.padding(len(plan))
+    counts |= plan.shares(len(plan))
     return EvalBatches(plan, counts)
 
 
@@ -407,13 +440,16 @@ def _read(examples, tokenizer, length, vocab_size, counts) -> list[Row]:
             continue
         counts["cut"] += was_cut
         counts["used"] += 1
+        responses = [np.array(r, np.int32) for r in part.responses]
+        scored = [np.array(s, bool) for s in part.scored]
         row = Row(
             example.id,
             np.array(part.prompt_ids, np.int32),
-            [np.array(r, np.int32) for r in part.responses],
-            [np.array(s, bool) for s in part.scored],
+            responses,
+            scored,
             tuple(map(float, example.feedback)),
             {k: float(v) for k, v in example.columns.items()},
+            len(part.prompt_ids) + layout.group(responses, scored).size(),
         )
         if rows and row.columns.keys() != rows[0].columns.keys():
             raise ValueError(

@@ -218,12 +218,17 @@ def make_train_step(
             value, metrics = sums
         return value, {k: v / count for k, v in metrics.items()}, grads
 
+    shards = 1 if mesh is None else sharding.num_shards(mesh)
+
     def split(x):
-        # Row i goes to micro-batch i mod k: every micro-batch stays spread over the mesh.
-        return jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0)
+        # A shard's rows are cut in order: every micro-batch stays spread over the mesh,
+        # and what belongs together (the blocks of a layout, the prompts in them) meets.
+        x = x.reshape(shards, accumulate, -1, *x.shape[1:])
+        return jnp.moveaxis(x, 1, 0).reshape(accumulate, -1, *x.shape[3:])
 
     def join(x):
-        return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
+        x = x.reshape(accumulate, shards, -1, *x.shape[2:])
+        return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[3:])
 
     def frozen(average, lms):
         if not moving:

@@ -4,6 +4,7 @@ batch -> annotate (frozen LMs) -> score (policy) -> loss -> mean -> gradient -> 
 """
 
 import functools
+import itertools
 import logging
 import signal
 import threading
@@ -13,17 +14,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from alignax import (
     build,
     checkpoint,
     evaluation,
+    hosts,
     logprob,
     masked,
     parallel,
     plots,
     sharding,
     stages,
+    watchdog,
     workdirs,
 )
 from alignax.batch import LM, Metrics, Scores
@@ -65,12 +69,14 @@ def train(config, workdir: str) -> TrainState:
     if config.get("stages"):
         return stages.run_stages(config, workdir, train)
     run = build.build(config, workdir)
+    hosts.meet("data and weights are read")
     ckpt = config.checkpoint
     make_manager = functools.partial(checkpoint.manager, asynchronous=ckpt.asynchronous)
     with (
         make_manager(f"{run.workdir}/checkpoints", keep=ckpt.keep) as latest,
         make_manager(f"{run.workdir}/best", keep=1) as best,
         preemption() as stop,
+        watchdog.Watchdog(run.workdir, config.watchdog.minutes) as alive,
     ):
         state = init_state(
             run.policy.params,
@@ -88,22 +94,23 @@ def train(config, workdir: str) -> TrainState:
             record = meta["best"]
             run.say(f"resumed at step {int(state.step)} of {config.num_steps}")
         start = int(state.step)
+        alive.begin(start, config.watchdog.starts)
         # the state holds the parameters now
         run = run._replace(policy=LM(run.policy.config, {}))
         writer = Writer(
             run.workdir, step=start, wandb=config.wandb, config=config.to_dict()
         )
         with writer:
-            return _loop(config, run, state, record, latest, best, writer, stop, start)
+            return _loop(
+                config, run, state, record, latest, best, writer, stop, start, alive
+            )
 
 
-def _loop(config, run, state, record, latest, best, writer, stop, start):
+def _loop(config, run, state, record, latest, best, writer, stop, start, alive):
     model = run.policy.config
     step = make_train_step(
-        model, run.tx, run.loss, run.mesh,
-        accumulate=config.accumulate, average=config.average,
-        average_every=config.average_every, moving=run.moving, assemble=run.assemble,
-    )  # fmt: skip
+        model, run.tx, run.loss, run.mesh, **build.settings(config, run)
+    )
     whole = run.assemble(state.params, run.lms)
     trained, every = map(transformer.num_params, (state.params, whole.params))
     flops = flops_per_token(trained, "train", frozen=every - trained)
@@ -164,8 +171,9 @@ def _loop(config, run, state, record, latest, best, writer, stop, start):
             )
         window += tokens
         seconds = time.monotonic() - clock
-        metrics["train/tokens_per_second"] = window / seconds
-        utilisation = mfu(flops * window, seconds, list(run.mesh.devices.flat))
+        real, computed = window  # what responses share counts in each of them, and once
+        metrics["train/tokens_per_second"] = real / seconds
+        utilisation = mfu(flops * computed, seconds, list(run.mesh.devices.flat))
         if utilisation is not None:
             metrics["train/mfu"] = utilisation
         metrics["train/lr"] = float(run.rate(at - 1))
@@ -194,7 +202,8 @@ def _loop(config, run, state, record, latest, best, writer, stop, start):
             eager = settings.jax_disable_jit
             with jax.transfer_guard("allow" if eager else "disallow"):
                 state, device_metrics = step(state, run.lms, batch)
-            shape = rows.tokens.shape
+            packed = rows.layout and rows.layout.tokens.shape
+            shape = (rows.tokens.shape, packed)
             seen.add(shape)
             if step.compilations(state) > len(seen):
                 raise RuntimeError(
@@ -203,13 +212,15 @@ def _loop(config, run, state, record, latest, best, writer, stop, start):
             done = settle()
             if at == 0 and checked:
                 close_to_start(device_metrics, model)
-            tokens = int(rows.lengths[rows.valid].sum()) * jax.process_count()
+            tokens = np.full(2, rows.lengths[rows.valid].sum()) * jax.process_count()
+            if rows.layout is not None:
+                tokens[1] = (rows.layout.group > 0).sum() * jax.process_count()
             padding = 1 - rows.lengths.sum() / rows.tokens.size
             device_metrics["padding"] = padding
             device_metrics |= report.get("metrics", {})
             pending = (at + 1, device_metrics, ids, tokens)
             now = at + 1
-            ending = now == config.num_steps or stop()
+            ending = now == config.num_steps or stop(now)
             evaluating = (
                 config.eval_every and now % config.eval_every == 0 and not ending
             )
@@ -224,13 +235,14 @@ def _loop(config, run, state, record, latest, best, writer, stop, start):
                 done = settle()
                 writer.write(now, done)
             show(now, done)
+            alive(now)
             if profiling and (ending or now == config.profile[1]):
                 jax.profiler.stop_trace()
                 profiling = False
             if evaluating:
                 metrics = evaluate(state, now)
                 finished = judged(metrics, state, now)
-            stopping = stop()  # it may also have come during the evaluation
+            stopping = stop(now)  # it may also have come during the evaluation
             if stopping and pending:
                 writer.write(now, settle())
             if ending or saving or finished or stopping:
@@ -366,22 +378,28 @@ def close_to_start(metrics: Metrics, model: ModelConfig) -> None:
 
 
 class preemption:
-    """Context in which SIGTERM only raises a flag; calling it tells whether it came."""
+    """Context in which SIGTERM only raises a flag; calling it tells whether it came.
+
+    Among several processes it is enough that one of them gets the signal: jax agrees on a
+    step at which all are told, with no wait at any other. Orbax asks jax the same, by
+    step, when it saves; so the numbers handed in here are steps too.
+    """
 
     def __enter__(self):
         self._flag = threading.Event()
+        self._calls = itertools.count(1)
         self._old: Any = None
-        if threading.current_thread() is threading.main_thread():
+        self._alone = jax.process_count() == 1  # else jax listens to the signal
+        if self._alone and threading.current_thread() is threading.main_thread():
             self._old = signal.signal(signal.SIGTERM, lambda *_: self._flag.set())
         return self
 
-    def __call__(self) -> bool:
-        if jax.process_count() == 1:
+    def __call__(self, step: int | None = None) -> bool:
+        """Whether to stop at `step`, or at this call where nothing has steps."""
+        if self._alone:
             return self._flag.is_set()
-        from jax.experimental import multihost_utils  # every host must stop at one step
-
-        flags = multihost_utils.process_allgather(np.array(self._flag.is_set()))
-        return bool(np.any(flags))
+        at = next(self._calls) if step is None else step
+        return multihost_utils.reached_preemption_sync_point(at)
 
     def __exit__(self, *_):
         if self._old is not None:

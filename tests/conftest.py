@@ -8,7 +8,10 @@ import importlib.metadata
 import os
 import pathlib
 
-FLAGS = ["--xla_force_host_platform_device_count=8"]
+FLAGS = [
+    "--xla_force_host_platform_device_count=8",
+    "--xla_cpu_parallel_codegen_split_count=1",  # splitting costs more than it gains here
+]
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     # The other emitter compiles three times as fast. Later jaxlibs abort on its name.
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")

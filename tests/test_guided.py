@@ -167,7 +167,7 @@ def blocks(target, b, length, table=VALUES):
 
 def test_whole_blocks_are_drawn_by_their_tilted_law(lms, target):
     """Blocks of two tokens, the last of one."""
-    out = run(lms, guide=guide("block"), block_length=2, group=MANY)
+    out = run(lms, guide=guide("block"), block_length=2, group=MANY // 2)
     for b in range(2):
         law = blocks(target, b, 2)
         assert sum(law.values()) == pytest.approx(1)

@@ -12,11 +12,11 @@ def test_table_puts_the_interval_beside_its_value():
 
 def test_summary_counts_and_names():
     counts = dict(
-        read=5, used=3, cut=1, dropped=1, malformed=1, padding=0.125,
+        read=5, used=3, cut=1, dropped=1, malformed=1, padding=0.125, useful=0.75,
         dropped_ids=["a:2: too long"], malformed_ids=["a:4: not JSON"],
     )  # fmt: skip
     assert report.summary(counts).splitlines() == [
-        "5 read, 3 used, 1 cut, 1 dropped, 1 malformed, 12.5% padding",
+        "5 read, 3 used, 1 cut, 1 dropped, 1 malformed, 12.5% padding, 75.0% useful tokens",
         "  dropped: a:2: too long",
         "  malformed: a:4: not JSON",
     ]

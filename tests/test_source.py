@@ -421,3 +421,106 @@ def test_quickstart_data_pass_through_whole():
         assert all(a > b for a, b in zip(good, bad, strict=True))
     report = src.report()
     assert (report["read"], report["used"], report["cut"]) == (64, 64, 0)
+
+
+# -- packed
+
+
+def distinct_tokens(batch):
+    """Tokens of a batch, what responses share once: prefixes, one by one."""
+    seen = set()
+    for b, group in enumerate(batch.tokens):
+        for tokens, mask in zip(group, batch.mask[b], strict=True):
+            end = len(mask) - int(mask[::-1].argmax()) if mask.any() else 0
+            seen |= {(b, tuple(tokens[: t + 1])) for t in range(end)}
+    return len(seen)
+
+
+def test_packed_batches_hold_every_example_once_an_epoch_in_one_shape():
+    rows = make(100, group=2, spread=40)
+    src = build(rows, batch_size=8, length=64, epochs=2, packed=(1, 1))
+    batches = drain(src)
+    seen = collections.Counter(p for b in batches for p in prompts_of(b))
+    assert seen == {f"e{i}:": 2 for i in range(100)}
+    assert len({b.tokens.shape for b in batches}) == 1
+    assert len({b.layout.tokens.shape for b in batches}) == 1
+    for batch in batches:
+        check(batch)
+    half = [p for b in batches[: len(batches) // 2] for p in prompts_of(b)]
+    assert len(set(half)) == 100
+    once = batches[: len(batches) // 2]
+    share = sum(map(distinct_tokens, once)) / sum(b.layout.tokens.size for b in once)
+    report = src.report()
+    assert report["useful"] == pytest.approx(share, abs=1e-12)
+    assert report["padding"] == pytest.approx(1 - share, abs=1e-12)
+    assert share > 0.9
+    plain = build(rows, batch_size=8, length=64, epochs=2).report()["useful"]
+    assert plain < 0.8
+    last = batches[-1]
+    assert report["metrics"] == pytest.approx(
+        {
+            "useful_tokens": distinct_tokens(last) / last.layout.tokens.size,
+            "padding": 1 - distinct_tokens(last) / last.layout.tokens.size,
+        }
+    )
+
+
+def test_devices_and_micro_batches_do_not_change_what_a_packed_batch_holds():
+    rows = make(60, group=2, spread=40)
+    settings = dict(batch_size=8, length=64, epochs=1)
+    whole = drain(build(rows, **settings, packed=(1, 1)))
+    for packed in ((2, 1), (2, 2), (1, 4)):
+        batches = drain(build(rows, **settings, packed=packed))
+        assert [sorted(prompts_of(b)) for b in batches] == [
+            sorted(prompts_of(b)) for b in whole
+        ]
+        for batch in batches:
+            assert batch.layout.tokens.shape[0] == packed[0] * packed[1]
+    saved = build(rows, **settings, packed=(1, 1)).state()
+    build(rows, **settings, packed=(2, 2)).restore(saved)
+    with pytest.raises(ValueError, match="another batch layout"):
+        build(rows, **settings).restore(saved)
+    with pytest.raises(ValueError, match="8 does not divide over 3 shards x 1"):
+        build(rows, **settings, packed=(3, 1))
+
+
+@pytest.mark.parametrize("stop", [1, 9])
+@pytest.mark.parametrize("mixture", [False, True])
+def test_restored_packed_source_gives_the_same_batches(stop, mixture):
+    def fresh():
+        rows = make(18, group=2)
+        parts = {"a": (rows, 3), "b": (make(5, group=2), 1)} if mixture else rows
+        return build(parts, window=2, packed=(2, 1))
+
+    whole = fresh()
+    batches = [whole.next(None, i) for i in range(14)]
+    first = fresh()
+    for i in range(stop):
+        first.next(None, i)
+    second = fresh()
+    second.next(None, 0)
+    second.restore(json.loads(json.dumps(first.state())))
+    for expected in batches[stop:]:
+        got = second.next(None, 0)
+        same(got, expected)
+        for a, b in zip(got.layout, expected.layout, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("mixture", [False, True])
+def test_hosts_lay_out_their_own_rows_in_the_same_shapes(mixture):
+    rows = make(21, group=2, spread=60)
+    parts = {"a": (rows, 3), "b": (make(5, group=2), 1)} if mixture else rows
+    settings = {"batch_size": 8, "length": 64, "epochs": 2, "packed": (4, 1)}
+    whole = drain(build(parts, **settings))
+    hosts = [drain(build(parts, **settings, host=(i, 2))) for i in range(2)]
+    for step, batch in enumerate(whole):
+        shards = [h[step] for h in hosts]
+        for field, want in enumerate(batch.layout):
+            joined = np.concatenate([s.layout[field] for s in shards])
+            np.testing.assert_array_equal(joined, want)
+
+
+def test_packed_batches_without_shuffling_keep_the_order():
+    batches = drain(build(make(20), epochs=1, shuffle=False, packed=(1, 1)))
+    assert [p for b in batches for p in prompts_of(b)] == [f"e{i}:" for i in range(20)]

@@ -44,8 +44,14 @@ def config(kind: str = "sft", **changes):
 
 
 def environment(**more) -> dict[str, str]:
-    """Of a subprocess: one device, and the repository and this file importable."""
-    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", PAUSE)}
+    """Of a subprocess: one device, and the repository and this file importable.
+
+    It compiles as quickly, and optimises as little, as the tests themselves.
+    """
+    env = {k: v for k, v in os.environ.items() if k != PAUSE}
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    env["XLA_FLAGS"] = " ".join(f for f in flags if "device_count" not in f)
+    env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
     # Tests start many processes that compile the same small programs.
     cache = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}

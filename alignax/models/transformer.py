@@ -10,7 +10,6 @@ g = h/k queries per kv head, e head size, f mlp width, v vocabulary.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -22,6 +21,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from alignax.batch import LM, Params
+from alignax.models.attention import Attend, attention, same_segment
+from alignax.models.contract import contract
 
 PARAM_RULES = (  # path regex -> spec; first match wins; no match is an error
     (r"embed$", P("model", "fsdp")),  # V D
@@ -130,57 +131,6 @@ class Norm(nn.Module):
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32**2, -1, keepdims=True) + self.eps)
         return (x32 * (scale.astype(jnp.float32) + float(self.offset))).astype(x.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def contract(equation: str, a, b, dtype):
-    """einsum(a, b) accumulated in float32 and returned in `dtype`, both ways.
-
-    Cotangents are rounded to the operands' dtype before they are multiplied, as the
-    activations are. Left to JAX, a bfloat16 backward would multiply float32 by
-    bfloat16: on a CPU with bfloat16 units that was measured 4 times slower.
-    """
-    return _einsum(equation, a, b.astype(a.dtype)).astype(dtype)
-
-
-def _einsum(equation, a, b):
-    """jnp.einsum, but for the order of contracted axes: the operands' own.
-
-    jnp.einsum contracts "nthe,hed->ntd" over (e, h), for which XLA copies the kernel in
-    another layout at every call: on a CPU that was half of a decoding step.
-    """
-    inputs, out = equation.split("->")
-    left, right = inputs.split(",")
-    inner = [c for c in left if c in right and c not in out]
-    batch = [c for c in left if c in right and c in out]
-    axes = [
-        (tuple(map(x.index, inner)), tuple(map(x.index, batch))) for x in (left, right)
-    ]
-    y = jax.lax.dot_general(
-        a, b, tuple(zip(*axes, strict=True)), preferred_element_type=jnp.float32
-    )
-    rest = [c for c in left + right if c not in inner + batch]
-    have = "".join(batch + rest)
-    return y if have == out else y.transpose([have.index(c) for c in out])
-
-
-def _contract_forward(equation, a, b, dtype):
-    return contract(equation, a, b, dtype), (a, b)
-
-
-def _contract_backward(equation, dtype, operands, g):
-    a, b = operands
-    inputs, out = equation.split("->")
-    left, right = inputs.split(",")
-    # one rounding for both products; a float32 parameter gets its gradient in float32
-    g = g.astype(a.dtype)
-    return (
-        contract(f"{out},{right}->{left}", g, b, a.dtype),
-        contract(f"{left},{out}->{right}", a, g, b.dtype),
-    )
-
-
-contract.defvjp(_contract_forward, _contract_backward)
 
 
 class Project(nn.Module):
@@ -302,59 +252,6 @@ def rotate(x, rope):
     return y.reshape(x.shape).astype(x.dtype)
 
 
-def attention(q, k, v, q_pos, k_pos, attend, local, config):
-    """Causal attention by tiles of queries, so that [T, T] never exists for long T.
-
-    The largest score array is [N, H, config.attn_tile, S]; the backward pass
-    recomputes it tile by tile.
-    """
-    c = config
-    n, t, _, e = q.shape
-    q = q.reshape(n, t, c.num_kv_heads, -1, e)
-    # Heads before tokens, so that both products are plain batched matrix products: on a
-    # CPU this was measured twice as fast as leaving the order to einsum.
-    k, v = jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1)
-    scale = (c.query_scale or e) ** -0.5
-    window = jnp.where(local, c.window or 0, np.iinfo(np.int32).max)
-
-    def tile(queries):
-        q_ntkge, q_pos, q_ids = queries
-        q = q_ntkge.transpose(0, 2, 3, 1, 4)
-        s = contract("nkqe,nkse->nkqs", merge(q), k, jnp.float32) * scale
-        if c.attn_softcap:
-            s = c.attn_softcap * jnp.tanh(s / c.attn_softcap)
-        distance = q_pos[:, :, None] - k_pos[:, None, :]
-        allowed = (distance >= 0) & (distance < window)
-        if q_ids is not None:
-            allowed &= q_ids[:, :, None] == attend[:, None, :]
-        s = s.reshape(*q.shape[:4], -1)
-        s = jnp.where(allowed[:, None, None], s, -1e30)
-        p = merge(jax.nn.softmax(s, axis=-1).astype(v.dtype))
-        y = contract("nkqs,nkse->nkqe", p, v, v.dtype)
-        return y.reshape(q.shape).transpose(0, 3, 1, 2, 4)
-
-    def merge(x_nkgtx):
-        n, k, g, t, x = x_nkgtx.shape
-        return x_nkgtx.reshape(n, k, g * t, x)
-
-    step = c.attn_tile
-    if t <= step:
-        y = tile((q, q_pos, attend))
-    else:  # a scan, not a Python loop: XLA would keep every unrolled tile alive at once
-        pad = -t % step
-
-        def split(x):
-            x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-            return jnp.moveaxis(x.reshape(n, -1, step, *x.shape[2:]), 1, 0)
-
-        q_pos = jnp.broadcast_to(q_pos, (n, t))
-        tiles = jax.lax.map(
-            jax.checkpoint(tile), jax.tree.map(split, (q, q_pos, attend))
-        )
-        y = jnp.moveaxis(tiles, 0, 1).reshape(n, t + pad, *q.shape[2:])[:, :t]
-    return y.reshape(n, t, c.num_heads, e)
-
-
 def _local_layers(config: ModelConfig) -> np.ndarray:
     flags = config.local_layers or (config.window is not None,) * config.num_layers
     return np.array(flags, bool)
@@ -424,7 +321,7 @@ def hidden(
     lm: LM,
     tokens: Int[Array, "N T"],
     positions: Int[Array, "N T"] | None = None,
-    attend: Int[Array, "N T"] | None = None,
+    attend: Int[Array, "N T"] | Attend | None = None,
     cache: Cache | None = None,
     edit: Callable | None = None,
 ) -> tuple[Float[Array, "N T D"], Cache | None]:
@@ -435,7 +332,8 @@ def hidden(
       tokens: ids; right padding needs no mask, since no real token sees a later one.
       positions: position of each token, default 0..T-1. With a cache it is also the
         slot that is written.
-      attend: segment ids; a token sees earlier tokens of its own segment. None = one.
+      attend: who sees whom among earlier positions; an array is segment ids, of which
+        a token sees its own. None = one segment. Not with a cache.
       cache: from `init_cache`; None in training.
       edit: `edit(x, layer) -> x` on the residual stream after each layer.
 
@@ -445,6 +343,8 @@ def hidden(
     c, params = lm.config, lm.params
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+    if attend is not None and not isinstance(attend, Attend):
+        attend = Attend((attend,), same_segment)
     x = params["embed"][tokens].astype(c.dtype)  # the table's gradient stays float32
     if c.embed_scale:
         x = x * jnp.asarray(c.width**0.5, x.dtype)

@@ -34,11 +34,15 @@ text = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
 text.pad_token = text.pad_token or text.eos_token
 online = ask["mode"] == "online"
 ref = transformers.AutoModelForCausalLM.from_pretrained(folder, **given) if online else None
+for m in (model, ref):  # the file was quantised, what is in memory is not
+    if m is not None:
+        m.is_quantized, m.hf_quantizer = False, None
+        del m.config.quantization_config
 many = ask["pairs"]
 args = trl.DPOConfig(
     output_dir=tempfile.mkdtemp(), per_device_train_batch_size=many, bf16=False, fp16=False,
     max_length=ask["length"], precompute_ref_log_probs=not online, report_to=[],
-    learning_rate=1e-6, use_cpu=True,
+    learning_rate=1e-6, use_cpu=True, gradient_checkpointing=ask["recompute"],
 )
 trainer = trl.DPOTrainer(
     model, ref, args=args, processing_class=text,
@@ -49,6 +53,7 @@ names = ("prompt_ids", "chosen_ids", "rejected_ids")
 print(json.dumps({"version": trl.__version__, "torch": torch.__version__,
                   "rows": [[row[name] for name in names] for row in rows]}), flush=True)
 trainer.create_optimizer()
+trainer.current_gradient_accumulation_steps = 1
 model.train()
 for line in sys.stdin:
     i = json.loads(line)
@@ -68,7 +73,7 @@ def ours(ask):
     """This program as a worker: pairs of ids come in, then a line for every step."""
     import jax
 
-    from alignax import optim, plugin, sharding, source
+    from alignax import layout, optim, plugin, sharding, source
     from alignax.batch import LM, from_pairs
     from alignax.models import load
     from alignax.step import init_state, make_train_step
@@ -81,7 +86,7 @@ def ours(ask):
     ref = LM(lm.config, sharding.put_params(lm.params, mesh))
     state = init_state(lm.params, tx, mesh)
     annotate = jax.jit(lambda batch, lms: source.annotate(batch, lms))
-    batches = []
+    batches, shares = [], []
     for i in range(0, len(ask["rows"]), many):
         some = ask["rows"][i : i + many]
         prompts, *sides = zip(*some, strict=True)
@@ -90,12 +95,14 @@ def ours(ask):
             for side in sides
         ]
         batch = from_pairs(prompts, *sides, length=length)
+        batch, share = layout.lay(batch, shards=1)
+        shares.append(share)
         if ask["mode"] == "precomputed":
             batch = jax.device_get(annotate(batch, {"ref": ref}))
         batches.append(batch)
     lms = {"ref": ref} if ask["mode"] == "online" else {}
     del lm, ref, annotate
-    say(version=jax.__version__)
+    say(version=jax.__version__, useful=statistics.mean(shares))
     for line in sys.stdin:
         start = time.perf_counter()
         batch = sharding.put_batch(batches[json.loads(line)], mesh)
@@ -163,6 +170,7 @@ def main():
     args.add_argument("--length", type=int, default=256)
     args.add_argument("--batches", type=int, default=4)
     args.add_argument("--modes", nargs="+", default=["precomputed", "online"])
+    args.add_argument("--recompute", action="store_true", help="the peer's default")
     args = args.parse_args()
     path, python = map(os.environ.get, ("ALIGNAX_SMOLLM2", "ALIGNAX_PEER_PYTHON"))
     if not (path and python and args.data):
@@ -171,7 +179,13 @@ def main():
         )
     for mode in args.modes:
         rows = dialogues(args.data, args.pairs * args.batches)
-        ask = {"model": path, "mode": mode, "pairs": args.pairs, "length": args.length}
+        ask = {
+            "model": path,
+            "mode": mode,
+            "pairs": args.pairs,
+            "length": args.length,
+            "recompute": args.recompute,
+        }
         peer = Side(
             [python, "-c", PEER, json.dumps({**ask, "rows": rows})], PYTHONPATH=""
         )
@@ -180,8 +194,9 @@ def main():
             [sys.executable, __file__, "--worker", json.dumps({**ask, "rows": ids})]
         )
         sides, took = {"ours": us, "peer": peer}, {"ours": [], "peer": []}
-        for side in sides.values():
-            side.step(0)  # compiles, and makes the optimiser's state
+        for i in range(args.batches):  # each shape compiles
+            for side in sides.values():
+                side.step(i)
         losses, last = {"ours": [], "peer": []}, {}
         for i in range(args.batches):
             for name, side in sides.items():
@@ -198,7 +213,7 @@ def main():
             ratios=[round(b / a, 2) for a, b in zip(*took.values(), strict=True)],
             peak_gb={k: round(v["rss"] / 2**20, 2) for k, v in last.items()},
             losses={k: [round(x, 4) for x in v] for k, v in losses.items()},
-            distinct_tokens=round(real), jax=us.hello["version"],
+            distinct_tokens=round(real), useful_share=round(us.hello["useful"], 3), jax=us.hello["version"],
             peer=f"trl {peer.hello['version']}, torch {peer.hello['torch']}",
         )  # fmt: skip
         for side in sides.values():

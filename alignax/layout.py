@@ -1,0 +1,371 @@
+"""Packed rows: what the responses to a prompt share is computed once, padding hardly.
+
+A group is a prompt's responses: the tokens that all of them begin with stand once, what
+each goes on with stands behind them, and several groups share a row. Everything here is
+numpy on the host, and a pure function of the batch; shapes depend on lengths alone, in
+few steps, because each shape is a program to compile. `logprob.score` reads a batch
+with a layout to the same numbers as without.
+"""
+
+import bisect
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from alignax.batch import Batch, Layout
+
+TARGET = 1024  # tokens of a row, where the longest group allows
+
+
+class Group(NamedTuple):
+    """The responses to one prompt, in tokens; those without a scored one do not count."""
+
+    shared: int  # at the start of all
+    own: dict[int, int]  # response -> what it goes on with, up to its last scored token
+
+    def size(self) -> int:
+        """Distinct tokens."""
+        return self.shared + sum(self.own.values())
+
+
+def group(rows: Iterable[np.ndarray], masks: Iterable[np.ndarray]) -> Group:
+    """What responses share, from their rows.
+
+    Args:
+      rows: ids, prompt and response, of one response each.
+      masks: True on the tokens that are scored.
+    """
+    ends = {g: len(m) - int(np.argmax(m[::-1])) for g, m in enumerate(masks) if m.any()}
+    if not ends:
+        return Group(0, {})
+    shared = min(ends.values())
+    first, *others = (row for g, row in enumerate(rows) if g in ends)
+    for other in others:
+        differ = other[:shared] != first[:shared]
+        if differ.any():
+            shared = int(differ.argmax())
+    return Group(shared, {g: end - shared for g, end in ends.items()})
+
+
+def pieces(group: Group, length: int) -> list[list[int]]:
+    """The responses of a group by the rows that they can stand in, mostly one.
+
+    Each piece repeats what is shared.
+
+    Raises:
+      ValueError: a response that is longer than a row.
+    """
+    if group.size() <= length:
+        return [list(group.own)] if group.own else []
+    out: list[list[int]] = []
+    left: list[int] = []
+    for g, own in group.own.items():
+        if group.shared + own > length:
+            raise ValueError(
+                f"a response of {group.shared + own} tokens is longer than a packed row "
+                f"of {length}"
+            )
+        at = next((i for i, room in enumerate(left) if room >= own), len(left))
+        if at == len(left):
+            out.append([])
+            left.append(length - group.shared)
+        out[at].append(g)
+        left[at] -= own
+    return out
+
+
+def pack(sizes: Sequence[int], length: int) -> list[list[int]]:
+    """Items by rows of `length`: best fit, longest first, or in order if that is fewer.
+
+    In order never takes more rows than any way to cut the items, as they come, into
+    rows: who filled rows one after the other finds room for them again.
+    """
+    best: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (tokens left, row), sorted
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        at = bisect.bisect_left(rooms, (sizes[i], -1))
+        room, row = rooms.pop(at) if at < len(rooms) else (length, len(best))
+        if row == len(best):
+            best.append([])
+        best[row].append(i)
+        bisect.insort(rooms, (room - sizes[i], row))
+    straight: list[list[int]] = []
+    room = -1
+    for i, size in enumerate(sizes):
+        if size > room:
+            straight.append([])
+            room = length
+        straight[-1].append(i)
+        room -= size
+    return straight if len(straight) < len(best) else best
+
+
+def steps(many: int) -> int:
+    """The least of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that is at least `many`."""
+    power = 1 << max(many - 1, 0).bit_length()
+    return power * 3 // 4 if power * 3 // 4 >= many and power > 2 else power
+
+
+def shape(sizes: Sequence[int], prompts: int) -> tuple[int, int]:
+    """(R, L) that so many prompts of a data set fill on average; a little less.
+
+    Args:
+      sizes: distinct tokens of every group of the data set.
+      prompts: places for them.
+    """
+    longest = max(sizes)
+    budget = max(prompts * float(np.mean(sizes)), longest)
+    rows = max(1, round(budget / max(TARGET, 2 * longest)))
+    length = int(budget / rows)
+    grain = _grain(length)
+    return rows, max(length // grain, -(-longest // grain)) * grain
+
+
+def _grain(length: int) -> int:
+    """What lengths are multiples of: a power of two, at most a 16th of it, at least 8."""
+    return max(8, 1 << max(length // 32, 1).bit_length() - 1)
+
+
+def build(
+    batch: Batch, *, length: int, shards: int = 1, accumulate: int = 1,
+    rows: int | None = None,
+) -> Layout:  # fmt: skip
+    """Lays the tokens of a batch out in packed rows.
+
+    Args:
+      batch: host arrays; every response with a scored token is placed, valid or not.
+      length: L, tokens a row.
+      shards: of this process, over which the batch is split in order.
+      accumulate: micro-batches, likewise within a shard (see `step.make_train_step`).
+      rows: R, rows of each of the shards * accumulate blocks; None takes as many as the
+        fullest needs, in the steps of `steps`.
+
+    Raises:
+      ValueError: prompts that do not divide over the blocks, more rows than `rows`, or a
+        response longer than a row.
+    """
+    tokens, mask = np.asarray(batch.tokens), np.asarray(batch.mask)
+    many, blocks = len(tokens), shards * accumulate
+    if many % blocks:
+        raise ValueError(
+            f"{many} prompts do not divide over {shards} shards x {accumulate} micro-batches"
+        )
+    groups = [group(*x) for x in zip(tokens, mask, strict=True)]
+    places = []  # of each block: (prompt, responses) by rows
+    for s in range(blocks):
+        mine = range(s * many // blocks, (s + 1) * many // blocks)
+        items = [(i, p) for i in mine for p in pieces(groups[i], length)]
+        sizes = [groups[i].shared + sum(groups[i].own[g] for g in p) for i, p in items]
+        places.append([[items[j] for j in row] for row in pack(sizes, length)])
+    need = max(map(len, places))
+    rows = rows or steps(max(need, 1))
+    if need > rows:
+        raise ValueError(f"the batch needs {need} rows of {length}, there are {rows}")
+    fields: Any = [np.zeros((blocks, rows, length), np.int32) for _ in range(5)]
+    fields += [np.zeros((blocks, rows, length), bool), np.zeros(tokens.shape, np.int32)]
+    out = Layout(*fields)
+    for s, block in enumerate(places):
+        for r, row in enumerate(block):
+            start = 0
+            for k, (i, piece) in enumerate(row):
+                start = _place(
+                    out, (s, r), start, k + 1, i, groups[i], piece, tokens, mask
+                )
+    return out
+
+
+def _place(out: Any, at, start, number, i, group, piece, tokens, mask) -> int:
+    """Writes one piece of a group from column `start` on; returns where it ends."""
+
+    def write(first, last, branch, before, responses):
+        """Tokens [first, last) of responses, which share them; `before` precedes them."""
+        nonlocal start
+        end = start + last - first
+        span = (*at, slice(start, end))
+        out.tokens[span] = tokens[i, responses[0], first:last]
+        out.positions[span] = np.arange(first, last)
+        out.group[span], out.branch[span] = number, branch
+        out.previous[span] = np.arange(start - 1, end - 1)
+        if last > first:
+            out.previous[(*at, start)] = max(before, 0)
+        out.scored[span] = mask[i, responses, first:last].any(0)
+        base = at[1] * out.tokens.shape[2]
+        out.places[i, responses, first:last] = base + np.arange(start, end)
+        start = end
+
+    write(0, group.shared, 0, start, piece)
+    common = start - 1
+    for g in piece:
+        end = group.shared + group.own[g]
+        write(group.shared, end, g + 1, common if group.shared else start, [g])
+    return start
+
+
+def choose(blocks: Sequence[Sequence[int]], places: int, most: int) -> tuple[int, int]:
+    """(R, L) for a batch whose groups are what they are, one of eight.
+
+    Args:
+      blocks: distinct tokens of the groups of every block.
+      places: prompts that a block could hold.
+      most: tokens that a group could have, G * T.
+    """
+    rows = max(1, places * most // max(2 * TARGET, 4 * most))
+    rows = math.gcd(places, 1 << rows.bit_length() - 1)
+    for eighths in range(1, 9):
+        length = -(-places * most * eighths // (8 * rows * 8)) * 8
+        fits = length >= max(map(max, blocks))
+        if fits and all(len(pack(block, length)) <= rows for block in blocks):
+            break
+    return rows, length
+
+
+def lay(
+    batch: Batch, *, shards: int, accumulate: int = 1, host: tuple[int, int] = (0, 1)
+) -> tuple[Batch, float]:
+    """This host's rows of a batch, with a layout of the shape that all hosts choose.
+
+    Args:
+      batch: the rows of all hosts.
+      shards: over all hosts.
+      accumulate: micro-batches.
+      host: (process index, process count).
+
+    Returns:
+      The rows, and the share of distinct tokens in what all hosts compute.
+    """
+    many, (index, count) = len(batch.tokens), host
+    blocks = shards * accumulate
+    sizes = [
+        group(*x).size()
+        for x in zip(np.asarray(batch.tokens), np.asarray(batch.mask), strict=True)
+    ]
+    each = many // blocks
+    parts = [sizes[i : i + each] for i in range(0, each * blocks, each)]
+    rows, length = choose(parts, each, math.prod(np.shape(batch.tokens)[1:]))
+    own = slice(index * many // count, (index + 1) * many // count)
+    mine: Batch = jax.tree.map(lambda x: np.asarray(x)[own], batch)
+    out = build(
+        mine, length=length, shards=shards // count, accumulate=accumulate, rows=rows
+    )
+    return mine._replace(layout=out), sum(sizes) / (blocks * rows * length)
+
+
+def distinct(batch: Batch) -> int:
+    """Tokens of a batch, what responses to a prompt share counted once."""
+    pairs = zip(np.asarray(batch.tokens), np.asarray(batch.mask), strict=True)
+    return sum(group(*x).size() for x in pairs)
+
+
+def fill(
+    sizes: Sequence[int], order: Sequence[int], *, prompts: int, rows: int, length: int,
+    window: int,
+) -> list[list[int | None]]:  # fmt: skip
+    """Batches of one shape whose rows are full: every item of `order` once.
+
+    Rows are filled one after the other. The first half of a row's places goes to the
+    items that have waited longest; the others to those of the `window` next ones that
+    use its tokens up as it uses its places up.
+
+    Args:
+      sizes: distinct tokens of every group, none more than `length`.
+      order: indices into `sizes`.
+      prompts: places for them in a batch.
+      rows: R.
+      length: L, tokens a row.
+      window: items that are looked at; 1 keeps the order.
+
+    Returns:
+      Of each batch `prompts` indices, row by row; None is an empty place.
+    """
+    waiting = list(order[:window])  # by age
+    sorted_ = sorted((sizes[i], i) for i in waiting)
+    coming = iter(order[window:])
+
+    def take(size: int, i: int) -> int:
+        waiting.remove(i)
+        sorted_.pop(bisect.bisect_left(sorted_, (size, i)))
+        fresh = next(coming, None)
+        if fresh is not None:
+            waiting.append(fresh)
+            bisect.insort(sorted_, (sizes[fresh], fresh))
+        return i
+
+    def choose(room: int, slots: int, share: int) -> int | None:
+        """The next item for a row with `room` tokens and `slots` places of its `share`."""
+        oldest = waiting[0]
+        fits = sizes[oldest] <= room
+        if room == length or window == 1 or (slots > share / 2 and fits):
+            return oldest if fits else None
+        # what is left is shared out evenly; the last place takes all of it that fits
+        aim = room // slots if slots > 1 else room
+        at = bisect.bisect_right(sorted_, (aim, len(sizes)))
+        if slots > 1 and at < len(sorted_):
+            over, under = sorted_[at][0] - aim, aim - sorted_[at - 1][0]
+            if sorted_[at][0] <= room and (at == 0 or over < under):
+                return sorted_[at][1]
+        return sorted_[at - 1][1] if at else None
+
+    out: list[list[int | None]] = []
+    while waiting:
+        batch: list[int | None] = []
+        for r in range(rows):
+            # the places of a batch are shared out over the rows still to fill
+            share = -(-(prompts - len(batch)) // (rows - r))
+            room = length
+            for slots in range(share, 0, -1):
+                i = choose(room, slots, share) if waiting else None
+                if i is None:
+                    break
+                room -= sizes[i]
+                batch.append(take(sizes[i], i))
+        out.append(batch + [None] * (prompts - len(batch)))
+    return out
+
+
+def spread(sizes: Sequence[int], blocks: int) -> list[list[int]]:
+    """Items by blocks of as many places, whose tokens differ little; 0 is no item.
+
+    The largest first, each to the block that has the fewest tokens and a place; then the
+    fullest block exchanges items with others as long as that helps.
+
+    Returns:
+      Of each block indices into `sizes`, in order; those of 0 are left out.
+    """
+    out: list[list[int]] = [[] for _ in range(blocks)]
+    total = [0] * blocks
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        free = (s for s in range(blocks) if len(out[s]) < len(sizes) // blocks)
+        s = min(free, key=lambda s: (total[s], s))
+        out[s].append(i)
+        total[s] += sizes[i]
+    for _ in range(4 * blocks if len(sizes) > blocks > 1 else 0):
+        top = total.index(max(total))
+        best = (total[top], 0, 0, 0, 0)
+        for s in range(blocks):
+            gap = total[top] - total[s]
+            for a, i in enumerate(out[top]):
+                for b, j in enumerate(out[s]):
+                    if 0 < (less := sizes[i] - sizes[j]) < gap:
+                        worst = max(total[top] - less, total[s] + less)
+                        best = min(best, (worst, s, a, b, less))
+        worst, s, a, b, less = best
+        if worst == total[top]:
+            break
+        out[top][a], out[s][b] = out[s][b], out[top][a]
+        total[top] -= less
+        total[s] += less
+    return [sorted(i for i in block if sizes[i]) for block in out]
+
+
+def fitted(blocks: Sequence[Sequence[int]], longest: int) -> tuple[int, int]:
+    """The least (R, L) into whose rows each of some blocks of items goes."""
+    budget = max(max(map(sum, blocks)), longest)
+    rows = max(1, round(budget / max(TARGET, 2 * longest)))
+    grain = _grain(budget // rows)
+    length = -(-max(-(-budget // rows), longest) // grain) * grain
+    while any(len(pack(block, length)) > rows for block in blocks):
+        length += grain
+    return rows, length

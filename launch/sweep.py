@@ -1,0 +1,273 @@
+"""Runs of one config that differ in some keys: a workdir each, and a table of results.
+
+  python launch/sweep.py configs/dpo.py runs/sweep --grid loss.beta=0.05,0.1 seed=0,1
+  python launch/sweep.py configs/dpo.py runs/sweep --runs runs.txt --dry_run
+
+`--grid` takes every combination of the values; a file of `--runs` has one run a line, as
+`key=value` words (quoted as in a shell; # begins a comment). A run is named by what it
+changes, and its folder is SWEEP/NAME. Runs that ended well are not started again, so the
+same command goes on after an interruption; a run that saved and ended with 75 is started
+again up to `--retries` times.
+
+SWEEP/results.md and results.csv have one row a run: its keys, how it ended, and the last
+value of every metric that `--metrics` matches. SWEEP/NAME.log is what the run said.
+
+Exit code: 0 if all runs ended well, 1 if some failed (they are named), 75 after SIGTERM or
+Ctrl-C, which the run that is on also gets.
+"""
+
+import argparse
+import csv
+import itertools
+import json
+import pathlib
+import re
+import shlex
+import signal
+import subprocess
+import sys
+
+from etils import epath
+
+ROOT = pathlib.Path(__file__).parents[1]
+RESUME = 75  # EX_TEMPFAIL: saved, wants to go on
+STATUS = "sweep.json"  # in the sweep's folder: {run: {"changes": ..., "code": ...}}
+
+
+def split(values: str) -> list[str]:
+    """'1,2' -> ['1', '2']; commas inside brackets or quotes belong to a value."""
+    parts, depth, quote = [""], 0, ""
+    for c in values:
+        if quote:
+            quote = "" if c == quote else quote
+        elif c in "'\"":
+            quote = c
+        depth += (c in "([{") - (c in ")]}") if not quote else 0
+        if c == "," and not depth and not quote:
+            parts.append("")
+        else:
+            parts[-1] += c
+    return parts
+
+
+def pair(word: str) -> tuple[str, str]:
+    """'loss.beta=0.1' -> ('loss.beta', '0.1').
+
+    Raises:
+      ValueError: not of that form.
+    """
+    key, equals, value = word.removeprefix("--config.").partition("=")
+    if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
+        raise ValueError(f"'{word}' is not key=value, as loss.beta=0.1")
+    return key, value
+
+
+def grid(words: list[str]) -> list[dict[str, str]]:
+    """Every combination of the values of 'key=value,value' words."""
+    pairs = [pair(word) for word in words]
+    keys = [key for key, _ in pairs]
+    if len({*keys}) < len(keys):
+        raise ValueError(f"--grid names a key twice: {keys}")
+    choices = itertools.product(*(split(values) for _, values in pairs))
+    return [dict(zip(keys, choice, strict=True)) for choice in choices]
+
+
+def listed(text: str) -> list[dict[str, str]]:
+    """The runs of a file, one a line."""
+    lines = (shlex.split(line, comments=True) for line in text.splitlines())
+    return [dict(map(pair, words)) for words in lines if words]
+
+
+def name(changes: dict[str, str]) -> str:
+    """A folder's name from what a run changes: 'loss.beta=0.1,seed=0'."""
+    plain = {k: re.sub(r"[^-+.=\w]", "_", v) for k, v in changes.items()}
+    parts = [f"{k}={v}" for k, v in plain.items()]
+    return ",".join(parts) or "base"
+
+
+def named(runs: list[dict[str, str]]) -> dict[str, dict[str, str]]:
+    """{name: what it changes}.
+
+    Raises:
+      ValueError: two runs have one name.
+    """
+    out: dict[str, dict[str, str]] = {}
+    for changes in runs:
+        if name(changes) in out:
+            raise ValueError(f"two runs are called '{name(changes)}'")
+        out[name(changes)] = changes
+    return out
+
+
+def command(
+    launcher: str, config: str, workdir: str, changes: dict[str, str]
+) -> list[str]:
+    """The command line of one run."""
+    flags = [f"--config.{k}={v}" for k, v in changes.items()]
+    return [*shlex.split(launcher), config, workdir, *flags]
+
+
+def last_metrics(workdir, pattern: str) -> dict[str, float]:
+    """The last value of the metrics that match; those of a stage as 'stage/metric'."""
+    folder, found = epath.Path(workdir), {}
+    if not folder.is_dir():
+        return found
+    for path in sorted([folder, *(p for p in folder.iterdir() if p.is_dir())]):
+        file = path / "metrics.jsonl"
+        if not file.exists():
+            continue
+        stage = "" if path == folder else f"{path.name}/"
+        for line in file.read_text().split("\n"):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:  # the end, or a line torn by a kill
+                continue
+            found |= {
+                f"{stage}{k}": float(v)
+                for k, v in row.items()
+                if k == "step" or re.search(pattern, k)
+            }
+    return found
+
+
+def table(
+    status: dict[str, dict], sweep: str, pattern: str
+) -> tuple[list[str], list[list[str]]]:
+    """(header, rows) of the results: keys, how it ended, metrics."""
+    metrics = {run: last_metrics(epath.Path(sweep) / run, pattern) for run in status}
+    keys = list(dict.fromkeys(k for s in status.values() for k in s["changes"]))
+    columns = list(dict.fromkeys(k for m in metrics.values() for k in m))
+    rows = []
+    for run, one in status.items():
+        values = [metrics[run].get(c) for c in columns]
+        rows.append(
+            [run, *(one["changes"].get(k, "") for k in keys), ended(one["code"])]
+            + ["" if v is None else f"{v:.6g}" for v in values]
+        )
+    return ["run", *keys, "ended", *columns], rows
+
+
+def ended(code: int | None) -> str:
+    """An exit code in words."""
+    known = {None: "not run", 0: "well", RESUME: "stopped"}
+    return known.get(code, f"failed ({code})")
+
+
+def write(sweep: str, header: list[str], rows: list[list[str]]) -> str:
+    """Writes results.md and results.csv; returns the Markdown."""
+    folder = epath.Path(sweep)
+
+    def line(cells):
+        return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
+
+    rule = line(["---"] * len(header))
+    text = "\n".join([line(header), rule, *map(line, rows)]) + "\n"
+    (folder / "results.md").write_text(text)
+    with (folder / "results.csv").open("w") as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
+    return text
+
+
+class Runner:
+    """Starts one command after the other, and passes signals on to the one that is on."""
+
+    def __init__(self):
+        self.stopped, self._process = False, None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+
+    def _stop(self, *_):
+        self.stopped = True
+        if self._process and self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+
+    def run(self, words: list[str], log: pathlib.Path) -> int:
+        """Runs a command to its end; a session of its own keeps Ctrl-C from it."""
+        with log.open("ab") as file:
+            self._process = subprocess.Popen(
+                words, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+            if self.stopped:
+                self._stop()
+            return self._process.wait()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="e.g. configs/dpo.py")
+    parser.add_argument("sweep", help="folder of the sweep")
+    parser.add_argument("--grid", nargs="+", default=[], metavar="KEY=V,V")
+    parser.add_argument("--runs", help="file with one run a line")
+    parser.add_argument("--launcher", default="launch/local.sh")
+    parser.add_argument("--metrics", default=r"^eval/(?!.*/(lo|hi)$)|^train/loss$")
+    parser.add_argument("--retries", type=int, default=3)
+    parser.add_argument("--dry_run", action="store_true", help="print the commands")
+    args = parser.parse_args(argv)
+    try:
+        lines = pathlib.Path(args.runs).read_text() if args.runs else ""
+        runs = named([*listed(lines), *(grid(args.grid) if args.grid else [])])
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    if not runs:
+        parser.error("no runs: name them by --grid or --runs")
+    sweep = (
+        args.sweep if "://" in args.sweep else str(pathlib.Path(args.sweep).resolve())
+    )
+    commands = {
+        run: command(args.launcher, args.config, f"{sweep}/{run}", changes)
+        for run, changes in runs.items()
+    }
+    if args.dry_run:
+        print("\n".join(map(shlex.join, commands.values())))
+        return 0
+    return conduct(sweep, runs, commands, args)
+
+
+def conduct(sweep: str, runs: dict, commands: dict, args) -> int:
+    """Runs what has not ended well yet; the exit code of the sweep."""
+    folder = epath.Path(sweep)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / STATUS
+    before = json.loads(file.read_text()) if file.exists() else {}
+    # What an earlier command of this folder ran stays in the table.
+    status = before | {
+        run: {"changes": changes, "code": before.get(run, {}).get("code")}
+        for run, changes in runs.items()
+    }
+    logs = ROOT / "runs" if "://" in sweep else pathlib.Path(sweep)
+    logs.mkdir(parents=True, exist_ok=True)
+    runner = Runner()
+    for i, run in enumerate(runs):
+        if status[run]["code"] == 0:
+            print(f"[{i + 1}/{len(runs)}] {run}: ended well before", flush=True)
+            continue
+        print(f"[{i + 1}/{len(runs)}] {run}", flush=True)
+        for _ in range(1 + args.retries):
+            code = runner.run(commands[run], logs / f"{run}.log")
+            if code != RESUME or runner.stopped:
+                break
+        status[run]["code"] = code
+        file.write_text(json.dumps(status, indent=1))
+        text = write(sweep, *table(status, sweep, args.metrics))
+        if runner.stopped:
+            print("stopped: the same command goes on", file=sys.stderr)
+            return RESUME
+    text = write(sweep, *table(status, sweep, args.metrics))
+    file.write_text(json.dumps(status, indent=1))
+    print(text, end="")
+    failed = [run for run in runs if status[run]["code"] != 0]
+    for run in failed:
+        said = (logs / f"{run}.log").read_text(errors="replace").strip().splitlines()
+        print(
+            f"{run} {ended(status[run]['code'])}: {said[-1] if said else ''}",
+            file=sys.stderr,
+        )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
