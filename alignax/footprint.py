@@ -119,7 +119,10 @@ def inspect(
     plan = lowering.plan(config, mesh, data)
     trees = {"state": plan.state, "frozen LMs": plan.lms, "batch": plan.batch}
     held = {k: lowering.held(tree) for k, tree in trees.items()}
-    programs = [_compile(k, p(), sum(held.values())) for k, p in plan.programs.items()]
+    programs = []
+    with jax.default_device(devices[0]):  # what is lowered asks which chip it is for
+        for name, lower in plan.programs.items():
+            programs.append(_compile(name, lower(), sum(held.values())))
     return Report(
         topology, dict(mesh.shape), transformer.num_params(plan.policy.params),
         plan.batch.tokens.shape,

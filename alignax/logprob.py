@@ -18,6 +18,7 @@ gathered over `fsdp`, the vocabulary stays split over `model`.
 """
 
 import functools
+import logging
 from typing import NamedTuple
 
 import jax
@@ -26,9 +27,11 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from alignax import pallas_head
 from alignax.batch import LM, Batch, Layout, Scores, flatten
 from alignax.models import attention, transformer
 
+log = logging.getLogger(__name__)
 TOKEN_TILE, VOCAB_TILE = 256, 4096  # one logit tile is 4 MiB
 READ = ("entropy", "collision", "kl", "forward_kl")  # read in the same walk, if asked
 VALUES = ("values", "state_values")  # the scalar head after a token, and before it
@@ -239,7 +242,7 @@ def _read(
         weight, axis = transformer.head(other[0])
         sides.append((other[1], weight))
         heads.append(Head(axis, other[0].config.final_softcap))
-    walk = Walk(tuple(heads), fields, tiles, precision)
+    walk = Walk(tuple(heads), fields, tiles, precision, kernel=lm.config.head_kernel)
     if mesh is None or mesh.size == 1:
         out = _local(walk, tuple(sides), targets, scored, previous)
     else:
@@ -263,6 +266,7 @@ class Walk(NamedTuple):
     fields: tuple[str, ...]  # what is read besides 'logps'
     tiles: tuple[int, int]
     precision: str
+    kernel: str = "xla"  # of HEAD_KERNELS
     mesh_axes: tuple[str, ...] = ()  # non-empty inside shard_map
     split: bool = False  # the vocabulary is split over the mesh axis 'model'
 
@@ -278,8 +282,45 @@ def _local(walk, sides, targets, scored, columns):
     source = None
     if columns is not None:
         source = (columns + t * jnp.arange(n)[:, None]).reshape(-1)
-    out = _walk(walk, sides, targets.reshape(-1), scored.reshape(-1), source)
+    run = _pallas if _takes_pallas(walk) else _walk
+    out = run(walk, sides, targets.reshape(-1), scored.reshape(-1), source)
     return {k: v.reshape(n, t) for k, v in out.items()}
+
+
+def _takes_pallas(walk) -> bool:
+    """Whether the Pallas kernels do this walk; if they are asked for and do not, why."""
+    if walk.kernel == "xla":
+        return False
+    reads = (*walk.fields, *(["a frozen LM"] if len(walk.heads) > 1 else []))
+    where = _platform()
+    if where == "tpu" or (where == "cpu" and not walk.mesh_axes):
+        why = f"{', '.join(reads)} asked for" if reads else ""
+    else:
+        why = f"platform {where}"
+    if why:
+        _say_once(f"head_kernel='pallas': XLA's walk instead, {why}")
+    return not why
+
+
+def _pallas(walk, sides, targets, scored, source):
+    (h, weight), head = sides[0], walk.heads[0]
+    kernel = pallas_head.Kernel(
+        head.vocab_axis, head.cap, axis="model" if walk.split else "",
+        interpret=_platform() == "cpu",
+    )  # fmt: skip
+    targets = targets - _first_column(walk, weight)
+    return {"logps": pallas_head.logps(kernel, h, weight, targets, scored, source)}
+
+
+def _platform() -> str:
+    """What is compiled for: the default device's, which may be one that is only described."""
+    device = getattr(jax.config, "jax_default_device", None)
+    return getattr(device, "platform", None) or jax.default_backend()
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    log.warning(line)
 
 
 def _sharded(walk, mesh, sides, targets, scored, columns):

@@ -40,7 +40,8 @@ def make_policy(config, text: tokenizer.Tokenizer) -> LM:
         )
     lm = with_value_head(lm, m.value_head)
     params = jax.tree.map(lambda x: jnp.asarray(x, m.param_dtype), lm.params)
-    return LM(dataclasses.replace(lm.config, dtype=m.dtype, remat=m.remat), params)
+    settings = {"dtype": m.dtype, "remat": m.remat, "head_kernel": m.head_kernel}
+    return LM(dataclasses.replace(lm.config, **settings), params)
 
 
 def model_config(config, vocab_size: int) -> ModelConfig:

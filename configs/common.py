@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
     c.model.dtype = "float32"  # of the computation
     c.model.param_dtype = "float32"
     c.model.remat = "none"  # none | block | dots
+    c.model.head_kernel = "xla"  # of log-probabilities: xla | pallas (TPUs)
 
     c.lora = ConfigDict()  # adapters instead of all weights
     c.lora.rank = 0  # 0 trains all weights

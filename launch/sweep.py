@@ -262,10 +262,9 @@ def conduct(sweep: str, runs: dict, commands: dict, args) -> int:
     failed = [run for run in runs if status[run]["code"] != 0]
     for run in failed:
         said = (logs / f"{run}.log").read_text(errors="replace").strip().splitlines()
-        print(
-            f"{run} {ended(status[run]['code'])}: {said[-1] if said else ''}",
-            file=sys.stderr,
-        )
+        errors = [line for line in said if re.search("error", line, re.I)]
+        last = [*said, *errors][-1] if said else ""
+        print(f"{run} {ended(status[run]['code'])}: {last}", file=sys.stderr)
     return 1 if failed else 0
 
 

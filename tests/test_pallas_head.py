@@ -1,5 +1,7 @@
 """The Pallas head against the kernel's walk and float64, in interpret mode; and compiled."""
 
+import dataclasses
+import functools
 import importlib.util
 
 import jax
@@ -9,7 +11,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from alignax import chips, compiled, logprob, pallas_head, sharding
+from alignax import chips, compiled, layout, logprob, pallas_head, sharding
+from alignax.batch import LM
 from alignax.pallas_head import Kernel
 
 D, M, TILES = 32, 50, (16, 128)
@@ -242,3 +245,31 @@ def test_the_tpu_compiler_takes_a_split_vocabulary_and_gathers_none():
     # columns of numbers a token, and the two gradients; nothing of a token's logits
     assert max(c.size for c in found) <= max(m // 2 * d, d * v // 2) * 4
     assert not [c for c in found if c.kind == "all-gather" and c.size > m * 4]
+
+
+def test_the_kernel_takes_it_where_the_config_says_so(tiny_config, make_lm, make_batch):
+    """Values and gradients of `score`, packed or not; what it cannot do, XLA does."""
+    batch = jax.tree.map(np.asarray, make_batch(4, 2, 16))
+    laid, _ = layout.lay(batch, shards=1)
+    lm = make_lm(tiny_config)
+    other = LM(dataclasses.replace(tiny_config, head_kernel="pallas"), lm.params)
+
+    def read(config, params, batch, **more):
+        scores = logprob.score(LM(config, params), batch, **more)
+        return (scores.logps * jnp.arange(16)).sum(), scores
+
+    for rows in (batch, laid):
+        run = functools.partial(jax.value_and_grad(read, 1, True), batch=rows)
+        (_, want), slope = run(tiny_config, lm.params)
+        (_, got), slopes = run(other.config, lm.params)
+        np.testing.assert_allclose(got.logps, want.logps, atol=1e-5)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+            slopes, slope,
+        )  # fmt: skip
+    text = str(jax.make_jaxpr(lambda b: logprob.score(other, b).logps)(batch))
+    assert "pallas_call" in text
+    text = str(
+        jax.make_jaxpr(lambda b: logprob.score(other, b, needs=("entropy",)))(batch)
+    )
+    assert "pallas_call" not in text

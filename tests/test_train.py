@@ -196,8 +196,9 @@ def test_policy_is_reference_at_step_0(tmp_path, capsys):
     assert start["start/log_ratio"] == 0
     assert start["start/loss"] == pytest.approx(math.log(2), abs=6e-8)  # float32
     first = read(tmp_path)[1]
-    assert first["train/log_ratio_chosen"] == 0
-    assert first["train/log_ratio_rejected"] == 0
+    # the program with a gradient rounds in its own way: one ulp of a sum of 34 numbers
+    for side in ("chosen", "rejected"):
+        assert first[f"train/log_ratio_{side}"] == pytest.approx(0, abs=1e-5)
     assert "largest log-ratio 0, loss 0.69314" in capsys.readouterr().out
 
 

@@ -42,6 +42,7 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
 REMAT = ("none", "block", "dots")
+HEAD_KERNELS = ("xla", "pallas")  # pallas: on TPUs, where only log-probs are read
 
 
 @jax.tree_util.register_static
@@ -83,6 +84,7 @@ class ModelConfig:
     eos_ids: tuple[int, ...] = ()
     dtype: str = "float32"  # of the computation; parameters keep theirs
     remat: str = "none"  # what the backward pass recomputes: REMAT
+    head_kernel: str = "xla"  # of the head's log-probabilities: HEAD_KERNELS
     attn_tile: int = 256  # queries per tile: [N, H, tile, T] is the largest score array
 
     def __post_init__(self):
@@ -92,6 +94,10 @@ class ModelConfig:
             )
         if self.remat not in REMAT:
             raise ValueError(f"unknown remat {self.remat!r}; known: {REMAT}")
+        if self.head_kernel not in HEAD_KERNELS:
+            raise ValueError(
+                f"unknown head_kernel {self.head_kernel!r}; known: {HEAD_KERNELS}"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"

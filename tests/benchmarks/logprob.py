@@ -25,7 +25,7 @@ from alignax import logprob
 from alignax.batch import LM
 from alignax.models.transformer import ModelConfig
 
-RUN = ("4x256x576x49152", "4x512x576x49152", "4x256x576x98304", "16x64x2048x32768")
+RUN = ("4x128x576x49152", "4x256x576x49152", "4x256x576x98304", "2x128x2048x32768")
 PLAN = ("8x2048x4096x128256",)
 
 
