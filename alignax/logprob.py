@@ -1,16 +1,11 @@
 """THE kernel: hidden states to log-probabilities, without ever holding [N, T, V].
 
 The only place where tokens are shifted by one, and the only place that normalises
-logits. A walk over tiles of scored tokens and of vocabulary keeps an online
-log-sum-exp; the backward pass recomputes each tile from the saved log-sum-exp:
-
-  log p(y) = z_y - lse(z),   d log p(y) / d z_v = 1[v = y] - exp(z_v - lse(z))
+logits: by a walk over tiles (`xla_head`) that also reads what else a loss may need of a
+whole row, or by Pallas kernels (`pallas_head`) where a config asks for them.
 
 Rows are responses as they stand in the batch or, where it has a layout, packed ones in
 which what responses share is computed once; the values are the same.
-
-The same walk reads what else a loss may need of the whole row: entropy, log Σ p², and
-the exact KL to a frozen LM either way, whose logits it tiles side by side.
 
 Its definition is temperature-free: training, reference, sampler and guidance agree.
 Under a mesh the walk runs inside `shard_map`: tokens stay where they are, the head is
@@ -27,15 +22,14 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from alignax import pallas_head
+from alignax import pallas_head, xla_head
 from alignax.batch import LM, Batch, Layout, Scores, flatten
 from alignax.models import attention, transformer
+from alignax.xla_head import COMPARED, READ, Head, Walk
 
 log = logging.getLogger(__name__)
 TOKEN_TILE, VOCAB_TILE = 256, 4096  # one logit tile is 4 MiB
-READ = ("entropy", "collision", "kl", "forward_kl")  # read in the same walk, if asked
 VALUES = ("values", "state_values")  # the scalar head after a token, and before it
-COMPARED = ("kl", "forward_kl")  # of these, what needs a frozen LM
 
 
 def token_logps(
@@ -242,54 +236,33 @@ def _read(
         weight, axis = transformer.head(other[0])
         sides.append((other[1], weight))
         heads.append(Head(axis, other[0].config.final_softcap))
-    walk = Walk(tuple(heads), fields, tiles, precision, kernel=lm.config.head_kernel)
-    if mesh is None or mesh.size == 1:
-        out = _local(walk, tuple(sides), targets, scored, previous)
-    else:
-        out = _sharded(walk, mesh, tuple(sides), targets, scored, previous)
+    walk = Walk(tuple(heads), fields, tiles, precision)
+    run = functools.partial(_local, lm.config.head_kernel)
+    if mesh is not None and mesh.size > 1:
+        run = functools.partial(_sharded, lm.config.head_kernel, mesh)
+    out = run(walk, tuple(sides), targets, scored, previous)
     if previous is None:
         out = {k: jnp.roll(v, 1, axis=1) for k, v in out.items()}
     return out
 
 
-class Head(NamedTuple):
-    """What is static about an output head."""
-
-    vocab_axis: int
-    cap: float | None
-
-
-class Walk(NamedTuple):
-    """What is static about a walk."""
-
-    heads: tuple[Head, ...]  # the policy's and, if it is compared, the frozen LM's
-    fields: tuple[str, ...]  # what is read besides 'logps'
-    tiles: tuple[int, int]
-    precision: str
-    kernel: str = "xla"  # of HEAD_KERNELS
-    mesh_axes: tuple[str, ...] = ()  # non-empty inside shard_map
-    split: bool = False  # the vocabulary is split over the mesh axis 'model'
-
-    @property
-    def laws(self) -> tuple[str, ...]:
-        """'p' is the policy, 'r' the frozen LM that it is compared with."""
-        return ("p", "r")[: len(self.heads)]
-
-
-def _local(walk, sides, targets, scored, columns):
+def _local(kernel, walk, sides, targets, scored, columns):
     n, t = targets.shape
+    if walk.split:  # this shard's columns begin at 0
+        width = sides[0][1].shape[walk.heads[0].vocab_axis]
+        targets = targets - jax.lax.axis_index("model") * width
     sides = tuple((h.reshape(n * t, -1), w) for h, w in sides)
     source = None
     if columns is not None:
         source = (columns + t * jnp.arange(n)[:, None]).reshape(-1)
-    run = _pallas if _takes_pallas(walk) else _walk
+    run = _pallas if _takes_pallas(kernel, walk) else xla_head.read
     out = run(walk, sides, targets.reshape(-1), scored.reshape(-1), source)
     return {k: v.reshape(n, t) for k, v in out.items()}
 
 
-def _takes_pallas(walk) -> bool:
+def _takes_pallas(kernel, walk) -> bool:
     """Whether the Pallas kernels do this walk; if they are asked for and do not, why."""
-    if walk.kernel == "xla":
+    if kernel == "xla":
         return False
     reads = (*walk.fields, *(["a frozen LM"] if len(walk.heads) > 1 else []))
     where = _platform()
@@ -308,7 +281,6 @@ def _pallas(walk, sides, targets, scored, source):
         head.vocab_axis, head.cap, axis="model" if walk.split else "",
         interpret=_platform() == "cpu",
     )  # fmt: skip
-    targets = targets - _first_column(walk, weight)
     return {"logps": pallas_head.logps(kernel, h, weight, targets, scored, source)}
 
 
@@ -323,7 +295,7 @@ def _say_once(line: str) -> None:
     log.warning(line)
 
 
-def _sharded(walk, mesh, sides, targets, scored, columns):
+def _sharded(kernel, mesh, walk, sides, targets, scored, columns):
     """The walk on each shard of tokens. Transposes of the casts sum gradients."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if targets.shape[0] % shards:
@@ -352,251 +324,12 @@ def _sharded(walk, mesh, sides, targets, scored, columns):
             if gathered:
                 w = jax.lax.all_gather(w, "fsdp", axis=1 - head.vocab_axis, tiled=True)
             if split:
-                h = _vary(h, ("model",))
-            whole.append((h, _vary(w, ("data",) if gathered else ("data", "fsdp"))))
-        return _local(walk, tuple(whole), targets, scored, columns)
+                h = xla_head.vary(h, ("model",))
+            w = xla_head.vary(w, ("data",) if gathered else ("data", "fsdp"))
+            whole.append((h, w))
+        return _local(kernel, walk, tuple(whole), targets, scored, columns)
 
     return jax.shard_map(
         shard, mesh=mesh, in_specs=(tuple(specs), *[tokens_spec] * 3),
         out_specs=tokens_spec,
     )(sides, targets, scored, columns)  # fmt: skip
-
-
-def _vary(x, axes):
-    """Marks a replicated value as each shard's own; the transpose sums over `axes`."""
-    return jax.lax.pcast(x, axes, to="varying") if axes else x
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _walk(walk, sides, targets, scored, source):
-    """{'logps', *walk.fields: [M]} of `targets` where `scored`, else 0; h is [M, D].
-
-    `source` [M] is the row of h that predicts a target, several may have the same; None
-    is its own.
-    """
-    return _forward(walk, sides, targets, scored, source)[0]
-
-
-def _plan(walk, sides, scored):
-    """Scored positions first, in tiles: (positions, number of tiles, sizes)."""
-    m, v = scored.shape[0], sides[0][1].shape[walk.heads[0].vocab_axis]
-    c, vb = min(walk.tiles[0], m), min(walk.tiles[1], v)
-    count = scored.sum()
-    order = jnp.argsort(~scored, stable=True)
-    order = jnp.where(
-        jnp.arange(m) < count, order, m
-    )  # m = nowhere: read 0, write none
-    order = jnp.concatenate([order, jnp.full(-m % c, m, order.dtype)])
-    num_tiles = (count + c - 1) // c
-    if (
-        walk.mesh_axes
-    ):  # every shard walks as long as the longest: collectives must meet
-        num_tiles = jax.lax.pmax(num_tiles, ("data", "fsdp"))
-    return order, num_tiles, c, vb, -(-v // vb)
-
-
-def _dot(walk, a, b, contract):
-    return jax.lax.dot_general(
-        a, b, ((contract[:1], contract[1:]), ((), ())),
-        precision=walk.precision, preferred_element_type=jnp.float32,
-    )  # fmt: skip
-
-
-def _logits(walk, head, x, weight, j, vb):
-    """Vocabulary tile j: its logits, weights, first column, and which columns are new.
-
-    The last tile is moved back to end at V; columns already seen are masked.
-    """
-    v = weight.shape[head.vocab_axis]
-    start = jnp.minimum(j * vb, v - vb)
-    w = jax.lax.dynamic_slice_in_dim(weight, start, vb, head.vocab_axis).astype(x.dtype)
-    z = transformer.softcap(_dot(walk, x, w, (1, 1 - head.vocab_axis)), head.cap)
-    return z, w, start, (start + jnp.arange(vb) >= j * vb)[None]
-
-
-def _first_column(walk, weight):
-    """Vocabulary id of this shard's first column."""
-    if not walk.split:
-        return 0
-    return jax.lax.axis_index("model") * weight.shape[walk.heads[0].vocab_axis]
-
-
-def _take(x, at):
-    """Rows `at` of x; zeros for the positions that are nowhere."""
-    return x.at[at].get(mode="fill", fill_value=0)
-
-
-# What a field is made of: sums over the vocabulary of the policy's logits z and the frozen
-# LM's logits a. A name begins with the law of its weights, p ~ e^z or r ~ e^a.
-#   p: Σ e^z   pz: Σ e^z z   pp: Σ e^2z   pd: Σ e^z (z - a)   r: Σ e^a   rd: Σ e^a (a - z)
-SUMS = {"entropy": "pz", "collision": "pp", "kl": "pd", "forward_kl": "rd"}
-
-
-def _sums(walk, logits, new):
-    """(maxima {law: [C]}, sums {name: [C]}) of one tile, e^ taken under its maxima."""
-    logits = [jnp.where(new, z, 0.0) for z in logits]
-    tops, weights = {}, {}
-    for law, z in zip(walk.laws, logits, strict=True):
-        tops[law] = jnp.where(new, z, -jnp.inf).max(-1)
-        weights[law] = jnp.where(new, jnp.exp(z - tops[law][:, None]), 0.0)
-    sums = {law: e.sum(-1) for law, e in weights.items()}
-    if "collision" in walk.fields:
-        sums["pp"] = (weights["p"] ** 2).sum(-1)
-    if "entropy" in walk.fields:
-        sums["pz"] = (weights["p"] * logits[0]).sum(-1)
-    if "kl" in walk.fields:
-        sums["pd"] = (weights["p"] * (logits[0] - logits[1])).sum(-1)
-    if "forward_kl" in walk.fields:
-        sums["rd"] = (weights["r"] * (logits[1] - logits[0])).sum(-1)
-    return tops, sums
-
-
-def _rescale(tops, sums, top):
-    """The sums under other maxima."""
-    scale = {law: jnp.exp(tops[law] - top[law]) for law in tops}
-    scale["pp"] = scale["p"] ** 2
-    return {k: v * scale["pp" if k == "pp" else k[0]] for k, v in sums.items()}
-
-
-def _fields(walk, tops, sums, target):
-    """{field: [C]} from the sums over the whole vocabulary."""
-    log_total = {law: jnp.log(sums[law]) for law in tops}
-    lse = {law: tops[law] + log_total[law] for law in tops}
-    # (target - top) first: near-equal large logits cancel before the small log.
-    out = {"lse": lse["p"], "logps": (target - tops["p"]) - log_total["p"]}
-    if "entropy" in walk.fields:
-        out["entropy"] = log_total["p"] + (tops["p"] - sums["pz"] / sums["p"])
-    if "collision" in walk.fields:
-        out["collision"] = jnp.log(sums["pp"]) - 2 * log_total["p"]
-    if len(walk.heads) > 1:
-        out["other_lse"] = lse["r"]
-        shift = lse["p"] - lse["r"]
-    if "kl" in walk.fields:
-        out["kl"] = sums["pd"] / sums["p"] - shift
-    if "forward_kl" in walk.fields:
-        out["forward_kl"] = sums["rd"] / sums["r"] + shift
-    return out
-
-
-def _heads(source, at):
-    """Which rows of h the targets `at` are predicted from; nowhere stays nowhere."""
-    if source is None:
-        return at
-    return source.at[at].get(mode="fill", fill_value=len(source))
-
-
-def _forward(walk, sides, targets, scored, source):
-    order, num_tiles, c, vb, num_blocks = _plan(walk, sides, scored)
-    offset = _first_column(walk, sides[0][1])
-
-    def tile(i, carry):
-        at = jax.lax.dynamic_slice_in_dim(order, i * c, c)
-        xs = [_take(h, _heads(source, at)) for h, _ in sides]
-        y = _take(targets, at) - offset
-
-        def block(j, carry):
-            tops, sums, target = carry
-            tiles = [
-                _logits(walk, head, x, w, j, vb)
-                for head, x, (_, w) in zip(walk.heads, xs, sides, strict=True)
-            ]
-            z, _, start, new = tiles[0]
-            here = _sums(walk, [z for z, *_ in tiles], new)
-            top = jax.tree.map(jnp.maximum, tops, here[0])
-            sums = jax.tree.map(
-                jnp.add, _rescale(tops, sums, top), _rescale(here[0], here[1], top)
-            )
-            hit = (y[:, None] == (start + jnp.arange(vb))[None]) & new
-            return top, sums, target + jnp.where(hit, z, 0.0).sum(-1)
-
-        zero = _vary(jnp.zeros(c, jnp.float32), walk.mesh_axes)
-        names = walk.laws + tuple(SUMS[field] for field in walk.fields)
-        first = (
-            {law: zero + jnp.finfo(jnp.float32).min for law in walk.laws},
-            dict.fromkeys(names, zero),
-            zero,
-        )
-        tops, sums, target = jax.lax.fori_loop(0, num_blocks, block, first)
-        if walk.split:
-            top = jax.tree.map(lambda x: jax.lax.pmax(x, "model"), tops)
-            sums = jax.lax.psum(_rescale(tops, sums, top), "model")
-            tops, target = top, jax.lax.psum(target, "model")
-        found = _fields(walk, tops, sums, target)
-        return {k: v.at[at].set(found[k], mode="drop") for k, v in carry.items()}
-
-    zeros = _vary(
-        jnp.zeros(scored.shape, jnp.float32),
-        tuple(a for a in walk.mesh_axes if a != "model"),
-    )
-    lses = ("lse", "other_lse")[: len(walk.heads)]
-    carry = dict.fromkeys((*lses, "logps", *walk.fields), zeros)
-    read = jax.lax.fori_loop(0, num_tiles, tile, carry)
-    out = {k: v for k, v in read.items() if k not in lses}
-    return out, (sides, targets, scored, source, read)
-
-
-def _slope(walk, g, read, logits, hit):
-    """[C, VB] gradient of the fields, weighted by their cotangents g, in the logits."""
-    logp = logits[0] - read["lse"]
-    p = jnp.exp(logp)
-    dz = g["logps"] * (hit - p)
-    if "entropy" in walk.fields:
-        dz -= g["entropy"] * p * (logp + read["entropy"])
-    if "collision" in walk.fields:
-        dz += 2 * g["collision"] * (jnp.exp(2 * logp - read["collision"]) - p)
-    if len(walk.heads) > 1:
-        logr = logits[1] - read["other_lse"]
-    if "kl" in walk.fields:
-        dz += g["kl"] * p * (logp - logr - read["kl"])
-    if "forward_kl" in walk.fields:
-        dz += g["forward_kl"] * (p - jnp.exp(logr))
-    return dz
-
-
-def _backward(walk, residuals, g):
-    sides, targets, scored, source, read = residuals
-    (h, weight), head = sides[0], walk.heads[0]
-    order, num_tiles, c, vb, num_blocks = _plan(walk, sides, scored)
-    offset = _first_column(walk, weight)
-
-    def tile(i, carry):
-        dh, dweight = carry
-        at = jax.lax.dynamic_slice_in_dim(order, i * c, c)
-        xs = [_take(h, _heads(source, at)) for h, _ in sides]
-        y = _take(targets, at) - offset
-        g_x, read_x = jax.tree.map(lambda v: _take(v, at)[:, None], (g, read))
-
-        def block(j, carry):
-            dx, dweight = carry
-            tiles = [
-                _logits(walk, head, x, w, j, vb)
-                for head, x, (_, w) in zip(walk.heads, xs, sides, strict=True)
-            ]
-            z, w, start, new = tiles[0]
-            hit = y[:, None] == (start + jnp.arange(vb))[None]
-            dz = _slope(walk, g_x, read_x, [z for z, *_ in tiles], hit)
-            if head.cap is not None:
-                dz = dz * (1 - (z / head.cap) ** 2)
-            # Repeated columns of the last tile add nothing.
-            dz = jnp.where(new, dz, 0.0).astype(h.dtype)
-            dx = dx + _dot(walk, dz, w, (1, head.vocab_axis))
-            left, right = (dz, xs[0]) if head.vocab_axis == 0 else (xs[0], dz)
-            old = jax.lax.dynamic_slice_in_dim(dweight, start, vb, head.vocab_axis)
-            dweight = jax.lax.dynamic_update_slice_in_dim(
-                dweight, old + _dot(walk, left, right, (0, 0)), start, head.vocab_axis
-            )
-            return dx, dweight
-
-        dx = _vary(jnp.zeros(xs[0].shape, jnp.float32), walk.mesh_axes)
-        dx, dweight = jax.lax.fori_loop(0, num_blocks, block, (dx, dweight))
-        dh = dh.at[_heads(source, at)].add(dx.astype(h.dtype), mode="drop")
-        return dh, dweight
-
-    zeros = (jnp.zeros(h.shape, h.dtype), jnp.zeros(weight.shape, jnp.float32))
-    zeros = tuple(_vary(z, walk.mesh_axes) for z in zeros)
-    dh, dweight = jax.lax.fori_loop(0, num_tiles, tile, zeros)
-    frozen = (None,) * (len(sides) - 1)
-    return ((dh, dweight.astype(weight.dtype)), *frozen), None, None, None
-
-
-_walk.defvjp(_forward, _backward)

@@ -1,6 +1,6 @@
-"""The head's log-probabilities as Pallas kernels for TPUs: opt-in, the walk is the oracle.
+"""The head's log-probabilities as Pallas kernels for TPUs: opt-in, `xla_head` is the oracle.
 
-What `logprob` walks tile by tile with XLA, three kernels do with the logits in the
+What `xla_head` walks tile by tile, three kernels do with the logits in the
 chip's own memory from the product to the sum, and nothing else is ever written:
 
   forward      lse(z) by an online log-sum-exp over tiles of vocabulary, and z_y

@@ -146,7 +146,7 @@ def rollout_source(
     )  # fmt: skip
     reference = functools.cache(baseline or dict)
     compiled = [
-        s._replace(function=jax.jit(functools.partial(s.function, **s.hyper)), hyper={})
+        s._replace(function=_compiled(s.function, tuple(s.hyper.items())), hyper={})
         for s in shaping
     ]
 
@@ -456,6 +456,12 @@ def visited(examples: Sequence[Example], many: int, seed: int, places: int):
     pick = order(len(examples), many, seed)
     met = {i for number in range(places) for i in pick(number)}
     return [examples[i] for i in sorted(met)]
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(shape: Callable, hyper: tuple) -> Callable:
+    """One program for all the rollouts of a process: a sweep compiles it once."""
+    return jax.jit(functools.partial(shape, **dict(hyper)))
 
 
 def shaped(shaping: Bound, batch: Batch, baseline: np.ndarray | None) -> Batch:

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from alignax import chips, compiled, layout, logprob, pallas_head, sharding
+from alignax import chips, compiled, layout, logprob, pallas_head, sharding, xla_head
 from alignax.batch import LM
 from alignax.pallas_head import Kernel
 
@@ -52,12 +52,12 @@ def value_and_grad(function, h, weight, cotangent):
 
 
 def walked(vocab_axis, cap, targets, scored, source):
-    walk = logprob.Walk(
-        (logprob.Head(vocab_axis, cap),), (), tiles=TILES, precision="highest"
+    walk = xla_head.Walk(
+        (xla_head.Head(vocab_axis, cap),), (), tiles=TILES, precision="highest"
     )
 
     def run(h, weight):
-        return logprob._walk(walk, ((h, weight),), targets, scored, source)["logps"]
+        return xla_head.read(walk, ((h, weight),), targets, scored, source)["logps"]
 
     return run
 
