@@ -58,7 +58,7 @@ class Layout(NamedTuple):
     scored: Bool[Array, "S R L"]  # True where some response's mask is
     places: Int[
         Array, "B G T"
-    ]  # place in the block's R * L of a token; 0 where unscored
+    ]  # place in the block's R * L of a token; 0 behind the last scored one
 
 
 class Batch(NamedTuple):
@@ -163,7 +163,31 @@ def check(batch: Batch) -> Batch:
         )
     if (np.asarray(batch.valid) & ~mask.any(-1)).any():
         raise ValueError("Batch.valid is True on a response without a scored token")
+    if batch.layout is not None:
+        _check_layout(batch.layout, tokens, mask)
     return batch
+
+
+def _check_layout(layout: Layout, tokens: np.ndarray, mask: np.ndarray) -> None:
+    """Every scored token stands, and is scored, where the layout says that it does."""
+    places = np.asarray(layout.places)
+    blocks = len(layout.tokens)
+    if places.shape != tokens.shape or len(tokens) % blocks:
+        raise ValueError(
+            f"Batch.layout has places {places.shape} in {blocks} blocks, expected "
+            f"{tokens.shape}"
+        )
+
+    def at(field):
+        rows = np.asarray(field).reshape(blocks, -1)
+        found = np.take_along_axis(rows, places.reshape(blocks, -1), 1)
+        return found.reshape(tokens.shape)
+
+    if (mask & ((at(layout.tokens) != tokens) | ~at(layout.scored))).any():
+        raise ValueError(
+            "Batch.layout holds other tokens, or scores others: lay the batch out anew "
+            "after a change of tokens or mask"
+        )
 
 
 def from_pairs(prompts, chosen, rejected, *, length: int, pad: int = 0) -> Batch:

@@ -308,10 +308,12 @@ def check(config) -> None:
 def cached(config, data, text, ref: LM, examples, mesh: Mesh) -> source.Source:
     """The source with reference log-probs computed once, or read from the cache."""
 
+    packed = config.layout != "rows"  # then T costs nothing, but is a program each
+
     def whole(examples):
         return source.eval_batches(
             examples, text, batch_size=config.batch_size, length=config.length,
-            buckets=config.buckets,
+            buckets=(config.length,) if packed else config.buckets,
         )  # fmt: skip
 
     rows = read = whole(examples)
@@ -325,7 +327,7 @@ def cached(config, data, text, ref: LM, examples, mesh: Mesh) -> source.Source:
     ):
         table = refcache.load(path, key)
     else:
-        scorer = parallel.scorer(mesh, packed=config.layout != "rows")
+        scorer = parallel.scorer(mesh, packed=packed)
         table = refcache.compute(read, lambda batch: scorer(ref, batch).logps)
         if config.reference_cache and jax.process_index() == 0:
             refcache.save(path, table, key)

@@ -9,7 +9,8 @@ chip's own memory from the product to the sum, and nothing else is ever written:
 
 with dz = g (1[v = y] - exp(z - lse)). Operands are multiplied in h's dtype, sums are
 float32. Both gradients form the logits again: five products of D x V a token against the
-walk's four, and no float32 [M, D] or [D, V] beside the results.
+walk's four, and no float32 [D, V] beside the results; a float32 [K, D] only where rows
+share hidden states.
 
 Scored positions come first and tiles without one are skipped, their weights not read. In
 interpret mode the kernels run anywhere, slowly: that is how they are tested. A logit tile

@@ -18,6 +18,7 @@ from alignax import layout
 from alignax.batch import Batch, from_groups
 
 ENDLESS = 2**62  # steps
+LAST = 8  # batches of an epoch over which its end is shared out
 
 
 class Row(NamedTuple):
@@ -90,8 +91,9 @@ class Packing(NamedTuple):
 class Filled:
     """Which examples make up batch k, as many as fill its rows: a pure function of k.
 
-    Every epoch is cut into batches on its own (see `layout.fill`), in Grain's order; its
-    last batch is what is left. Devices and micro-batches have no part in it.
+    Every epoch is cut into batches on its own (see `layout.fill`), in Grain's order; what
+    is left for its last ones is shared out evenly, for a step weighs its prompts alike
+    however few they are. Devices and micro-batches have no part in it.
     """
 
     def __init__(self, sizes: list[int], prompts: int, *, window, seed, shuffle):
@@ -127,10 +129,22 @@ class Filled:
 
     def _epoch(self, number: int) -> list[list[int | None]]:
         n = len(self.sizes)
-        return layout.fill(
+        out = layout.fill(
             self.sizes, [self.order[i] for i in range(number * n, (number + 1) * n)],
             prompts=self.prompts, rows=self.rows, length=self.length, window=self.window,
         )  # fmt: skip
+        return out if self.window == 1 else out[:-LAST] + self._even(out[-LAST:])
+
+    def _even(self, batches: list[list[int | None]]) -> list[list[int | None]]:
+        """As many batches of the same items, each with about as many tokens."""
+        items = [i for batch in batches for i in batch if i is not None]
+        sizes = [self.sizes[i] for i in items]
+        sizes += [0] * (len(batches) * self.prompts - len(items))
+        out = [[items[j] for j in part] for part in layout.spread(sizes, len(batches))]
+        rows = (layout.pack([self.sizes[i] for i in b], self.length) for b in out)
+        if max(map(len, rows)) > self.rows:
+            return batches
+        return [batch + [None] * (self.prompts - len(batch)) for batch in out]
 
 
 class Plan:

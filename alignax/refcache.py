@@ -23,6 +23,7 @@ from alignax import checkpoint
 from alignax.batch import LM, Batch
 from alignax.source import EvalBatches, Source
 
+HOW = ("dtype", "remat", "attn_tile", "attn_kernel", "head_kernel")  # not what is read
 KERNEL = 1  # raised when logprob.score changes its numbers by more than rounding
 Table = dict[bytes, np.ndarray]  # content of a row -> float32 log-probs, scored tokens
 
@@ -44,7 +45,8 @@ def describe(lm: LM, batches: Iterable[Batch], **more: Any) -> dict[str, str]:
 
 def describe_lm(lm: LM, **more: Any) -> dict[str, str]:
     """What numbers of an LM depend on, part by part, and further parts."""
-    model = dataclasses.replace(lm.config, dtype="float32", remat="none")
+    fields = {f.name: getattr(lm.config, f.name) for f in dataclasses.fields(lm.config)}
+    model = {name: value for name, value in fields.items() if name not in HOW}
     return {
         "parameters": f"{int(checkpoint.checksum(lm.params)):08x}",
         "dtype": str(lm.config.dtype),

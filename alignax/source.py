@@ -11,7 +11,9 @@ stays) down to one; then the response loses its right end and, with it, its EOS;
 response without a scored token left drops the example. All of it is counted.
 """
 
+import functools
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -26,6 +28,8 @@ from alignax.batch import LM, Batch, Example
 from alignax.plan import ENDLESS, Filled, Order, Packing, Plan, Row, bucket_sizes, fit
 from alignax.plan import identity as plan_identity
 from alignax.tokenizer import Tokenized, Tokenizer
+
+log = logging.getLogger(__name__)
 
 SHOWN = 20  # how many dropped or malformed ids a report lists
 
@@ -159,21 +163,29 @@ def dataset_source(
         for i, (rows, share, n) in enumerate(zip(data, shares, need, strict=True))
     ]
     sizes = bucket_sizes(buckets, length)
-    one, packing = max(need), None  # batches to report on
+    packing = None
     if packed is not None:  # T costs next to nothing: one will do
         sizes = (fit(max(row.length() for rows in data for row in rows), sizes),)
         packing = Packing(*packed)
-        if filled and not mixture:
-            order = Filled(
-                [row.distinct for row in data[0]], batch_size,
-                window=window, seed=seed, shuffle=shuffle,
+    planned = functools.partial(
+        Plan, data, buckets=sizes, host=host, pad=tokenizer.pad_id, mixture=mixture
+    )
+    plan = planned(orders, steps, packing=packing)
+    report = plan.shares(min(steps, max(need)))
+    if packed is not None and filled and not mixture:
+        order = Filled(
+            [row.distinct for row in data[0]], batch_size,
+            window=window, seed=seed, shuffle=shuffle,
+        )  # fmt: skip
+        steps = ENDLESS if epochs is None else order.steps(epochs)
+        plan = planned([order], steps, packing=order.packing(*packed))
+        grouped, report = report, plan.shares(order.steps(1))
+        if report["useful"] < grouped["useful"] - 0.02:
+            log.warning(
+                "%.0f %% of what packed rows compute is useful, %.0f %% where batches are "
+                "of like length: few prompts a device want config.layout = 'grouped'",
+                100 * report["useful"], 100 * grouped["useful"],
             )  # fmt: skip
-            one, orders, packing = order.steps(1), [order], order.packing(*packed)
-            steps = ENDLESS if epochs is None else order.steps(epochs)
-    plan = Plan(
-        data, orders, steps,
-        buckets=sizes, host=host, pad=tokenizer.pad_id, mixture=mixture, packing=packing,
-    )  # fmt: skip
     # The state is worth nothing on other data or another layout: it says which it is of.
     settings: tuple[Any, ...] = (
         tokenizer.fingerprint,
@@ -191,7 +203,7 @@ def dataset_source(
             grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         )
     )
-    counts |= plan.shares(min(steps, one))
+    counts |= report
     last: dict[str, Any] = {"ids": [], "metrics": {}}
 
     def next_batch(params: Any = None, step: int = 0, average: Any = None) -> Batch:

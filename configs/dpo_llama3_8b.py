@@ -24,6 +24,7 @@ def get_config(arg: str = ""):
     c.eval_data.path = c.data.get_oneway_ref("path")  # one file, two splits
     c.evals = {"ranking_accuracy": {}}
     c.mesh = (1, 64, 1)
+    c.layout = "grouped"  # one pair a chip: nothing to fill its row with
     c.num_steps, c.batch_size, c.length = 1000, 64, 2048
     c.optim.lr, c.optim.warmup = 5e-7, 100
     c.eval_every = c.checkpoint.every = 200

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignax import layout, logprob, parallel, plugin, tokenizer
-from alignax.batch import LM, from_groups
+from alignax.batch import LM, check, from_groups
 from alignax.data import hh_rlhf
 from alignax.models import lora
 from alignax.sharding import make_mesh, put_batch, put_params
@@ -307,6 +307,21 @@ def test_a_layout_of_another_batch_is_an_error(tiny_lm):
     ):
         jax.eval_shape(logprob.score, tiny_lm, batch)
     assert jnp.ndim(batch.layout.places) == 3
+
+
+def test_a_layout_from_before_a_change_is_found_by_check():
+    batch = ragged(4, 2, 24)
+    batch = batch._replace(layout=layout.build(batch, length=64))
+    check(batch)
+    i, g, t = np.argwhere(batch.mask)[5]
+    tokens, mask = batch.tokens.copy(), batch.mask.copy()
+    tokens[i, g, t] += 1
+    mask[0, 0, batch.mask[0, 0].argmax() - 1] = True  # the prompt's last token
+    for changed in (batch._replace(tokens=tokens), batch._replace(mask=mask)):
+        with pytest.raises(ValueError, match="lay the batch out anew"):
+            check(changed)
+    with pytest.raises(ValueError, match=r"places \(4, 2, 24\) in 1 blocks"):
+        check(ragged(8, 2, 24)._replace(layout=batch.layout))
 
 
 # -- over a mesh, in micro-batches

@@ -1,5 +1,7 @@
 """The reference's log-probs on disk: the same training, one forward pass less."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -106,6 +108,15 @@ def test_another_key_is_refused_and_the_part_named(runs, tmp_path, changes, part
     }
     unexpected = [p for p in others - {part} if f"{p} (" in str(error.value)]
     assert unexpected == []
+
+
+def test_how_a_model_is_computed_is_no_part_of_the_key(tiny_lm):
+    def key(**change):
+        config = dataclasses.replace(tiny_lm.config, **change)
+        return refcache.describe_lm(tiny_lm._replace(config=config))
+
+    assert key(remat="block", head_kernel="pallas", attn_tile=64) == key()
+    assert key(rope_theta=5.0) != key()
 
 
 def test_a_kernel_that_changed_its_numbers_is_another_key(runs, tmp_path, monkeypatch):

@@ -465,6 +465,27 @@ def test_packed_batches_hold_every_example_once_an_epoch_in_one_shape():
     )
 
 
+def test_the_end_of_an_epoch_is_shared_out():
+    """A batch of what is left would weigh its one prompt as much as others all of theirs."""
+    rows = make(108, group=2, spread=40)
+    settings = dict(batch_size=8, length=64, epochs=1, packed=(1, 1))
+    many = [int(b.valid.any(1).sum()) for b in drain(build(rows, **settings))]
+    assert sum(many) == 108
+    assert min(many) >= 6  # 1, were the last batch what is left
+
+
+def test_rows_that_would_be_emptier_than_batches_of_like_length_are_reported(caplog):
+    rows = make(64, group=2, spread=400)
+    settings = dict(batch_size=8, length=512, epochs=1)
+    alone = build(rows, **settings, packed=(8, 1)).report()["useful"]
+    (line,) = caplog.messages
+    grouped = build(rows, **settings, packed=(8, 1), filled=False).report()["useful"]
+    assert f"{100 * alone:.0f} % of what" in line
+    assert f"useful, {100 * grouped:.0f} % where" in line
+    build(rows, **settings, packed=(1, 1))
+    assert len(caplog.messages) == 1
+
+
 def test_devices_and_micro_batches_do_not_change_what_a_packed_batch_holds():
     rows = make(60, group=2, spread=40)
     settings = dict(batch_size=8, length=64, epochs=1)
