@@ -12,7 +12,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from alignax import chips, compiled, layout, logprob, pallas_head, sharding, xla_head
-from alignax.batch import LM
+from alignax.batch import LM, Batch
+from alignax.models import transformer
+from alignax.models.transformer import ModelConfig
 from alignax.pallas_head import Kernel
 
 D, M, TILES = 32, 50, (16, 128)
@@ -220,31 +222,34 @@ def test_the_tpu_compiler_takes_the_kernels_and_they_hold_no_logits(vocab_axis):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
 def test_the_tpu_compiler_takes_a_split_vocabulary_and_gathers_none():
-    m, d, v = 512, 256, 2048
+    """As `score` runs it, whose casts sum the gradients of shards: their types are checked."""
+    n, t, d, v = 8, 64, 256, 2048
     device, mesh = slice_of("v5e:2x2", (1, 2, 2))
-    kernel = Kernel(axis="model")
-    tokens, columns = P("fsdp"), P(None, "model")
-
-    def shard(h, weight, targets, scored):
-        h = jax.lax.pcast(h, ("model",), to="varying")
-        weight = jax.lax.pcast(weight, ("fsdp",), to="varying")
-        first = jax.lax.axis_index("model") * weight.shape[1]
-        return pallas_head.logps(kernel, h, weight, targets - first, scored, None)
-
-    split = jax.shard_map(
-        shard, mesh=mesh, in_specs=(tokens, columns, tokens, tokens), out_specs=tokens
-    )
-    given = (
-        on(mesh, tokens, (m, d), jnp.bfloat16), on(mesh, columns, (d, v), jnp.bfloat16),
-        on(mesh, tokens, (m,), jnp.int32), on(mesh, tokens, (m,), bool),
+    config = ModelConfig(
+        vocab_size=v, width=d, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=128,
+        mlp_width=256, max_length=t, dtype="bfloat16", head_kernel="pallas",
     )  # fmt: skip
+    shapes = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
+    params = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes, sharding.shardings(shapes, mesh),
+    )  # fmt: skip
+    rows = P(("data", "fsdp"))
+    kinds = dict(tokens=jnp.int32, mask=bool, lengths=jnp.int32, feedback=jnp.float32)
+    batch = Batch(valid=on(mesh, rows, (n, 1), bool), **{
+        name: on(mesh, rows, (n, 1, t) if name in ("tokens", "mask") else (n, 1), kind)
+        for name, kind in kinds.items()
+    })  # fmt: skip
+
+    def total(params, batch):
+        return logprob.score(LM(config, params), batch, mesh=mesh).logps.sum()
+
     with jax.default_device(device):
-        run = jax.jit(jax.grad(lambda *a: split(*a).sum(), (0, 1)))
-        lowered = run.lower(*given)
-    found = compiled.collectives(compiled.Module(lowered.compile().as_text()))
-    # columns of numbers a token, and the two gradients; nothing of a token's logits
-    assert max(c.size for c in found) <= max(m // 2 * d, d * v // 2) * 4
-    assert not [c for c in found if c.kind == "all-gather" and c.size > m * 4]
+        program = jax.jit(jax.grad(total)).lower(params, batch).compile().as_text()
+    assert program.count("tpu_custom_call") >= 3
+    found = compiled.collectives(compiled.Module(program))
+    # the head's columns of a shard and numbers a token, but never a row of logits
+    assert max(c.size for c in found) <= max(n * t * d, d * v // 2) * 4
 
 
 def test_the_kernel_takes_it_where_the_config_says_so(tiny_config, make_lm, make_batch):
