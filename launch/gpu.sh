@@ -19,18 +19,12 @@
 #   REQUEUE_CODE=75             under Slurm: exit code of a run that wants to go on
 #   PYTHON=...                  interpreter, .venv/bin/python by default
 set -euo pipefail
-dry_run=
-while [[ ${1:-} == --* ]]; do
-  case $1 in
-    --dry_run) dry_run=1 ;;
-    *) echo "gpu.sh has no option '$1'" >&2; exit 2 ;;
-  esac
-  shift
-done
-[[ $# -ge 2 ]] || { sed -n '2,/^set/{s/^# \{0,1\}//p}' "$0" >&2; exit 2; }
-config=$1 workdir=$2
-shift 2
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source-path=SCRIPTDIR source=common.sh
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+options '' "$@"
+arguments 2
+config=${rest[0]} workdir=${rest[1]} flags=("${rest[@]:2}")
+cd "$root"
 
 python=${PYTHON:-.venv/bin/python}
 main=("$python" -m alignax.main --config "$config" --workdir "$workdir")
@@ -40,15 +34,14 @@ if [[ -z ${HOSTS:-} ]]; then
   if [[ ${SLURM_NTASKS:-1} -gt 1 ]]; then
     command+=(--distributed)
   fi
-  command+=("$@")
+  command+=("${flags[@]}")
   if [[ -n $dry_run ]]; then
-    printf '%q ' "${command[@]}"
-    echo
+    run "${command[@]}"
     exit
   fi
-  trap : TERM  # Slurm signals every process: outlive the run, to see how it ended
+  heed
   code=0
-  "${command[@]}" || code=$?
+  follow "${command[@]}" || code=$?
   if [[ $code == "${REQUEUE_CODE:-75}" && -n ${SLURM_JOB_ID:-} && ${SLURM_PROCID:-0} == 0 ]]; then
     scontrol requeue "$SLURM_JOB_ID"
   fi
@@ -57,7 +50,7 @@ fi
 
 read -r -a hosts <<<"$HOSTS"
 per_host=${PER_HOST:-1}
-address=${hosts[0]}:${JAX_COORDINATOR_PORT:-8482}
+address=${hosts[0]##*@}:${JAX_COORDINATOR_PORT:-8482}
 count=$((${#hosts[@]} * per_host))
 commands=()  # one process each: a command line for the shell of its host
 for i in $(seq 0 $((count - 1))); do
@@ -67,41 +60,35 @@ for i in $(seq 0 $((count - 1))); do
     settings+=("JAX_LOCAL_DEVICE_IDS=$((i % per_host))")
   fi
   line=$(printf '%q ' cd "$PWD")
-  line+="&& exec $(printf '%q ' env "${settings[@]}" "${main[@]}" --distributed "$@")"
+  line+="&& exec $(printf '%q ' env "${settings[@]}" "${main[@]}" --distributed "${flags[@]}")"
   commands+=("${line% }")
 done
 ssh=(ssh -o BatchMode=yes -o ServerAliveInterval=30)
 if [[ -n $dry_run ]]; then
   for i in "${!commands[@]}"; do
-    printf '%q ' "${ssh[@]}" "${hosts[i / per_host]}" "${commands[i]}"
-    echo
+    run "${ssh[@]}" "${hosts[i / per_host]}" "${commands[i]}"
   done
   exit
 fi
 
 # ssh passes no signals on, and one process of a run is enough: the others are told by jax.
-pattern="^$python -m alignax[.]main .*--workdir $workdir"
-# shellcheck disable=SC2329
+# The pattern is this very command, as an extended regular expression.
+# shellcheck disable=SC2001
+pattern="^$(sed 's/[][(){}.*+?^$|\\]/\\&/g' <<< "${main[*]} --distributed")"
 stop() {
-  told=1
   "${ssh[@]}" "${hosts[0]}" "pkill -TERM -f $(printf '%q' "$pattern")" || true
 }
-told=''
-trap stop TERM INT
-pids=()
+heed
 for i in "${!commands[@]}"; do
   "${ssh[@]}" "${hosts[i / per_host]}" "${commands[i]}" \
     < /dev/null > >(sed -u "s/^/[$i] /") 2> >(sed -u "s/^/[$i] /" >&2) &
-  pids+=($!)
+  children+=($!)
 done
+[[ -z $stopped ]] || stop
 code=0
-for pid in "${pids[@]}"; do
+for child in "${children[@]}"; do
   ended=0
-  wait "$pid" || ended=$?
-  while [[ -n $told ]]; do  # a signal may have ended only the waiting
-    told='' ended=0
-    wait "$pid" || ended=$?
-  done
+  await "$child" || ended=$?
   # Who saved is one of the news, who failed the other: that one counts.
   if [[ $ended != 0 && ($code == 0 || $code == 75) ]]; then
     code=$ended

@@ -5,55 +5,62 @@
 #
 # Writes one Markdown table, to launch/results/gpu_DATE.md by default: commit it. Each size
 # is a process of its own, so that its peak memory is its own. What does not fit or fails
-# is a row that says so, and the exit code is 1.
+# is a row that says so, and the exit code is 1: differences over the kernel's bounds, too.
+# Where jax finds no GPU nothing is measured, and the exit code is 1.
 #
 #   --dry_run             print the commands instead
-#   SIZES="135M 360M 1B"  tiny is for a CPU
+#   SIZES="135M 360M 1B"  SIZES=tiny is for a CPU, its table runs/gpu_tiny.md
 #   PAIRS=8 LENGTH=1024   of a DPO step
 #   PYTHON=...            interpreter, .venv/bin/python by default
 set -euo pipefail
-dry_run=
-while [[ ${1:-} == --* ]]; do
-  case $1 in
-    --dry_run) dry_run=1 ;;
-    *) echo "gpu_check.sh has no option '$1'" >&2; exit 2 ;;
-  esac
-  shift
-done
-table=$(realpath -m "${1:-$(dirname "${BASH_SOURCE[0]}")/results/gpu_$(date +%F).md}")
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-read -r -a sizes <<<"${SIZES:-135M 360M 1B}"
+# shellcheck source-path=SCRIPTDIR source=common.sh
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+options '' "$@"
+read -r -a sizes <<< "${SIZES:-135M 360M 1B}"
+results=$root/launch/results/gpu_$(date +%F).md
+[[ ${sizes[*]} != tiny ]] || results=$root/runs/gpu_tiny.md
+table=$(realpath -m "${rest[0]:-$results}")
+cd "$root"
 
-check=(env "PYTHONPATH=$PWD" "${PYTHON:-.venv/bin/python}" tests/benchmarks/accelerator.py)
+python=${PYTHON:-.venv/bin/python}
+backend=("$python" -c 'import jax; print(jax.default_backend())')
+check=(env "PYTHONPATH=$PWD" "$python" tests/benchmarks/accelerator.py)
 failed=0
-run() {  # a part of the table, or a row that says that it failed
+part() {  # of the table, or a row that says that it failed
   if [[ -n $dry_run ]]; then
-    printf '%q ' "$@"
-    echo
+    run "$@"
   elif ! "$@" 2> >(tail -n 20 >&2); then
     echo "| ${*:$#-1} | **failed** |"
     failed=1
   fi
 }
 all() {
-  if [[ -z $dry_run ]]; then
-    echo "$(date +%F), $(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2> /dev/null | head -n 1 || echo 'no nvidia-smi'),"
-    echo "commit $(git rev-parse --short HEAD 2> /dev/null || cat COMMIT 2> /dev/null || echo unknown), \`launch/gpu_check.sh\`:"
-  fi
-  run "${check[@]}" parity
+  part "${check[@]}" parity
   for size in "${sizes[@]}"; do
-    run "${check[@]}" --rows_only --pairs="${PAIRS:-8}" --length="${LENGTH:-1024}" --remat=block dpo "$size"
+    part "${check[@]}" --rows_only --pairs="${PAIRS:-8}" --length="${LENGTH:-1024}" --remat=block dpo "$size"
   done
   for size in "${sizes[@]}"; do
-    run "${check[@]}" --rows_only --new=128 decode "$size"
+    part "${check[@]}" --rows_only --new=128 decode "$size"
   done
 }
 if [[ -n $dry_run ]]; then
+  [[ ${sizes[*]} == tiny ]] || run "${backend[@]}"
   all
   exit
 fi
+if [[ ${sizes[*]} != tiny ]]; then
+  found=$("${backend[@]}")
+  if [[ $found != gpu ]]; then
+    echo "gpu_check.sh: jax runs on '$found' here, not on a GPU (SIZES=tiny needs none)" >&2
+    exit 1
+  fi
+fi
 mkdir -p "$(dirname "$table")"
-all > "$table.part"
+{
+  echo "$(date +%F), $(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2> /dev/null | head -n 1 || echo 'no nvidia-smi'),"
+  echo "commit $(git rev-parse --short HEAD 2> /dev/null || cat COMMIT 2> /dev/null || echo unknown), \`launch/gpu_check.sh\`:"
+  all
+} > "$table.part"
 mv "$table.part" "$table"
 cat "$table"
 exit "$failed"

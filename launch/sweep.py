@@ -7,7 +7,8 @@
 `key=value` words (quoted as in a shell; # begins a comment). A run is named by what it
 changes, and its folder is SWEEP/NAME. Runs that ended well are not started again, so the
 same command goes on after an interruption; a run that saved and ended with 75 is started
-again up to `--retries` times.
+again up to `--retries` times. A folder belongs to one config: another is refused, and so is
+a name that another run has there. A launcher has to wait for its run (xpk.sh does not).
 
 SWEEP/results.md and results.csv have one row a run: its keys, how it ended, and the last
 value of every metric that `--metrics` matches. SWEEP/NAME.log is what the run said.
@@ -23,6 +24,7 @@ import json
 import pathlib
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,7 +33,9 @@ from etils import epath
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESUME = 75  # EX_TEMPFAIL: saved, wants to go on
-STATUS = "sweep.json"  # in the sweep's folder: {run: {"changes": ..., "code": ...}}
+STATUS = (
+    "sweep.json"  # in its folder: {run: {"config": ..., "changes": ..., "code": ...}}
+)
 
 
 def split(values: str) -> list[str]:
@@ -105,6 +109,32 @@ def command(
     """The command line of one run."""
     flags = [f"--config.{k}={v}" for k, v in changes.items()]
     return [*shlex.split(launcher), config, workdir, *flags]
+
+
+def check_launcher(launcher: str) -> None:
+    """Raises ValueError if it cannot be started, or does not wait for its run."""
+    word = [*shlex.split(launcher), ""][0]
+    if not shutil.which(str(ROOT / word) if "/" in word else word):
+        raise ValueError(f"--launcher '{word}' is not there, or cannot be executed")
+    if pathlib.Path(word).name == "xpk.sh":
+        raise ValueError(
+            "--launcher xpk.sh returns when its run is submitted: how the run ends is not "
+            "known here, and all of them would have one workload's name"
+        )
+
+
+def check_same(before: dict[str, dict], config: str, runs: dict) -> None:
+    """Raises ValueError if a run of the folder is of another config, or changes others."""
+    for run, one in before.items():
+        if one.get("config", config) != config:
+            raise ValueError(
+                f"run '{run}' there is of {one['config']}: {config} needs another folder"
+            )
+        if run in runs and one["changes"] != runs[run]:
+            raise ValueError(
+                f"run '{run}' there changes {one['changes']}, this one {runs[run]}: it "
+                "needs another folder"
+            )
 
 
 def last_metrics(workdir, pattern: str) -> dict[str, float]:
@@ -210,6 +240,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         lines = pathlib.Path(args.runs).read_text() if args.runs else ""
         runs = named([*listed(lines), *(grid(args.grid) if args.grid else [])])
+        check_launcher(args.launcher)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     if not runs:
@@ -224,20 +255,30 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         print("\n".join(map(shlex.join, commands.values())))
         return 0
-    return conduct(sweep, runs, commands, args)
+    file = epath.Path(sweep) / STATUS
+    before = json.loads(file.read_text()) if file.exists() else {}
+    try:
+        check_same(before, args.config, runs)
+    except ValueError as error:
+        parser.error(f"{sweep}: {error}")
+    return conduct(sweep, before, runs, commands, args)
 
 
-def conduct(sweep: str, runs: dict, commands: dict, args) -> int:
-    """Runs what has not ended well yet; the exit code of the sweep."""
+def conduct(sweep: str, before: dict, runs: dict, commands: dict, args) -> int:
+    """Runs what has not ended well yet; the exit code of the sweep.
+
+    before: what an earlier command of this folder ran: it stays in the table.
+    """
     folder = epath.Path(sweep)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / STATUS
-    before = json.loads(file.read_text()) if file.exists() else {}
-    # What an earlier command of this folder ran stays in the table.
     status = before | {
-        run: {"changes": changes, "code": before.get(run, {}).get("code")}
+        run: {
+            "config": args.config, "changes": changes,
+            "code": before.get(run, {}).get("code"),
+        }
         for run, changes in runs.items()
-    }
+    }  # fmt: skip
     logs = ROOT / "runs" if "://" in sweep else pathlib.Path(sweep)
     logs.mkdir(parents=True, exist_ok=True)
     runner = Runner()

@@ -14,49 +14,36 @@
 #   --retries=10      starts after the first: of a preempted TPU, which is made anew, of a
 #                     lost connection, and of a run that saved and ended with 75
 #   --delete          delete the TPU when the run has ended
-#   --poll=60         seconds between two looks at a TPU that is not ready
+#   --poll=60         seconds between two looks at a TPU that is not ready, and before a
+#                     start after the first
 #   REMOTE_PYTHON=... interpreter on the workers, python3.11 by default (installed if the
 #                     workers have none)
 #
 # Exit code: 0 if every worker ended well, 75 if the run wants to go on but no retry is
-# left, else that of a worker that failed. A run that fails without losing its TPU is not
-# tried again.
+# left, else that of a worker that failed. A run or an installation that fails without
+# losing its TPU is not tried again. Capacity is waited for; after ten other errors of the
+# cloud in a row the script gives up. SIGTERM and Ctrl-C are passed on: the run saves, and
+# the script ends with 75. What the workers say is added to runs/TPU.log.
 set -euo pipefail
-dry_run='' create='' queued='' spot='' runtime='' retries=10 delete='' poll=60
-while [[ ${1:-} == --* ]]; do
-  case $1 in
-    --dry_run) dry_run=1 ;;
-    --create=*) create=${1#*=} ;;
-    --queued) queued=1 ;;
-    --spot) spot=1 ;;
-    --runtime=*) runtime=${1#*=} ;;
-    --retries=*) retries=${1#*=} ;;
-    --delete) delete=1 ;;
-    --poll=*) poll=${1#*=} ;;
-    *) echo "tpu_pod.sh has no option '$1'" >&2; exit 2 ;;
-  esac
-  shift
-done
-[[ $# -ge 4 ]] || { sed -n '2,/^set/{s/^# \{0,1\}//p}' "$0" >&2; exit 2; }
-tpu=$1 zone=$2 config=$3 workdir=$4
-shift 4
-if [[ $workdir != gs://* ]]; then
-  echo "tpu_pod.sh: workdir '$workdir' is not shared by the workers; give gs://BUCKET/PATH" >&2
-  exit 2
-fi
+# shellcheck source-path=SCRIPTDIR source=common.sh
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+create='' queued='' spot='' runtime='' retries=10 delete='' poll=60
+options 'create= queued spot runtime= retries= delete poll=' "$@"
+arguments 4
+count retries
+count poll
+tpu=${rest[0]} zone=${rest[1]} config=${rest[2]} workdir=${rest[3]}
+bucket "$workdir" workers
 if [[ -n $create && -z $runtime ]]; then
   case $create in
     v4-*) runtime="tpu-ubuntu2204-base" ;;
     v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
     v5p-*) runtime=v2-alpha-tpuv5 ;;
     v6e-*) runtime=v2-alpha-tpuv6e ;;
-    *) echo "tpu_pod.sh: name the software for '$create' with --runtime=NAME" >&2; exit 2 ;;
+    *) refuse "name the software for '$create' with --runtime=NAME" ;;
   esac
 fi
-if [[ -n $queued && -z $create ]]; then
-  echo "tpu_pod.sh: --queued makes a TPU: say which with --create=TYPE" >&2
-  exit 2
-fi
+[[ -z $queued || -n $create ]] || refuse "--queued makes a TPU: say which with --create=TYPE"
 
 vm=(gcloud compute tpus tpu-vm)
 queue=(gcloud compute tpus queued-resources)
@@ -74,112 +61,155 @@ fi
 if [[ -n $spot ]]; then
   made+=(--spot)
 fi
+copied=("${vm[@]}" scp "$archive" launch/common.sh launch/tpu_worker.sh "$tpu:"
+  "--zone=$zone" --worker=all)
+there=("${vm[@]}" ssh "$tpu" "--zone=$zone" --worker=all --ssh-flag=-oServerAliveInterval=30)
+printf -v work '%q ' bash tpu_worker.sh "${archive##*/}" "${REMOTE_PYTHON:-python3.11}" \
+  --config "$config" --workdir "$workdir" --distributed "${rest[@]:4}"
+started=("${there[@]}" "--command=${work% }")
 
-archive=runs/alignax.tar.gz
-main=(.venv/bin/python -m alignax.main --config "$config" --workdir "$workdir" --distributed "$@")
-python=${REMOTE_PYTHON:-python3.11}
-# What a lost connection left running holds the TPU: it is asked to save, then killed.
-old="'^[.]venv/bin/python -m alignax[.]main'"
-remote="set -e; for i in \$(seq 12); do pkill -TERM -f $old || break; sleep 5; done"
-remote+="; pkill -KILL -f $old || true"
-remote+="; mkdir -p alignax; find alignax -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {} +"
-remote+="; tar -xzf ${archive##*/} -C alignax; cd alignax"
-remote+="; command -v $python > /dev/null || { sudo apt-get -qq update; sudo apt-get -qq install -y $python-venv; }"
-remote+="; $python -m venv .venv; .venv/bin/pip install --quiet --editable '.[tpu]'"
-remote+="; code=0; PYTHONUNBUFFERED=1 $(printf '%q ' "${main[@]}")|| code=\$?"
-remote+="; echo \"alignax: a worker ended with \$code\"; exit \$code"
-
-if [[ -n $dry_run ]]; then
-  run() { printf '%q ' "$@"; echo; }
-else
-  run() { "$@"; }
-fi
-
-state() {  # READY or ACTIVE, '' of none
-  "${asked[@]}" 2> /dev/null || true
-}
-obtain() {  # until the TPU is there
-  local now
-  while :; do
-    now=$(state)
-    case $now in
-      READY | ACTIVE) return ;;
-      '')
-        [[ -n $create ]] || { echo "tpu_pod.sh: there is no TPU $tpu in $zone (--create=TYPE makes one)" >&2; exit 1; }
-        run "${made[@]}" || echo "tpu_pod.sh: not made yet; once more in $poll s" >&2 ;;
-      PREEMPTED | TERMINATED | STOPPED | FAILED | SUSPENDED)
-        [[ -n $create ]] || { echo "tpu_pod.sh: TPU $tpu is $now (--create=TYPE makes another)" >&2; exit 1; }
-        run "${removed[@]}" || true
-        continue ;;
-      *) echo "tpu_pod.sh: TPU $tpu is $now" >&2 ;;
-    esac
-    [[ $(state) =~ ^(READY|ACTIVE)$ ]] || sleep "$poll"
-  done
-}
-sync() {
-  run "${vm[@]}" scp "$archive" "$tpu:" "--zone=$zone" --worker=all
-}
-start=("${vm[@]}" ssh "$tpu" "--zone=$zone" --worker=all
-  --ssh-flag=-oServerAliveInterval=30 "--command=$remote")
-
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-if [[ -n $(git status --porcelain 2> /dev/null) ]]; then
-  echo "tpu_pod.sh: what is not committed is not copied" >&2
-fi
-run mkdir -p runs
-if [[ -n $dry_run ]]; then
-  echo "git rev-parse HEAD > runs/COMMIT"
-else
-  git rev-parse HEAD > runs/COMMIT
-fi
-run git archive --format=tar.gz --add-file=runs/COMMIT "--output=$archive" HEAD
+cd "$root"
+pack
 if [[ -n $dry_run ]]; then
   if [[ -n $create ]]; then
     run "${made[@]}"
     run "${asked[@]}"
   fi
-  sync
-  run "${start[@]}"
+  run "${copied[@]}"
+  run "${started[@]}"
   if [[ -n $delete ]]; then
     run "${removed[@]}"
   fi
   exit
 fi
 
+say() { echo "$script: $*" >&2; }
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
 log=runs/$tpu.log
-for ((attempt = 0; ; attempt++)); do
-  obtain
-  lost='' code=0
-  if sync; then
-    "${start[@]}" 2>&1 | tee "$log" || lost=1
-    # gcloud's own exit code does not say which worker ended how.
-    codes=$(sed -n 's/.*alignax: a worker ended with \([0-9]*\).*/\1/p' "$log" | sort -nu)
-    # What dies by a signal dies because another worker is gone: the failure is elsewhere.
-    failed=$(awk '$1 > 0 && $1 != 75 && $1 < 128' <<<"$codes" | head -n 1)
-    if [[ -n $failed ]]; then
-      code=$failed
-    elif [[ $codes == 0 && -z $lost ]]; then
-      break
-    elif [[ $codes == 75 || $codes == $'0\n75' ]]; then
-      code=75
-    else
-      lost=1  # a worker said nothing
-    fi
-  else
-    lost=1
+running='' now='' blind=0 refused=0 copies=0
+
+stop() {  # gcloud passes no signal on (in a trap `return` alone would be the signal's code)
+  if [[ -z $running ]]; then
+    [[ ${#children[@]} == 0 ]] || kill -TERM "${children[@]}" 2> /dev/null || true
+    return 0
   fi
-  case $(state) in
-    READY | ACTIVE) [[ $code == 75 || (-n $lost && $code == 0) ]] || break ;;
-    *) echo "tpu_pod.sh: TPU $tpu was lost" >&2 ;;
-  esac
-  if ((attempt >= retries)); then
-    echo "tpu_pod.sh: no retry is left of $retries; the same command goes on" >&2
-    [[ $code != 0 ]] || code=75
+  for _ in 1 2 3; do  # it may be connecting
+    if "${there[@]}" "--command=pkill -TERM -f '^bash tpu_worker[.]sh '"; then return 0; fi
+    sleep 5
+  done
+  say "not every worker could be told; signal once more if the run goes on"
+}
+pause() {
+  follow sleep "$poll" || true
+}
+look() {  # sets now: the TPU's state, NONE if it is not there, UNKNOWN if nobody can say
+  if now=$("${asked[@]}" 2> "$scratch/error"); then
+    blind=0
+  elif grep -q 'NOT_FOUND' "$scratch/error"; then
+    now=NONE blind=0
+  else
+    now=UNKNOWN blind=$((blind + 1))
+    say "the state of TPU $tpu is not known: $(head -n 1 "$scratch/error")"
+  fi
+}
+change() {  # makes or deletes the TPU
+  if "$@" 2> "$scratch/error"; then
+    refused=0
+    return
+  fi
+  cat "$scratch/error" >&2
+  # "There is no more capacity in the zone": later there may be.
+  grep -qi capacity "$scratch/error" || refused=$((refused + 1))
+  return 1
+}
+obtain() {  # until the TPU is there
+  local broken=0
+  blind=0 refused=0
+  while [[ -z $stopped ]]; do
+    look
+    case $now in
+      READY | ACTIVE) return ;;
+      NONE)
+        [[ -n $create ]] || { say "there is no TPU $tpu in $zone (--create=TYPE makes one)"; return 1; }
+        change "${made[@]}" || say "not made yet; once more in $poll s" ;;
+      PREEMPTED | TERMINATED | STOPPED | FAILED | SUSPENDED)
+        [[ -n $create ]] || { say "TPU $tpu is $now (--create=TYPE makes another)"; return 1; }
+        say "TPU $tpu is $now"
+        [[ $now != FAILED ]] || broken=$((broken + 1))
+        change "${removed[@]}" || say "not deleted yet; once more in $poll s" ;;
+      UNKNOWN) ;;
+      *) say "TPU $tpu is $now" ;;
+    esac
+    if ((blind == 10 || refused == 10 || broken == 10)); then
+      say "gave up on TPU $tpu in $zone: ten errors in a row"
+      return 1
+    fi
+    pause
+  done
+  return 75
+}
+# shellcheck disable=SC2329
+talk() {
+  "${started[@]}" 2>&1 | tee -a "$log" "$scratch/said"
+}
+attempt() {  # copies and starts; sets code: of the run, '' if the connection was lost
+  local codes failed ended=0
+  code=''
+  if ! follow "${copied[@]}"; then
+    copies=$((copies + 1))
+    return
+  fi
+  copies=0
+  [[ -z $stopped ]] || return 0
+  echo "== $(date -u +%FT%TZ), commit $(< runs/COMMIT)" >> "$log"
+  : > "$scratch/said"
+  running=1
+  follow talk || ended=$?
+  running=''
+  # gcloud's own exit code does not say which worker ended how.
+  codes=$(sed -n 's/.*alignax: a worker ended with \([0-9]*\).*/\1/p' "$scratch/said" | sort -nu)
+  # What dies by a signal dies because another worker is gone: the failure is elsewhere.
+  failed=$(awk '$1 > 0 && $1 != 75 && $1 < 128 { print; exit }' <<< "$codes")
+  if [[ -n $failed ]]; then
+    code=$failed
+  elif [[ $codes == 0 && $ended == 0 ]]; then
+    code=0
+  elif [[ $codes == 75 || $codes == $'0\n75' ]]; then
+    code=75
+  fi
+}
+
+heed
+for ((start = 1; ; start++)); do
+  obtain || { code=$?; break; }
+  attempt
+  if [[ $code == 0 || -n $stopped ]]; then
+    code=${code:-75}
     break
   fi
-  echo "tpu_pod.sh: start $((attempt + 2)) of $((retries + 1))" >&2
+  look
+  case $now in
+    READY | ACTIVE | UNKNOWN)
+      [[ -z $code || $code == 75 ]] || break
+      ((copies < 3)) || { say "TPU $tpu took no copy, three times"; code=1; break; } ;;
+    *) say "TPU $tpu was lost" ;;
+  esac
+  if ((start > retries)); then
+    say "no retry is left of $retries; the same command goes on"
+    code=75
+    break
+  fi
+  say "start $((start + 1)) of $((retries + 1)) in $poll s"
+  pause
 done
+
 if [[ -n $delete ]]; then
-  run "${removed[@]}"
+  look
+  for _ in 1 2 3; do
+    [[ $now != NONE ]] || break
+    if change "${removed[@]}"; then now=NONE; else pause; fi
+  done
+  [[ $now == NONE ]] || say "TPU $tpu is NOT deleted: ${removed[*]}"
 fi
 exit "$code"

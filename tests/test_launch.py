@@ -1,7 +1,9 @@
 """launch/ as text, as dry runs and against stand-ins: no network, no cloud account."""
 
+import importlib.util
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import signal
@@ -9,10 +11,12 @@ import subprocess
 import tarfile
 import time
 
+import numpy as np
 import pytest
 
 LAUNCH = pathlib.Path(__file__).parents[1] / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
+SOURCED = "common.sh"
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "16", "SLURM_PROCID": "0"}
 
 
@@ -41,7 +45,7 @@ def executable(path, text):
 def test_script_parses_is_strict_and_executable(script):
     subprocess.run(["bash", "-n", str(script)], check=True)
     assert "\nset -euo pipefail\n" in script.read_text()
-    assert os.access(script, os.X_OK)
+    assert os.access(script, os.X_OK) == (script.name != SOURCED)
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not here")
@@ -50,6 +54,13 @@ def test_shellcheck_finds_nothing():
         ["shellcheck", *map(str, SCRIPTS)], capture_output=True, text=True, check=False
     )
     assert done.stdout == ""
+
+
+def wait_for(ready, process=None):
+    deadline = time.monotonic() + 30
+    while not ready():
+        assert time.monotonic() < deadline and not (process and process.poll())
+        time.sleep(0.02)
 
 
 LAUNCHERS = ["local.sh", "gpu.sh", "tpu_pod.sh", "xpk.sh"]
@@ -68,6 +79,7 @@ def test_script_without_arguments_explains_itself(script):
     assert result.returncode == 2
     assert f"launch/{script}" in result.stderr
     assert "set -euo" not in result.stderr
+    assert run(script, "--help").stdout == result.stderr
 
 
 def test_local_runs_main_and_passes_flags_through():
@@ -118,6 +130,66 @@ def test_gpu_requeues_once_and_only_a_run_that_asks_for_it(
     assert not requeued or called.read_text() == "requeue 7\n"
 
 
+# -- the check of a GPU
+
+CHECK = """if [[ $1 == -c ]]; then echo {backend}; exit; fi
+echo "| $* | fast |"
+[[ $* != *{broken}* ]]"""
+
+
+def test_gpu_check_says_what_it_runs(tmp_path):
+    backend, parity, *rest = dry("gpu_check.sh", tmp_path / "a", SIZES="1B", PAIRS="2")
+    assert backend[-1] == "import jax; print(jax.default_backend())"
+    assert parity[2:] == [
+        ".venv/bin/python", "tests/benchmarks/accelerator.py", "parity"
+    ]  # fmt: skip
+    assert [line[-2:] for line in rest] == [["dpo", "1B"], ["decode", "1B"]]
+    assert "--pairs=2" in rest[0]
+    assert not any(words[1] == "-c" for words in dry("gpu_check.sh", SIZES="tiny"))
+
+
+@pytest.mark.parametrize(
+    "backend, sizes, broken, code",
+    [
+        ("cpu", "135M", "nothing", 1),  # no GPU, no table
+        ("gpu", "135M", "nothing", 0),
+        ("cpu", "tiny", "nothing", 0),
+        ("gpu", "135M", "parity", 1),
+        ("gpu", "135M", "dpo", 1),
+    ],
+)
+def test_gpu_check_fails_without_a_gpu_and_with_its_parts(
+    tmp_path, backend, sizes, broken, code
+):
+    python = executable(
+        tmp_path / "python", CHECK.format(backend=backend, broken=broken)
+    )
+    table = tmp_path / "a b" / "table.md"
+    settings = {"PYTHON": str(python), "SIZES": sizes}
+    result = run("gpu_check.sh", table, check=False, **settings)
+    assert result.returncode == code
+    if (backend, sizes) == ("cpu", "135M"):
+        assert "jax runs on 'cpu' here, not on a GPU" in result.stderr
+        assert not table.parent.exists()
+    else:
+        assert result.stdout == table.read_text()
+        assert result.stdout.count("| fast |") == 3
+        assert ("**failed**" in result.stdout) == (code == 1)
+
+
+def test_a_difference_over_its_bound_is_none_that_passes():
+    path = pathlib.Path(__file__).parent / "benchmarks/accelerator.py"
+    spec = importlib.util.spec_from_file_location("accelerator", path)
+    accelerator = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(accelerator)
+    exact = np.array([-4.0, 1.0])
+    for off, within in ((0.0, True), (3e-5, True), (5e-5, False), (np.nan, False)):
+        said, fine = accelerator.difference(exact + np.array([0, off]), exact, 1e-5)
+        assert fine == within
+        assert ("**over**" in said) != within
+        assert "of 4, at most 4e-05" in said
+
+
 # -- several hosts by ssh
 
 
@@ -135,6 +207,12 @@ def test_gpu_starts_a_process_a_host_with_one_coordinator():
             "--config", "c.py", "--workdir", "/shared/w x", "--distributed",
             "--config.x=1",
         ]  # fmt: skip
+
+
+def test_the_coordinator_is_a_host_without_its_user():
+    words = dry("gpu.sh", "c.py", "w", HOSTS="al@n1 al@n2")
+    assert [line[5] for line in words] == ["al@n1", "al@n2"]
+    assert all(" JAX_COORDINATOR_ADDRESS=n1:8482 " in line[-1] for line in words)
 
 
 def test_gpu_starts_a_process_a_gpu_where_that_is_asked_for():
@@ -166,30 +244,61 @@ def test_gpu_says_how_the_processes_ended(tmp_path, codes, code):
     assert sorted(result.stdout.splitlines()) == ["[0] I am 0", "[1] I am 1"]
 
 
-def test_sigterm_reaches_the_processes_of_the_first_host(tmp_path):
-    """ssh passes no signal on; the run agrees on a step by itself."""
-    settings = by_ssh(
-        tmp_path,
-        f"trap 'touch {tmp_path}/told; exit 75' TERM; touch {tmp_path}/on-$JAX_PROCESS_ID\n"
-        f"for i in $(seq 200); do [[ -e {tmp_path}/told ]] && exit 75; sleep 0.05; done",
-    )
-    # what `bash FILE` is called is not its name: pkill looks for the interpreter
-    pkill = f'pattern=${{@: -1}}; pkill -TERM -f "{tmp_path}/py ${{pattern#*/py }}"'
-    executable(
-        tmp_path / "bin" / "pkill",
-        pkill.replace("pkill -", f"{shutil.which('pkill')} -"),
-    )
+WAITS = """trap 'exit 75' TERM
+touch "{folder}/on-${{JAX_PROCESS_ID:-0}}"
+for i in $(seq 200); do sleep 0.05; done
+exit 3"""
+
+
+def test_sigterm_reaches_a_run_on_this_machine_and_slurm_is_told(tmp_path):
+    python = executable(tmp_path / "python", WAITS.format(folder=tmp_path))
+    executable(tmp_path / "scontrol", f'echo "$@" > {tmp_path}/called')
+    path = f"{tmp_path}:{os.environ['PATH']}"
     process = subprocess.Popen(
-        [str(LAUNCH / "gpu.sh"), "c.py", str(tmp_path / "w")],
-        env={"HOME": os.environ["HOME"], **settings},
+        [str(LAUNCH / "gpu.sh"), "c.py", "w"],
+        env={"PATH": path, "PYTHON": str(python), **SLURM},
     )
-    deadline = time.monotonic() + 30
-    while not all((tmp_path / f"on-{i}").exists() for i in range(2)):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for((tmp_path / "on-0").exists, process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 75
-    assert (tmp_path / "asked").read_text().split().count("a") == 2  # start and signal
+    assert (tmp_path / "called").read_text() == "requeue 7\n"
+
+
+def test_sigterm_reaches_this_run_on_the_first_host_and_no_other(tmp_path):
+    """ssh passes no signal on; the run agrees on a step by itself."""
+    settings = by_ssh(tmp_path, "")
+    # the name of a process is its interpreter: bash, which finds 'alignax.main' in PATH
+    bash = tmp_path / "py"
+    bash.unlink()
+    bash.symlink_to(shutil.which("bash"))
+    executable(
+        tmp_path / "bin" / "alignax.main",
+        """trap 'touch "$4.told"; exit 75' TERM  # jax tells the others, in a real run
+        touch "$4.on$JAX_PROCESS_ID"
+        for i in $(seq 400); do [[ -e $4.told ]] && exit 75; sleep 0.05; done""",
+    )
+    workdir, flag = tmp_path / "a+b (1", "--config.lr=1e+3"
+    other = [str(bash), "-m", "alignax.main", "--config", "c.py", "--workdir"]
+    beside = subprocess.Popen(
+        [*other, f"{workdir}2", "--distributed", flag],
+        env={"PATH": settings["PATH"]}, cwd=LAUNCH.parent,
+    )  # fmt: skip
+    process = subprocess.Popen(
+        [str(LAUNCH / "gpu.sh"), "c.py", str(workdir), flag],
+        env={**settings, "HOSTS": "al@a al@b"},
+    )
+    try:
+        on = [pathlib.Path(f"{workdir}{end}") for end in ("2.on", ".on0", ".on1")]
+        wait_for(lambda: all(path.exists() for path in on), process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 75
+        asked = (tmp_path / "asked").read_text().split()
+        assert sorted(asked) == ["al@a", "al@a", "al@b"]  # starts, and the signal
+        time.sleep(0.1)
+        assert beside.poll() is None
+    finally:
+        beside.kill()
+        beside.wait()
 
 
 # -- TPU VMs
@@ -211,15 +320,16 @@ def test_tpu_pod_copies_to_every_worker_and_starts_there():
     assert archive[:2] == ["git", "archive"] and archive[-1] == "HEAD"
     assert "--add-file=runs/COMMIT" in archive
     vm = [*GCLOUD, "tpu-vm"]
-    assert copy == [*vm, "scp", file, "pod:", "--zone=us-z", "--worker=all"]
+    brought = [file, "launch/common.sh", "launch/tpu_worker.sh"]
+    assert copy == [*vm, "scp", *brought, "pod:", "--zone=us-z", "--worker=all"]
     assert start[:-1] == [
         *vm, "ssh", "pod", "--zone=us-z", "--worker=all",
         "--ssh-flag=-oServerAliveInterval=30",
     ]  # fmt: skip
-    assert (
-        ".venv/bin/python -m alignax.main --config c.py --workdir gs://b/w --distributed ||"
-        in start[-1]
-    )
+    assert shlex.split(start[-1].removeprefix("--command=")) == [
+        "bash", "tpu_worker.sh", "alignax.tar.gz", "python3.11", "--config", "c.py",
+        "--workdir", "gs://b/w", "--distributed",
+    ]  # fmt: skip
 
 
 def test_tpu_pod_makes_a_vm_and_deletes_it():
@@ -251,55 +361,98 @@ def test_tpu_pod_makes_a_queued_resource_and_deletes_it():
     assert removed == [*queue, "delete", "pod", "--zone=us-z", "--force", "--quiet"]
 
 
-@pytest.mark.parametrize("option, word", [("--create=v9-8", "v9-8"), ("--queued", "--create=TYPE")])  # fmt: skip
+@pytest.mark.parametrize("option, word", [("--create=v9-8", "v9-8"), ("--queued", "--create=TYPE"), ("--retries=many", "--retries=many"), ("--poll=", "--poll= is")])  # fmt: skip
 def test_tpu_pod_asks_for_what_it_cannot_know(option, word):
     result = run("tpu_pod.sh", "--dry_run", option, *POD, check=False)
     assert result.returncode == 2 and word in result.stderr
 
 
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of the folder in a repository: tpu_pod.sh archives a commit."""
+    root = tmp_path_factory.mktemp("a checkout")
+    shutil.copytree(LAUNCH, root / "launch", ignore=shutil.ignore_patterns("results"))
+    for words in (
+        ["init", "-q"], ["add", "."],
+        ["-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-qm", "x"],
+    ):  # fmt: skip
+        subprocess.run(["git", "-C", str(root), *words], check=True)
+    return root
+
+
+GONE = "ERROR: (gcloud.compute.tpus) NOT_FOUND: Resource 'nodes/pod' was not found."
+DENIED = "ERROR: (gcloud.compute.tpus) PERMISSION_DENIED: not yours"
+FULL = (
+    'ERROR: There is no more capacity in the zone "us-z"; you can try in another zone'
+)
+
+
 class Cloud:
     """A gcloud that lives in a folder: TPUs come, go, and end runs as they are told to."""
 
-    def __init__(self, tmp_path, ends, states=("READY",)):
-        """ends: what a start says; states: of the TPU, one a look; the last one stays."""
-        self.calls = tmp_path / "calls"
-        for name, lines in (("ends", ends), ("states", states)):
+    def __init__(self, tmp_path, root, ends, states=("READY",), **errors):
+        """What each call says; the last line stays.
+
+        ends: the codes of a start's workers, or 'wait' for a signal; states: of the TPU,
+        an error is one of describe; errors: of a verb, '' for none.
+        """
+        self.root, self.calls, self.folder = root, tmp_path / "calls", tmp_path
+        shutil.rmtree(root / "runs", ignore_errors=True)
+        for name, lines in {"ends": ends, "describe": states, **errors}.items():
             (tmp_path / name).write_text("".join(f"{line}\n" for line in lines))
-        take = "head -n 1 $1; [[ $(wc -l < $1) == 1 ]] || sed -i 1d $1"
-        executable(tmp_path / "bin" / "take", take)
         executable(
             tmp_path / "bin" / "gcloud",
-            f"""echo "$@" | cut -c -60 >> {self.calls}
-            case "$*" in
-              *' describe '*) take {tmp_path}/states ;;
-              *' ssh '*) end=$(take {tmp_path}/ends)
-                for code in $end; do echo "alignax: a worker ended with $code"; done
-                [[ $end == '0 0' ]] ;;
+            f"""cd "{tmp_path}"; verb=$4; [[ $* != *pkill* ]] || verb=signal
+            case $verb in ssh) file=ends ;; *) file=$verb ;; esac
+            said=''
+            if [[ -e $file ]]; then
+              {{ read -r said; mapfile -t rest; }} < $file
+              [[ ${{#rest[@]}} == 0 ]] || printf '%s\\n' "${{rest[@]}}" > $file
+            fi
+            echo "$verb $*" >> calls
+            if [[ $said == ERROR* ]]; then echo "$said" >&2; exit 1; fi
+            case $verb in
+              describe) echo "$said" ;;
+              signal) touch told ;;
+              ssh)
+                if [[ $said == wait ]]; then
+                  touch on
+                  for i in $(seq 400); do [[ -e told ]] && break; sleep 0.05; done
+                  said='75 75'
+                fi
+                for code in $said; do echo "alignax: a worker ended with $code"; done
+                [[ $said == '0 0' ]] ;;
             esac""",
         )
-        # its own copy of the folder: it writes to runs/ beside it, and archives a commit
-        root = tmp_path / "root"
-        shutil.copytree(
-            LAUNCH, root / "launch", ignore=shutil.ignore_patterns("results")
+        executable(  # --poll=0
+            tmp_path / "bin" / "sleep",
+            f"[[ $1 != 0 ]] || echo pause >> {tmp_path}/pauses; exec {shutil.which('sleep')} $1",
         )
-        for words in (
-            ["init", "-q"], ["add", "."],
-            ["-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-qm", "x"],
-        ):  # fmt: skip
-            subprocess.run(["git", "-C", str(root), *words], check=True)
-        self.root, self.path = root, f"{tmp_path}/bin:{os.environ['PATH']}"
+        self.env = {
+            "HOME": str(root), "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"
+        }  # fmt: skip
+
+    def start(self, *options):
+        script = str(self.root / "launch/tpu_pod.sh")
+        return subprocess.Popen(
+            [script, "--poll=0", *options, *POD], env=self.env, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
 
     def run(self, *options):
-        return subprocess.run(
-            [str(self.root / "launch/tpu_pod.sh"), "--poll=0", *options, *POD],
-            env={"HOME": str(self.root), "PATH": self.path}, text=True,
-            capture_output=True, check=False, timeout=60,
-        )  # fmt: skip
+        """(exit code, stderr)"""
+        process = self.start(*options)
+        _, said = process.communicate(timeout=60)
+        return process.returncode, said
 
     def verbs(self):
         """What was asked of the cloud, looks left out."""
         lines = self.calls.read_text().splitlines()
-        return [line.split()[3] for line in lines if "describe" not in line]
+        return [line.split()[0] for line in lines if not line.startswith("describe")]
+
+    def pauses(self):
+        file = self.folder / "pauses"
+        return file.read_text().count("pause") if file.exists() else 0
 
 
 START = ["scp", "ssh"]
@@ -320,97 +473,227 @@ START = ["scp", "ssh"]
         ([""], 75, 3),
     ],
 )
-def test_tpu_pod_goes_on_as_often_as_it_may(tmp_path, ends, code, starts):
-    cloud = Cloud(tmp_path, ends)
-    result = cloud.run("--retries=2")
-    assert result.returncode == code, result.stderr
+def test_tpu_pod_goes_on_as_often_as_it_may(tmp_path, checkout, ends, code, starts):
+    cloud = Cloud(tmp_path, checkout, ends)
+    ended, said = cloud.run("--retries=2")
+    assert ended == code, said
     assert cloud.verbs() == START * starts
+    assert cloud.pauses() == starts - 1
     if starts == 3:
-        assert "no retry is left of 2; the same command goes on" in result.stderr
+        assert "no retry is left of 2; the same command goes on" in said
 
 
-def test_tpu_pod_makes_a_preempted_tpu_anew(tmp_path):
+def test_tpu_pod_makes_a_preempted_tpu_anew_and_logs_every_start(tmp_path, checkout):
     # looks: at first, after the start, then in turn until it is ready
-    states = ["READY", "PREEMPTED", "PREEMPTED", "", "CREATING", "CREATING", "READY"]
-    cloud = Cloud(tmp_path, ["", "0 0"], states)
-    result = cloud.run("--create=v5litepod-16", "--spot", "--delete")
-    assert result.returncode == 0, result.stderr
+    states = ["READY", "PREEMPTED", "PREEMPTED", GONE, "CREATING", "READY"]
+    cloud = Cloud(tmp_path, checkout, ["0 137", "0 0"], states)
+    code, said = cloud.run("--create=v5litepod-16", "--spot", "--delete")
+    assert code == 0, said
     assert cloud.verbs() == [*START, "delete", "create", *START, "delete"]
-    assert "TPU pod was lost" in result.stderr
+    assert "TPU pod was lost" in said
+    log = (checkout / "runs/pod.log").read_text()
+    assert log.count("== ") == 2
+    assert re.findall(r"ended with (\d+)", log) == ["0", "137", "0", "0"]
 
 
-def test_tpu_pod_waits_for_a_queued_resource(tmp_path):
-    waiting = ["WAITING_FOR_RESOURCES", "PROVISIONING"]
-    cloud = Cloud(tmp_path, ["0 0"], ["", *waiting, *waiting, "ACTIVE"])
-    result = cloud.run("--create=v5litepod-16", "--queued")
-    assert result.returncode == 0, result.stderr
+def test_tpu_pod_waits_for_a_queued_resource(tmp_path, checkout):
+    states = [GONE, "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
+    cloud = Cloud(tmp_path, checkout, ["0 0"], states)
+    code, said = cloud.run("--create=v5litepod-16", "--queued")
+    assert code == 0, said
     assert cloud.verbs() == ["create", *START]
-    assert "TPU pod is PROVISIONING" in result.stderr
+    assert "TPU pod is PROVISIONING" in said
 
 
-@pytest.mark.parametrize("state, said", [("", "there is no TPU pod in us-z"), ("PREEMPTED", "TPU pod is PREEMPTED")])  # fmt: skip
-def test_tpu_pod_makes_and_deletes_nothing_unasked(tmp_path, state, said):
-    cloud = Cloud(tmp_path, ["0 0"], [state])
-    result = cloud.run()
-    assert result.returncode == 1 and said in result.stderr
+@pytest.mark.parametrize("state, said", [(GONE, "there is no TPU pod in us-z"), ("PREEMPTED", "TPU pod is PREEMPTED")])  # fmt: skip
+def test_tpu_pod_makes_and_deletes_nothing_unasked(tmp_path, checkout, state, said):
+    cloud = Cloud(tmp_path, checkout, ["0 0"], [state])
+    code, error = cloud.run()
+    assert code == 1 and said in error
     assert cloud.verbs() == []
 
 
-def test_the_copied_tree_knows_its_commit(tmp_path):
-    cloud = Cloud(tmp_path, ["0 0"])
-    assert cloud.run().returncode == 0
-    head = ["git", "-C", str(cloud.root), "rev-parse", "HEAD"]
+@pytest.mark.parametrize(
+    "states, errors, code, verbs",
+    [
+        ([GONE], {"create": [DENIED]}, 1, ["create"] * 10),
+        (["PREEMPTED"], {"delete": [DENIED]}, 1, ["delete"] * 10),
+        (["FAILED", GONE] * 10, {}, 1, ["delete", "create"] * 9 + ["delete"]),
+        ([DENIED], {}, 1, []),
+        ([DENIED] * 9 + ["READY"], {}, 0, START),
+        # capacity comes and goes
+        ([GONE] * 12 + ["READY"], {"create": [FULL] * 11 + [""]}, 0, ["create"] * 12 + START),
+        (["READY"], {"scp": [DENIED]}, 1, ["scp"] * 3),
+    ],
+)  # fmt: skip
+def test_tpu_pod_gives_up_what_is_refused(
+    tmp_path, checkout, states, errors, code, verbs
+):
+    cloud = Cloud(tmp_path, checkout, ["0 0"], states, **errors)
+    ended, said = cloud.run("--create=v5litepod-16")
+    assert (ended, cloud.verbs()) == (code, verbs)
+    assert cloud.pauses() >= len(verbs) - (2 if code == 0 else 1)
+    assert code == 0 or DENIED in said or "TPU pod is FAILED" in said
+
+
+@pytest.mark.parametrize("state, code, starts", [(DENIED, 3, 1), ("READY", 3, 1), ("PREEMPTED", 0, 2)])  # fmt: skip
+def test_a_run_that_failed_starts_again_only_if_its_tpu_is_gone(
+    tmp_path, checkout, state, code, starts
+):
+    """Not where nobody can say how the TPU is."""
+    states = ["READY", state, "READY"]
+    cloud = Cloud(tmp_path, checkout, ["3 134", "0 0"], states)
+    assert cloud.run("--create=v5litepod-16")[0] == code
+    assert cloud.verbs() == START * starts
+
+
+def test_a_tpu_that_stays_is_named_and_the_run_s_code_kept(tmp_path, checkout):
+    cloud = Cloud(tmp_path, checkout, ["75 75"], delete=[DENIED])
+    code, said = cloud.run("--delete", "--retries=0")
+    assert code == 75
+    assert "NOT deleted: gcloud compute tpus tpu-vm delete pod" in said
+    assert cloud.verbs() == [*START, *["delete"] * 3]
+
+
+def test_sigterm_reaches_the_workers_and_the_tpu_is_deleted(tmp_path, checkout):
+    cloud = Cloud(tmp_path, checkout, ["wait"])
+    process = cloud.start("--delete")
+    wait_for((tmp_path / "on").exists, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert cloud.verbs() == [*START, "signal", "delete"]
+    calls = cloud.calls.read_text()
+    (pattern,) = re.findall(r"pkill -TERM -f '(.*)'", calls)
+    (command,) = re.findall(r"^ssh .*--command=(.*)", calls, re.M)
+    assert re.search(pattern, command)
+
+
+def test_sigterm_ends_the_wait_for_a_tpu(tmp_path, checkout):
+    cloud = Cloud(tmp_path, checkout, [], ["WAITING_FOR_RESOURCES"])
+    process = cloud.start("--create=v6e-8", "--queued", "--poll=600")
+    wait_for(cloud.calls.exists, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert cloud.verbs() == []
+
+
+def test_the_copied_tree_knows_its_commit(tmp_path, checkout):
+    cloud = Cloud(tmp_path, checkout, ["0 0"])
+    assert cloud.run()[0] == 0
+    head = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
     said = subprocess.run(head, capture_output=True, text=True, check=True).stdout
-    with tarfile.open(cloud.root / "runs/alignax.tar.gz") as archive:
+    with tarfile.open(checkout / "runs/alignax.tar.gz") as archive:
         assert archive.extractfile("COMMIT").read().decode() == said
         assert "launch/tpu_pod.sh" in archive.getnames()
 
 
-def test_what_a_tpu_worker_runs_unpacks_installs_and_keeps_the_quoting(tmp_path):
-    *_, start = dry(
+class Worker:
+    """A home folder in which tpu_worker.sh runs; pip and python write down their words."""
+
+    def __init__(self, home, pip="exit 0", python="exit 0"):
+        self.home, self.log = home, home / "log"
+        for script in (SOURCED, "tpu_worker.sh"):
+            shutil.copy(LAUNCH / script, home)
+        say = f'printf \'%s\\n\' "$(basename "$0")" "$@" >> {self.log}'
+        for name, ends in {"pip": pip, "python": python}.items():
+            executable(home / "stand-ins" / name, f"{say}\n{ends}")
+        # what makes the environment
+        bin_folder = home / "bin"
+        made = f"mkdir -p .venv/bin; cp {home}/stand-ins/* .venv/bin"
+        executable(bin_folder / "python3.11", made)
+        executable(bin_folder / "pkill", "exit 1")  # nothing was left over
+        self.env = {"PATH": f"{bin_folder}:{os.environ['PATH']}"}
+
+    def start(self, *files, flags=(), python="python3.11"):
+        """Starts it with an archive of these files, whose content is their name."""
+        tree = self.home / "tree"
+        for name in files:
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            (tree / name).write_text(name)
+        with tarfile.open(self.home / "a.tar.gz", "w:gz") as archive:
+            for name in files:
+                archive.add(tree / name, name)
+        return subprocess.Popen(
+            ["bash", "tpu_worker.sh", "a.tar.gz", python, *flags], cwd=self.home,
+            env=self.env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def run(self, *files, **more):
+        """(exit code, stdout)"""
+        process = self.start(*files, **more)
+        said, _ = process.communicate(timeout=30)
+        return process.returncode, said
+
+
+def test_a_tpu_worker_installs_runs_and_keeps_the_quoting(tmp_path):
+    (*_, start) = dry(
         "tpu_pod.sh", "pod", "z", "c.py", "gs://b/w", "--config.x=(1, 'a b')"
     )
-    remote = start[-1].removeprefix("--command=")
-    (tmp_path / "setup.cfg").touch()
-    with tarfile.open(tmp_path / "alignax.tar.gz", "w:gz") as archive:
-        archive.add(tmp_path / "setup.cfg", "setup.cfg")
-    for kept in ("alignax/.venv/kept", "alignax/alignax/deleted.py"):
-        (tmp_path / kept).parent.mkdir(parents=True)
-        (tmp_path / kept).touch()
-    log = tmp_path / "log"
-    say = f'printf \'%s\\n\' "$(basename "$0")" "$@" >> {log}'
-    stand_ins = tmp_path / "bin"
-    inner = executable(stand_ins / "inner", f"{say}; [[ $0 == */pip ]] || exit 75")
-    made = "; ".join(f"cp {inner} .venv/bin/{name}" for name in ("python", "pip"))
-    executable(stand_ins / "python3.11", f"mkdir -p .venv/bin; {made}")
-    executable(stand_ins / "pkill", "exit 1")  # nothing was left over
-    environment = {"PATH": f"{stand_ins}:{os.environ['PATH']}"}
-    done = subprocess.run(
-        ["bash", "-c", remote], cwd=tmp_path, env=environment, text=True,
-        capture_output=True, check=False,
+    _, _, _, _, *flags = shlex.split(start[-1].removeprefix("--command="))
+    worker = Worker(tmp_path, python="exit 75")
+    assert worker.run("setup.cfg", flags=flags) == (
+        75, "alignax: a worker ended with 75\n"
     )  # fmt: skip
-    assert done.returncode == 75
-    assert done.stdout == "alignax: a worker ended with 75\n"
-    assert (tmp_path / "alignax" / "setup.cfg").exists()
-    assert (tmp_path / "alignax/.venv/kept").exists()
-    assert not (tmp_path / "alignax/alignax").exists()  # a module of an older commit
-    assert log.read_text().splitlines() == [
+    assert worker.log.read_text().splitlines() == [
         "pip", "install", "--quiet", "--editable", ".[tpu]",
         "python", "-m", "alignax.main", "--config", "c.py", "--workdir", "gs://b/w",
         "--distributed", "--config.x=(1, 'a b')",
     ]  # fmt: skip
 
 
+def test_a_new_copy_replaces_the_last_one_and_nothing_else(tmp_path):
+    worker = Worker(tmp_path)
+    assert worker.run("setup.cfg", "alignax/old name.py", "alignax/stays.py")[0] == 0
+    tree = tmp_path / "alignax"
+    mine = ["weights/llama/model.safetensors", "runs/dpo/starts.json", "alignax/mine"]
+    for path in mine:  # what a user put there
+        (tree / path).parent.mkdir(parents=True, exist_ok=True)
+        (tree / path).touch()
+    (tree / "alignax/stays.py").write_text("edited there")
+    assert worker.run("setup.cfg", "alignax/stays.py")[0] == 0
+    assert all((tree / path).exists() for path in [*mine, ".venv/bin/pip"])
+    assert not (tree / "alignax/old name.py").exists()  # a module of an older commit
+    assert (tree / "alignax/stays.py").read_text() == "alignax/stays.py"
+
+
+@pytest.mark.parametrize("broken", ["pip", "apt", "tar"])
+def test_a_worker_that_cannot_install_says_so(tmp_path, broken):
+    worker = Worker(tmp_path, pip="exit 7" if broken == "pip" else "exit 0")
+    executable(tmp_path / "bin" / "sudo", "exit 7")
+    if broken == "tar":
+        executable(tmp_path / "bin" / "tar", "exit 7")
+    python = "python3.99" if broken == "apt" else "python3.11"
+    assert worker.run("setup.cfg", python=python) == (
+        7, "alignax: a worker ended with 7\n"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("part, code", [("pip", 143), ("python", 75)])
+def test_sigterm_ends_an_installation_and_a_run_saves(tmp_path, part, code):
+    wait = f"touch {tmp_path}/on; "
+    wait += "trap 'exit 75' TERM; for i in $(seq 200); do sleep 0.05; done"
+    stand_in = {"python": wait, "pip": f"touch {tmp_path}/on; exec sleep 20"}[part]
+    process = Worker(tmp_path, **{part: stand_in}).start("setup.cfg")
+    wait_for((tmp_path / "on").exists, process)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=15)
+    assert said == f"alignax: a worker ended with {code}\n"
+    assert process.returncode == code
+
+
 # -- GKE
 
 
 def test_xpk_submits_slices_that_restart_when_they_saved():
-    *_, tree, commit, create = dry(
+    *_, commit, archive, _, _, tree, create = dry(
         "xpk.sh", "--slices=2", "--max_restarts=7", "--zone=us-z", "pods", "run-1",
         "v5litepod-64", "c.py", "gs://b/w", "--config.x=(1, 'a b')",
     )  # fmt: skip
-    assert tree == ["git", "archive", "HEAD", "|", "tar", "-x", "-C", "runs/xpk"]
-    assert commit == ["git", "rev-parse", "HEAD", ">", "runs/xpk/COMMIT"]
+    assert commit == ["git", "rev-parse", "HEAD", ">", "runs/COMMIT"]
+    assert archive[:2] == ["git", "archive"] and "--add-file=runs/COMMIT" in archive
+    assert tree == ["tar", "-xzf", "runs/alignax.tar.gz", "-C", "runs/xpk"]
     assert create[:-1] == [
         "xpk", "workload", "create", "--cluster", "pods", "--workload", "run-1",
         "--zone=us-z", "--tpu-type=v5litepod-64", "--num-slices=2", "--priority=medium",
@@ -430,7 +713,8 @@ def test_xpk_takes_gpu_machines():
         "xpk.sh", "--slices=4", "pods", "w", "h100-mega-80gb-8", "c.py", "gs://b/w"
     )
     assert "--device-type=h100-mega-80gb-8" in create and "--num-nodes=4" in create
-    assert "'.[cuda]'" in create[-1]
+    # jax finds the other pods by the package kubernetes
+    assert "pip install --quiet --editable '.[cuda]' 'jax[k8s]' &&" in create[-1]
 
 
 def test_xpk_deletes_a_workload():

@@ -90,8 +90,12 @@ def test_a_file_has_a_run_a_line():
         (["--grid", "a=x y,x/y"], "two runs are called 'a=x_y'"),
         ([], "no runs"),
         (["--runs", "nowhere.txt"], "nowhere.txt"),
+        (["--grid", "a=1", "--launcher", "launch/gone.sh x"], "'launch/gone.sh' is not there"),
+        (["--grid", "a=1", "--launcher", "no-such-program"], "'no-such-program' is not there"),
+        (["--grid", "a=1", "--launcher", ""], "'' is not there"),
+        (["--grid", "a=1", "--launcher", "launch/xpk.sh c w v6e-8"], "xpk.sh returns when"),
     ],
-)
+)  # fmt: skip
 def test_what_is_wrong_is_said_before_anything_runs(tmp_path, capsys, words, said):
     with pytest.raises(SystemExit) as stop:
         sweep.main(["c.py", str(tmp_path / "s"), *words])
@@ -160,6 +164,26 @@ def test_what_ended_well_is_not_started_again(tmp_path, launcher):
     )  # more of the same sweep
     text = (tmp_path / "s" / "results.md").read_text()
     assert [text.count(f"| loss.beta={b} |") for b in (1, 2, 3)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "config, value, said",
+    [
+        ("kto.py", "1", "'loss.beta=1,x=a_b' there is of c.py: kto.py needs another"),
+        ("c.py", "a_b", "changes {'loss.beta': '1', 'x': 'a/b'}, this one"),
+    ],
+)
+def test_another_run_of_the_same_name_is_not_taken_for_done(
+    tmp_path, launcher, capsys, config, value, said
+):
+    assert go(tmp_path, launcher, "--grid", "loss.beta=1", "x=a/b") == 0
+    before = (tmp_path / "s" / sweep.STATUS).read_text()
+    words = [config, str(tmp_path / "s"), "--launcher", launcher]
+    with pytest.raises(SystemExit) as stop:
+        sweep.main([*words, "--grid", "loss.beta=1", f"x={value}"])
+    assert stop.value.code == 2 and said in capsys.readouterr().err
+    assert starts(tmp_path, "loss.beta=1,x=a_b") == 1
+    assert (tmp_path / "s" / sweep.STATUS).read_text() == before
 
 
 def test_a_run_that_wants_to_go_on_is_started_again_some_times(tmp_path, launcher):

@@ -6,7 +6,8 @@
     [--pairs 8] [--length 512] [--steps 10]
 
 'parity' compares log-probabilities and their gradients, of hidden states and head, with
-float64 numpy. 'dpo' is the training step with an online reference: weights of the shape of a
+float64 numpy; where one is off by more than its share of the largest (BOUNDS) the exit
+code is 1. 'dpo' is the training step with an online reference: weights of the shape of a
 known model, drawn at random, float32 parameters, bfloat16 computation, AdamW; tokens/s
 counts real tokens (prompt and both responses; rows are full), model FLOPs are 6 a
 parameter and token for the policy and 2 for the reference, and a share of the peak is said
@@ -40,6 +41,10 @@ SIZES = {
                head_dim=64, mlp_width=8192),
 }  # fmt: skip
 
+# Largest difference from float64, as a share of the largest value: of log-probabilities
+# and of the gradients, which have the inputs' type.
+BOUNDS = {"float32": (1e-5, 1e-5), "bfloat16": (1e-4, 2**-7)}
+
 
 def model(size, dtype="bfloat16", **more):
     """A model of a known shape, with random weights in float32."""
@@ -49,7 +54,11 @@ def model(size, dtype="bfloat16", **more):
 
 
 def parity(_):
-    """Rows (what, largest difference) against float64 numpy, in nats."""
+    """Rows (what, largest difference) against float64 numpy, in nats.
+
+    Raises:
+      ArithmeticError: after the last one, if some are over their bounds.
+    """
     n, t, d, v = 2, 65, 128, 5000
     rng = np.random.default_rng(0)
     h = rng.normal(0, 1, (n, t, d))
@@ -67,17 +76,30 @@ def parity(_):
         read = logprob._read(lm, h, tokens, mask, None, tiles, "highest")
         return read["logps"]
 
-    for dtype in ("float32", "bfloat16"):
+    wrong = []
+    for dtype, (least, slope) in BOUNDS.items():
         x, w = (jnp.asarray(a, dtype) for a in (h, weight))
         exact = oracle(*(np.asarray(a, np.float64) for a in (x, w)), tokens)
         value = jax.jit(ours)(x, w)
         slopes = jax.jit(jax.grad(lambda x, w: ours(x, w).sum(), (0, 1)))(x, w)
-        for what, a, b in zip(
+        for what, a, b, bound in zip(
             ("log-probability", "gradient of hidden states", "gradient of the head"),
-            (value, *slopes), exact, strict=True,
+            (value, *slopes), exact, (least, slope, slope), strict=True,
         ):  # fmt: skip
-            off = np.abs(np.asarray(a, np.float64) - b).max()
-            yield f"{what}, {dtype}", f"{off:.2g} of {np.abs(b).max():.3g}"
+            said, within = difference(np.asarray(a, np.float64), b, bound)
+            if not within:
+                wrong.append(f"{what}, {dtype}")
+            yield f"{what}, {dtype}", said
+    if wrong:
+        raise ArithmeticError(f"over their bounds: {'; '.join(wrong)}")
+
+
+def difference(found, exact, share):
+    """(the largest difference in words, whether it is at most a share of the largest)."""
+    off, largest = np.abs(found - exact).max(), np.abs(exact).max()
+    within = bool(off <= share * largest)  # not of a NaN
+    most = f"at most {share * largest:.2g}" + ("" if within else ": **over**")
+    return f"{off:.2g} of {largest:.3g}, {most}", within
 
 
 def oracle(h, weight, tokens):

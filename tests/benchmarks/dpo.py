@@ -6,7 +6,9 @@
 ALIGNAX_SMOLLM2 names SmolLM2-135M-Instruct as GGUF, ALIGNAX_HH the pairs (HH-RLHF's JSON
 lines), ALIGNAX_PEER_PYTHON a Python that has torch, transformers, gguf and trl. Each side is a process
 of its own, with all cores, on the same token ids; they step in turns over the same
-batches, and medians are compared. Both do AdamW with clipped gradients. 'precomputed':
+batches, and medians are compared. A step begins at lists of ids: packing or collating is
+in its time. Tokens are those of a batch after truncation, with what two responses share
+counted once, on both sides. Both do AdamW with clipped gradients. 'precomputed':
 the reference was read before, and none is in memory; 'online': it is read in every step.
 One JSON line a mode.
 """
@@ -86,26 +88,35 @@ def ours(ask):
     ref = LM(lm.config, sharding.put_params(lm.params, mesh))
     state = init_state(lm.params, tx, mesh)
     annotate = jax.jit(lambda batch, lms: source.annotate(batch, lms))
-    batches, shares = [], []
-    for i in range(0, len(ask["rows"]), many):
-        some = ask["rows"][i : i + many]
-        prompts, *sides = zip(*some, strict=True)
+
+    def pack(i):  # what the peer does in its collator
+        prompts, *sides = zip(*ask["rows"][i * many : (i + 1) * many], strict=True)
         sides = [
             [r[: length - len(p)] for p, r in zip(prompts, side, strict=True)]
             for side in sides
         ]
-        batch = from_pairs(prompts, *sides, length=length)
-        batch, share = layout.lay(batch, shards=1)
+        return layout.lay(from_pairs(prompts, *sides, length=length), shards=1)
+
+    columns, shares, distinct = [], [], []
+    for i in range(len(ask["rows"]) // many):
+        batch, share = pack(i)
         shares.append(share)
+        distinct.append(layout.distinct(batch))
         if ask["mode"] == "precomputed":
             batch = jax.device_get(annotate(batch, {"ref": ref}))
-        batches.append(batch)
+        columns.append(batch.ref_logps)
     lms = {"ref": ref} if ask["mode"] == "online" else {}
     del lm, ref, annotate
-    say(version=jax.__version__, useful=statistics.mean(shares))
+    say(
+        version=jax.__version__,
+        useful=statistics.mean(shares),
+        distinct=statistics.mean(distinct),
+    )
     for line in sys.stdin:
+        i = json.loads(line)
         start = time.perf_counter()
-        batch = sharding.put_batch(batches[json.loads(line)], mesh)
+        batch, _ = pack(i)
+        batch = sharding.put_batch(batch._replace(ref_logps=columns[i]), mesh)
         state, metrics = jax.block_until_ready(step(state, lms, batch))
         taken = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -203,17 +214,20 @@ def main():
                 last[name] = side.step(i)
                 took[name].append(last[name]["s"])
                 losses[name].append(last[name]["loss"])
-        real = sum(len(p) + len(c) + len(r) for p, c, r in ids) / args.batches
+        distinct = us.hello["distinct"]
+        medians = {k: statistics.median(v) for k, v in took.items()}
         say(
             benchmark="dpo", mode=mode, pairs=args.pairs, length=args.length,
-            s={k: round(statistics.median(v), 2) for k, v in took.items()},
+            s={k: round(v, 2) for k, v in medians.items()},
             ratio=round(
                 statistics.median(b / a for a, b in zip(*took.values(), strict=True)), 2
             ),
             ratios=[round(b / a, 2) for a, b in zip(*took.values(), strict=True)],
             peak_gb={k: round(v["rss"] / 2**20, 2) for k, v in last.items()},
             losses={k: [round(x, 4) for x in v] for k, v in losses.items()},
-            distinct_tokens=round(real), useful_share=round(us.hello["useful"], 3), jax=us.hello["version"],
+            distinct_tokens=round(distinct),
+            tokens_per_s={k: round(distinct / v, 1) for k, v in medians.items()},
+            useful_share=round(us.hello["useful"], 3), jax=us.hello["version"],
             peer=f"trl {peer.hello['version']}, torch {peer.hello['torch']}",
         )  # fmt: skip
         for side in sides.values():

@@ -5,8 +5,9 @@
 Every round is two processes: one with an empty compilation cache (cold), one with what the
 first left there (warm). 'import' is until alignax.train is imported, 'build' reads data and
 weights and binds the config, 'first step' is until the metrics of step 1 are there
-(everything up to them is compiled), 'second step' is what a step takes from then on.
-One Markdown table of medians.
+(everything up to them is compiled), 'later step' is from the metrics of step 2 to those of
+step 3: a step's own time, since training shows the metrics of a step when the next one is
+on its way. One Markdown table of medians.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 
-PARTS = ("import", "build", "first step", "second step")
+PARTS = ("import", "build", "first step", "later step")
 CHILD = """
 import time
 start = time.perf_counter()
@@ -38,10 +39,10 @@ class Shown:
 train.progress = Shown
 path, _, arg = sys.argv[1].partition(":")
 config = importlib.import_module(path.removesuffix(".py").replace("/", ".")).get_config(arg)
-config.num_steps, config.evals, config.plots = 4, {}, False
+config.num_steps, config.evals, config.plots = 5, {}, False
 train.train(config, sys.argv[2])
-ends = marks[:4]
-print("\\n" + json.dumps([b - a for a, b in zip([start, *ends], ends)]))
+imported, built, first, _, third, fourth, *_ = marks  # when a step was shown
+print("\\n" + json.dumps([imported - start, built - imported, first - built, fourth - third]))
 """
 
 
