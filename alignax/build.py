@@ -255,7 +255,7 @@ def place_lms(
                 f"config.length={config.length} is beyond the context of lms.{name}, "
                 f"{lm.config.max_length}"
             )
-        changes = {"dtype": config.model.dtype, "remat": "none"}
+        changes = {**policies.computed(config), "remat": "none"}
         lm = LM(dataclasses.replace(lm.config, **changes), lm.params)
         if path in on_mesh:  # one copy of the same weights is enough
             params = {k: on_mesh[path].params[k] for k in lm.params}

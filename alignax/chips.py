@@ -31,8 +31,7 @@ class Chip(NamedTuple):
 TPU = "https://cloud.google.com/tpu/docs/"
 GPU = "https://www.nvidia.com/en-us/data-center/"
 CHIPS = {
-    # the compiler counts the two cores of a v4 as devices: half a chip each
-    "v4": Chip("TPU v4", 15.25 * GIB, 614e9, 150e9, TPU + "v4"),
+    "v4": Chip("TPU v4", 30.75 * GIB, 1228e9, 300e9, TPU + "v4"),
     "v5e": Chip("TPU v5 lite", 15.75 * GIB, 819e9, 200e9, TPU + "v5e"),
     "v5p": Chip("TPU v5", 95.74 * GIB, 2765e9, 600e9, TPU + "v5p"),
     "v6e": Chip("TPU v6 lite", 31.25 * GIB, 1640e9, 400e9, TPU + "v6e"),
@@ -45,7 +44,6 @@ ALONE = {  # libtpu compiles, quietly, and looks for neither chips nor other hos
     "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_LOG_DIR": "disabled", "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3",
 }  # fmt: skip
-PER_DEVICE = {"v4": 0.5}  # of the FLOP/s of what `kind` names
 
 
 class Topology(NamedTuple):
@@ -70,7 +68,7 @@ def parse(name: str) -> Topology:
     Raises:
       ValueError: another form, or a chip that is not in the table.
     """
-    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
+    found = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*)*)", name)
     if not found or found.group(1) not in CHIPS:
         raise ValueError(
             f"unknown topology {name!r}: expected CHIP:SHAPE, such as v5e:8x8, v5p:4x4x4 "
@@ -111,9 +109,11 @@ def devices(topology: Topology) -> Sequence[Any]:
         )
     for key, value in ALONE.items():
         os.environ.setdefault(key, value)
-    # without bounds of its own a slice is made of whole hosts
-    one = math.prod(topology.shape) == 1
-    more: dict[str, Any] = {"chips_per_host_bounds": [1, 1, 1]} if one else {}
+    more: dict[str, Any] = {}
+    if math.prod(topology.shape) == 1:  # else a slice is made of whole hosts
+        more["chips_per_host_bounds"] = [1, 1, 1]
+    if topology.generation == "v4":  # as on a TPU VM: both cores are one device
+        more["chip_config_name"] = "megacore"
     try:
         found = topologies.get_topology_desc(topology.name, "tpu", **more)
     except jax.errors.JaxRuntimeError as error:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from alignax import chips, compiled, lowering, sharding
+from alignax import compiled, lowering, sharding
 from alignax.chips import Topology
 from alignax.compiled import Buffer, Collective, Memory
 from alignax.lowering import UNKNOWN, Shape
@@ -40,9 +40,8 @@ class Program(NamedTuple):
         """Bytes on a chip while it runs; what a refusal says, or infinity."""
         if self.memory is not None:
             return self.memory.peak + self.elsewhere
-        units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
         found = re.findall(r"\(([\d.]+)([KMGT])\) exceeds|Used ([\d.]+)([KMGT]) of", self.refused)  # fmt: skip
-        sizes = [float(a or c) * units[b or d] for a, b, c, d in found]
+        sizes = [float(a or c) * UNITS[b or d] for a, b, c, d in found]
         return max(sizes, default=math.inf)
 
 
@@ -80,9 +79,7 @@ class Report(NamedTuple):
     def times(self) -> dict[str, float]:
         """Seconds that a step takes at least: each resource at its full rate."""
         chip, size = self.topology.chip, math.prod(self.mesh.values())
-        peak = (peak_flops(chip.kind) or math.nan) * chips.PER_DEVICE.get(
-            self.topology.generation, 1.0
-        )
+        peak = peak_flops(chip.kind) or math.nan
         moved = sum(
             p.memory.arguments + p.memory.outputs + 2 * p.memory.temporaries
             for p in self.programs
@@ -114,7 +111,7 @@ def inspect(
     if mesh.size != len(devices):
         raise ValueError(
             f"mesh {tuple(config.mesh)} uses {mesh.size} of {len(devices)} devices of "
-            f"{topology.name}: try --config.mesh=(1,{len(devices)},1)"
+            f"{topology.name}: try '--config.mesh=(1,{len(devices)},1)'"
         )
     plan = lowering.plan(config, mesh, data)
     trees = {"state": plan.state, "frozen LMs": plan.lms, "batch": plan.batch}
@@ -157,7 +154,10 @@ def computed(plan: lowering.Plan) -> Any:
 
 
 def costs(plan: lowering.Plan) -> Costs:
-    """FLOPs a token of one step: the policy both ways, frozen LMs forward."""
+    """FLOPs a token of one step: the policy both ways, what it is compared with forward."""
+    rows = computed(plan)
+    # of a prompt with its responses, or of one response where each has its row
+    group = min(rows.size / plan.batch.tokens.shape[0], rows.shape[-1])
 
     def matmuls(lm) -> int:
         """Parameters in matrix products; the head counts as if all were scored."""
@@ -165,10 +165,8 @@ def costs(plan: lowering.Plan) -> Costs:
         return transformer.num_params(lm.params["blocks"]) + c.vocab_size * c.width
 
     def attention(c) -> float:
-        """Of the forward pass: every query meets every key, as it is computed."""
-        return (
-            4.0 * c.num_layers * c.num_heads * c.head_dim * plan.batch.tokens.shape[2]
-        )
+        """Of the forward pass: keys of later columns and other prompts are skipped."""
+        return 4.0 * c.num_layers * c.num_heads * c.head_dim * (group + 1) / 2
 
     c, trained = plan.policy.config, transformer.num_params(plan.state.params)
     every = matmuls(plan.policy)
@@ -179,8 +177,8 @@ def costs(plan: lowering.Plan) -> Costs:
     if c.remat == "block":
         again += 2.0 * (every - c.vocab_size * c.width)
     if "reference" in plan.programs:
-        for name in {x for x in plan.lms if x != "base"}:
-            lm = plan.lms[name]
+        frozen_lms = [lm for name, lm in plan.lms.items() if name != "base"]
+        for lm in [*frozen_lms, *[plan.policy] * plan.moving]:
             model += flops_per_token(matmuls(lm), "forward") + attention(lm.config)
     return Costs(model, model + again)
 

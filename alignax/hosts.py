@@ -7,6 +7,7 @@ through the coordinator's key-value store, not by a collective: processes that d
 could not compile the same one.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import itertools
@@ -21,12 +22,13 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax._src import distributed  # the key-value store has no public name
+from jax._src import clusters, distributed  # neither has a public name
 
 from alignax import checkpoint, workdirs
 
@@ -45,36 +47,53 @@ def start(timeout: float = 300.0) -> None:
     or, without these, found by jax: on a TPU, under Slurm, in Kubernetes.
 
     Args:
-      timeout: seconds to wait for the others.
+      timeout: seconds to wait for the coordinator, and then for the others; if these do
+        not come the process ends with 1, since jax would abort it.
 
     Raises:
-      OSError: the coordinator cannot be reached, or not all processes came.
-      ValueError: only some of the variables are there.
+      OSError: the coordinator cannot be reached.
+      ValueError: only some of the variables are there, or jax finds no cluster.
     """
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    given = [os.environ.get(name, "") for name in names]
+    given: Any = [os.environ.get(name) or None for name in names]
+    method = "deactivate" if all(given) else None
     if any(given[1:]) and not all(given):
         raise ValueError(
             f"{[n for n, v in zip(names, given, strict=True) if not v]} not set, though "
             f"{[n for n, v in zip(names, given, strict=True) if v]} are: set all or none"
         )
-    settings: dict[str, Any] = {}
-    if all(given):
+    try:
+        if not all(given):
+            detect: Any = clusters.ClusterEnv.auto_detect_unset_distributed_params
+            given = detect(*given, None, None, int(timeout))[:3]
+        if None in given:
+            raise ValueError(f"jax finds no cluster here: set {', '.join(names)}")
         address, count, index = given[0], int(given[1]), int(given[2])
-        settings = {
-            "coordinator_address": address, "num_processes": count, "process_id": index,
-            "cluster_detection_method": "deactivate",
-        }  # fmt: skip
         if index:
             reach(address, index, timeout)
-    try:
-        jax.distributed.initialize(initialization_timeout=int(timeout), **settings)
-    except (RuntimeError, OSError) as error:
-        raise OSError(
-            f"host {socket.gethostname()}: the processes did not find each other within "
-            f"{timeout:g} s: {error}. Is every process started, and is the coordinator's "
-            "port (JAX_COORDINATOR_PORT; on a TPU 8482 since jax 0.8.1) open?"
-        ) from error
+        late = threading.Timer(timeout, _nobody, (address, index, count, timeout))
+        late.daemon = True
+        late.start()
+        try:
+            jax.distributed.initialize(
+                address, count, index, cluster_detection_method=method,
+                initialization_timeout=int(timeout) + 60,
+            )  # fmt: skip
+        finally:
+            late.cancel()
+    except RuntimeError as error:
+        raise OSError(f"host {socket.gethostname()}: {error}") from error
+
+
+def _nobody(address: str, index: int, count: int, timeout: float) -> None:
+    """Ends a process that waits for others in vain, with what to look at."""
+    print(
+        f"error: host {socket.gethostname()} (process {index}): not all of {count} "
+        f"processes met at {address} within {timeout:g} s. Is every one started, and is "
+        "that port (JAX_COORDINATOR_PORT; on a TPU 8482 since jax 0.8.1) open to all?",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
+    os._exit(1)
 
 
 def reach(address: str, index: int, timeout: float) -> None:
@@ -125,24 +144,77 @@ def exchange(mine: Any, timeout: float = 300.0) -> list[Any]:
     return out
 
 
-def check(config, workdir: str) -> None:
+def agree(look: Callable[[], Any]) -> tuple[list[str], list[Any]]:
+    """The names of all hosts and what each of them finds (JSON), by process.
+
+    Args:
+      look: what it raises is raised on all of them: nobody waits for one that has failed.
+
+    Raises:
+      OSError: it failed somewhere; which hosts and why. One process alone raises what it
+        is.
+    """
+    if _size()[0] == 1:
+        return [socket.gethostname()], [look()]
+    found, wrong = None, ""
+    try:
+        found = look()
+    except Exception as error:
+        wrong = f"{type(error).__name__}: {error}"
+    names, values, failed = zip(
+        *exchange([socket.gethostname(), found, wrong]), strict=True
+    )
+    if any(failed):
+        lines = [f"{names[i]} (process {i}): {x}" for i, x in enumerate(failed) if x]
+        raise OSError("; ".join(lines))
+    return list(names), list(values)
+
+
+def check(config, workdir: str, patience: float = PATIENCE) -> None:
     """What must hold on every host before anything compiles.
+
+    Args:
+      config: a ConfigDict.
+      workdir: folder of the run, made here.
+      patience: seconds for what process 0 writes there to be seen.
 
     Raises:
       ValueError: hosts differ in their code, config, libraries or devices; the message
         names the hosts and both values.
-      OSError: a host does not see the workdir that process 0 wrote to, or has too
-        little disk left.
+      OSError: a host does not see the workdir that process 0 wrote to, has too little
+        disk left, or fails otherwise; it is named.
     """
-    names = exchange(socket.gethostname())
-    compare(names, exchange(facts(config)))
-    full = exchange(free(workdir))
-    if short := [f"{n}: {line}" for n, line in zip(names, full, strict=True) if line]:
-        raise OSError(
-            f"less than {LEAST_FREE / 2**30:g} GiB of disk free on " + "; ".join(short)
-        )
-    check_shared(names, workdir)
-    if distributed.global_state.client is not None:  # starts the devices
+    folder, token = checkpoint.absolute(workdir), secrets.token_hex(8)
+    written: list[Any] = []
+
+    def ready():
+        check_disk(workdir)
+        if _size()[1] == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            written.append(folder / f".seen-{token}")
+            written[0].write_text(token)
+        return token, facts(config)
+
+    def seen():
+        path, end = folder / f".seen-{token}", time.monotonic() + patience
+        while not path.exists():  # a network file system may show a new file late
+            if time.monotonic() > end:
+                raise OSError(
+                    f"workdir {folder}: what process 0 wrote is not seen; it must be on a "
+                    "file system that all hosts share, or in a bucket"
+                )
+            time.sleep(0.2)
+
+    try:
+        names, found = agree(ready)
+        compare(names, [said for _, said in found])
+        token = found[0][0]
+        agree(seen)
+    finally:
+        for path in written:
+            with contextlib.suppress(OSError):
+                path.unlink()
+    if distributed.global_state.client is not None:  # starts the devices, on all
         kinds = sorted({device.device_kind for device in jax.local_devices()})
         here = f"{jax.local_device_count()} x {', '.join(kinds)}"
         compare(names, exchange({"local devices": here}))
@@ -221,47 +293,17 @@ def compare(names: Sequence[str], said: Sequence[dict[str, str]]) -> None:
         raise ValueError("the hosts differ: " + "; ".join(wrong[:8]) + more)
 
 
-def free(workdir: str) -> str:
-    """'' where this host has disk enough; else where how little is left."""
-    folder = pathlib.Path(
-        tempfile.gettempdir()
-    )  # of a remote workdir, what is kept here
+def check_disk(workdir: str) -> None:
+    """Raises OSError if this host has too little disk; of a remote workdir, in /tmp."""
+    folder = pathlib.Path(tempfile.gettempdir())
     if "://" not in str(workdir):
         folder = pathlib.Path(workdir).absolute()
         while not folder.exists():
             folder = folder.parent
     left = shutil.disk_usage(folder).free
-    return f"{folder} has {left / 2**20:.0f} MiB" if left < LEAST_FREE else ""
-
-
-def check_shared(
-    names: Sequence[str], workdir: str, patience: float = PATIENCE
-) -> None:
-    """Raises OSError if some host does not see what process 0 writes to the workdir."""
-    folder = checkpoint.absolute(workdir)
-    _, index = _size()
-    token, failed = secrets.token_hex(8), ""
-    if index == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f".seen-{token}").write_text(token)
-        except OSError as error:
-            failed = f"cannot write to workdir {folder}: {error.strerror}"
-    token, failed = exchange([token, failed])[0]
-    if failed:
-        raise OSError(failed)
-    path, end = folder / f".seen-{token}", time.monotonic() + patience
-    while not (seen := path.exists()) and time.monotonic() < end:
-        time.sleep(0.2)  # a network file system may show a new file late
-    everyone = exchange(seen)
-    if index == 0:
-        path.unlink(missing_ok=True)
-    blind = [f"{names[i]} (process {i})" for i, ok in enumerate(everyone) if not ok]
-    if blind:
+    if left < LEAST_FREE:
         raise OSError(
-            f"workdir {folder}: what {names[0]} (process 0) wrote is not seen on "
-            f"{', '.join(blind)}; it must be on a file system that all hosts share, or in "
-            "a bucket"
+            f"{folder} has {left / 2**20:.0f} MiB left, less than {LEAST_FREE / 2**30:g} GiB"
         )
 
 

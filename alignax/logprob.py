@@ -13,7 +13,6 @@ gathered over `fsdp`, the vocabulary stays split over `model`.
 """
 
 import functools
-import logging
 from typing import NamedTuple
 
 import jax
@@ -24,10 +23,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from alignax import pallas_head, xla_head
 from alignax.batch import LM, Batch, Layout, Scores, flatten
-from alignax.models import attention, transformer
+from alignax.models import attention, fallback, transformer
 from alignax.xla_head import COMPARED, READ, Head, Walk
 
-log = logging.getLogger(__name__)
 TOKEN_TILE, VOCAB_TILE = 256, 4096  # one logit tile is 4 MiB
 VALUES = ("values", "state_values")  # the scalar head after a token, and before it
 
@@ -140,8 +138,10 @@ def _packed(batch: Batch, layout: Layout) -> Inputs:
         )
     fields = layout._replace(places=layout.tokens)
     rows = Layout(*(jnp.asarray(x).reshape(blocks * many, length) for x in fields))
+    fresh = jnp.diff(rows.group, axis=1, prepend=rows.group[:, :1]) != 0
+    begins = jnp.where(fresh, jnp.arange(length), 0)
     attend = attention.Attend(
-        (rows.group, rows.branch), attention.siblings, reach=min(g * t, length)
+        (rows.group, rows.branch), attention.siblings, jax.lax.cummax(begins, axis=1)
     )
     return Inputs(rows.tokens, rows.scored, rows.positions, attend, rows.previous)
 
@@ -265,13 +265,13 @@ def _takes_pallas(kernel, walk) -> bool:
     if kernel == "xla":
         return False
     reads = (*walk.fields, *(["a frozen LM"] if len(walk.heads) > 1 else []))
-    where = _platform()
+    where = fallback.platform()
     if where == "tpu" or (where == "cpu" and not walk.mesh_axes):
         why = f"{', '.join(reads)} asked for" if reads else ""
     else:
         why = f"platform {where}"
     if why:
-        _say_once(f"head_kernel='pallas': XLA's walk instead, {why}")
+        fallback.say_once(f"head_kernel='pallas': XLA's walk instead, {why}")
     return not why
 
 
@@ -279,20 +279,9 @@ def _pallas(walk, sides, targets, scored, source):
     (h, weight), head = sides[0], walk.heads[0]
     kernel = pallas_head.Kernel(
         head.vocab_axis, head.cap, axis="model" if walk.split else "",
-        interpret=_platform() == "cpu",
+        interpret=fallback.platform() == "cpu",
     )  # fmt: skip
     return {"logps": pallas_head.logps(kernel, h, weight, targets, scored, source)}
-
-
-def _platform() -> str:
-    """What is compiled for: the default device's, which may be one that is only described."""
-    device = getattr(jax.config, "jax_default_device", None)
-    return getattr(device, "platform", None) or jax.default_backend()
-
-
-@functools.cache
-def _say_once(line: str) -> None:
-    log.warning(line)
 
 
 def _sharded(kernel, mesh, walk, sides, targets, scored, columns):

@@ -53,6 +53,7 @@ class Plan(NamedTuple):
     state: Any  # every tree is one of shapes with their shardings
     lms: dict[str, LM]
     batch: Batch
+    moving: int  # names beside `lms` that mean the policy's average
     programs: dict[str, Callable[[], Any]]  # each lowers one, in the order they run
     notes: tuple[str, ...]  # what had to be assumed
 
@@ -87,6 +88,7 @@ def plan(config, mesh: Mesh, data: Shape = UNKNOWN) -> Plan:
         made["step"] = step.make_train_step(
             policy.config, pieces.tx, loss, mesh, **build.settings(config, pieces)
         )
+        made["moving"] = len(pieces.moving)
         whole = pieces.assemble(state.params, pieces.lms)
         return state, pieces.lms, whole, made["step"].hyper
 
@@ -103,7 +105,7 @@ def plan(config, mesh: Mesh, data: Shape = UNKNOWN) -> Plan:
         programs["reference"] = lambda: run.fill.lower(state.average, lms, batch)
 
     programs["update"] = lambda: run.lower(state, lms, batch)
-    return Plan(mesh, policy, state, lms, batch, programs, tuple(notes))
+    return Plan(mesh, policy, state, lms, batch, made["moving"], programs, tuple(notes))
 
 
 def rows(
@@ -166,13 +168,30 @@ def responses(config, notes: list[str]) -> int:
         kept = {"best": 1, "best_worst": 2}
         every = config.rollout.group + bool(config.rollout.anchor)
         return kept.get(config.rollout.keep, every)
-    spec: Any = config.data or next(iter(config.mixture.values()), {})
-    kind = spec.get("kind") or ("sft" if config.loss.name == "sft" else "pairs")
-    if kind in ("sft", "pairs"):
-        return 1 if kind == "sft" else 2
-    group = int(spec.get("group", 4))
-    notes.append(f"groups of {group} responses are assumed (--group sets another)")
-    return group
+    kind, most = ("sft", 1) if config.loss.name == "sft" else ("pairs", 2)
+    found = []
+    for spec in filter(None, (config.data, *config.mixture.values())):
+        made = _made_up(bindings.inner_dicts(spec), kind, notes)
+        try:
+            data = bindings.load_examples(made, drop=("ratio",))
+            found += [len(data[i].responses) for i in range(min(len(data), 64))]
+        except (ValueError, OSError) as error:
+            found.append(most)
+            notes.append(f"{most} responses are assumed (--group): {error}")
+    return max(found, default=most)
+
+
+def _made_up(spec: dict[str, Any], kind: str, notes: list[str]) -> dict[str, Any]:
+    """The section of a data set with made-up rows in the place of every file."""
+    if "path" not in spec:
+        return {
+            k: _made_up(v, kind, notes) if isinstance(v, dict) else v
+            for k, v in spec.items()
+        }
+    kind = spec.get("kind") or kind
+    if kind == "groups":
+        notes.append("groups of 4 responses are assumed (--group sets another)")
+    return {"name": "synthetic", "split": "train", "kind": kind, "size": 64}
 
 
 def without_weights(config, notes: list[str]) -> tuple[Any, tokenizer.Tokenizer]:

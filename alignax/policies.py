@@ -40,8 +40,14 @@ def make_policy(config, text: tokenizer.Tokenizer) -> LM:
         )
     lm = with_value_head(lm, m.value_head)
     params = jax.tree.map(lambda x: jnp.asarray(x, m.param_dtype), lm.params)
-    settings = {"dtype": m.dtype, "remat": m.remat, "head_kernel": m.head_kernel}
-    return LM(dataclasses.replace(lm.config, **settings), params)
+    return LM(dataclasses.replace(lm.config, **computed(config)), params)
+
+
+def computed(config) -> dict[str, str]:
+    """How a run computes its models, for their `ModelConfig`."""
+    m = config.model
+    kernels = {"head_kernel": m.head_kernel, "attn_kernel": m.attn_kernel}
+    return {"dtype": m.dtype, "remat": m.remat, **kernels}
 
 
 def model_config(config, vocab_size: int) -> ModelConfig:

@@ -4,7 +4,7 @@
 
 The step that training runs is lowered with shapes alone and compiled by the chips' own
 compiler (`pip install alignax[preflight]`). No weights, data or network are needed. Exits
-with 1 if the step does not fit, and says what would make it fit. GPUs (h100:8) are
+with 1 if the step does not fit, and says what would make it fit; with 2 at an error. GPUs (h100:8) are
 estimated by XLA's compiler for CPUs. Rollouts and evaluations run programs of their own,
 which are not looked at here.
 """
@@ -12,9 +12,10 @@ which are not looked at here.
 import itertools
 import math
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 
@@ -134,8 +135,11 @@ def _remedies(
 ) -> Iterator[str]:
     """One line each: tried by compiling while tries are left, else counted."""
     limit = report.topology.chip.memory
-    for name, overrides in remedies(config):
-        flags = " ".join(f"--config.{k}={_flag(v)}" for k, v in overrides.items())
+    for name, overrides in remedies(config, tuple(report.mesh.values())):
+        flags = " ".join(
+            shlex.quote(f"--config.{k}={v}".replace(" ", ""))
+            for k, v in overrides.items()
+        )
         attempt = changed(config, overrides)
         try:
             if tries > 0:
@@ -151,10 +155,6 @@ def _remedies(
             yield f"{name}: {flags} -> estimated, not compiled: {word}, {size(peak)}"
         except ValueError as error:
             yield f"{name}: {flags} -> not possible: {error}"
-
-
-def _flag(value: Any) -> str:
-    return str(value).replace(" ", "")
 
 
 def _sweep(config, topology: Topology, devices: Sequence[Any], data: Shape) -> int:
@@ -191,9 +191,9 @@ def _sweep(config, topology: Topology, devices: Sequence[Any], data: Shape) -> i
     return 0 if some else 1
 
 
-def remedies(config) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Changes that take less memory, the ones that cost least first."""
-    data, fsdp, model = (int(n) for n in config.mesh)
+def remedies(config, mesh: tuple[int, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Changes that take less memory than on a mesh, the ones that cost least first."""
+    data, fsdp, model = mesh
     if config.model.remat != "block":
         yield "remat", {"model.remat": "block"}
     if data > 1:
@@ -237,22 +237,30 @@ def main(argv: list[str]) -> None:
     from absl import flags
 
     if len(argv) > 1:
-        sys.exit(f"error: unexpected arguments {argv[1:]}")
+        _fail(f"unexpected arguments {argv[1:]}")
     given = flags.FLAGS
     try:
         topology = chips.parse(given.topology)
         if not topology.is_tpu:
             jax.config.update("jax_num_cpu_devices", math.prod(topology.shape))
-        packed = tuple(map(int, given.packed)) or None
-        if packed is not None and len(packed) != 2:
-            raise ValueError(f"--packed={given.packed} should be rows,tokens")
+        try:
+            rows, length = map(int, given.packed or (0, 0))
+        except ValueError:
+            told = ",".join(given.packed)
+            raise ValueError(f"--packed={told}: expected rows,tokens") from None
+        packed = (rows, length) if rows else None
         fits = preflight(
             given.config, given.topology, Shape(given.group, given.tokens, packed),
             sweep=given.sweep, tries=given.tries,
         )  # fmt: skip
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+        _fail(str(error))
     sys.exit(fits)
+
+
+def _fail(line: str) -> NoReturn:
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

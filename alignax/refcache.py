@@ -21,9 +21,9 @@ from etils import epath
 
 from alignax import checkpoint
 from alignax.batch import LM, Batch
+from alignax.models.transformer import HOW
 from alignax.source import EvalBatches, Source
 
-HOW = ("dtype", "remat", "attn_tile", "attn_kernel", "head_kernel")  # not what is read
 KERNEL = 1  # raised when logprob.score changes its numbers by more than rounding
 Table = dict[bytes, np.ndarray]  # content of a row -> float32 log-probs, scored tokens
 

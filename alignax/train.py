@@ -68,7 +68,8 @@ def train(config, workdir: str) -> TrainState:
     """
     if config.get("stages"):
         return stages.run_stages(config, workdir, train)
-    run = build.build(config, workdir)
+    with watchdog.counted(workdir, config.watchdog.starts):
+        run = build.build(config, workdir)
     hosts.meet("data and weights are read")
     ckpt = config.checkpoint
     make_manager = functools.partial(checkpoint.manager, asynchronous=ckpt.asynchronous)
@@ -94,7 +95,7 @@ def train(config, workdir: str) -> TrainState:
             record = meta["best"]
             run.say(f"resumed at step {int(state.step)} of {config.num_steps}")
         start = int(state.step)
-        alive.begin(start, config.watchdog.starts)
+        alive(start)
         # the state holds the parameters now
         run = run._replace(policy=LM(run.policy.config, {}))
         writer = Writer(
@@ -215,8 +216,10 @@ def _loop(config, run, state, record, latest, best, writer, stop, start, alive):
             tokens = np.full(2, rows.lengths[rows.valid].sum()) * jax.process_count()
             if rows.layout is not None:
                 tokens[1] = (rows.layout.group > 0).sum() * jax.process_count()
-            padding = 1 - rows.lengths.sum() / rows.tokens.size
-            device_metrics["padding"] = padding
+            used, there = rows.lengths.sum(), rows.tokens.size
+            if rows.layout is not None:
+                used, there = (rows.layout.group > 0).sum(), rows.layout.group.size
+            device_metrics["padding"] = 1 - used / there
             device_metrics |= report.get("metrics", {})
             pending = (at + 1, device_metrics, ids, tokens)
             now = at + 1

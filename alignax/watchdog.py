@@ -6,12 +6,14 @@ A run that is restarted by its scheduler and dies at the same place would burn i
 for days: after some starts in a row without a newer checkpoint it refuses.
 """
 
+import contextlib
 import faulthandler
 import json
 import logging
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -25,11 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class Watchdog:
-    """Context of a run; to be called after every step.
-
-    Raises:
-      ValueError: from `begin`, at one start too many from the same checkpoint.
-    """
+    """Context of a run; to be called after every step."""
 
     def __init__(self, workdir: str, minutes: float):
         """Watches a run.
@@ -47,23 +45,6 @@ class Watchdog:
         self._thread = threading.Thread(
             target=self._watch, name="watchdog", daemon=True
         )
-
-    def begin(self, step: int, most: int) -> None:
-        """Counts a start that goes on from `step`; refuses one too many, on every host.
-
-        Args:
-          step: of the newest checkpoint, 0 without one.
-          most: starts from one step that are allowed; 0 does not count.
-
-        Raises:
-          ValueError: so many in a row began at this step and came to no newer checkpoint.
-        """
-        self(step)
-        refused = ""
-        if most and jax.process_index() == 0:
-            refused = _count(self._workdir / STARTS, step, most)
-        if refused := hosts.exchange(refused)[0]:
-            raise ValueError(refused)
 
     def __call__(self, step: int) -> None:
         self._last = (time.monotonic(), step)
@@ -102,16 +83,51 @@ class Watchdog:
             log.error("%s, and its stacks could not be written: %s", line, error)
 
 
-def _count(path: Any, step: int, most: int) -> str:
-    """Counts one start more from `step` in a file; what is wrong with it, or ''."""
-    before: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+@contextlib.contextmanager
+def counted(workdir: str, most: int) -> Iterator[None]:
+    """Counts a start from the newest checkpoint before anything is read, on process 0.
+
+    What the config says wrong is found in this context, and is no start: it leaves no
+    trace.
+
+    Args:
+      workdir: of the run.
+      most: starts from one step that are allowed; 0 does not count.
+
+    Raises:
+      ValueError: so many in a row began at this step and came to no newer checkpoint; an
+        OSError with that line on several hosts.
+    """
+    folder, counts = checkpoint.absolute(workdir), most and jax.process_index() == 0
+    hosts.agree(lambda: _count(folder, most) if counts else None)
+    try:
+        yield
+    except (ValueError, OSError):
+        if counts:
+            with contextlib.suppress(OSError):  # not there, or not empty
+                (folder / STARTS).unlink(missing_ok=True)
+                folder.rmdir()
+        raise
+
+
+def _count(folder: Any, most: int) -> None:
+    saved, path = folder / "checkpoints", folder / STARTS
+    names = [p.name for p in saved.iterdir()] if saved.is_dir() else []
+    step = max((int(name) for name in names if name.isdigit()), default=0)
+    try:
+        before = json.loads(path.read_text())
+    except (OSError, ValueError):  # none, or one torn by a kill
+        before = {}
     starts = before.get("starts", 0) if before.get("step") == step else 0
-    if starts < most:
-        path.write_text(json.dumps({"step": step, "starts": starts + 1}))
-        return ""
-    return (
-        f"{starts} starts in a row from step {step} came to no newer checkpoint: another "
-        "one would end like them. See how the last one ended (its log, stacks-*.txt); then "
-        f"delete {path}, save more often (config.checkpoint.every) or allow more starts "
-        "(config.watchdog.starts)"
-    )
+    if starts >= most:
+        raise ValueError(
+            f"{starts} starts in a row from step {step} came to no newer checkpoint: "
+            "another one would end like them. See how the last one ended (its log, "
+            f"stacks-*.txt); then delete {path}, save more often "
+            "(config.checkpoint.every) or allow more starts (config.watchdog.starts)"
+        )
+    part = folder / f"{STARTS}.part"  # renamed when whole
+    with contextlib.suppress(OSError):  # `build` says what is wrong with a workdir
+        folder.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps({"step": step, "starts": starts + 1}))
+        part.replace(path)

@@ -31,6 +31,7 @@ def get_config() -> ConfigDict:
     c.model.param_dtype = "float32"
     c.model.remat = "none"  # none | block | dots
     c.model.head_kernel = "xla"  # of log-probabilities: xla | pallas (TPUs)
+    c.model.attn_kernel = "xla"  # of attention: xla | splash (TPUs) | cudnn (GPUs)
 
     c.lora = ConfigDict()  # adapters instead of all weights
     c.lora.rank = 0  # 0 trains all weights

@@ -15,7 +15,7 @@ import jax
 import pytest
 import tiny
 
-from alignax import hosts, watchdog
+from alignax import hosts, train, watchdog
 
 
 class Store:
@@ -89,8 +89,9 @@ def checked(together, monkeypatch, tmp_path, **facts):
     """`hosts.check` of two hosts, of which the second has other facts."""
     same = dict.fromkeys(("jax", "commit", "code", "config"), "x")
     said = [same, same | facts]
-    names = iter(("one", "two"))
-    monkeypatch.setattr(hosts.socket, "gethostname", lambda: next(names))
+    monkeypatch.setattr(
+        hosts.socket, "gethostname", lambda: ("one", "two")[hosts._size()[1]]
+    )
 
     def check(i):
         monkeypatch.setattr(hosts, "facts", lambda _: said[hosts._size()[1]])
@@ -103,9 +104,9 @@ def checked(together, monkeypatch, tmp_path, **facts):
 def test_what_differs_is_named_with_both_hosts(together, monkeypatch, tmp_path, key):
     for error in checked(together, monkeypatch, tmp_path, **{key: "y"}):
         assert isinstance(error, ValueError)
-        assert f"{key} is x on " in str(error) and f" and {key} " not in str(error)
-        assert " (process 0) and y on " in str(error)
-        assert str(error).endswith("(process 1)")
+        assert str(error) == (
+            f"the hosts differ: {key} is x on one (process 0) and y on two (process 1)"
+        )
 
 
 def test_a_commit_that_one_host_does_not_know_is_not_compared(
@@ -121,8 +122,8 @@ def test_hosts_with_other_devices_are_named(together, monkeypatch, tmp_path):
         hosts.jax, "local_device_count", lambda: counts[hosts._size()[1]]
     )
     for error in checked(together, monkeypatch, tmp_path):
-        assert "local devices is 4 x cpu on " in str(error)
-        assert "and 3 x cpu on " in str(error)
+        assert "local devices is 4 x cpu on one" in str(error)
+        assert "and 3 x cpu on two" in str(error)
 
 
 def test_facts_are_those_of_this_process(tmp_path):
@@ -155,41 +156,70 @@ def test_the_commit_is_git_s_or_that_of_the_file_beside_a_copy(tmp_path):
     assert hosts.commit(tmp_path) == "abc"
 
 
-# -- the workdir
+# -- one host that fails
 
 
-def test_a_workdir_that_one_host_does_not_see(together, tmp_path):
+def test_what_fails_on_one_host_is_raised_on_all(together, monkeypatch, tmp_path):
+    def facts(_):
+        if hosts._size()[1] == 1:
+            raise PermissionError(13, "denied", "/etc/x")
+        return {}
+
+    monkeypatch.setattr(hosts, "facts", facts)
+    for error in together(lambda _: hosts.check(None, str(tmp_path / "run")), 3):
+        assert type(error) is OSError
+        assert str(error) == (
+            f"{socket.gethostname()} (process 1): PermissionError: [Errno 13] denied: "
+            "'/etc/x'"
+        )
+    assert list((tmp_path / "run").iterdir()) == []  # nothing is left behind
+
+
+def shared(together, monkeypatch, *folders, patience=20.0):
+    """`hosts.check` of alike hosts, each of which has a folder of its own as workdir."""
+    monkeypatch.setattr(hosts, "facts", lambda _: {})
+    return together(
+        lambda i: hosts.check(None, str(folders[i]), patience), len(folders)
+    )
+
+
+def test_a_workdir_that_one_host_does_not_see(together, monkeypatch, tmp_path):
     """Each has a folder of its own under one name, as /tmp is."""
-
-    def check(i):
-        return hosts.check_shared(["one", "two"], str(tmp_path / str(i)), patience=0.5)
-
-    said = together(check)
-    for i, error in enumerate(said):
-        assert isinstance(error, OSError)
-        assert f"workdir {tmp_path / str(i)}: what one (process 0) wrote" in str(error)
-        assert "is not seen on two (process 1);" in str(error)
-    assert list((tmp_path / "0").iterdir()) == []  # nothing is left behind
+    folders = tmp_path / "0", tmp_path / "1"
+    for error in shared(together, monkeypatch, *folders, patience=0.3):
+        assert type(error) is OSError
+        assert f"(process 1): OSError: workdir {tmp_path / '1'}: what" in str(error)
+    assert list((tmp_path / "0").iterdir()) == []
 
 
-def test_a_file_that_is_seen_late_is_seen(together, tmp_path):
+def test_a_file_that_is_seen_late_is_seen(together, monkeypatch, tmp_path):
     """A network file system may take its time to show what another host wrote."""
     late = tmp_path / "late"
-
-    def check(i):
-        if i == 0:
-            return hosts.check_shared(["one", "two"], str(tmp_path / "run"))
-        threading.Timer(0.6, lambda: late.symlink_to(tmp_path / "run")).start()
-        return hosts.check_shared(["one", "two"], str(late), patience=20)
-
-    assert together(check) == [None, None]
+    threading.Timer(0.6, lambda: late.symlink_to(tmp_path / "run")).start()
+    said = shared(together, monkeypatch, tmp_path / "run", late)
+    assert said == [None, None]
 
 
-def test_a_workdir_that_cannot_be_written_stops_all(together, tmp_path):
+def test_a_workdir_that_cannot_be_written_stops_all(together, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
-    said = together(lambda _: hosts.check_shared("ab", str(tmp_path / "file" / "run")))
-    assert [type(error) for error in said] == [OSError, OSError]
-    assert all(f"cannot write to workdir {tmp_path}/file/run" in str(e) for e in said)
+    for error in shared(together, monkeypatch, *[tmp_path / "file" / "run"] * 2):
+        assert type(error) is OSError
+        assert "(process 0): NotADirectoryError: " in str(error)
+
+
+def test_a_bucket_without_its_package_stops_all(together, monkeypatch):
+    """What the file system raises need be no OSError."""
+
+    def absolute(_):
+        def mkdir(**_):
+            raise ImportError("Please install gcsfs")
+
+        return types.SimpleNamespace(mkdir=mkdir)
+
+    monkeypatch.setattr(hosts.checkpoint, "absolute", absolute)
+    for error in shared(together, monkeypatch, *["gs://bucket/run"] * 2):
+        assert type(error) is OSError
+        assert "(process 0): ImportError: Please install gcsfs" in str(error)
 
 
 def test_a_full_disk_is_named(together, monkeypatch, tmp_path):
@@ -204,10 +234,9 @@ def test_a_full_disk_is_named(together, monkeypatch, tmp_path):
 
     monkeypatch.setattr(hosts.shutil, "disk_usage", usage)
     for error in checked(together, monkeypatch, tmp_path):
-        assert "less than 1 GiB of disk free on" in str(error)
-        assert "has 1024 MiB" in str(error)
+        assert "has 1024 MiB left, less than 1 GiB" in str(error)
     Usage.free += 1
-    assert hosts.free(str(tmp_path / "not" / "yet" / "there")) == ""
+    hosts.check_disk(str(tmp_path / "not" / "yet" / "there"))
 
 
 # -- the start
@@ -241,27 +270,55 @@ def test_half_of_the_variables_is_an_error(monkeypatch):
 
 
 def test_the_variables_reach_jax(monkeypatch):
-    called = {}
+    called = []
     monkeypatch.setattr(
-        hosts.jax.distributed, "initialize", lambda **k: called.update(k)
+        hosts.jax.distributed, "initialize", lambda *a, **k: called.append((a, k))
     )
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1234")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "4")
     monkeypatch.setenv("JAX_PROCESS_ID", "0")
     hosts.start(timeout=7)
-    assert called == {
-        "coordinator_address": "host:1234", "num_processes": 4, "process_id": 0,
-        "cluster_detection_method": "deactivate", "initialization_timeout": 7,
-    }  # fmt: skip
+    ((given, named),) = called
+    assert given == ("host:1234", 4, 0)
+    assert named["cluster_detection_method"] == "deactivate"
+    assert named["initialization_timeout"] > 7
 
 
-def test_processes_that_do_not_come_are_an_error_with_advice(monkeypatch):
-    def fail(**_):
-        raise RuntimeError("DEADLINE_EXCEEDED")
-
-    monkeypatch.setattr(hosts.jax.distributed, "initialize", fail)
-    with pytest.raises(OSError, match=r"did not find each other .* port .*8482"):
+def test_the_coordinator_that_jax_finds_is_reached_too(monkeypatch):
+    """As under Slurm, for the second task of two; TPUs name theirs in the same way."""
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match="no cluster here: set JAX_COORDINATOR_ADDR"):
         hosts.start()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    for name, value in {
+        "SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
+        "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "JAX_COORDINATOR_PORT": port,
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        OSError, match=rf"\(process 1\) cannot reach .* localhost:{port}"
+    ):
+        hosts.start(timeout=0.3)
+
+
+def test_a_process_that_waits_in_vain_says_so():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    env = tiny.environment(
+        JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="0"
+    )
+    code = "from alignax import hosts; hosts.start(timeout=0.5)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=tiny.ROOT, timeout=120,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert f"not all of 2 processes met at {address} within 0.5 s" in done.stderr
+    assert "open to all?" in done.stderr and "Traceback" not in done.stderr
 
 
 # -- a run that hangs
@@ -323,10 +380,14 @@ def test_no_minutes_watch_nothing(tmp_path):
 
 
 def begin(workdir, step, most=3, error=RuntimeError):
-    """A start from the checkpoint of `step` that ends in an error."""
+    """A start from the checkpoint of `step` that ends in an error, after it was built."""
+    for folder in (workdir / "checkpoints").glob("*"):
+        folder.rmdir()
+    (workdir / "checkpoints" / str(step)).mkdir(parents=True, exist_ok=True)
     try:
-        with watchdog.Watchdog(str(workdir), 0.0) as alive:
-            alive.begin(step, most)
+        with watchdog.counted(str(workdir), most):
+            pass
+        with watchdog.Watchdog(str(workdir), 0.0):
             if error:
                 raise error
     except (RuntimeError, KeyboardInterrupt):
@@ -337,11 +398,11 @@ def test_starts_without_a_newer_checkpoint_are_refused(tmp_path):
     for _ in range(3):
         begin(tmp_path, 5)
     path = tmp_path / watchdog.STARTS
-    with pytest.raises(ValueError, match="3 starts in a row from step 5") as error:
-        begin(tmp_path, 5)
-    assert f"delete {path}" in str(error.value)
-    with pytest.raises(ValueError, match="3 starts in a row"):
-        begin(tmp_path, 5)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="3 starts in a row from step 5") as error:
+            begin(tmp_path, 5)
+        assert f"delete {path}" in str(error.value)
+        path.write_text(json.dumps({"step": 5, "starts": 3}))
     begin(tmp_path, 5, most=0)  # any number
     path.unlink()  # as it says
     begin(tmp_path, 5)
@@ -355,17 +416,46 @@ def test_a_newer_checkpoint_counts_from_one(tmp_path):
     }  # fmt: skip
 
 
+def test_a_count_torn_by_a_kill_is_none(tmp_path):
+    for torn in ("", '{"step": 5, "st'):
+        (tmp_path / watchdog.STARTS).write_text(torn)
+        begin(tmp_path, 5)
+        assert json.loads((tmp_path / watchdog.STARTS).read_text())["starts"] == 1
+
+
 @pytest.mark.parametrize("end", [None, KeyboardInterrupt])
 def test_a_run_that_ends_well_or_by_its_user_is_forgotten(tmp_path, end):
     begin(tmp_path, 5)
     begin(tmp_path, 5, error=end)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+
+
+def test_a_run_killed_while_it_reads_weights_has_started(tmp_path, monkeypatch):
+    """A config that cannot run has not, and leaves no trace."""
+
+    def end(error):
+        def build(*_):
+            raise error
+
+        monkeypatch.setattr(train.build, "build", build)
+        with pytest.raises(type(error)):
+            train.train(tiny.config(), str(tmp_path / "run"))
+
+    end(ValueError("no such loss"))
+    assert not (tmp_path / "run").exists()
+    end(SystemExit(137))
+    path = tmp_path / "run" / watchdog.STARTS
+    assert json.loads(path.read_text()) == {"step": 0, "starts": 1}
 
 
 def test_all_hosts_refuse_or_none(together, tmp_path):
     """Only process 0 counts; the others could read before or after it."""
-    for _ in range(2):
-        together(lambda _: begin(tmp_path, 5, most=2))
-    said = together(lambda _: begin(tmp_path, 5, most=2))
-    assert [type(error) for error in said] == [ValueError, ValueError]
-    assert str(said[0]) == str(said[1])
+
+    def start(_):
+        with watchdog.counted(str(tmp_path), 2):
+            pass
+
+    assert [together(start) for _ in range(2)] == [[None, None]] * 2
+    said = together(start)
+    assert [type(error) for error in said] == [OSError, OSError]
+    assert "(process 0): ValueError: 2 starts in a row" in str(said[1])

@@ -4,7 +4,9 @@ import dataclasses
 import importlib.util
 import json
 import math
+import types
 
+import absl.flags
 import jax
 import jax.numpy as jnp
 import pytest
@@ -26,6 +28,8 @@ from alignax import (
 )
 from alignax.batch import LM
 from alignax.models import families, transformer
+
+MADE = {"name": "synthetic", "split": "train"}
 
 
 def trained(config, workdir):
@@ -57,21 +61,14 @@ def planned(**changes):
     return lowering.plan(config, sharding.make_mesh(config.mesh))
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"mesh": (1, 2, 1), "lora.rank": 2, "model.remat": "block", "layout": "rows"},
-        pytest.param(
-            {"mesh": (2, 1, 2), "accumulate": 2, "average": 0.9}, marks=pytest.mark.slow
-        ),
-    ],
-    ids=["adapters", "micro-batches"],
-)
-def test_the_module_it_compiles_is_the_one_that_trains(changes, tmp_path):
-    config = tiny.config("pairs", **changes)
+@pytest.mark.slow
+def test_the_module_of_packed_adapters_is_the_one_that_trains(tmp_path):
+    config = tiny.config("pairs", **{
+        "mesh": (2, 1, 2), "accumulate": 2, "average": 0.9, "lora.rank": 2,
+        "model.remat": "block",
+    })  # fmt: skip
     want, rows = trained(config, tmp_path / "run")
-    packed = None if rows.layout is None else rows.layout.tokens.shape[1:]
-    data = lowering.Shape(packed=packed)
+    data = lowering.Shape(packed=rows.layout.tokens.shape[1:])
     got = lowering.plan(config, sharding.make_mesh(config.mesh), data).programs
     assert list(got) == list(want)
     for key in want:
@@ -151,7 +148,7 @@ def test_what_the_config_does_not_say_is_noted():
     "changes, group",
     [
         ({"loss": {"name": "sft"}}, 1),
-        ({"data": {"name": "synthetic", "kind": "groups", "group": 3}}, 3),
+        ({"data": {**MADE, "kind": "groups", "group": 3}}, 3),
         ({"rollout.reward": {"name": "length"}, "rollout.group": 5}, 5),
         ({"rollout.reward": {"name": "length"}, "rollout.keep": "best_worst"}, 2),
     ],
@@ -162,7 +159,34 @@ def test_responses_a_prompt_are_what_the_config_says(changes, group):
         config.data.kind = "sft"
     notes = []
     assert lowering.responses(config, notes) == group
-    assert len(notes) == ("data" in changes)
+    assert not notes
+
+
+@pytest.mark.parametrize(
+    "name, group",
+    [
+        ("bco", 1),
+        ("bco_matched", 1),
+        ("kto", 2),
+        ("npo", 1),
+        ("dpo", 2),
+        ("ranking", 4),
+    ],
+)
+def test_data_that_are_not_there_are_made_up(name, group):
+    """Their files are missing; what is made of the rows in them is not."""
+    config = importlib.import_module(f"configs.{name}").get_config()
+    notes = []
+    assert lowering.responses(config, notes) == group
+    assert len(notes) == (name == "ranking")  # of how many a file's groups are
+
+
+def test_data_that_cannot_be_made_up_are_noted():
+    config = tiny.config("pairs")
+    config.data = {"name": "jsonl", "split": "train"}
+    notes = []
+    assert lowering.responses(config, notes) == 2
+    assert "2 responses are assumed (--group)" in notes[0]
 
 
 # -- what a compiled program says of itself
@@ -338,11 +362,21 @@ def test_a_vocabulary_over_model_is_never_gathered(tiny_config):
 # -- the report
 
 
+ROWS = {"mesh": (1, 4, 1), "layout": "rows"}
+
+
 @pytest.fixture(scope="module")
 def report():
-    config = tiny.config("pairs", mesh=(1, 4, 1))
     topology = chips.parse("h100:4")
+    config = tiny.config("pairs", **ROWS)
     return footprint.inspect(config, topology, chips.devices(topology))
+
+
+def test_the_module_it_compiles_is_the_one_that_trains(report, tmp_path):
+    want, _ = trained(tiny.config("pairs", **ROWS), tmp_path / "run")
+    assert {p.name: p.fingerprint for p in report.programs} == {
+        name: compiled.fingerprint(lowered) for name, lowered in want.items()
+    }
 
 
 def test_a_report_says_what_it_must(report):
@@ -372,10 +406,24 @@ def test_flops_a_token_by_hand():
     low = planned(**{"model.sizes": sizes, "model.remat": "block"})
     n = 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128) + 64 * 512
     n += 3 * 2 * 64  # norms, which cost next to nothing
-    attention = 4 * 3 * 4 * 16 * 72
+    attention = 4 * 3 * 4 * 16 * (1 + 72) / 2  # a token sees itself and those before
     assert footprint.costs(low).model == 8 * n + 4 * attention
     again = 2 * n + attention
     assert footprint.costs(low).computed == 8 * n + 4 * attention + again
+
+
+def test_flops_of_packed_rows_by_hand():
+    """Four prompts in a row of 400: each has 100 tokens, which see none of another's."""
+    changes = {"layout": "packed", "lms": {"ref": "average"}, "average": 0.9}
+    config = tiny.config("pairs", **changes)
+    data = lowering.Shape(packed=(1, 400))
+    low = lowering.plan(config, sharding.make_mesh((1, 1, 1)), data)
+    c = low.policy.config
+    n = transformer.num_params(low.policy.params["blocks"]) + c.vocab_size * c.width
+    attention = 4 * c.num_layers * c.num_heads * c.head_dim * (1 + 100) / 2
+    assert "reference" in low.programs
+    assert low.lms == {}, "the average is no frozen LM, but it is read"
+    assert footprint.costs(low).model == 6 * n + 2 * n + 4 * attention
 
 
 def test_a_step_that_does_not_fit_is_told_what_would(report, monkeypatch, capsys):
@@ -385,16 +433,16 @@ def test_a_step_that_does_not_fit_is_told_what_would(report, monkeypatch, capsys
 
     def inspect(config, *_, **__):
         seen.append(config)
-        return report
+        return report._replace(mesh={"data": 2, "fsdp": 2, "model": 1})
 
     monkeypatch.setattr(footprint, "inspect", inspect)
-    config = tiny.config("pairs", mesh=(2, 2, 1), batch_size=8)
+    config = tiny.config("pairs", mesh=(-1, 2, 1), batch_size=8)
     assert preflight.preflight(config, "h100:4", tries=1) == 1
     assert [c.model.remat for c in seen] == ["none", "block"]
     text = capsys.readouterr().out
     assert "verdict: does NOT fit" in text
     assert "remat: --config.model.remat=block -> tried: does not fit" in text
-    assert "mesh: --config.mesh=(1,4,1) -> estimated" in text
+    assert "mesh: '--config.mesh=(1,4,1)' -> estimated" in text
     assert "micro-batch: --config.accumulate=2 -> estimated" in text
     for name in ("cached reference", "LoRA"):
         assert f"{name}: --config." in text
@@ -402,7 +450,7 @@ def test_a_step_that_does_not_fit_is_told_what_would(report, monkeypatch, capsys
 
 def test_an_estimate_counts_what_is_held(report):
     """Adapters need no optimiser's state and no gradient of the base."""
-    config = tiny.config("pairs", mesh=(1, 4, 1))
+    config = tiny.config("pairs", **ROWS)
     devices = chips.devices(report.topology)
     adapters = preflight.changed(config, {"lora.rank": 1})
 
@@ -446,11 +494,30 @@ def test_meshes_divide_devices_heads_and_batch():
         ("v9:2x2", "the chips are v4, v5e"),
         ("v5e:2x2x2", "has 3 dimensions, v5e has 2: v5e:4x4"),
         ("h100:2x2", "has 2 dimensions, h100 has 1: h100:4"),
+        ("h100:0", "expected CHIP:SHAPE"),
     ],
 )
 def test_an_unknown_topology_is_an_error_that_says_what_to_type(name, words):
     with pytest.raises(ValueError, match=words):
         chips.parse(name)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"topology": "h100:0"}, "unknown topology 'h100:0'"),
+        ({"packed": ["a", "b"]}, "--packed=a,b: expected rows,tokens"),
+        ({"packed": ["3"]}, "--packed=3: expected rows,tokens"),
+    ],
+)
+def test_an_error_is_one_line_and_no_verdict(changes, words, monkeypatch, capsys):
+    given = {"topology": "v5e:2x2", "packed": [], **changes}
+    monkeypatch.setattr(absl.flags, "FLAGS", types.SimpleNamespace(**given))
+    with pytest.raises(SystemExit) as end:
+        preflight.main(["preflight"])
+    assert end.value.code == 2  # 1 is: it does not fit
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and words in said
 
 
 def test_without_libtpu_it_says_what_to_install(monkeypatch):
@@ -482,7 +549,10 @@ needs_libtpu = pytest.mark.skipif(
 
 @needs_libtpu
 def test_slices_are_described_without_a_tpu():
-    for name, kind in (("v5e:2x2", "lite"), ("v5p:2x2x1", "v5"), ("v5e:1x1", "lite")):
+    for name, kind in (
+        ("v5e:2x2", "v5 lite"), ("v5p:2x2x1", "v5"), ("v5e:1x1", "v5 lite"),
+        ("v4:2x2x1", "v4"), ("v6e:2x2", "v6 lite"),
+    ):  # fmt: skip
         topology = chips.parse(name)
         found = chips.devices(topology)
         assert len(found) == math.prod(topology.shape)

@@ -115,7 +115,10 @@ def test_how_a_model_is_computed_is_no_part_of_the_key(tiny_lm):
         config = dataclasses.replace(tiny_lm.config, **change)
         return refcache.describe_lm(tiny_lm._replace(config=config))
 
-    assert key(remat="block", head_kernel="pallas", attn_tile=64) == key()
+    kernels = {"head_kernel": "pallas", "attn_kernel": "splash", "attn_tile": 64}
+    assert key(remat="block", dtype="bfloat16", **kernels) == key() | {
+        "dtype": "bfloat16"
+    }
     assert key(rope_theta=5.0) != key()
 
 

@@ -1,4 +1,4 @@
-"""Causal attention by tiles of queries, with masks that are functions of tokens' ids.
+"""Causal attention by tiles, with masks that are functions of tokens' ids.
 
 Shape suffixes as in transformer.py: n rows, t tokens, s keys, h query heads, k kv heads,
 g = h/k queries per kv head, e head size.
@@ -12,18 +12,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Int
 
+from alignax.models import fallback
 from alignax.models.contract import einsum
 
-ATTENDED = "attended"  # what the backward pass of a tile keeps of it, for checkpoints
+LEAST = -1e30  # as good as -inf, without its arithmetic
+FAR = np.iinfo(np.int32).max
+TILES = {"cpu": 128}  # queries and keys of a tile of scores; 512 elsewhere
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("ids",),
-    meta_fields=("allowed", "reach"),
+    data_fields=("ids", "first"),
+    meta_fields=("allowed",),
 )
 @dataclasses.dataclass(frozen=True)
 class Attend:
@@ -34,13 +36,13 @@ class Attend:
       allowed: (ids of queries, ids of keys) -> bool, elementwise over arrays that
         broadcast: any block of the mask is its value on the ids of that block. A
         function of a module, since programs are told apart by it.
-      reach: nobody sees a token more than so many columns before its own, so that tiles
-        of keys further back are skipped; None = no such promise.
+      first: of each token, the first column that it may see, in rows in which nobody sees
+        a later column: tiles of keys before it are skipped. None = the first of all.
     """
 
     ids: tuple[Int[Array, "N T"], ...]
     allowed: Callable[[tuple, tuple], Any]
-    reach: int | None = None
+    first: Int[Array, "N T"] | None = None
 
 
 def same_segment(queries: tuple, keys: tuple):
@@ -65,65 +67,74 @@ class Rule(NamedTuple):
     allowed: Callable[[tuple, tuple], Any] | None  # of an Attend
 
 
+# What follows takes several query heads of a kv head behind each other, T queries each:
+#   q [N, K, Q, E], keys and values [N, K, S, E]
+#   queries, keys: ([N, T or S] positions, ids of an Attend)
+#   window: how far back a key may be
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(rule: Rule, q, k, v, queries, keys, window):
-    """softmax(q kᵀ) v for [N, K, Q, E] queries of [N, K, S, E] keys.
+def _whole(rule: Rule, q, k, v, queries, keys, window):
+    """softmax(q kᵀ) v, all keys at once.
 
     The backward pass forms the scores again, from their log-sum-exp: with p and dy it is
     ds = p (dy vᵀ - Σ dy y), where a derivative of softmax would sum over S once more (on a
     CPU attention's gradient was measured twice as fast).
-
-    Args:
-      rule: see there.
-      q: several query heads of a kv head behind each other, T queries each.
-      k, v: keys and values.
-      queries: ([N, T] positions, ids of an Attend).
-      keys: the same of the S keys.
-      window: how far back a key may be.
     """
-    return _attend_forward(rule, q, k, v, queries, keys, window)[0]
+    return _whole_forward(rule, q, k, v, queries, keys, window)[0]
 
 
 def _scores(rule, q, k, queries, keys, window):
-    """(capped scores, where they count); the others are as good as -inf."""
+    """Capped scores; where they do not count, as good as -inf."""
     s = einsum("nkqe,nkse->nkqs", q, k) * rule.scale
     if rule.cap:
         s = rule.cap * jnp.tanh(s / rule.cap)
+    seen = visible(rule.allowed, queries, keys, window)
+    heads = s.reshape(*s.shape[:2], -1, *seen.shape[1:])
+    return jnp.where(seen[:, None, None], heads, LEAST).reshape(s.shape)
+
+
+def visible(allowed, queries, keys, window):
+    """[N, T, S] bool, which keys a query sees; `allowed` of an Attend, None allows all."""
     (q_pos, q_ids), (k_pos, k_ids) = queries, keys
     distance = q_pos[:, :, None] - k_pos[:, None, :]
-    allowed = (distance >= 0) & (distance < window)
-    if rule.allowed is not None:
+    seen = (distance >= 0) & (distance < window)
+    if allowed is not None:
         at = [x[:, :, None] for x in q_ids], [x[:, None, :] for x in k_ids]
-        allowed &= rule.allowed(*map(tuple, at))
-    heads = s.reshape(*s.shape[:2], -1, *allowed.shape[1:])
-    return jnp.where(allowed[:, None, None], heads, -1e30).reshape(s.shape)
+        seen &= allowed(*map(tuple, at))
+    return seen
 
 
-def _attend_forward(rule, q, k, v, queries, keys, window):
+def _whole_forward(rule, q, k, v, queries, keys, window):
     s = _scores(rule, q, k, queries, keys, window)
     top = s.max(-1, keepdims=True)
     p = jnp.exp(s - top)
     total = p.sum(-1, keepdims=True)
     y = einsum("nkqs,nkse->nkqe", p.astype(v.dtype), v) / total
-    y = checkpoint_name(y.astype(v.dtype), ATTENDED)
-    lse = checkpoint_name(top + jnp.log(total), ATTENDED)
-    return y, (q, k, v, queries, keys, window, y, lse)
+    y = y.astype(v.dtype)
+    return y, (q, k, v, queries, keys, window, y, top + jnp.log(total))
 
 
-def _attend_backward(rule, residuals, g):
+def _whole_backward(rule, residuals, g):
     q, k, v, queries, keys, window, y, lse = residuals
+    g = g.astype(v.dtype)
+    grads = _slopes(rule, q, k, v, queries, keys, window, lse, g, _along(g, y))
+    dtypes = (q.dtype, k.dtype, v.dtype)
+    return (*map(jax.lax.convert_element_type, grads, dtypes), *[None] * 3)
+
+
+def _slopes(rule, q, k, v, queries, keys, window, lse, g, along):
+    """Gradients in q, k and v, in float32, of a block of queries and one of keys."""
     s = _scores(rule, q, k, queries, keys, window)
     p = jnp.exp(s - lse)
-    g = g.astype(v.dtype)
-    slope = (einsum("nkqe,nkse->nkqs", g, v) - _along(g, y)) * p * rule.scale
+    slope = (einsum("nkqe,nkse->nkqs", g, v) - along) * p * rule.scale
     if rule.cap:  # tanh' = 1 - tanh²; where nothing counts p is 0
         slope = jnp.where(p > 0, slope * (1 - (s / rule.cap) ** 2), 0.0)
     slope = slope.astype(q.dtype)
     return (
-        einsum("nkqs,nkse->nkqe", slope, k).astype(q.dtype),
-        _over_queries(q, slope).astype(k.dtype),
-        _over_queries(g, p.astype(g.dtype)).astype(v.dtype),
-        *[None] * 3,
+        einsum("nkqs,nkse->nkqe", slope, k),
+        _over_queries(q, slope),
+        _over_queries(g, p.astype(g.dtype)),
     )
 
 
@@ -143,77 +154,129 @@ def _along(a, b):
     return product.sum(-1, keepdims=True)
 
 
-_attend.defvjp(_attend_forward, _attend_backward)
+_whole.defvjp(_whole_forward, _whole_backward)
 
 
-def attention(q, k, v, q_pos, k_pos, attend, local, config):
-    """Causal attention by tiles of queries, so that [T, T] never exists for long T.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tiled(rule: Rule, q, k, v, queries, keys, window, spans):
+    """softmax(q kᵀ) v by tiles of queries and, for each, those tiles of keys it may see.
 
-    The largest score array is [N, H, config.attn_tile, S], or [N, H, tile, tile + reach]
-    where `attend` has a reach; the backward pass recomputes it tile by tile.
+    Args, beyond those above:
+      q: a tile each, [I, N, K, Q, E]; k, v: [J, N, K, S, E]; queries and keys likewise.
+      spans: int32 [I] each, the first and the last tile of keys.
+    """
+    return _tiled_forward(rule, q, k, v, queries, keys, window, spans)[0]
+
+
+def _tiled_forward(rule, q, k, v, queries, keys, window, spans):
+    def tile(x):
+        q, queries, (first, last) = x
+
+        def step(j, carry):
+            y, top, total = carry
+            k_j, v_j, keys_j = jax.tree.map(lambda x: x[j], (k, v, keys))
+            s = _scores(rule, q, k_j, queries, keys_j, window)
+            above = jnp.maximum(top, s.max(-1, keepdims=True))
+            p, scale = jnp.exp(s - above), jnp.exp(top - above)
+            y = y * scale + einsum("nkqs,nkse->nkqe", p.astype(v.dtype), v_j)
+            return y, above, total * scale + p.sum(-1, keepdims=True)
+
+        zeros = jnp.zeros(q.shape, jnp.float32)
+        none = zeros[..., :1]
+        y, top, total = jax.lax.fori_loop(
+            first, last + 1, step, (zeros, none + LEAST, none)
+        )
+        return (y / total).astype(v.dtype), top + jnp.log(total)
+
+    y, lse = jax.lax.map(tile, (q, queries, spans))
+    return y, (q, k, v, queries, keys, window, spans, y, lse)
+
+
+def _tiled_backward(rule, residuals, g):
+    q, k, v, queries, keys, window, spans, y, lse = residuals
+    g = g.astype(v.dtype)
+
+    def tile(carry, x):
+        q, queries, (first, last), y, lse, g = x
+        along = _along(g, y)
+
+        def step(j, carry):
+            dq, dk, dv = carry
+            k_j, v_j, keys_j = jax.tree.map(lambda x: x[j], (k, v, keys))
+            more = _slopes(rule, q, k_j, v_j, queries, keys_j, window, lse, g, along)
+            return dq + more[0], dk.at[j].add(more[1]), dv.at[j].add(more[2])
+
+        first_dq = jnp.zeros(q.shape, jnp.float32)
+        dq, dk, dv = jax.lax.fori_loop(first, last + 1, step, (first_dq, *carry))
+        return (dk, dv), dq.astype(q.dtype)
+
+    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (k, v))
+    (dk, dv), dq = jax.lax.scan(tile, zeros, (q, queries, spans, y, lse, g))
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype), *[None] * 4
+
+
+_tiled.defvjp(_tiled_forward, _tiled_backward)
+
+
+def attention(q, k, v, q_pos, k_pos, attend, local, config, in_order=False):
+    """Causal attention; by tiles for long T, so that [T, T] never exists.
+
+    The largest score array is [N, H, tile, tile], or [N, H, T, S] where T is no longer
+    than a tile; the backward pass forms it again.
+
+    Args:
+      q: queries [N, T, H, E].
+      k, v: keys and values [N, S, K, E].
+      q_pos, k_pos: positions, [N or 1, T] and [N or 1, S].
+      attend: an `Attend`, or None.
+      local: whether config.window applies; it may be traced.
+      config: a ModelConfig.
+      in_order: nobody sees a later column: tiles of such keys are skipped.
     """
     c = config
     n, t, _, e = q.shape
-    q = q.reshape(n, t, c.num_kv_heads, -1, e)
+    rule = Rule((c.query_scale or e) ** -0.5, c.attn_softcap, attend and attend.allowed)
+    window = jnp.where(local, c.window or 0, FAR)
+    ids = () if attend is None else attend.ids
     # Heads before tokens, so that both products are plain batched matrix products: on a
     # CPU this was measured twice as fast as leaving the order to einsum.
+    q = q.reshape(n, t, c.num_kv_heads, -1, e).transpose(0, 2, 3, 1, 4)
     k, v = jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1)
-    scale = (c.query_scale or e) ** -0.5
-    window = jnp.where(local, c.window or 0, np.iinfo(np.int32).max)
-    ids = () if attend is None else attend.ids
 
-    rule = Rule(scale, c.attn_softcap, attend and attend.allowed)
+    def merge(q):  # the queries of a kv head behind each other
+        return q.reshape(*q.shape[:-3], -1, e)
 
-    def tile(queries, keys):
-        q_ntkge, q_pos, q_ids = queries
-        k, v, k_pos, k_ids = keys
-        q = q_ntkge.transpose(
-            0, 2, 3, 1, 4
-        )  # the queries of a kv head behind each other
-        merged = q.reshape(*q.shape[:2], -1, e)
-        y = _attend(rule, merged, k, v, (q_pos, q_ids), (k_pos, k_ids), window)
-        return y.reshape(q.shape).transpose(0, 3, 1, 2, 4)
+    most = c.attn_tile or TILES.get(fallback.platform(), 512)
+    if t <= most:
+        y = _whole(rule, merge(q), k, v, (q_pos, ids), (k_pos, ids), window)
+        y = y.reshape(q.shape)
+    else:
+        size = -(-t // -(-t // most))  # tiles of one size, with little to fill up
 
-    step = -(-t // -(-t // c.attn_tile))  # tiles of one size, with little to fill up
-    keys = (k, v, k_pos, ids)
-    if t <= step:
-        y = tile((q, q_pos, ids), keys)
-    else:  # a scan, not a Python loop: XLA would keep every unrolled tile alive at once
-        pad = -t % step
-        reach = t if attend is None or attend.reach is None else attend.reach
-        near = reach + step < t  # then a tile of queries takes only keys in its reach
-
-        def split(x):
-            x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-            return jnp.moveaxis(x.reshape(n, -1, step, *x.shape[2:]), 1, 0)
-
-        def widen(x, axis, fill=0):
+        def split(x, axis, fill=0):
             width = [(0, 0)] * x.ndim
-            width[axis] = (reach, pad)
-            return jnp.pad(x, width, constant_values=fill)
+            width[axis] = (0, -x.shape[axis] % size)
+            x = jnp.pad(x, width, constant_values=fill)
+            shape = (*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
+            return jnp.moveaxis(x.reshape(shape), axis, 0)
 
-        if near:  # a position beyond all others: no query sees what fills up
-            last = widen(jnp.broadcast_to(k_pos, (n, t)), 1, np.iinfo(np.int32).max)
-            ids_wide = tuple(widen(x, 1) for x in ids)
-            keys = widen(k, 2), widen(v, 2), last, ids_wide
-
-        def one(x):
-            start, queries = x
-            if not near:
-                return tile(queries, keys)
-            cut = functools.partial(
-                jax.lax.dynamic_slice_in_dim,
-                start_index=start,
-                slice_size=reach + step,
-            )
-            k, v, k_pos, k_ids = keys
-            some = cut(k, axis=2), cut(v, axis=2), cut(k_pos, axis=1)
-            return tile(queries, (*some, tuple(cut(x, axis=1) for x in k_ids)))
-
-        q_pos = jnp.broadcast_to(q_pos, (n, t))
-        starts = jnp.arange(0, t + pad, step)
-        queries = jax.tree.map(split, (q, q_pos, ids))
-        kept = jax.checkpoint_policies.save_only_these_names(ATTENDED)
-        tiles = jax.lax.map(jax.checkpoint(one, policy=kept), (starts, queries))
-        y = jnp.moveaxis(tiles, 0, 1).reshape(n, t + pad, *q.shape[2:])[:, :t]
-    return y.reshape(n, t, c.num_heads, e)
+        q_pos, k_pos = (jnp.broadcast_to(x, (n, x.shape[1])) for x in (q_pos, k_pos))
+        tiles = tuple(split(x, 1) for x in ids)
+        queries = split(q_pos, 1), tiles
+        keys = split(k_pos, 1, FAR), tiles  # what fills up stands beyond all queries
+        q_tiles = split(q, 3)
+        many = len(q_tiles)
+        first, last = jnp.zeros(many, jnp.int32), jnp.full(many, len(keys[0]) - 1)
+        if in_order:
+            last = jnp.arange(many)
+            if attend is None:
+                first = jnp.maximum(last * size - (window - 1), 0) // size
+            elif attend.first is not None:
+                first = split(attend.first, 1, FAR).min((1, 2)) // size
+        spans = first.astype(jnp.int32), last.astype(jnp.int32)
+        y = _tiled(
+            rule, merge(q_tiles), split(k, 2), split(v, 2), queries, keys, window, spans
+        )
+        y = y.reshape(q_tiles.shape)
+        y = jnp.moveaxis(y, 0, 3).reshape(*q.shape[:3], -1, e)[:, :, :, :t]
+    return y.transpose(0, 3, 1, 2, 4).reshape(n, t, c.num_heads, e)

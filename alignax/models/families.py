@@ -10,7 +10,7 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
-from alignax.models.transformer import ModelConfig
+from alignax.models.transformer import HOW, ModelConfig
 
 
 class Family(NamedTuple):
@@ -306,7 +306,7 @@ def _check_expressed(config: ModelConfig, read: ModelConfig) -> None:
 def _canonical(config: ModelConfig) -> dict[str, Any]:
     """The fields that decide what is computed, one spelling for each meaning."""
     c = dataclasses.asdict(config)
-    for runtime in ("dtype", "remat", "attn_tile"):
+    for runtime in HOW:
         del c[runtime]
     local = config.local_layers or (config.window is not None,) * config.num_layers
     c["local_layers"] = tuple(map(bool, local))

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from alignax.batch import LM, Params
+from alignax.models import kernels
 from alignax.models.attention import Attend, attention, same_segment
 from alignax.models.contract import contract
 
@@ -42,6 +43,7 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
 REMAT = ("none", "block", "dots")
+HOW = ("dtype", "remat", "head_kernel", "attn_kernel", "attn_tile")  # not what
 HEAD_KERNELS = ("xla", "pallas")  # pallas: on TPUs, where only log-probs are read
 
 
@@ -85,7 +87,8 @@ class ModelConfig:
     dtype: str = "float32"  # of the computation; parameters keep theirs
     remat: str = "none"  # what the backward pass recomputes: REMAT
     head_kernel: str = "xla"  # of the head's log-probabilities: HEAD_KERNELS
-    attn_tile: int = 256  # queries per tile: [N, H, tile, T] is the largest score array
+    attn_kernel: str = "xla"  # of attention without a cache: kernels.NAMES
+    attn_tile: int = 0  # queries and keys of a tile of scores; 0: by platform
 
     def __post_init__(self):
         if self.activation not in ACTIVATIONS:
@@ -97,6 +100,10 @@ class ModelConfig:
         if self.head_kernel not in HEAD_KERNELS:
             raise ValueError(
                 f"unknown head_kernel {self.head_kernel!r}; known: {HEAD_KERNELS}"
+            )
+        if self.attn_kernel not in kernels.NAMES:
+            raise ValueError(
+                f"unknown attn_kernel {self.attn_kernel!r}; known: {kernels.NAMES}"
             )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
@@ -175,7 +182,7 @@ class Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_ntd, rope, positions, attend, local, kv):
+    def __call__(self, x_ntd, rope, positions, attend, local, kv, in_order):
         c = self.config
         d, e = c.width, c.head_dim
 
@@ -197,7 +204,12 @@ class Attention(nn.Module):
             v = kv[1].at[row, positions].set(v.astype(kv[1].dtype))
             kv = (k, v)
             key_positions = jnp.arange(k.shape[1])[None]
-        y = attention(q, k, v, positions, key_positions, attend, local, c)
+        y = None
+        if c.attn_kernel != "xla":
+            cached = kv is not None
+            y = kernels.attend(q, k, v, positions, attend, local, c, in_order, cached)
+        if y is None:
+            y = attention(q, k, v, positions, key_positions, attend, local, c, in_order)
         y = Project("nthe,hed->ntd", (c.num_heads, e, d), c.num_heads * e, name="o")(y)
         return y, kv
 
@@ -218,7 +230,7 @@ class Block(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_ntd, ropes, positions, attend, local, kv):
+    def __call__(self, x_ntd, ropes, positions, attend, local, kv, in_order=False):
         c = self.config
 
         def norm(name):
@@ -226,7 +238,7 @@ class Block(nn.Module):
 
         rope = jax.tree.map(lambda a, b: jnp.where(local, b, a), *ropes)
         y, kv = Attention(c, name="attn")(
-            norm("attn_norm")(x_ntd), rope, positions, attend, local, kv
+            norm("attn_norm")(x_ntd), rope, positions, attend, local, kv, in_order
         )
         x_ntd = x_ntd + (norm("post_attn_norm")(y) if c.post_norms else y)
         y = MLP(c, name="mlp")(norm("mlp_norm")(x_ntd))
@@ -347,6 +359,7 @@ def hidden(
       Hidden states in the computation's dtype, and the updated cache (None without).
     """
     c, params = lm.config, lm.params
+    in_order = positions is None  # then a token's position is its column
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
     if attend is not None and not isinstance(attend, Attend):
@@ -362,16 +375,18 @@ def hidden(
     )
 
     def block(x, layer_params, layer, local, kv) -> tuple[Any, Any]:
-        args = (x, ropes, positions, attend, local, kv)
+        args = (x, ropes, positions, attend, local, kv, in_order)
         x, kv = cast(Any, Block(c).apply({"params": layer_params}, *args))
         return (x if edit is None else edit(x, layer)), kv
 
     blocks: Any = params["blocks"]
-    locals_ = _local_layers(c)
+    locals_ = [bool(x) for x in _local_layers(c)]
+    same = len(set(locals_)) == 1  # then what a layer sees is known while tracing
     if cache is None and not isinstance(blocks, tuple):
 
         def body(x, xs):
             layer_params, layer, local = xs
+            local = locals_[0] if same else local
             return block(x, layer_params, layer, local, None)[0], None
 
         if c.remat == "block":
@@ -386,7 +401,7 @@ def hidden(
         kvs = []
         for i, layer_params in enumerate(unrolled):
             kv = None if cache is None else (cache.k[i], cache.v[i])
-            x, kv = block(x, layer_params, i, bool(locals_[i]), kv)
+            x, kv = block(x, layer_params, i, locals_[i], kv)
             kvs.append(kv)
         if cache is not None:
             cache = Cache(tuple(kv[0] for kv in kvs), tuple(kv[1] for kv in kvs))

@@ -89,19 +89,28 @@ def ours(ask):
     state = init_state(lm.params, tx, mesh)
     annotate = jax.jit(lambda batch, lms: source.annotate(batch, lms))
 
-    def pack(i):  # what the peer does in its collator
+    def collate(i):
         prompts, *sides = zip(*ask["rows"][i * many : (i + 1) * many], strict=True)
         sides = [
             [r[: length - len(p)] for p, r in zip(prompts, side, strict=True)]
             for side in sides
         ]
-        return layout.lay(from_pairs(prompts, *sides, length=length), shards=1)
+        return from_pairs(prompts, *sides, length=length)
 
-    columns, shares, distinct = [], [], []
-    for i in range(len(ask["rows"]) // many):
-        batch, share = pack(i)
-        shares.append(share)
-        distinct.append(layout.distinct(batch))
+    groups = [
+        [layout.group(*x).size() for x in zip(batch.tokens, batch.mask, strict=True)]
+        for batch in map(collate, range(len(ask["rows"]) // many))
+    ]
+    shape = layout.fitted(groups, max(map(max, groups)))  # one for all, as in a run
+
+    def pack(i):  # what the peer does in its collator
+        batch = collate(i)
+        laid = layout.build(batch, rows=shape[0], length=shape[1])
+        return batch._replace(layout=laid)
+
+    columns = []
+    for i in range(len(groups)):
+        batch = pack(i)
         if ask["mode"] == "precomputed":
             batch = jax.device_get(annotate(batch, {"ref": ref}))
         columns.append(batch.ref_logps)
@@ -109,14 +118,14 @@ def ours(ask):
     del lm, ref, annotate
     say(
         version=jax.__version__,
-        useful=statistics.mean(shares),
-        distinct=statistics.mean(distinct),
+        useful=statistics.mean(map(sum, groups)) / (shape[0] * shape[1]),
+        distinct=statistics.mean(map(sum, groups)),
     )
     for line in sys.stdin:
         i = json.loads(line)
         start = time.perf_counter()
-        batch, _ = pack(i)
-        batch = sharding.put_batch(batch._replace(ref_logps=columns[i]), mesh)
+        batch = pack(i)._replace(ref_logps=columns[i])
+        batch = sharding.put_batch(batch, mesh)
         state, metrics = jax.block_until_ready(step(state, lms, batch))
         taken = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
