@@ -20,9 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignax import layout
+from alignax import batch_text, layout
 from alignax.batch import LM, Batch, Example, Params
-from alignax.packing import pack, unpack
 from alignax.plugin import Bound
 from alignax.sampler import STREAM, Baseline, Drawn, Sampler
 from alignax.shaping import OF_REFERENCE
@@ -54,7 +53,7 @@ def rollout_source(
     anchor: Callable[[Params | None], LM] | None = None,
     anchor_samples: int = 2,
     host: tuple[int, int] = (0, 1),
-    packed: tuple[int, int] | None = None,
+    blocks: tuple[int, int] | None = None,
 ) -> Source:
     """Batches of fresh responses, shaped into advantages.
 
@@ -87,7 +86,7 @@ def rollout_source(
         shaping sees it.
       anchor_samples: see `anchor`.
       host: (process index, process count).
-      packed: (shards over all hosts, micro-batches) that the batches of the step are
+      blocks: (shards over all hosts, micro-batches) that the batches of the step are
         laid out for, in one of eight shapes; None leaves one row per response.
 
     Returns:
@@ -279,10 +278,10 @@ def rollout_source(
         rows = rows[part * batch_size : (part + 1) * batch_size]
         now["used"] += 1
         report["ids"] = [now["ids"][i] for i in rows]
-        if packed is not None:
+        if blocks is not None:
             whole = at(rows, now["buffer"])
             batch, useful = layout.lay(
-                whole, shards=packed[0], accumulate=packed[1], host=host
+                whole, shards=blocks[0], accumulate=blocks[1], host=host
             )
             report["metrics"] = {**report["metrics"], "useful_tokens": useful}
             return batch
@@ -291,7 +290,7 @@ def rollout_source(
 
     def state() -> dict[str, Any]:
         used_up = now["buffer"] is None or now["used"] == batches * epochs
-        kept = {} if used_up else {"buffer": pack(now["buffer"]), "ids": now["ids"]}
+        kept = {} if used_up else {"buffer": batch_text.dumps(now["buffer"]), "ids": now["ids"]}
         place = {k: now[k] for k in ("number", "used", "drawn")}
         return {**place, "data": identity, **kept}
 
@@ -303,7 +302,7 @@ def rollout_source(
             )
         now.update({k: saved[k] for k in ("number", "used", "drawn")})
         now["ids"] = saved.get("ids")
-        now["buffer"] = unpack(saved["buffer"]) if "buffer" in saved else None
+        now["buffer"] = batch_text.loads(saved["buffer"]) if "buffer" in saved else None
 
     return Source(next_batch, state, restore, lambda: dict(report))
 

@@ -231,9 +231,13 @@ def attention(q, k, v, q_pos, k_pos, attend, local, config, in_order=False):
       attend: an `Attend`, or None.
       local: whether config.window applies; it may be traced.
       config: a ModelConfig.
-      in_order: nobody sees a later column: tiles of such keys are skipped.
+      in_order: positions are columns, so that nobody sees a later column.
+
+    Tiles of keys that no query of a tile sees are skipped where the order tells: where
+    nobody sees a later column, `in_order` or by an `Attend.first`.
     """
     c = config
+    begins = None if attend is None else attend.first
     n, t, _, e = q.shape
     rule = Rule((c.query_scale or e) ** -0.5, c.attn_softcap, attend and attend.allowed)
     window = jnp.where(local, c.window or 0, FAR)
@@ -267,12 +271,12 @@ def attention(q, k, v, q_pos, k_pos, attend, local, config, in_order=False):
         q_tiles = split(q, 3)
         many = len(q_tiles)
         first, last = jnp.zeros(many, jnp.int32), jnp.full(many, len(keys[0]) - 1)
-        if in_order:
+        if in_order or begins is not None:
             last = jnp.arange(many)
-            if attend is None:
-                first = jnp.maximum(last * size - (window - 1), 0) // size
-            elif attend.first is not None:
-                first = split(attend.first, 1, FAR).min((1, 2)) // size
+        if begins is not None:
+            first = split(begins, 1, FAR).min((1, 2)) // size
+        elif in_order and attend is None:
+            first = jnp.maximum(last * size - (window - 1), 0) // size
         spans = first.astype(jnp.int32), last.astype(jnp.int32)
         y = _tiled(
             rule, merge(q_tiles), split(k, 2), split(v, 2), queries, keys, window, spans

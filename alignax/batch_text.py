@@ -9,7 +9,7 @@ import numpy as np
 from alignax.batch import Batch
 
 
-def pack(batch: Batch) -> str:
+def dumps(batch: Batch) -> str:
     """A host batch as text."""
     named: dict[str, Any] = {
         name: np.asarray(value)
@@ -22,8 +22,8 @@ def pack(batch: Batch) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def unpack(text: str) -> Batch:
-    """The batch that `pack` wrote."""
+def loads(text: str) -> Batch:
+    """The batch that `dumps` wrote."""
     fields: dict[str, Any] = {}
     for name, value in dict(np.load(io.BytesIO(base64.b64decode(text)))).items():
         field, _, column = name.partition("/")

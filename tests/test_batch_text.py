@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from alignax.batch import from_groups
-from alignax.packing import pack, unpack
+from alignax.batch_text import dumps, loads
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ def test_a_batch_comes_back_bit_for_bit(name):
     logps = np.random.default_rng(0).normal(size=(2, 2, 4)).astype(np.float32)
     extra = {name: np.float32([0.1, -0.0]), "other": logps[..., 0]}
     batch = batch._replace(old_logps=logps, extra=extra)
-    got = unpack(json.loads(json.dumps(pack(batch))))
+    got = loads(json.loads(json.dumps(dumps(batch))))
     assert jax.tree.structure(got) == jax.tree.structure(batch)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(batch), strict=True):
         assert a.dtype == b.dtype
@@ -26,6 +26,6 @@ def test_a_batch_comes_back_bit_for_bit(name):
 
 
 def test_what_is_not_there_stays_away():
-    got = unpack(pack(from_groups([[1]], [[[2]]], length=2)))
+    got = loads(dumps(from_groups([[1]], [[[2]]], length=2)))
     assert got.extra is None
     assert got.ref_logps is None
