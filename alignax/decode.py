@@ -64,7 +64,7 @@ def generate(
     A setting "per row" is one number, [B], or [B, G].
 
     Args:
-      lm: the model.
+      lm: the model. As `transformer.unstack` leaves it, a call spares a copy of it.
       prompts: ids, right-padded.
       lengths: real tokens of each prompt, at least 1.
       key: `jax.random.key`.

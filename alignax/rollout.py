@@ -290,7 +290,11 @@ def rollout_source(
 
     def state() -> dict[str, Any]:
         used_up = now["buffer"] is None or now["used"] == batches * epochs
-        kept = {} if used_up else {"buffer": batch_text.dumps(now["buffer"]), "ids": now["ids"]}
+        kept = (
+            {}
+            if used_up
+            else {"buffer": batch_text.dumps(now["buffer"]), "ids": now["ids"]}
+        )
         place = {k: now[k] for k in ("number", "used", "drawn")}
         return {**place, "data": identity, **kept}
 

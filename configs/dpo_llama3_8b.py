@@ -6,7 +6,7 @@ Command: launch/tpu_pod.sh TPU ZONE configs/dpo_llama3_8b.py gs://BUCKET/runs/ll
   --config.model.path=WEIGHTS --config.data.path=PAIRS.jsonl
 Sizes are here so that --explain and preflight need no weights. Cost and result: not run
 yet; `python -m alignax.preflight --config configs/dpo_llama3_8b.py --topology v5e:8x8`
-says that it fits: 11.17 GiB of 15.75 GiB a chip, at least 1.67 s a step.
+says that it fits: 10.99 GiB of 15.75 GiB a chip, at least 1.67 s a step.
 """
 
 from configs import common, models

@@ -1,16 +1,17 @@
 """Seconds of a DPO step on real pairs and its memory, beside TRL's.
 
   python tests/benchmarks/dpo.py [--data pairs.jsonl.gz] [--pairs 4] [--length 256]
-    [--batches 4] [--modes precomputed online]
+    [--batches 16] [--modes precomputed online]
 
 ALIGNAX_SMOLLM2 names SmolLM2-135M-Instruct as GGUF, ALIGNAX_HH the pairs (HH-RLHF's JSON
 lines), ALIGNAX_PEER_PYTHON a Python that has torch, transformers, gguf and trl. Each side is a process
-of its own, with all cores, on the same token ids; they step in turns over the same
-batches, and medians are compared. A step begins at lists of ids: packing or collating is
-in its time. Tokens are those of a batch after truncation, with what two responses share
-counted once, on both sides. Both do AdamW with clipped gradients. 'precomputed':
-the reference was read before, and none is in memory; 'online': it is read in every step.
-One JSON line a mode.
+of its own, with all cores, and steps in turns with the other over the same token ids, all
+of them once: the peer in batches of so many pairs, ours in those that its source makes,
+as many tokens as so many pairs have on average. Compared are seconds a pair. A step
+begins at lists of ids: packing or collating is in its time. Tokens are those after
+truncation, with what two responses share counted once, on both sides. Both do AdamW with
+clipped gradients. 'precomputed': the reference was read before, and none is in memory;
+'online': it is read in every step. One JSON line a mode.
 """
 
 import argparse
@@ -74,8 +75,9 @@ for line in sys.stdin:
 def ours(ask):
     """This program as a worker: pairs of ids come in, then a line for every step."""
     import jax
+    import numpy as np
 
-    from alignax import layout, optim, plugin, sharding, source
+    from alignax import layout, optim, plan, plugin, sharding, source
     from alignax.batch import LM, from_pairs
     from alignax.models import load
     from alignax.step import init_state, make_train_step
@@ -89,23 +91,33 @@ def ours(ask):
     state = init_state(lm.params, tx, mesh)
     annotate = jax.jit(lambda batch, lms: source.annotate(batch, lms))
 
-    def collate(i):
-        prompts, *sides = zip(*ask["rows"][i * many : (i + 1) * many], strict=True)
-        sides = [
-            [r[: length - len(p)] for p, r in zip(prompts, side, strict=True)]
-            for side in sides
-        ]
-        return from_pairs(prompts, *sides, length=length)
-
-    groups = [
-        [layout.group(*x).size() for x in zip(batch.tokens, batch.mask, strict=True)]
-        for batch in map(collate, range(len(ask["rows"]) // many))
+    prompts, *sides = zip(*ask["rows"], strict=True)
+    sides = [
+        [r[: length - len(p)] for p, r in zip(prompts, side, strict=True)]
+        for side in sides
     ]
-    shape = layout.fitted(groups, max(map(max, groups)))  # one for all, as in a run
+
+    def collate(at):
+        batch = from_pairs(
+            *[[x[i] for i in at] for x in (prompts, *sides)], length=length
+        )
+        empty = many - len(at)  # places of a batch that is full before
+
+        def fill(x):
+            return np.pad(x, [(0, empty)] + [(0, 0)] * (x.ndim - 1))
+
+        return jax.tree.map(fill, batch)
+
+    every = from_pairs(prompts, *sides, length=length)
+    sizes = [
+        layout.group(*x).size() for x in zip(every.tokens, every.mask, strict=True)
+    ]
+    order = plan.Filled(sizes, many, window=16, seed=0, shuffle=True)
+    groups = [[i for i in batch if i is not None] for batch in order.epoch(0)]
 
     def pack(i):  # what the peer does in its collator
-        batch = collate(i)
-        laid = layout.build(batch, rows=shape[0], length=shape[1])
+        batch = collate(groups[i])
+        laid = layout.build(batch, rows=order.rows, length=order.length)
         return batch._replace(layout=laid)
 
     columns = []
@@ -118,8 +130,9 @@ def ours(ask):
     del lm, ref, annotate
     say(
         version=jax.__version__,
-        useful=statistics.mean(map(sum, groups)) / (shape[0] * shape[1]),
-        distinct=statistics.mean(map(sum, groups)),
+        batches=len(groups),
+        distinct=sum(sizes),
+        useful=sum(sizes) / (len(groups) * order.rows * order.length),
     )
     for line in sys.stdin:
         i = json.loads(line)
@@ -188,7 +201,7 @@ def main():
     args.add_argument("--data", default=os.environ.get("ALIGNAX_HH"))
     args.add_argument("--pairs", type=int, default=4)
     args.add_argument("--length", type=int, default=256)
-    args.add_argument("--batches", type=int, default=4)
+    args.add_argument("--batches", type=int, default=16)
     args.add_argument("--modes", nargs="+", default=["precomputed", "online"])
     args.add_argument("--recompute", action="store_true", help="the peer's default")
     args = args.parse_args()
@@ -213,29 +226,28 @@ def main():
         us = Side(
             [sys.executable, __file__, "--worker", json.dumps({**ask, "rows": ids})]
         )
-        sides, took = {"ours": us, "peer": peer}, {"ours": [], "peer": []}
-        for i in range(args.batches):  # each shape compiles
-            for side in sides.values():
-                side.step(i)
-        losses, last = {"ours": [], "peer": []}, {}
-        for i in range(args.batches):
+        sides = {"ours": us, "peer": peer}
+        batches = {"ours": us.hello["batches"], "peer": args.batches}
+        for name, side in sides.items():  # the first steps compile
+            side.step(0), side.step(batches[name] - 1)
+        found = {name: [] for name in sides}
+        for i in range(max(batches.values())):
             for name, side in sides.items():
-                last[name] = side.step(i)
-                took[name].append(last[name]["s"])
-                losses[name].append(last[name]["loss"])
-        distinct = us.hello["distinct"]
-        medians = {k: statistics.median(v) for k, v in took.items()}
+                if i < batches[name]:
+                    found[name].append(side.step(i))
+        seconds = {k: sum(x["s"] for x in v) for k, v in found.items()}
+        many, distinct = len(rows), us.hello["distinct"]
+        medians = {k: statistics.median(x["s"] for x in v) for k, v in found.items()}
         say(
-            benchmark="dpo", mode=mode, pairs=args.pairs, length=args.length,
-            s={k: round(v, 2) for k, v in medians.items()},
-            ratio=round(
-                statistics.median(b / a for a, b in zip(*took.values(), strict=True)), 2
-            ),
-            ratios=[round(b / a, 2) for a, b in zip(*took.values(), strict=True)],
-            peak_gb={k: round(v["rss"] / 2**20, 2) for k, v in last.items()},
-            losses={k: [round(x, 4) for x in v] for k, v in losses.items()},
-            distinct_tokens=round(distinct),
-            tokens_per_s={k: round(distinct / v, 1) for k, v in medians.items()},
+            benchmark="dpo", mode=mode, pairs=many, batch=args.pairs, length=args.length,
+            s_per_pair={k: round(v / many, 3) for k, v in seconds.items()},
+            ratio=round(seconds["peer"] / seconds["ours"], 2),
+            median_s={k: round(v, 2) for k, v in medians.items()},
+            steps=batches,
+            peak_gb={k: round(v[-1]["rss"] / 2**20, 2) for k, v in found.items()},
+            loss={k: round(statistics.mean(x["loss"] for x in v), 4)
+                  for k, v in found.items()},
+            tokens_per_s={k: round(distinct / v, 1) for k, v in seconds.items()},
             useful_share=round(us.hello["useful"], 3), jax=us.hello["version"],
             peer=f"trl {peer.hello['version']}, torch {peer.hello['torch']}",
         )  # fmt: skip
