@@ -39,6 +39,7 @@ def main():
     args.add_argument("--new", type=int, default=64)
     args.add_argument("--rounds", type=int, default=3)
     args.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8])
+    args.add_argument("--guides", nargs="+", default=["none", "contrastive"])
     args = args.parse_args()
     path = os.environ.get("ALIGNAX_SMOLLM2")
     if not path:
@@ -56,7 +57,8 @@ def main():
     guides = {"none": None, "contrastive": contrastive.guide({"amateur": amateur})}
     for batch in args.batches:
         ids, lengths = (golden[k][:batch] for k in ("prompts", "prompt_lengths"))
-        for guide_name, guide in guides.items():
+        for guide_name in args.guides:
+            guide = guides[guide_name]
             for temperature in (0.0, 1.0):
                 settings = dict(max_new=args.new, temperature=temperature, guide=guide)
 
