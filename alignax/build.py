@@ -117,7 +117,7 @@ def build(config, workdir: str) -> Run:
             examples, text, batch_size=config.batch_size, length=config.length,
             buckets=config.buckets, seed=config.seed, host=host,
             vocab_size=policy.config.vocab_size,
-            blocks=sharding.blocks(config.layout, config.accumulate, mesh),
+            grid=sharding.grid(config.layout, config.accumulate, mesh),
             filled=config.layout == "packed",
         )  # fmt: skip
     eval_data = bindings.load_examples(config.eval_data) if config.eval_data else None

@@ -132,7 +132,7 @@ def rows(
                 batch = batch._replace(**{name: array(t)})
     if config.reference_cache or config.reference_data:
         batch = batch._replace(ref_logps=array(t))
-    if to := sharding.blocks(config.layout, config.accumulate, mesh):
+    if to := sharding.grid(config.layout, config.accumulate, mesh):
         blocks, tokens = math.prod(to), data.tokens or math.prod(t[1:])
         if not data.packed and not data.tokens:
             notes.append(

@@ -52,8 +52,8 @@ def rollouts(
         return lms[shown] if shown in lms else assemble(average, lms)
 
     reward = rewards.load(bindings.inner_dicts(config.rollout.reward))
-    blocks = sharding.blocks(config.layout, config.accumulate, mesh)
-    score = parallel.scorer(mesh, packed=blocks is not None)
+    grid = sharding.grid(config.layout, config.accumulate, mesh)
+    score = parallel.scorer(mesh, packed=grid is not None)
     judged = sampler.Sampler(
         parallel.generator(text, mesh), reward, lms, text,
         max_new=config.rollout.max_new, temperature=config.rollout.temperature,
@@ -76,7 +76,7 @@ def rollouts(
         dynamic_sampling=config.rollout.dynamic_sampling,
         max_draws=config.rollout.max_draws, anchor=anchor if shown else None,
         anchor_samples=config.rollout.anchor_samples,
-        host=(jax.process_index(), jax.process_count()), blocks=blocks,
+        host=(jax.process_index(), jax.process_count()), grid=grid,
     )  # fmt: skip
 
 

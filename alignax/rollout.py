@@ -53,7 +53,7 @@ def rollout_source(
     anchor: Callable[[Params | None], LM] | None = None,
     anchor_samples: int = 2,
     host: tuple[int, int] = (0, 1),
-    blocks: tuple[int, int] | None = None,
+    grid: tuple[int, int] | None = None,
 ) -> Source:
     """Batches of fresh responses, shaped into advantages.
 
@@ -86,7 +86,7 @@ def rollout_source(
         shaping sees it.
       anchor_samples: see `anchor`.
       host: (process index, process count).
-      blocks: (shards over all hosts, micro-batches) that the batches of the step are
+      grid: (shards over all hosts, micro-batches) that the batches of the step are
         laid out for, in one of eight shapes; None leaves one row per response.
 
     Returns:
@@ -278,10 +278,10 @@ def rollout_source(
         rows = rows[part * batch_size : (part + 1) * batch_size]
         now["used"] += 1
         report["ids"] = [now["ids"][i] for i in rows]
-        if blocks is not None:
+        if grid is not None:
             whole = at(rows, now["buffer"])
             batch, useful = layout.lay(
-                whole, shards=blocks[0], accumulate=blocks[1], host=host
+                whole, shards=grid[0], accumulate=grid[1], host=host
             )
             report["metrics"] = {**report["metrics"], "useful_tokens": useful}
             return batch

@@ -129,7 +129,7 @@ def num_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def blocks(layout: str, accumulate: int, mesh: Mesh) -> tuple[int, int] | None:
+def grid(layout: str, accumulate: int, mesh: Mesh) -> tuple[int, int] | None:
     """What batches are laid out for, (shards, micro-batches); None for plain rows.
 
     Args:

@@ -79,7 +79,7 @@ def dataset_source(
     host: tuple[int, int] = (0, 1),
     vocab_size: int | None = None,
     window: int = 16,
-    blocks: tuple[int, int] | None = None,
+    grid: tuple[int, int] | None = None,
     filled: bool = True,
 ) -> Source:
     """Batches of a data set, or of a mixture with a fixed ratio in every step.
@@ -116,7 +116,7 @@ def dataset_source(
       vocab_size: V of the model, to refuse ids beyond it; None does not check.
       window: number of batches over which rows are sorted by length, or out of which
         packed ones are filled.
-      blocks: (shards over all hosts, micro-batches) that batches are laid out for; None
+      grid: (shards over all hosts, micro-batches) that batches are laid out for; None
         leaves one row per response.
       filled: fill packed rows; False packs batches of examples of like length.
 
@@ -143,17 +143,17 @@ def dataset_source(
     if len({tuple(names) for names in named.values()}) > 1:
         raise ValueError(f"the parts of a mixture have different columns: {named}")
     mixture = isinstance(examples, Mapping)
-    if blocks is not None and batch_size % (blocks[0] * blocks[1]):
+    if grid is not None and batch_size % (grid[0] * grid[1]):
         raise ValueError(
-            f"batch_size {batch_size} does not divide over {blocks[0]} shards x "
-            f"{blocks[1]} micro-batches"
+            f"batch_size {batch_size} does not divide over {grid[0]} shards x "
+            f"{grid[1]} micro-batches"
         )
     need = [-(-len(rows) // b) if epochs is None else -(-len(rows) * epochs // b)
             for rows, b in zip(data, shares, strict=True)]  # fmt: skip
     steps = ENDLESS if epochs is None else max(need)
     orders: list[Any] = [
         Order(
-            [row.length() if blocks is None else row.distinct for row in rows],
+            [row.length() if grid is None else row.distinct for row in rows],
             share,
             window=window,
             seed=seed + i,
@@ -164,21 +164,21 @@ def dataset_source(
     ]
     sizes = bucket_sizes(buckets, length)
     packing = None
-    if blocks is not None:  # T costs next to nothing: one will do
+    if grid is not None:  # T costs next to nothing: one will do
         sizes = (fit(max(row.length() for rows in data for row in rows), sizes),)
-        packing = Packing(*blocks)
+        packing = Packing(*grid)
     planned = functools.partial(
         Plan, data, buckets=sizes, host=host, pad=tokenizer.pad_id, mixture=mixture
     )
     plan = planned(orders, steps, packing=packing)
     report = plan.shares(min(steps, max(need)))
-    if blocks is not None and filled and not mixture:
+    if grid is not None and filled and not mixture:
         order = Filled(
             [row.distinct for row in data[0]], batch_size,
             window=window, seed=seed, shuffle=shuffle,
         )  # fmt: skip
         steps = ENDLESS if epochs is None else order.steps(epochs)
-        plan = planned([order], steps, packing=order.packing(*blocks))
+        plan = planned([order], steps, packing=order.packing(*grid))
         grouped, report = report, plan.shares(order.steps(1))
         if report["useful"] < grouped["useful"] - 0.02:
             log.warning(
@@ -195,7 +195,7 @@ def dataset_source(
         plan.buckets,
     )
     settings += (shuffle, epochs, window, shares)
-    if blocks is not None:
+    if grid is not None:
         settings += ("packed", filled)
     identity = plan_identity(data, settings)
     walk = iter(

@@ -277,14 +277,22 @@ def test_tiles_of_other_prompts_are_not_computed(tiny_config, make_lm):
     """NaN crosses any mask: it stays with its own prompt only where tiles are skipped."""
     lm = make_lm(dataclasses.replace(tiny_config, tied=False, attn_tile=8))
     poison = 36
-    lm.params["embed"] = lm.params["embed"].at[poison].set(jnp.nan)
+    embed = lm.params["embed"].at[poison].set(jnp.nan)
     prompts = [[1] * 12, [poison] * 12, [2] * 12]
     batch = from_groups(prompts, [[[3, 4], [5, 6]]] * 3, length=16)
     batch = batch._replace(layout=layout.build(batch, length=48))
     assert batch.layout.tokens.shape == (1, 1, 48)
-    logps = np.asarray(logprob.score(lm, batch).logps)[batch.mask].reshape(3, -1)
+
+    def clean(embed):
+        logps = logprob.score(LM(lm.config, {**lm.params, "embed": embed}), batch).logps
+        return logps[0].sum() + logps[2].sum(), logps
+
+    (_, logps), slope = jax.jit(jax.value_and_grad(clean, has_aux=True))(embed)
+    logps = np.asarray(logps)[batch.mask].reshape(3, -1)
     assert np.isnan(logps).all(1).tolist() == [False, True, False]
     assert np.isnan(logps).any(1).tolist() == [False, True, False]
+    assert np.isfinite(slope[1:3]).all()
+    assert np.abs(slope[1:3]).min() > 0
 
 
 def test_bfloat16_differs_by_its_rounding(tiny_config, make_lm):
@@ -457,7 +465,7 @@ def test_nearly_all_tokens_of_hh_rlhf_are_useful():
     source = dataset_source(
         data, tokenizer.load(SMOLLM2), batch_size=config.batch_size,
         length=config.length, buckets=config.buckets, seed=config.seed,
-        blocks=(1, config.accumulate),
+        grid=(1, config.accumulate),
     )  # fmt: skip
     report = source.report()
     assert report["useful"] >= 0.95

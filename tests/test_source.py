@@ -438,7 +438,7 @@ def distinct_tokens(batch):
 
 def test_packed_batches_hold_every_example_once_an_epoch_in_one_shape():
     rows = make(100, group=2, spread=40)
-    src = build(rows, batch_size=8, length=64, epochs=2, blocks=(1, 1))
+    src = build(rows, batch_size=8, length=64, epochs=2, grid=(1, 1))
     batches = drain(src)
     seen = collections.Counter(p for b in batches for p in prompts_of(b))
     assert seen == {f"e{i}:": 2 for i in range(100)}
@@ -468,7 +468,7 @@ def test_packed_batches_hold_every_example_once_an_epoch_in_one_shape():
 def test_the_end_of_an_epoch_is_shared_out():
     """A batch of what is left would weigh its one prompt as much as others all of theirs."""
     rows = make(108, group=2, spread=40)
-    settings = dict(batch_size=8, length=64, epochs=1, blocks=(1, 1))
+    settings = dict(batch_size=8, length=64, epochs=1, grid=(1, 1))
     many = [int(b.valid.any(1).sum()) for b in drain(build(rows, **settings))]
     assert sum(many) == 108
     assert min(many) >= 6  # 1, were the last batch what is left
@@ -477,32 +477,32 @@ def test_the_end_of_an_epoch_is_shared_out():
 def test_rows_that_would_be_emptier_than_batches_of_like_length_are_reported(caplog):
     rows = make(64, group=2, spread=400)
     settings = dict(batch_size=8, length=512, epochs=1)
-    alone = build(rows, **settings, blocks=(8, 1)).report()["useful"]
+    alone = build(rows, **settings, grid=(8, 1)).report()["useful"]
     (line,) = caplog.messages
-    grouped = build(rows, **settings, blocks=(8, 1), filled=False).report()["useful"]
+    grouped = build(rows, **settings, grid=(8, 1), filled=False).report()["useful"]
     assert f"{100 * alone:.0f} % of what" in line
     assert f"useful, {100 * grouped:.0f} % where" in line
-    build(rows, **settings, blocks=(1, 1))
+    build(rows, **settings, grid=(1, 1))
     assert len(caplog.messages) == 1
 
 
 def test_devices_and_micro_batches_do_not_change_what_a_packed_batch_holds():
     rows = make(60, group=2, spread=40)
     settings = dict(batch_size=8, length=64, epochs=1)
-    whole = drain(build(rows, **settings, blocks=(1, 1)))
-    for blocks in ((2, 1), (2, 2), (1, 4)):
-        batches = drain(build(rows, **settings, blocks=blocks))
+    whole = drain(build(rows, **settings, grid=(1, 1)))
+    for grid in ((2, 1), (2, 2), (1, 4)):
+        batches = drain(build(rows, **settings, grid=grid))
         assert [sorted(prompts_of(b)) for b in batches] == [
             sorted(prompts_of(b)) for b in whole
         ]
         for batch in batches:
-            assert batch.layout.tokens.shape[0] == blocks[0] * blocks[1]
-    saved = build(rows, **settings, blocks=(1, 1)).state()
-    build(rows, **settings, blocks=(2, 2)).restore(saved)
+            assert batch.layout.tokens.shape[0] == grid[0] * grid[1]
+    saved = build(rows, **settings, grid=(1, 1)).state()
+    build(rows, **settings, grid=(2, 2)).restore(saved)
     with pytest.raises(ValueError, match="another batch layout"):
         build(rows, **settings).restore(saved)
     with pytest.raises(ValueError, match="8 does not divide over 3 shards x 1"):
-        build(rows, **settings, blocks=(3, 1))
+        build(rows, **settings, grid=(3, 1))
 
 
 @pytest.mark.parametrize("stop", [1, 9])
@@ -511,7 +511,7 @@ def test_restored_packed_source_gives_the_same_batches(stop, mixture):
     def fresh():
         rows = make(18, group=2)
         parts = {"a": (rows, 3), "b": (make(5, group=2), 1)} if mixture else rows
-        return build(parts, window=2, blocks=(2, 1))
+        return build(parts, window=2, grid=(2, 1))
 
     whole = fresh()
     batches = [whole.next(None, i) for i in range(14)]
@@ -532,7 +532,7 @@ def test_restored_packed_source_gives_the_same_batches(stop, mixture):
 def test_hosts_lay_out_their_own_rows_in_the_same_shapes(mixture):
     rows = make(21, group=2, spread=60)
     parts = {"a": (rows, 3), "b": (make(5, group=2), 1)} if mixture else rows
-    settings = {"batch_size": 8, "length": 64, "epochs": 2, "blocks": (4, 1)}
+    settings = {"batch_size": 8, "length": 64, "epochs": 2, "grid": (4, 1)}
     whole = drain(build(parts, **settings))
     hosts = [drain(build(parts, **settings, host=(i, 2))) for i in range(2)]
     for step, batch in enumerate(whole):
@@ -543,5 +543,5 @@ def test_hosts_lay_out_their_own_rows_in_the_same_shapes(mixture):
 
 
 def test_packed_batches_without_shuffling_keep_the_order():
-    batches = drain(build(make(20), epochs=1, shuffle=False, blocks=(1, 1)))
+    batches = drain(build(make(20), epochs=1, shuffle=False, grid=(1, 1)))
     assert [p for b in batches for p in prompts_of(b)] == [f"e{i}:" for i in range(20)]

@@ -59,7 +59,7 @@ def batches(config, steps):
     src = source.dataset_source(
         bindings.load_examples(config.data), tokenizers.load("bytes"),
         batch_size=config.batch_size, length=config.length, buckets=config.buckets,
-        seed=config.seed, blocks=(1, 1),
+        seed=config.seed, grid=(1, 1),
     )  # fmt: skip
     return [(src.next(None, k), src.report()["ids"]) for k in range(steps)]
 
@@ -146,7 +146,7 @@ def test_a_checkpoint_knows_data_position_seed_and_config(run):
     src = source.dataset_source(
         bindings.load_examples(config.data), tokenizers.load("bytes"),
         batch_size=config.batch_size, length=config.length, buckets=config.buckets,
-        seed=config.seed, blocks=(1, 1),
+        seed=config.seed, grid=(1, 1),
     )  # fmt: skip
     src.restore(found["data"])
     after = src.next(None, 3)

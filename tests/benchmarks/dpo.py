@@ -1,22 +1,29 @@
 """Seconds of a DPO step on real pairs and its memory, beside TRL's.
 
   python tests/benchmarks/dpo.py [--data pairs.jsonl.gz] [--pairs 4] [--length 256]
-    [--batches 16] [--modes precomputed online]
+    [--batches 16] [--modes precomputed online] [--recompute] [--peer trl]
 
 ALIGNAX_SMOLLM2 names SmolLM2-135M-Instruct as GGUF, ALIGNAX_HH the pairs (HH-RLHF's JSON
-lines), ALIGNAX_PEER_PYTHON a Python that has torch, transformers, gguf and trl. Each side is a process
-of its own, with all cores, and steps in turns with the other over the same token ids, all
-of them once: the peer in batches of so many pairs, ours in those that its source makes,
-as many tokens as so many pairs have on average. Compared are seconds a pair. A step
+lines), ALIGNAX_PEER_PYTHON a Python that has torch, transformers, gguf and trl (or, with
+--peer tunix, google-tunix, which knows no precomputed reference and gets weights of the
+same sizes, drawn at random: its time counts, its loss does not).
+
+Each side is a process of its own, with all cores, and steps in turns with the other over
+the same token ids, all of them once: the peer in batches of so many pairs, ours in those
+that its source makes, as many tokens as so many pairs have on average (with --same in
+those of the peer, whose losses then have to be ours). Compared are seconds a pair. A step
 begins at lists of ids: packing or collating is in its time. Tokens are those after
 truncation, with what two responses share counted once, on both sides. Both do AdamW with
-clipped gradients. 'precomputed': the reference was read before, and none is in memory;
-'online': it is read in every step. One JSON line a mode.
+clipped gradients. --recompute leaves TRL its default, to compute activations again in the
+backward pass; ours keeps them. 'precomputed': the reference was read before, and none is
+in memory; 'online': it is read in every step. Memory is the most that a process ever had.
+One JSON line a mode.
 """
 
 import argparse
 import gzip
 import json
+import math
 import os
 import resource
 import statistics
@@ -24,7 +31,9 @@ import subprocess
 import sys
 import time
 
-PEER = """
+import numpy as np
+
+TRL = """
 import json, os, resource, sys, tempfile, time
 import datasets, torch, transformers, trl
 datasets.disable_progress_bars()
@@ -53,7 +62,8 @@ trainer = trl.DPOTrainer(
 )
 rows = list(trainer.train_dataset)
 names = ("prompt_ids", "chosen_ids", "rejected_ids")
-print(json.dumps({"version": trl.__version__, "torch": torch.__version__,
+said = f"trl {trl.__version__}, torch {torch.__version__}"
+print(json.dumps({"version": said,
                   "rows": [[row[name] for name in names] for row in rows]}), flush=True)
 trainer.create_optimizer()
 trainer.current_gradient_accumulation_steps = 1
@@ -71,11 +81,50 @@ for line in sys.stdin:
     print(json.dumps({"s": taken, "loss": float(loss), "rss": peak}), flush=True)
 """
 
+TUNIX = """
+import json, os, resource, sys, time
+from importlib.metadata import version
+import numpy as np, optax
+from flax import nnx
+from tunix.models.llama3 import model as llama
+from tunix.sft.dpo import dpo_trainer as dpo
+ask = json.loads(sys.argv[1])
+sizes = dict(num_layers=30, vocab_size=49152, embed_dim=576, hidden_dim=1536, num_heads=9,
+             head_dim=64, num_kv_heads=3, rope_theta=100000, norm_eps=1e-5,
+             weight_tying=True)
+models = [llama.Llama3(llama.ModelConfig(**sizes), rngs=nnx.Rngs(i)) for i in range(2)]
+tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-6))
+config = dpo.DPOTrainingConfig(eval_every_n_steps=10**9, max_steps=10**9)
+trainer = dpo.DPOTrainer(*models, tx, config)
+step = trainer.jit_train_and_eval_step()[0]
+def wide(*columns):  # few widths, for each compiles
+    return -(-max(len(row) for rows in columns for row in rows) // 64) * 64
+def padded(rows, width, left):
+    ids, mask = (np.zeros((len(rows), width), np.int32) for _ in range(2))
+    for x, m, row in zip(ids, mask, rows):
+        at = slice(width - len(row), None) if left else slice(0, len(row))
+        x[at], m[at] = row, 1
+    return ids, mask
+said = f"tunix {version('google-tunix')}, jax {version('jax')}"
+print(json.dumps({"version": said}), flush=True)
+for line in sys.stdin:
+    i, many = json.loads(line), ask["pairs"]
+    start = time.perf_counter()
+    prompts, *sides = zip(*ask["rows"][i * many : (i + 1) * many])
+    fields = [padded(prompts, wide(prompts), True)]
+    fields += [padded(side, wide(*sides), False) for side in sides]
+    batch = trainer._prepare_inputs(dpo.TrainingInput(*[x for f in fields for x in f]))
+    loss = float(step(batch)[0])
+    taken = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({"s": taken, "loss": loss, "rss": peak}), flush=True)
+"""
+PEERS = {"trl": TRL, "tunix": TUNIX}
+
 
 def ours(ask):
     """This program as a worker: pairs of ids come in, then a line for every step."""
     import jax
-    import numpy as np
 
     from alignax import layout, optim, plan, plugin, sharding, source
     from alignax.batch import LM, from_pairs
@@ -112,12 +161,17 @@ def ours(ask):
     sizes = [
         layout.group(*x).size() for x in zip(every.tokens, every.mask, strict=True)
     ]
-    order = plan.Filled(sizes, many, window=16, seed=0, shuffle=True)
-    groups = [[i for i in batch if i is not None] for batch in order.epoch(0)]
+    if ask["same"]:
+        groups = [[*range(i, i + many)] for i in range(0, len(sizes), many)]
+        shape = layout.fitted([[sizes[i] for i in g] for g in groups], max(sizes))
+    else:
+        order = plan.Filled(sizes, many, window=16, seed=0, shuffle=True)
+        groups = [[i for i in batch if i is not None] for batch in order.epoch(0)]
+        shape = order.rows, order.length
 
     def pack(i):  # what the peer does in its collator
         batch = collate(groups[i])
-        laid = layout.build(batch, rows=order.rows, length=order.length)
+        laid = layout.build(batch, rows=shape[0], length=shape[1])
         return batch._replace(layout=laid)
 
     columns = []
@@ -130,9 +184,9 @@ def ours(ask):
     del lm, ref, annotate
     say(
         version=jax.__version__,
-        batches=len(groups),
+        sizes=[*map(len, groups)],
         distinct=sum(sizes),
-        useful=sum(sizes) / (len(groups) * order.rows * order.length),
+        useful=sum(sizes) / (len(groups) * shape[0] * shape[1]),
     )
     for line in sys.stdin:
         i = json.loads(line)
@@ -196,6 +250,21 @@ def dialogues(path, many):
     raise SystemExit(f"{path} has {len(rows)} pairs, {many} are asked for")
 
 
+def as_ids(rows, path, length):
+    """Ids as TRL makes them, for a peer that takes ids: no row longer than `length`."""
+    from alignax import tokenizer
+
+    text = tokenizer.load(path)
+    end = [min(text.eos_ids)]
+
+    def one(row):
+        prompt = text.encode(row["prompt"])
+        sides = [text.encode(row[k]) + end for k in ("chosen", "rejected")]
+        return prompt, *[side[: length - len(prompt)] for side in sides]
+
+    return [row for row in map(one, rows) if len(row[0]) < length]
+
+
 def main():
     args = argparse.ArgumentParser(description=__doc__)
     args.add_argument("--data", default=os.environ.get("ALIGNAX_HH"))
@@ -203,8 +272,12 @@ def main():
     args.add_argument("--length", type=int, default=256)
     args.add_argument("--batches", type=int, default=16)
     args.add_argument("--modes", nargs="+", default=["precomputed", "online"])
-    args.add_argument("--recompute", action="store_true", help="the peer's default")
+    args.add_argument("--recompute", action="store_true", help="TRL's default")
+    args.add_argument("--peer", choices=PEERS, default="trl")
+    args.add_argument("--same", action="store_true", help="batches of the peer's")
     args = args.parse_args()
+    if args.peer == "tunix":
+        args.modes = ["online"]
     path, python = map(os.environ.get, ("ALIGNAX_SMOLLM2", "ALIGNAX_PEER_PYTHON"))
     if not (path and python and args.data):
         sys.exit(
@@ -212,44 +285,60 @@ def main():
         )
     for mode in args.modes:
         rows = dialogues(args.data, args.pairs * args.batches)
+        if args.peer == "tunix":
+            rows = as_ids(rows, path, args.length)
         ask = {
             "model": path,
             "mode": mode,
             "pairs": args.pairs,
             "length": args.length,
             "recompute": args.recompute,
+            "same": args.same,
         }
         peer = Side(
-            [python, "-c", PEER, json.dumps({**ask, "rows": rows})], PYTHONPATH=""
+            [python, "-c", PEERS[args.peer], json.dumps({**ask, "rows": rows})],
+            PYTHONPATH="",
         )
-        ids = peer.hello["rows"]
+        ids = peer.hello.get("rows", rows)
         us = Side(
             [sys.executable, __file__, "--worker", json.dumps({**ask, "rows": ids})]
         )
         sides = {"ours": us, "peer": peer}
-        batches = {"ours": us.hello["batches"], "peer": args.batches}
-        for name, side in sides.items():  # the first steps compile
-            side.step(0), side.step(batches[name] - 1)
+        starts = range(0, len(ids), args.pairs)
+        sizes = {
+            "ours": us.hello["sizes"],
+            "peer": [len(ids[i:][: args.pairs]) for i in starts],
+        }
+        for i in range(
+            len(starts) if args.peer == "tunix" else 2
+        ):  # each shape compiles
+            peer.step(i)
+        us.step(0), us.step(1)
         found = {name: [] for name in sides}
-        for i in range(max(batches.values())):
+        for i in range(max(map(len, sizes.values()))):
             for name, side in sides.items():
-                if i < batches[name]:
+                if i < len(sizes[name]):
                     found[name].append(side.step(i))
         seconds = {k: sum(x["s"] for x in v) for k, v in found.items()}
-        many, distinct = len(rows), us.hello["distinct"]
+        many, distinct = len(ids), us.hello["distinct"]
         medians = {k: statistics.median(x["s"] for x in v) for k, v in found.items()}
+        losses = {k: [x["loss"] for x in v] for k, v in found.items()}
+        if not args.same:
+            losses = {
+                k: sum(map(math.prod, zip(v, sizes[k], strict=True))) / many
+                for k, v in losses.items()
+            }
         say(
             benchmark="dpo", mode=mode, pairs=many, batch=args.pairs, length=args.length,
             s_per_pair={k: round(v / many, 3) for k, v in seconds.items()},
             ratio=round(seconds["peer"] / seconds["ours"], 2),
             median_s={k: round(v, 2) for k, v in medians.items()},
-            steps=batches,
+            steps={k: len(v) for k, v in sizes.items()},
             peak_gb={k: round(v[-1]["rss"] / 2**20, 2) for k, v in found.items()},
-            loss={k: round(statistics.mean(x["loss"] for x in v), 4)
-                  for k, v in found.items()},
+            loss={k: np.round(v, 4).tolist() for k, v in losses.items()},
             tokens_per_s={k: round(distinct / v, 1) for k, v in seconds.items()},
             useful_share=round(us.hello["useful"], 3), jax=us.hello["version"],
-            peer=f"trl {peer.hello['version']}, torch {peer.hello['torch']}",
+            peer=peer.hello["version"], recompute=args.recompute,
         )  # fmt: skip
         for side in sides.values():
             side.close()
