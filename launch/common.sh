@@ -71,9 +71,10 @@ pack() {  # the committed tree, with its commit's name as the file COMMIT; in th
 stopped=''  # 1 once the script was told to stop
 told=''
 children=()
-stop() {
-  [[ ${#children[@]} == 0 ]] || kill -TERM "${children[@]}" 2> /dev/null || true
+tell() {  # a child that has just been forked still has the handler of this script: TERM would be lost
+  [[ ${#children[@]} == 0 ]] || { sleep 1; kill -TERM "${children[@]}" 2> /dev/null || true; }
 }
+stop() { tell; }
 heed() {
   trap 'stopped=1 told=1; stop' TERM INT
 }

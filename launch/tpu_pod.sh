@@ -91,7 +91,7 @@ running='' now='' blind=0 refused=0 copies=0
 
 stop() {  # gcloud passes no signal on (in a trap `return` alone would be the signal's code)
   if [[ -z $running ]]; then
-    [[ ${#children[@]} == 0 ]] || kill -TERM "${children[@]}" 2> /dev/null || true
+    tell
     return 0
   fi
   for _ in 1 2 3; do  # it may be connecting
