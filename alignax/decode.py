@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from alignax import context, guides, logprob, requests
+from alignax import context, guides, logprob, readers, requests
 from alignax.automaton import Automaton
 from alignax.batch import LM, Batch
 from alignax.context import Context, Rules
 from alignax.guides import Guide
 from alignax.models import transformer
+from alignax.readers import WHOLE, Reader
 
 
 class Generated(NamedTuple):
@@ -51,6 +52,7 @@ def generate(
     prefill_lengths: Any = None,
     forced: Any = None,
     seeds: Any = None,
+    reader: Reader = WHOLE,
     guide: Guide | None = None,
     candidates: int = 16,
 ) -> Generated:
@@ -92,6 +94,7 @@ def generate(
       forced: ids [B, F], F <= max_new: the response's first tokens, -1 where it is free.
         They are scored; under the law really sampled they are certain.
       seeds: integers [B]: row (b, g) draws from (key, seeds[b], g) wherever it stands.
+      reader: how the model reads; raw_logps are of what it makes of the prompts.
       guide: tilts the law; of kind vector, or of kind scalar over the `candidates` best
         tokens of each row (a top-k of its own, before the guide).
       candidates: see `guide`.
@@ -110,7 +113,7 @@ def generate(
         repetition_penalty=repetition_penalty, frequency_penalty=frequency_penalty,
         presence_penalty=presence_penalty, logit_bias=logit_bias, min_new=min_new,
         limits=limits, stops=stops, grammar=grammar, prefill=prefill,
-        prefill_lengths=prefill_lengths, forced=forced, seeds=seeds,
+        prefill_lengths=prefill_lengths, forced=forced, seeds=seeds, reader=reader,
     )  # fmt: skip
     if guide is not None and guide.kind == "block":
         raise ValueError("guide.kind is 'block': `generate` takes vector and scalar")
@@ -119,6 +122,7 @@ def generate(
     greedy = np.ndim(temperature) == 0 and temperature == 0
     out, dead = _generate(
         lm, request, key, None if guide is None else guides.traced(guide),
+        readers.traced(reader),
         max_new=max_new, group=group, greedy=bool(greedy),
         kind=None if guide is None else guide.kind,
         candidates=min(candidates, lm.config.vocab_size),
@@ -193,7 +197,7 @@ class _State(NamedTuple):
     done: Array  # [N]
     ended: Array  # [N] done by EOS or a stop
     h: Array  # [N, 1, D] after the last token
-    cache: transformer.Cache
+    cache: Any  # of the reader
     raw: Array  # [N, T]
     law: Array  # [N, T]
     context: Context
@@ -204,14 +208,15 @@ class _State(NamedTuple):
 @functools.partial(
     jax.jit, static_argnames=("max_new", "group", "greedy", "kind", "candidates")
 )
-def _generate(lm, request, key, guide, *, max_new, group, greedy, kind, candidates):
+def _generate(
+    lm, request, key, guide, reader, *, max_new, group, greedy, kind, candidates
+):
     prompts, lengths = request.prompts, request.lengths
     b, p = prompts.shape
     n, t = b * group, p + max_new
     lm, guide = transformer.unstack((lm, guide))
-    cache = transformer.init_cache(lm.config, b, t)
-    h, filled = transformer.hidden(lm, prompts, cache=cache)
-    h = jnp.take_along_axis(h, (lengths - 1)[:, None, None], 1)
+    read_prompts, read_on = reader
+    h, filled = read_prompts(lm, prompts, lengths, t)
 
     def fan_out(x):
         return jnp.repeat(x, group, axis=0)
@@ -265,8 +270,7 @@ def _generate(lm, request, key, guide, *, max_new, group, greedy, kind, candidat
         raws = s.raw.at[row, at].set(raw, mode="drop")
         laws = s.law.at[row, at].set(law, mode="drop")
         position = jnp.minimum(s.ends, t - 1)[:, None]
-        h, cache = transformer.hidden(lm, token[:, None], position, cache=s.cache)
-        assert cache is not None
+        h, cache = read_on(lm, s.cache, token[:, None], position)
         after, ended, done = context.advance(rules, s.context, token, ~s.done)
         ended = s.ended | (ended & ~s.done)
         done |= s.done

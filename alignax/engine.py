@@ -1,13 +1,22 @@
 """From a config to a function that responds to a batch of prompts, on the host."""
 
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from alignax import automaton, drafts, parallel, plugin, requests, responses, rewards
+from alignax import (
+    automaton,
+    drafts,
+    parallel,
+    plugin,
+    readers,
+    requests,
+    responses,
+    rewards,
+)
 from alignax.batch import LM, Batch
 from alignax.build import Run
 from alignax.speculate import speculate
@@ -76,16 +85,24 @@ def pieces(text: Tokenizer, size: int) -> list[bytes]:
     return known + [b""] * (size - len(known))
 
 
-def build(config, run: Run, lm: LM, reward: plugin.Bound | None) -> Callable[..., Any]:
+def build(
+    config, run: Run, lm: LM, reward: plugin.Bound | None, shared: Sequence[int] = ()
+) -> Callable[..., Any]:
     """(tokens [B, P], lengths, places in the file) -> Generated, on the host.
 
-    A decoder finds the model that answers among the LMs, as 'target'.
+    A decoder finds the model that answers among the LMs, as 'target'. What all prompts
+    begin with, `shared`, is read once, where the engine reads the prompts: not by guides
+    and drafts, nor by a search that takes no `reader`.
     """
     decoder, text, generate = bind(config), run.tokenizer, config.generate
     key, eos_ids = jax.random.key(config.seed), sorted(run.tokenizer.eos_ids)
     asked = settings(config, text, lm.config.vocab_size)
     search = decoder if decoder and decoder.role == "search" else None
     lms = {**run.lms, "target": lm}
+    takes = {*inspect.signature(search.function).parameters} if search else {"reader"}
+    if shared and "reader" in takes:
+        run.say(f"the first {len(shared)} tokens of all prompts are read once")
+        asked["reader"] = readers.after(lm, shared)
     if decoder is not None and search is None:
         asked["guide"] = decoder(lms)
     function: Callable[..., Any] = parallel.generator(text, run.mesh)
@@ -93,7 +110,6 @@ def build(config, run: Run, lm: LM, reward: plugin.Bound | None) -> Callable[...
         handed: dict[str, Any] = {"tokenizer": text, "judge": None, "eos_ids": eos_ids}
         if reward is not None:
             handed["judge"] = judge(reward, run, generate)
-        takes = {*inspect.signature(search.function).parameters}
         handed = {k: v for k, v in handed.items() if k in takes}
         if "sampling" in takes:  # what it draws by is for the engine to check
             own = {k: asked.pop(k) for k in {*asked} - {*takes, *WHOLE}}

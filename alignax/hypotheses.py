@@ -18,6 +18,7 @@ from alignax import companions, logprob, requests
 from alignax.batch import LM, Batch
 from alignax.decode import Generated, generate
 from alignax.models import transformer
+from alignax.readers import WHOLE, Reader
 
 Judge = Callable[[Batch], Any]  # [B, G, T] of (partial) responses -> scores [B, G]
 STATELESS = ("top_k", "top_p", "min_p", "logit_bias", "repetition_penalty")
@@ -145,6 +146,7 @@ def extend(
     active: np.ndarray | None = None,
     seeds: np.ndarray | None = None,
     sampling: Mapping[str, Any] | None = None,
+    reader: Reader = WHOLE,
 ) -> tuple[Hypotheses, int]:
     """Draws up to `tokens` more of every response, `group` times.
 
@@ -162,6 +164,7 @@ def extend(
       seeds: [B, G], of `generate`: for rows that do not always stand in the same place.
       sampling: further settings of `generate`, one value for all rows. Those that have a
         memory of the response need every response to be empty.
+      reader: of `generate`.
 
     Returns:
       Hypotheses [B, G * group], and how many tokens were drawn.
@@ -192,7 +195,8 @@ def extend(
         np.minimum(h.ends, width).reshape(-1), key,
         max_new=tokens, group=group, temperature=temperature,
         eos_ids=(*eos_ids, *until), limits=room.reshape(-1),
-        seeds=None if seeds is None else seeds.reshape(-1), **settings,
+        seeds=None if seeds is None else seeds.reshape(-1), reader=reader,
+        **settings,
     )  # fmt: skip
     batch = jax.tree.map(np.asarray, out.batch)
     going = np.repeat(going, group, 1)

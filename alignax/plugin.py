@@ -19,9 +19,10 @@ ROLES = {  # folder -> the function every file in it defines, or one of these
 }  # fmt: skip
 
 
-# Keywords that the caller hands in; everything else is a hyper-parameter.
+# Keywords that the caller hands in, to a `search` some more; all others are
+# hyper-parameters.
 HANDED = ("key", "tokenizer", "generate", "score", "batch_size", "length", "ema")
-SEARCH = (*HANDED, "max_new", "judge", "temperature", "eos_ids")  # to a `search`
+SEARCH = (*HANDED, "max_new", "judge", "temperature", "eos_ids", "reader")
 
 
 class Bound(NamedTuple):

@@ -10,6 +10,7 @@ from jaxtyping import Array, Int
 
 from alignax.automaton import Automaton
 from alignax.context import Rules
+from alignax.readers import WHOLE, Reader
 from alignax.warpers import Warpers
 
 
@@ -46,6 +47,7 @@ def parse(
     prefill_lengths: Any = None,
     forced: Any = None,
     seeds: Any = None,
+    reader: Reader = WHOLE,
 ) -> Request:
     """The settings of `decode.generate`, where each of them is described.
 
@@ -65,7 +67,8 @@ def parse(
             f"max_new={max_new}, group={group}; expected max_new >= 1, group >= 1"
         )
     prompts, lengths = jnp.asarray(prompts), jnp.asarray(lengths)
-    check_prompts(prompts, lengths)
+    if check_prompts(prompts, lengths):
+        reader.check(np.asarray(prompts), np.asarray(lengths))
     b = len(prompts)
     if prefill is not None:
         prompts, lengths = prefilled(prompts, lengths, prefill, prefill_lengths)
@@ -136,16 +139,17 @@ def ragged(
     return out, np.array(sizes, np.int32)
 
 
-def check_prompts(prompts: jax.Array, lengths: jax.Array) -> None:
-    """Raises ValueError for a length that its row cannot have."""
+def check_prompts(prompts: jax.Array, lengths: jax.Array) -> bool:
+    """Raises ValueError for a length that its row cannot have; whether it could look."""
     if isinstance(lengths, jax.core.Tracer) or not lengths.is_fully_addressable:
-        return
+        return False
     sizes = np.asarray(lengths)
     if not ((sizes >= 1) & (sizes <= prompts.shape[1])).all():
         raise ValueError(
             f"lengths span {sizes.min()}..{sizes.max()}, expected 1..{prompts.shape[1]}: "
             "an empty prompt, or one longer than its row"
         )
+    return True
 
 
 def prefilled(

@@ -27,6 +27,7 @@ from alignax import (
     parallel,
     plugin,
     policies,
+    readers,
     requests,
     responses,
     rewards,
@@ -39,6 +40,7 @@ from alignax.progress import progress
 from alignax.tokenizer import Tokenizer
 
 NAME = workdirs.RESPONSES
+SHARED = 32  # tokens that all prompts begin with, and are worth a cache of their own
 
 
 class Prompts(NamedTuple):
@@ -170,7 +172,9 @@ def _respond(config, run: build.Run, now: Prompts, stop: Callable[[], bool]) -> 
     lm = run.assemble(sharding.put_params(run.policy.params, run.mesh), run.lms)
     spec = config.generate.reward.to_dict()
     reward = rewards.load(spec) if spec else None
-    make = engine.build(config, run, lm, reward)
+    same = readers.common(now.ids)
+    same = same if same >= SHARED and len(now.ids) > 1 else 0
+    make = engine.build(config, run, lm, reward, now.ids[0][:same])
     score = parallel.scorer(run.mesh)
     mine = jax.process_index() == 0
     done = responses.begin(

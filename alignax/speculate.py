@@ -16,13 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from alignax import context, decode, drafts, guided, guides, requests
+from alignax import context, decode, drafts, guided, guides, readers, requests
 from alignax.batch import LM
 from alignax.context import Context
 from alignax.decode import Generated
 from alignax.drafts import Draft
 from alignax.guides import Guide
 from alignax.models import transformer
+from alignax.readers import WHOLE, Reader
 from alignax.verify import RULES
 
 TRIES = 10_000  # of one token under thin, or of one block: then it is an error
@@ -44,6 +45,7 @@ def speculate(
     candidates: int = 16,
     draft_length: int | Sequence[int] = 4,
     block_length: int = 8,
+    reader: Reader = WHOLE,
     rule: str = "block",
     **settings: Any,
 ) -> Generated:
@@ -76,6 +78,7 @@ def speculate(
         longer one when most rows kept all their drafts, else the next shorter one; the
         first is the first.
       block_length: tokens that a guide of kind block judges at a time.
+      reader: of `generate`: how the target reads, not the draft.
       rule: 'block' or 'token', of `verify`; lazy and thin decide token by token.
       **settings: all others of `generate`: temperature, eos_ids, top_k, penalties,
         limits, stops, grammar, prefill, forced, seeds, ...
@@ -112,7 +115,7 @@ def speculate(
     if guided_draft and mode != "vector":
         raise ValueError("guided_draft needs a guide of kind vector")
     request = requests.parse(
-        prompts, lengths, size, max_new=max_new, group=group, **settings
+        prompts, lengths, size, max_new=max_new, group=group, reader=reader, **settings
     )
     cold = (np.asarray(request.rules.warpers.temperature) == 0).any()
     if cold and mode in ("lazy", "thin"):
@@ -121,6 +124,7 @@ def speculate(
     out, fault = _speculate(
         lm, draft[:2], request, key, None if guide is None else guides.traced(guide),
         None if guide is None else (jnp.float32(guide.lo), jnp.float32(guide.hi)),
+        readers.traced(reader),
         max_new=max_new, group=group, mode=mode, guided_draft=guided_draft,
         candidates=min(candidates, size), gammas=tuple(order),
         first=order.index(gammas[0]), block_length=block_length, rule=rule,
@@ -161,7 +165,7 @@ class _State(NamedTuple):
     done: Array  # [N]
     ended: Array  # [N] done by EOS or a stop
     fault: Array | None  # [N]
-    cache: transformer.Cache  # the target's, before the last token
+    cache: Any  # of the reader, before the last token
     draft: Any  # likewise
     guide: Any  # likewise; of kind block, before the block
     context: Context
@@ -182,7 +186,7 @@ class _State(NamedTuple):
     ),
 )  # fmt: skip
 def _speculate(
-    lm, draft, request, key, guide, bounds, *, max_new, group, mode, guided_draft,
+    lm, draft, request, key, guide, bounds, reader, *, max_new, group, mode, guided_draft,
     candidates, gammas, first, block_length, rule,
 ):  # fmt: skip
     b, p = request.prompts.shape
@@ -196,8 +200,8 @@ def _speculate(
     def begin(init):
         return jax.tree.map(fan_out, init(request.prompts, request.lengths, slots))
 
-    cache = transformer.init_cache(lm.config, b, slots)
-    filled = transformer.hidden(lm, request.prompts, cache=cache)[1]
+    read_prompts, read_on = reader
+    filled = read_prompts(lm, request.prompts, request.lengths, slots)[1]
     init_draft, propose = draft
     rows = decode.lay(request, key, lm.config.vocab_size, max_new, group)
     lengths = rows.lengths
@@ -310,8 +314,7 @@ def _speculate(
             )  # fmt: skip
             block = jnp.concatenate([s.tokens[row, s.ends - 1][:, None], proposed], 1)
             positions = s.ends[:, None] - 1 + jnp.arange(gamma + 1)
-            h, cache = transformer.hidden(lm, block, positions, cache=s.cache)
-            assert cache is not None
+            h, cache = read_on(lm, s.cache, block, positions)
             raws, logits = decode.read(lm, h, rules)
             logits = along(s.context, block, logits)
             v = decide(

@@ -22,6 +22,7 @@ METHODS = {  # decoder: (its hyper-parameters, models that it reads, what judges
     "gsi": ({"n": 16, "step": 64, "beta": 0.05}, {"draft": "init"}, JUDGE),
     "nudging": ({"gamma": 0.4}, {"nudge": "init"}, {}),
     "nudging_words": ({"gamma": 0.4, "chunk": 16}, {"nudge": "init"}, {}),
+    "pine": ({"separator": "<|document|>"}, {}, {}),
     "proxy": ({"weight": 1.0}, {"policy": "init", "ref": "init"}, {}),
     "rain": ({"simulations": 50, "rollout": 32}, {}, JUDGE),
     "rsd": ({"step": 64, "delta": 0.7}, {"draft": "init"}, JUDGE),
@@ -45,12 +46,12 @@ def get_config(arg: str = ""):
     c.batch_size, c.length = 8, 1024
     c.loss = {"name": "sft"}  # of no use: nothing is trained
     hyper, lms, reward = METHODS.get(method, ({}, {}, {}))
-    c.decoder, c.generate.reward = {"name": method, **hyper}, reward
-    c.lms = lms
+    c.decoder, c.generate.reward, c.lms = {"name": method, **hyper}, reward, lms
     if models.is_smoke(rest):
         models.smoke(c, kind="prompts")
         c.num_steps, c.prompts, c.data, c.eval_data = 0, {**c.eval_data}, {}, {}
         c.generate.max_new = 8
+        c.decoder.update({"separator": "e"} if method == "pine" else {})
         # in the place of a trained head, the model's own, which is 0
         c.lms = {name: path for name, path in lms.items() if path}
         c.model.value_head = len(c.lms) < len(lms)

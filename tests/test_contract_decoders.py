@@ -28,9 +28,10 @@ from configs import generate
 FOUND = {name: plugin.load("decoders", name) for name in plugin.available("decoders")}
 GUIDES = [name for name, bound in FOUND.items() if bound.role == "guide"]
 SEARCHES = [name for name, bound in FOUND.items() if bound.role == "search"]
-V, P, NEW, K = 7, 6, 4, 3
-PROMPTS = np.array([[3, 1, 4, 0, 0, 0], [2, 5, 0, 0, 0, 0]])
-LENGTHS = np.array([3, 2])
+V, P, NEW, K = 7, 8, 4, 3
+PROMPTS = np.array([[3, 1, 4, 1, 5, 0, 0, 0], [1, 2, 1, 5, 0, 0, 0, 0]])
+LENGTHS = np.array([5, 4])
+OTHER_PROMPT = [1, 6, 1, 6, 0, 0, 0, 0]
 BLOCK = np.array([[1, 6, 2], [4, 0, 5]])
 EOS = (0,)
 CONFIG = ModelConfig(
@@ -54,6 +55,7 @@ SMALL = {  # hyper-parameters that keep a run small
     "deal": {"top_k": 2, "lookahead": 2},
     "gsi": {"n": 3, "step": 2},
     "nudging_words": {"chunk": 2, "rounds": 3},
+    "pine": {"separator": LETTERS[1]},
     "rain": {
         "sizes": (2, 2),
         "sets": 3,
@@ -72,6 +74,7 @@ OTHER = {  # another value, where the default does not suggest one
     ("best_of_n", "lam"): 1e-3,
     ("deal", "hi"): 1000.0,
     ("deal", "lo"): -1000.0,
+    ("pine", "sampling"): {"top_k": 1},
     ("rain", "embed"): lambda batch: np.ones((*batch.tokens.shape[:2], 2)),
     ("gsi", "step_ids"): tuple(range(1, V)),
     ("rain", "clause_ids"): (3,),
@@ -89,6 +92,7 @@ BESIDE = {  # where a hyper-parameter matters only beside another value of anoth
     ("controlled", "scale"): {"head": "q"},
     ("deal", "lo"): {"prune": True, "lam": 0.05},
     ("deal", "hi"): {"prune": True, "lam": 0.05},
+    ("rain", "embed"): {"simulations": 12},
     ("rain", "settled_value"): {"settled_visits": 1, "simulations": 12, "extra": 9},
     ("rain", "settled_visits"): {"settled_value": 0.01, "simulations": 12, "extra": 9},
     ("transfer_q", "beta"): {"variant": "indirect", "alpha": 0.02},
@@ -99,10 +103,11 @@ GREEDY = {
     "deal",
     "nudging_words",
 }  # searches that draw nothing by the key
-UNJUDGED = {"nudging_words"}  # searches that need no judge
+UNJUDGED = {"nudging_words", "pine"}  # searches that need no judge
 ELSEWHERE = {  # hyper-parameters that do nothing here, and what changes them elsewhere
     ("nudging_words", "nudge_tokenizer"): 'nudge_tokenizer="bytes"',
     ("nudging_words", "repeats"): "repeats=9",
+    ("pine", "separator"): '"separator": "and"',
     ("rain", "alike"): "alike=",  # trees are made up in tests/test_rewind.py
     ("rain", "exploration"): "exploration=exploration",
     ("rain", "most"): "Rules(most=most)",
@@ -337,7 +342,7 @@ def test_the_state_of_an_accepted_prefix_is_that_of_its_own_prompt(name):
 def test_a_row_does_not_see_its_neighbour(name):
     guide, want, _, (init, update, _) = read(name)
     prompts = PROMPTS.copy()
-    prompts[1] = [6, 6, 0, 0, 0, 0]
+    prompts[1] = OTHER_PROMPT
     tokens = block()
     tokens[1] = [6, 3, 3]
     state = start(init, prompts, LENGTHS)
@@ -468,7 +473,7 @@ def test_the_other_key_is_another_draw(name):
 @each_search
 def test_a_response_does_not_depend_on_the_other_prompt(name):
     prompts = PROMPTS.copy()
-    prompts[1] = [6, 6, 0, 0, 0, 0]
+    prompts[1] = OTHER_PROMPT
     other = search(name, prompts=prompts)
     alone = search(name, prompts=PROMPTS[:1], lengths=LENGTHS[:1])
     for out in (other, alone):

@@ -16,6 +16,7 @@ from alignax import (
     parallel,
     plugin,
     policies,
+    readers,
     respond,
     responses,
     tokenizer,
@@ -340,6 +341,46 @@ def test_pieces_are_what_ids_add_to_the_text():
     state = table.next[0, 97]
     assert table.flag[state, 98]
     assert not table.flag[state, 0xC3]
+
+
+# -- what all prompts begin with
+
+
+@pytest.mark.parametrize("variant", ["", "best_of_n", "deal"])
+def test_what_all_prompts_begin_with_is_read_once(
+    config, tmp_path, monkeypatch, variant
+):
+    lines = [f"The same words are in front of {x}" for x in ("a", "the other", "c")]
+    made = []
+    after = readers.after
+    monkeypatch.setattr(
+        readers, "after", lambda lm, ids: made.append(ids) or after(lm, ids)
+    )
+
+    def run(name, least):
+        monkeypatch.setattr(respond, "SHARED", least)
+        changes = {"generate.group": 1} if variant else {}
+        c = config(variant, lines, **changes)
+        assert respond.respond(c, str(tmp_path / name))
+        return answered(tmp_path / name)
+
+    want = run("whole", 1000)
+    assert made == []
+    used, generate = [], decode._generate
+    whole = readers.traced(readers.WHOLE)
+    monkeypatch.setattr(
+        decode, "_generate",
+        lambda *a, **k: used.append(a[4] != whole) or generate(*a, **k),
+    )  # fmt: skip
+    got = run("shared", 30)
+    shares = variant != "deal"  # which draws nothing
+    assert [TEXT.decode(i) for i in made] == [
+        "The same words are in front of "
+    ] * shares
+    assert any(used) == all(used) == shares or variant == "deal"
+    for a, b in zip(got, want, strict=True):
+        assert a["responses"] == b["responses"]
+        np.testing.assert_allclose(a["logps"], b["logps"], atol=1e-4)
 
 
 # -- prompts

@@ -1,8 +1,7 @@
 """URIAL: a constant prompt of instructions and a few styled answers, in front of a query.
 
 A base model that has not been tuned continues it as an assistant would. What stands in
-front of the query is the same for all queries. Each prompt is read whole; `alignax.prefix`
-can share what their ids have in common.
+front of the query is the same for all queries, and `alignax.respond` reads it once.
 
 Source: Lin et al. 2023, https://arxiv.org/abs/2312.01552
 Differs from the paper: instructions, questions and answers are our own; 0, 1 or 3 pairs,

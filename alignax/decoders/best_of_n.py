@@ -25,6 +25,7 @@ from alignax import hypotheses
 from alignax.batch import LM
 from alignax.decode import Generated
 from alignax.hypotheses import Judge
+from alignax.readers import WHOLE, Reader
 
 SELECTS = ("best", "worst", "soft")
 RANGES = {"n": "[1, inf)", "lam": "(0, inf)"}
@@ -45,6 +46,7 @@ def search(
     select: str = "best",
     lam: float = 1.0,
     sampling: Mapping[str, Any] | None = None,
+    reader: Reader = WHOLE,
 ) -> Generated:
     """The best of n, the worst, or a soft best. *Exact*: the law above, for every n.
 
@@ -62,6 +64,7 @@ def search(
       select: one of SELECTS.
       lam: temperature of the soft choice, in units of r; otherwise not read.
       sampling: further settings of `decode.generate`, which make p.
+      reader: of `decode.generate`.
 
     Returns:
       Generated, G = 1; feedback is r of the response, old_logps None. stats:
@@ -79,7 +82,7 @@ def search(
     h = hypotheses.start(prompts, lengths, max_new)
     h, drawn = hypotheses.extend(
         lm, h, jax.random.fold_in(key, 0), tokens=max_new, group=n,
-        temperature=temperature, eos_ids=eos_ids, sampling=sampling,
+        temperature=temperature, eos_ids=eos_ids, sampling=sampling, reader=reader,
     )  # fmt: skip
     scores = hypotheses.judged(judge, h)
     if select == "soft":

@@ -23,6 +23,7 @@ from alignax import hypotheses
 from alignax.batch import LM
 from alignax.decode import Generated
 from alignax.hypotheses import Judge
+from alignax.readers import WHOLE, Reader
 
 RANGES = {"n": "[1, inf)", "block": "[1, inf)"}
 
@@ -41,6 +42,7 @@ def search(
     n: int = 16,
     block: int = 32,
     sampling: Mapping[str, Any] | None = None,
+    reader: Reader = WHOLE,
 ) -> Generated:
     """The best of n at every block. *Exact* as its own law alone, which is none's tilt.
 
@@ -57,6 +59,7 @@ def search(
       n: K of the paper.
       block: M, tokens of a block; at least max_new is the best of n.
       sampling: further settings of `decode.generate` that have no memory.
+      reader: of `decode.generate`.
 
     Returns:
       Generated, G = 1; feedback is V of the response, old_logps None. stats:
@@ -75,7 +78,7 @@ def search(
         going = ~h.done
         wide, more = hypotheses.extend(
             lm, h, jax.random.fold_in(key, rounds), tokens=block, group=n,
-            temperature=temperature, eos_ids=eos_ids, sampling=sampling,
+            temperature=temperature, eos_ids=eos_ids, sampling=sampling, reader=reader,
         )  # fmt: skip
         where = np.repeat(going, n, 1)
         scores = hypotheses.judged(judge, wide, where)

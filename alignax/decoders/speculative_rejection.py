@@ -21,6 +21,7 @@ from alignax import hypotheses
 from alignax.batch import LM
 from alignax.decode import Generated
 from alignax.hypotheses import Judge
+from alignax.readers import WHOLE, Reader
 
 RANGES = {"n": "[1, inf)", "every": "[1, inf)", "reject": "[0, 1)"}
 
@@ -40,6 +41,7 @@ def search(
     every: int = 32,
     reject: float = 0.5,
     sampling: Mapping[str, Any] | None = None,
+    reader: Reader = WHOLE,
 ) -> Generated:
     """Best of n at a part of its cost. *Approximate*; with reject = 0 exactly best of n.
 
@@ -59,6 +61,7 @@ def search(
       every: tokens between two judgements.
       reject: share that is given up at each.
       sampling: further settings of `decode.generate` that have no memory.
+      reader: of `decode.generate`.
 
     Returns:
       Generated, G = 1; feedback is r of the response, old_logps None. stats:
@@ -77,7 +80,7 @@ def search(
 
     def grow(h, step, **how):
         return hypotheses.extend(
-            lm, h, jax.random.fold_in(key, step), tokens=every, sampling=sampling,
+            lm, h, jax.random.fold_in(key, step), tokens=every, sampling=sampling, reader=reader,
             temperature=temperature, eos_ids=eos_ids, **how,
         )  # fmt: skip
 

@@ -15,11 +15,12 @@
 Each head and, in the suffix, each token orders the documents for itself. With one document
 that is the ordinary model. Wang et al. 2024, https://arxiv.org/abs/2407.01100
 
+Rotary knows distances alone: a key is turned by its place within its segment, once, and the
+query by how far its own position is from where the segment begins, once a segment.
+
 Differs from the paper: a tie goes by the content of the documents, not by their order.
-Nothing is cached: a token more reads everything again.
 """
 
-import functools
 import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
@@ -34,21 +35,37 @@ from alignax.batch import LM
 from alignax.models import transformer
 from alignax.models.transformer import MLP, ModelConfig, Norm, Project, rotary
 
+QUERIES = 64  # read at a time: bounds the memory of a prompt
+
 
 class Layout(NamedTuple):
     """Where the tokens of one row belong."""
 
-    segment: Int[Array, " T"]  # 0 prefix, 1 .. k documents, k + 1 suffix and padding
+    segment: Int[Array, " T"]  # 0 prefix, 1 .. K documents, K + 1 suffix and padding
     place: Int[Array, " T"]  # of a token in its segment, from 0
-    sizes: Int[Array, " K"]  # tokens of each document
+    sizes: Int[Array, " K"]  # tokens of each document; 0 where a row has fewer than K
     ties: Int[Array, " K"]  # order of documents that are equally important
+
+
+class Cache(NamedTuple):
+    """Keys and values of a row; the keys are not rotated."""
+
+    k: tuple[Float[Array, "T k e"], ...]  # one per layer
+    v: tuple[Float[Array, "T k e"], ...]
 
 
 def lay(
     prefix: Sequence[int], documents: Sequence[Sequence[int]], suffix: Sequence[int],
-    length: int | None = None,
+    length: int | None = None, count: int | None = None,
 ) -> tuple[Int[np.ndarray, " T"], Layout]:  # fmt: skip
     """Ids of a row, right-padded to `length`, and its layout.
+
+    Args:
+      prefix: ids in front of the documents, BOS included.
+      documents: ids of each.
+      suffix: ids after them, up to where the response starts.
+      length: T; None is as long as the row is.
+      count: K, so that rows with fewer documents have the same shapes; None is theirs.
 
     Raises:
       ValueError: no document, an empty one, no suffix, or a row longer than `length`.
@@ -59,7 +76,9 @@ def lay(
             f"documents have {sizes} tokens and the suffix {len(suffix)}; expected at "
             "least one document and one token in each"
         )
-    parts = [list(prefix), *map(list, documents), list(suffix)]
+    none: list[list[int]] = [[]] * ((count or len(documents)) - len(documents))
+    documents = [*documents, *none]
+    parts = [*map(list, (prefix, *documents, suffix))]
     ids = [i for part in parts for i in part]
     length = length or len(ids)
     if len(ids) > length:
@@ -80,23 +99,26 @@ class _Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_td, layout: Layout):
+    def __call__(self, x_nd, layout: Layout, kv, at):
         c = self.config
         d, e = c.width, c.head_dim
 
         def heads(name, count):
             bias = (count, e) if c.qkv_bias else None
-            y = Project("td,dhe->the", (d, count, e), d, bias, name=name)(x_td)
+            y = Project("nd,dhe->nhe", (d, count, e), d, bias, name=name)(x_nd)
             if c.qk_norm and name != "v":
                 y = Norm(c.norm_eps, c.norm_offset, name=f"{name}_norm")(y)
             return y
 
-        many = c.num_heads // c.num_kv_heads
-        q = heads("q", c.num_heads)
-        k, v = (jnp.repeat(heads(name, c.num_kv_heads), many, 1) for name in ("k", "v"))
-        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-        y = _attend(q, k, v, layout, c).astype(x_td.dtype)
-        return Project("the,hed->td", (c.num_heads, e, d), c.num_heads * e, name="o")(y)
+        q = heads("q", c.num_heads).astype(jnp.float32)
+        new = (heads(name, c.num_kv_heads) for name in "kv")
+        k, v = kv = tuple(
+            jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), at, 0)
+            for old, x in zip(kv, new, strict=True)
+        )
+        y = _attend(q, k, v, layout, at, c).astype(x_nd.dtype)
+        y = Project("nhe,hed->nd", (c.num_heads, e, d), c.num_heads * e, name="o")(y)
+        return y, kv
 
 
 class _Block(nn.Module):
@@ -105,70 +127,78 @@ class _Block(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_td, layout: Layout):
+    def __call__(self, x_nd, layout: Layout, kv, at):
         c = self.config
 
         def norm(name):
             return Norm(c.norm_eps, c.norm_offset, name=name)
 
-        y = _Attention(c, name="attn")(norm("attn_norm")(x_td), layout)
-        x_td = x_td + (norm("post_attn_norm")(y) if c.post_norms else y)
-        y = MLP(c, name="mlp")(norm("mlp_norm")(x_td)[None])[0]
-        return x_td + (norm("post_mlp_norm")(y) if c.post_norms else y)
+        y, kv = _Attention(c, name="attn")(norm("attn_norm")(x_nd), layout, kv, at)
+        x_nd = x_nd + (norm("post_attn_norm")(y) if c.post_norms else y)
+        y = MLP(c, name="mlp")(norm("mlp_norm")(x_nd)[None])[0]
+        return x_nd + (norm("post_mlp_norm")(y) if c.post_norms else y), kv
 
 
-def _attend(q_the, k_the, v_the, layout: Layout, c: ModelConfig):
-    """[T, H, E]: every query, one by one, over keys that it places itself."""
-    t = q_the.shape[0]
+def _attend(q_nhe, k_tke, v_tke, layout: Layout, at, c: ModelConfig):
+    """[N, H, E]: the queries of tokens at .. at + N - 1 over all keys, which each places."""
     segment, place, sizes, _ = layout
-    count = sizes.shape[0]
-    document = segment[:, None] == jnp.arange(1, count + 1)  # [T, K]
+    count, many = sizes.shape[0], c.num_heads // c.num_kv_heads
     scale = (c.query_scale or c.head_dim) ** -0.5
+    k_the, v_the = (jnp.repeat(x.astype(jnp.float32), many, 1) for x in (k_tke, v_tke))
     start = (segment == 0).sum()
     end = start + sizes.sum()
-    own = jnp.clip(segment - 1, 0, count - 1)
-    inside = document.any(1)
-    size = sizes[own]
-    positions = jnp.where(
-        segment == 0, place, jnp.where(inside, end - size + place, end + place)
-    )
-    shifts = _shifts(q_the, k_the, layout, document, scale)  # [T, H, K]
+    shifts = _shifts(q_nhe, k_the, layout, at, scale)  # [N, H, K]
+    keys_the = _rotate(k_the, place[:, None], c)
 
     def one(args):
-        q_he, shift_hk, position = args
-        # of the keys of a document, where the query has put it
-        moved = end - shift_hk[:, own] - size + place
-        at = jnp.where(inside, moved, jnp.where(segment == 0, place, end + place))
-        keys = _rotate(jnp.moveaxis(k_the, 0, 1), at, c)
-        query = _rotate(q_he[:, None], jnp.full((len(q_he), 1), position), c)
-        s = jnp.einsum("hqe,hte->ht", query, keys, precision="highest") * scale
+        q_he, shift_hk, mine, inner = args
+        own = sizes[jnp.clip(mine - 1, 0, count - 1)]
+        inside = (mine > 0) & (mine <= count)
+        position = jnp.where(mine == 0, inner, end + inner - jnp.where(inside, own, 0))
+        # where each segment begins as this query sees it, [H, K + 2]
+        begins = jnp.pad(end - shift_hk - sizes, ((0, 0), (1, 1)))
+        begins = begins.at[:, -1].set(end)
+        turned = _rotate(q_he[:, None], position - begins, c)  # [H, K + 2, E]
+        s = jnp.einsum("hje,the->hjt", turned, keys_the, precision="highest")
+        s = jnp.take_along_axis(s, segment[None, None], 1)[:, 0] * scale
         if c.attn_softcap:
             s = c.attn_softcap * jnp.tanh(s / c.attn_softcap)
-        p = jax.nn.softmax(jnp.where(at <= position, s, -1e30), -1)
+        seen = begins[:, segment] + place <= position
+        p = jax.nn.softmax(jnp.where(seen, s, -1e30), -1)
         return jnp.einsum("ht,the->he", p, v_the, precision="highest")
 
-    assert positions.shape == (t,)
-    return jax.lax.map(one, (q_the, shifts, positions))
+    mine, inner = (
+        jax.lax.dynamic_slice_in_dim(x, at, len(q_nhe)) for x in (segment, place)
+    )
+    return jax.lax.map(one, (q_nhe, shifts, mine, inner), batch_size=QUERIES)
 
 
-def _shifts(q_the, k_the, layout: Layout, document, scale):
-    """How many tokens of documents each query puts in front of each document [T, H, K]."""
+def _shifts(q_nhe, k_the, layout: Layout, at, scale):
+    """How many tokens of documents each query puts in front of each document [N, H, K].
+
+    For a query of a document that needs all queries of it.
+    """
     segment, _, sizes, ties = layout
     count = sizes.shape[0]
-    s = jnp.einsum("the,uhe->thu", q_the, k_the, precision="highest") * scale
-    own = segment[:, None] == segment  # [T, U]
-    seen = document.any(1) & ~own
-    a = jax.nn.softmax(jnp.where(seen[:, None], s, -1e30), -1)
-    a = jnp.where(seen[:, None], a, 0.0)
-    each = jnp.einsum("thu,uk->thk", a, document.astype(a.dtype), precision="highest")
-    each = each / sizes
+    mine = jax.lax.dynamic_slice_in_dim(segment, at, len(q_nhe))
+    among = jnp.arange(1, count + 1)
+    mine_nk, document_tk = (x[:, None] == among for x in (mine, segment))
+
+    def opinion(args):
+        q_he, own = args
+        s = jnp.einsum("he,the->ht", q_he, k_the, precision="highest") * scale
+        seen = document_tk.any(1) & (segment != own)
+        a = jnp.where(seen, jax.nn.softmax(jnp.where(seen, s, -1e30), -1), 0.0)
+        each = jnp.einsum("ht,tk->hk", a, document_tk.astype(a.dtype), precision="highest")  # fmt: skip
+        return each / jnp.maximum(sizes, 1)
+
+    each = jax.lax.map(opinion, (q_nhe, mine), batch_size=QUERIES)
     # a document has one opinion, the sum of its tokens'
-    together = jnp.einsum("tk,thj->khj", document.astype(a.dtype), each, precision="highest")  # fmt: skip
-    inside = document.any(1)
-    mine = jnp.clip(segment - 1, 0, count - 1)
-    importance = jnp.where(inside[:, None, None], together[mine], each)
-    first = document[:, None]  # the own document is the nearest
-    importance = jnp.where(first, jnp.inf, importance)
+    together = jnp.einsum("nk,nhj->khj", mine_nk.astype(each.dtype), each, precision="highest")  # fmt: skip
+    own = together[jnp.clip(mine - 1, 0, count - 1)]
+    importance = jnp.where(mine_nk.any(1)[:, None, None], own, each)
+    # the own document is the nearest
+    importance = jnp.where(mine_nk[:, None], jnp.inf, importance)
     ties = jnp.broadcast_to(ties, importance.shape)
     order = jnp.lexsort((ties, -importance), axis=-1)
     ranked = sizes[order]
@@ -178,21 +208,34 @@ def _shifts(q_the, k_the, layout: Layout, document, scale):
     )
 
 
-def _rotate(x_hte, positions_ht, c: ModelConfig):
-    """Rotary at positions that differ by head."""
-    cos, sin = rotary(positions_ht, c.head_dim, c.rope_theta, c.rope_scaling)
-    a, b = jnp.split(x_hte, 2, -1)
+def _rotate(x, positions, c: ModelConfig):
+    """Rotary of x [..., E] at positions that broadcast to [...]."""
+    cos, sin = rotary(positions, c.head_dim, c.rope_theta, c.rope_scaling)
+    a, b = jnp.split(x, 2, -1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-@jax.jit
-def hidden(lm: LM, tokens: Int[Array, " T"], layout: Layout) -> Float[Array, "T D"]:
-    """Runs the decoder up to and including the final norm, on one row. *Exact*.
+def empty(config: ModelConfig, length: int) -> Cache:
+    """The cache of a row of `length` tokens, none of which is read yet."""
+    shape = length, config.num_kv_heads, config.head_dim
+    one = (jnp.zeros(shape, config.dtype),) * config.num_layers
+    return Cache(one, one)
+
+
+def read(
+    lm: LM, tokens: Int[Array, " N"], layout: Layout, cache: Cache, at: Any = 0
+) -> tuple[Float[Array, "N D"], Cache]:
+    """Runs the decoder over N tokens of one row, up to and including the final norm.
 
     Args:
       lm: a model without windows (every layer sees everything).
-      tokens: from `lay`.
-      layout: likewise.
+      tokens: N in a row; either all up to somewhere in the suffix, or of the suffix.
+      layout: of the T tokens of the whole row, from `lay`.
+      cache: of T tokens, with those in front of these.
+      at: where the N begin.
+
+    Returns:
+      Hidden states, and the cache with theirs.
 
     Raises:
       ValueError: a model with local layers.
@@ -204,42 +247,24 @@ def hidden(lm: LM, tokens: Int[Array, " T"], layout: Layout) -> Float[Array, "T 
     if c.embed_scale:
         x = x * jnp.asarray(c.width**0.5, x.dtype)
     blocks: Any = transformer.unstack(lm).params["blocks"]
-    for params in blocks:
-        x = cast(Array, _Block(c).apply({"params": params}, x, layout))
+    filled = []
+    for params, *kv in zip(blocks, *cache, strict=True):
+        x, kv = cast(Any, _Block(c).apply({"params": params}, x, layout, kv, at))
+        filled.append(kv)
     norm = Norm(c.norm_eps, c.norm_offset)
-    return cast(Array, norm.apply({"params": lm.params["norm"]}, x))
+    h = cast(Array, norm.apply({"params": lm.params["norm"]}, x))
+    return h, Cache(*zip(*filled, strict=True))
 
 
-@functools.partial(jax.jit, static_argnames="last")
-def _next(lm, tokens, layout, at, *, last: bool):
-    h = hidden(lm, tokens, layout)
-    return transformer.unembed(lm, h[at][None] if last else h)
+def lengthen(layout: Layout, length: int) -> Layout:
+    """The same row with room for `length` tokens; the suffix goes on."""
+    more = length - len(layout.segment)
+    segment = jnp.pad(layout.segment, (0, more), mode="edge")
+    place = jnp.r_[layout.place, layout.place[-1] + 1 + jnp.arange(more)]
+    return layout._replace(segment=segment, place=place)
 
 
-def greedy(
-    lm: LM, prefix: Sequence[int], documents: Sequence[Sequence[int]],
-    suffix: Sequence[int], *, max_new: int, eos_ids: Sequence[int] = (),
-) -> list[int]:  # fmt: skip
-    """The greedy response to a prompt with documents, whatever their order. *Exact*.
-
-    Up to float32: documents that come in another order are added up in another order.
-
-    Args:
-      lm: as in `hidden`.
-      prefix: ids in front of the documents, BOS included.
-      documents: ids of each.
-      suffix: ids after them, up to where the response starts.
-      max_new: most tokens of it.
-      eos_ids: any of them ends it.
-    """
-    if max_new < 1:
-        raise ValueError(f"max_new={max_new}, expected at least 1")
-    said: list[int] = []
-    many = sum(map(len, (prefix, suffix, *documents)))
-    tokens, layout = lay(prefix, documents, suffix, length=many + max_new)
-    while len(said) < max_new and not (said and said[-1] in eos_ids):
-        at = many + len(said)
-        logits = _next(lm, jnp.asarray(tokens), layout, at - 1, last=True)
-        said.append(int(logits[0].argmax()))
-        tokens[at] = said[-1]
-    return said
+@jax.jit
+def hidden(lm: LM, tokens: Int[Array, " T"], layout: Layout) -> Float[Array, "T D"]:
+    """The states of a whole row. *Exact*."""
+    return read(lm, tokens, layout, empty(lm.config, len(tokens)))[0]

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignax import decode
 from alignax.models import pine, transformer
 
 PREFIX, SUFFIX = [3, 1, 4], [1, 5]
@@ -115,22 +114,21 @@ def test_the_definition_in_float64(tiny_config, make_lm):
     np.testing.assert_allclose(states(lm, DOCUMENTS), want, rtol=1e-3, atol=1e-4)
 
 
-def test_greedy_responses_are_the_same_in_every_order(tiny_lm):
-    said = [
-        pine.greedy(tiny_lm, PREFIX, order, SUFFIX, max_new=3)
-        for order in itertools.permutations(DOCUMENTS)
-    ]
-    assert said == [said[0]] * 6
-    ids = np.array([PREFIX + DOCUMENTS[0] + SUFFIX])
-    out = decode.generate(
-        tiny_lm, ids, np.array([9]), jax.random.key(0), max_new=3, temperature=0.0
+def test_a_response_is_read_token_by_token_as_with_the_whole_row(tiny_lm):
+    response = [7, 8, 9, 2]
+    want = states(tiny_lm, DOCUMENTS, suffix=[*SUFFIX, *response])[-4:]
+    tokens, layout = pine.lay(PREFIX, DOCUMENTS, SUFFIX, length=16, count=4)
+    layout = pine.lengthen(layout, 20)
+    _, cache = pine.read(
+        tiny_lm, jnp.asarray(tokens), layout, pine.empty(tiny_lm.config, 20)
     )
-    want = np.asarray(out.batch.tokens)[0, 0, 9:].tolist()
-    assert pine.greedy(tiny_lm, PREFIX, DOCUMENTS[:1], SUFFIX, max_new=3) == want
-    first = want[0]
-    assert pine.greedy(
-        tiny_lm, PREFIX, DOCUMENTS[:1], SUFFIX, max_new=3, eos_ids=[first]
-    ) == [first]
+    first, cache = pine.read(tiny_lm, jnp.array(response[:1]), layout, cache, 14)
+    # what is written again is what was written last
+    _, cache = pine.read(tiny_lm, jnp.array([1, 1, 1]), layout, cache, 15)
+    others, _ = pine.read(tiny_lm, jnp.array(response[1:]), layout, cache, 15)
+    np.testing.assert_allclose(
+        jnp.concatenate([first, others]), want, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_padding_is_never_seen(tiny_lm):

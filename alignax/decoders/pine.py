@@ -1,0 +1,171 @@
+"""PINE: responses that do not depend on the order in which a prompt gives its documents.
+
+A prompt has its documents between separators:
+
+  prefix SEP document 1 SEP .. SEP document K SEP suffix
+
+What is in front of the first and behind the last has its order; `alignax.models.pine` has
+the attention. For a judge of two answers the prefix is the question, each answer is a
+document, and the suffix asks for what is in the better one, not for its number.
+
+Source: Wang et al. 2024, https://arxiv.org/abs/2407.01100
+Differs from the paper: as `models/pine.py`; prompts come several at a time.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+from jaxtyping import Array
+
+from alignax import decode, hypotheses
+from alignax.batch import LM
+from alignax.decode import Generated
+from alignax.hypotheses import Judge
+from alignax.models import pine
+from alignax.readers import Reader
+from alignax.tokenizer import Tokenizer
+
+RANGES = {"group": "[1, inf)"}
+
+
+def search(
+    lm: LM,
+    lms: dict[str, LM],
+    prompts: Any,
+    lengths: Any,
+    key: Array,
+    *,
+    max_new: int,
+    judge: Judge | None = None,
+    temperature: float = 1.0,
+    eos_ids: Sequence[int] = (),
+    tokenizer: Tokenizer | None = None,
+    separator: str = "<|document|>",
+    group: int = 1,
+    sampling: Mapping[str, Any] | None = None,
+) -> Generated:
+    """Draws responses that no order of the documents changes. *Exact*, up to rounding.
+
+    Args:
+      lm: what draws; a model without windows.
+      lms: not read.
+      prompts: ids [B, P], right-padded.
+      lengths: real tokens of each prompt, [B].
+      key: `jax.random.key`.
+      max_new: most tokens of a response.
+      judge: not read.
+      temperature: of the law; 0 is greedy.
+      eos_ids: end a response.
+      tokenizer: turns what is between separators into ids, each piece for itself.
+      separator: in front of the documents, between them and behind them; not read.
+      group: G, responses to each prompt.
+      sampling: further settings of `decode.generate`.
+
+    Returns:
+      Generated. old_logps are under PINE, raw_logps under the policy as it is, which
+      reads the prompt as it is written, separators too. stats: those of `generate`,
+      'tokens_sampled' and 'judge_calls' (0).
+
+    Raises:
+      ValueError: an argument out of its range, no tokenizer, a prompt that has fewer than
+        two separators or whose text is not its ids, an empty document or suffix, or a
+        model with local layers.
+    """
+    del lms, judge
+    if tokenizer is None:
+        raise ValueError("pine splits text: it needs the tokenizer")
+    if group < 1 or not separator:
+        raise ValueError(
+            f"group={group}, separator={separator!r}; expected group >= 1 and a separator"
+        )
+    out = decode.generate(
+        lm, prompts, lengths, key, max_new=max_new, group=group,
+        temperature=temperature, eos_ids=eos_ids,
+        reader=reader(tokenizer, prompts, lengths, separator), **(sampling or {}),
+    )  # fmt: skip
+    stats = {"tokens_sampled": out.batch.mask.sum(), "judge_calls": 0, **out.stats}
+    raw = hypotheses.score(lm, out.batch).logps
+    return out._replace(raw_logps=raw, stats=stats)
+
+
+def reader(text: Tokenizer, prompts: Any, lengths: Any, separator: str) -> Reader:
+    """Reads these prompts by PINE, for `generate` and `speculate`. *Exact*.
+
+    A draft and the models of a guide read the prompts as they are written.
+
+    Args:
+      text: of the model.
+      prompts: ids [B, P], right-padded.
+      lengths: [B].
+      separator: as in `search`.
+
+    Raises:
+      ValueError: as in `search`.
+    """
+    prompts, lengths = np.asarray(prompts), np.asarray(lengths)
+    rows = [
+        pieces(text, ids[:n].tolist(), separator, i)
+        for i, (ids, n) in enumerate(zip(prompts, lengths, strict=True))
+    ]
+    many = [sum(map(len, row)) for row in rows]
+    count = 1 << (max(map(len, rows)) - 3).bit_length()
+    # pieces may have more ids than the whole
+    width = max(prompts.shape[1], hypotheses.bucket(max(many), max(many)))
+    laid = [pine.lay(p, d, s, width, count) for p, *d, s in rows]
+    ids = jnp.stack([jnp.asarray(ids) for ids, _ in laid])
+    layouts = jax.tree.map(lambda *x: jnp.stack(x), *(layout for _, layout in laid))
+
+    def check(others, sizes):
+        if not np.array_equal(others, prompts) or not np.array_equal(sizes, lengths):
+            raise ValueError("the reader has documents of other prompts than these")
+
+    return Reader(Partial(_begin, ids, jnp.asarray(many), layouts), _step, check)
+
+
+class _State(NamedTuple):
+    cache: pine.Cache  # each field [N, ...]
+    layout: pine.Layout  # likewise
+    shift: Array  # [N] from a place in the row to one in the layout
+
+
+def _begin(ids, many, layouts, lm, prompts, lengths, slots):
+    room = ids.shape[1] + slots - prompts.shape[1]
+
+    def one(args):
+        tokens, size, layout = args
+        layout = pine.lengthen(layout, room)
+        h, cache = pine.read(lm, tokens, layout, pine.empty(lm.config, room))
+        return h[size - 1][None], cache, layout
+
+    h, cache, layout = jax.lax.map(one, (ids, many, layouts))
+    return h, _State(cache, layout, many - lengths)
+
+
+def _step(lm, state, tokens, positions):
+    h, cache = jax.vmap(pine.read, (None, 0, 0, 0, 0))(
+        lm, tokens, state.layout, state.cache, positions[:, 0] + state.shift
+    )
+    return h, state._replace(cache=cache)
+
+
+def pieces(
+    text: Tokenizer, ids: list[int], separator: str, index: int
+) -> list[list[int]]:
+    """Ids of the prefix, of each document, and of the suffix of prompt `index`."""
+    whole = text.decode(ids, keep_specials=True)
+    if text.encode(whole) != ids:
+        raise ValueError(f"prompt {index}: its ids are not those of its text {whole!r}")
+    parts = whole.split(separator)
+    if len(parts) < 3:
+        raise ValueError(
+            f"prompt {index} has the separator {separator!r} {len(parts) - 1} times, "
+            "expected it in front of its documents, between them and behind them"
+        )
+    prefix, *documents, suffix = map(text.encode, parts)
+    if not all(map(len, documents)) or not suffix:
+        raise ValueError(f"prompt {index} has an empty document or nothing behind them")
+    return [prefix, *documents, suffix]
