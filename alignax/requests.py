@@ -112,14 +112,19 @@ def parse(
 
 
 def ragged(
-    prompts: Sequence[Sequence[int]], *, smallest: int = 16, longest: int | None = None
+    prompts: Sequence[Sequence[int]],
+    *,
+    smallest: int = 16,
+    longest: int | None = None,
+    shared: int = 0,
 ) -> tuple[Int[np.ndarray, "B P"], Int[np.ndarray, " B"]]:
-    """Lists of ids as `generate` takes them; P is a power of two, to bound compiles.
+    """Lists of ids as `generate` takes them; P - shared is a power of two: few compiles.
 
     Args:
       prompts: ids, at least one each.
-      smallest: P is at least this.
+      smallest: P - shared is at least this.
       longest: a prompt may not be longer; None = no bound.
+      shared: ids that all prompts begin with, and that a reader has read.
 
     Raises:
       ValueError: no prompt, an empty one, or one that is too long; says which.
@@ -132,7 +137,7 @@ def ragged(
             f"prompt {int(np.argmax(sizes))} has {max(sizes)} tokens, expected at most "
             f"{longest}"
         )
-    width = max(smallest, 1 << (max(sizes) - 1).bit_length())
+    width = shared + max(smallest, 1 << (max(sizes) - shared - 1).bit_length())
     out = np.zeros((len(sizes), width), np.int32)
     for row, prompt in zip(out, prompts, strict=True):
         row[: len(prompt)] = prompt

@@ -40,7 +40,7 @@ from alignax.progress import progress
 from alignax.tokenizer import Tokenizer
 
 NAME = workdirs.RESPONSES
-SHARED = 32  # tokens that all prompts begin with, and are worth a cache of their own
+SHARED = 32  # fewer tokens are as soon read again
 
 
 class Prompts(NamedTuple):
@@ -49,6 +49,7 @@ class Prompts(NamedTuple):
     examples: Sequence[Example]
     ids: list[list[int]]
     batches: list[list[int]]  # places in `examples`, the longest prompts first
+    shared: int  # tokens that all begin with, if they are worth a cache of their own
 
 
 def respond(config, workdir: str, stop: Callable[[], bool] = lambda: False) -> bool:
@@ -164,7 +165,8 @@ def tokenized(
     order = np.argsort(-sizes, kind="stable")  # memory runs out at once or never
     many = min(batch_size, len(ids))
     batches = [order[i : i + many].tolist() for i in range(0, len(ids), many)]
-    return Prompts(examples, ids, batches)
+    same = readers.common(ids) if len(ids) > 1 else 0
+    return Prompts(examples, ids, batches, same if same >= SHARED else 0)
 
 
 def _respond(config, run: build.Run, now: Prompts, stop: Callable[[], bool]) -> bool:
@@ -172,9 +174,7 @@ def _respond(config, run: build.Run, now: Prompts, stop: Callable[[], bool]) -> 
     lm = run.assemble(sharding.put_params(run.policy.params, run.mesh), run.lms)
     spec = config.generate.reward.to_dict()
     reward = rewards.load(spec) if spec else None
-    same = readers.common(now.ids)
-    same = same if same >= SHARED and len(now.ids) > 1 else 0
-    make = engine.build(config, run, lm, reward, now.ids[0][:same])
+    make = engine.build(config, run, lm, reward, now.ids[0][: now.shared])
     score = parallel.scorer(run.mesh)
     mine = jax.process_index() == 0
     done = responses.begin(
@@ -222,7 +222,7 @@ def padded(
     """A batch; copies of its first prompt fill it up, so that no shape is new."""
     fill = len(now.batches[0]) - len(places)
     places = [*places, *[places[0]] * fill]
-    tokens, lengths = requests.ragged([now.ids[i] for i in places])
+    tokens, lengths = requests.ragged([now.ids[i] for i in places], shared=now.shared)
     return tokens, lengths, places
 
 

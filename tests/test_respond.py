@@ -396,6 +396,12 @@ def test_prompts_share_a_batch_with_those_of_their_length_and_none_is_cut():
     assert places == [0, 0]
     assert tokens.shape == (2, 16)
     assert lengths.tolist() == [3, 3]
+    rows = [e._replace(prompt="y" * 40 + e.prompt) for e in rows]
+    got = respond.tokenized(rows, TEXT, batch_size=2, room=81)
+    assert got.shared == 42
+    assert respond.padded(got, [0])[0].shape == (2, 42 + 16)
+    assert respond.padded(got, [3])[0].shape == (2, 42 + 64)
+    assert respond.tokenized(rows[:1], TEXT, batch_size=2, room=81).shared == 0
 
 
 @pytest.mark.parametrize("method", ["", *generate.METHODS])
