@@ -104,8 +104,8 @@ def generate(
       is certain) and raw_logps is the policy's.
 
     Raises:
-      ValueError: an argument out of its range; a mask that leaves a row no token; a
-        guide that gives NaN.
+      ValueError: an argument out of its range; prompts that the reader cannot read; a
+        mask that leaves a row no token; a guide that gives NaN.
     """
     request = requests.parse(
         prompts, lengths, lm.config.vocab_size, max_new=max_new, group=group,

@@ -1,5 +1,6 @@
 """From a config to a function that responds to a batch of prompts, on the host."""
 
+import functools
 import inspect
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -32,6 +33,19 @@ def bind(config) -> plugin.Bound | None:
     if not name and spec:
         raise ValueError(f"config.decoder has no name, but {sorted(spec)}")
     return plugin.load("decoders", name, spec) if name else None
+
+
+def checker(config, text: Tokenizer) -> Callable[[list[int]], Any]:
+    """What raises ValueError for the ids of a prompt that the decoder cannot read.
+
+    A decoder has it as `check(text, ids, **some of its hyper-parameters)`, or not at all.
+    """
+    decoder = bind(config)
+    check = decoder and getattr(inspect.getmodule(decoder.function), "check", None)
+    if not decoder or not check:
+        return lambda ids: None
+    own = {k: v for k, v in decoder.hyper.items() if k in inspect.signature(check).parameters}  # fmt: skip
+    return functools.partial(check, text, **own)
 
 
 def settings(config, text: Tokenizer, size: int) -> dict[str, Any]:

@@ -82,7 +82,12 @@ def after(lm: LM, ids: Sequence[int] | Int[np.ndarray, " S"]) -> Reader:
       Reader, which refuses a prompt that does not begin with the prefix or has nothing
       behind it: as text it may be cut into other tokens than the beginning of a longer
       one.
+
+    Raises:
+      ValueError: no ids.
     """
+    if not len(ids):
+        raise ValueError("the prefix is empty; WHOLE reads whole prompts")
     size, known = len(ids), np.asarray(ids, np.int32)
 
     def check(prompts, lengths):

@@ -60,18 +60,19 @@ def parse(
       temperature: the others are settings of `generate`.
 
     Raises:
-      ValueError: an argument out of its range.
+      ValueError: an argument out of its range, or prompts that the reader cannot read.
     """
     if max_new < 1 or group < 1:
         raise ValueError(
             f"max_new={max_new}, group={group}; expected max_new >= 1, group >= 1"
         )
     prompts, lengths = jnp.asarray(prompts), jnp.asarray(lengths)
-    if check_prompts(prompts, lengths):
-        reader.check(np.asarray(prompts), np.asarray(lengths))
+    known = check_prompts(prompts, lengths)
     b = len(prompts)
     if prefill is not None:
         prompts, lengths = prefilled(prompts, lengths, prefill, prefill_lengths)
+    if known:
+        reader.check(np.asarray(prompts), np.asarray(lengths))
     for name, table in (("stops", stops), ("grammar", grammar)):
         if table is not None and table.next.shape[1] != size:
             raise ValueError(

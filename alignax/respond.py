@@ -40,7 +40,10 @@ from alignax.progress import progress
 from alignax.tokenizer import Tokenizer
 
 NAME = workdirs.RESPONSES
-SHARED = 32  # fewer tokens are as soon read again
+# Least tokens that all prompts begin with to be read once; they are also at least half of
+# the longest prompt. For a small part, the tiles of attention that reading behind a cache
+# does not skip cost more than the part.
+SHARED = 32
 
 
 class Prompts(NamedTuple):
@@ -49,7 +52,7 @@ class Prompts(NamedTuple):
     examples: Sequence[Example]
     ids: list[list[int]]
     batches: list[list[int]]  # places in `examples`, the longest prompts first
-    shared: int  # tokens that all begin with, if they are worth a cache of their own
+    shared: int  # tokens that all begin with; 0 if they are few
 
 
 def respond(config, workdir: str, stop: Callable[[], bool] = lambda: False) -> bool:
@@ -126,19 +129,25 @@ def check(config) -> Prompts:
         now=datetime.datetime.fromisoformat(config.date),
     )
     return tokenized(
-        examples, text, batch_size=config.batch_size,
+        examples, text, batch_size=config.batch_size, check=engine.checker(config, text),
         room=config.length - config.generate.max_new
         - len(text.encode(config.generate.prefill)),
     )  # fmt: skip
 
 
 def tokenized(
-    examples: Sequence[Example], text: Tokenizer, *, batch_size: int, room: int
+    examples: Sequence[Example],
+    text: Tokenizer,
+    *,
+    batch_size: int,
+    room: int,
+    check: Callable[[list[int]], Any] = lambda ids: None,
 ) -> Prompts:
     """Prompts as ids, none of them cut.
 
     Raises:
-      ValueError: an empty prompt, two with one id, or some of more than `room` tokens.
+      ValueError: an empty prompt, two with one id, one that does not pass `check`, or
+        some of more than `room` tokens.
     """
     ids, seen = [], set()
     for e in examples:
@@ -150,6 +159,7 @@ def tokenized(
         seen.add(e.id)
         try:
             ids.append(text.prompt(e))
+            check(ids[-1])
         except ValueError as error:
             raise ValueError(f"{e.id}: {error}") from error
     if not ids:
@@ -166,7 +176,8 @@ def tokenized(
     many = min(batch_size, len(ids))
     batches = [order[i : i + many].tolist() for i in range(0, len(ids), many)]
     same = readers.common(ids) if len(ids) > 1 else 0
-    return Prompts(examples, ids, batches, same if same >= SHARED else 0)
+    worth = same >= SHARED and 2 * same >= sizes.max()
+    return Prompts(examples, ids, batches, same if worth else 0)
 
 
 def _respond(config, run: build.Run, now: Prompts, stop: Callable[[], bool]) -> bool:

@@ -72,7 +72,9 @@ stopped=''  # 1 once the script was told to stop
 told=''
 children=()
 tell() {  # a child that has just been forked still has the handler of this script: TERM would be lost
-  [[ ${#children[@]} == 0 ]] || { sleep 1; kill -TERM "${children[@]}" 2> /dev/null || true; }
+  [[ ${#children[@]} != 0 ]] || return 0
+  sleep 0.5 || true  # a signal to the whole group ends it
+  kill -TERM "${children[@]}" 2> /dev/null || true
 }
 stop() { tell; }
 heed() {

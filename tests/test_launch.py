@@ -579,6 +579,33 @@ def test_sigterm_ends_the_wait_for_a_tpu(tmp_path, checkout):
     assert cloud.verbs() == []
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_child_that_is_deaf_when_it_starts_is_told_to_stop(tmp_path, times):
+    """bash drops a signal that comes between a fork and the child's own handlers."""
+    script = executable(
+        tmp_path / "script",
+        f""". {LAUNCH}/common.sh
+        heed
+        child() {{
+          trap '' TERM; touch {tmp_path}/on; read -rt 0.1 <> <(:) || true; trap - TERM
+          read -rt 20 <> <(:) || true
+        }}
+        code=0
+        follow child || code=$?
+        echo "code $code, stopped $stopped" """,
+    )
+    process = subprocess.Popen(
+        [script], text=True, stdout=subprocess.PIPE, start_new_session=True
+    )
+    wait_for((tmp_path / "on").exists, process)
+    process.send_signal(signal.SIGTERM)
+    for _ in range(times - 1):  # to the group: also to what the script waits for
+        time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGTERM)
+    said, _ = process.communicate(timeout=15)
+    assert said == "code 143, stopped 1\n"
+
+
 def test_the_copied_tree_knows_its_commit(tmp_path, checkout):
     cloud = Cloud(tmp_path, checkout, ["0 0"])
     assert cloud.run()[0] == 0

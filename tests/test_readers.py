@@ -73,6 +73,11 @@ def test_the_prefix_itself_is_not_read_again(tiny_lm):
     assert np.abs(np.asarray(raws[0] - raws[1])).max() > 0.1
 
 
+def test_an_empty_prefix_is_refused(tiny_lm):
+    with pytest.raises(ValueError, match="the prefix is empty"):
+        readers.after(tiny_lm, [])
+
+
 def test_what_prompts_share_is_found():
     prompts = [PREFIX + r for r in RESTS]
     assert readers.common(prompts) == 5

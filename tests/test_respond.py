@@ -343,6 +343,14 @@ def test_pieces_are_what_ids_add_to_the_text():
     assert not table.flag[state, 0xC3]
 
 
+def test_a_prompt_that_its_decoder_cannot_read_is_named_by_its_line(config, tmp_path):
+    lines = ["Which?##a##b##So", "Which?#a#So", "x##y##z"]
+    c = config("pine", lines, **{"decoder.separator": "##", "generate.group": 1})
+    with pytest.raises(ValueError, match=r"prompts.txt:2: a prompt has the separator '##' 0 times"):  # fmt: skip
+        respond.respond(c, str(tmp_path / "run"))
+    assert not (tmp_path / "run" / respond.NAME).exists()
+
+
 # -- what all prompts begin with
 
 
@@ -399,6 +407,8 @@ def test_prompts_share_a_batch_with_those_of_their_length_and_none_is_cut():
     rows = [e._replace(prompt="y" * 40 + e.prompt) for e in rows]
     got = respond.tokenized(rows, TEXT, batch_size=2, room=81)
     assert got.shared == 42
+    more = [*rows, rows[0]._replace(id="x", prompt="y" * 85)]
+    assert respond.tokenized(more, TEXT, batch_size=2, room=90).shared == 0
     assert respond.padded(got, [0])[0].shape == (2, 42 + 16)
     assert respond.padded(got, [3])[0].shape == (2, 42 + 64)
     assert respond.tokenized(rows[:1], TEXT, batch_size=2, room=81).shared == 0

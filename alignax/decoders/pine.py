@@ -63,7 +63,8 @@ def search(
       tokenizer: turns what is between separators into ids, each piece for itself.
       separator: in front of the documents, between them and behind them; not read.
       group: G, responses to each prompt.
-      sampling: further settings of `decode.generate`.
+      sampling: further settings of `decode.generate`, but no prefill: that is a part of
+        the suffix.
 
     Returns:
       Generated. old_logps are under PINE, raw_logps under the policy as it is, which
@@ -95,7 +96,8 @@ def search(
 def reader(text: Tokenizer, prompts: Any, lengths: Any, separator: str) -> Reader:
     """Reads these prompts by PINE, for `generate` and `speculate`. *Exact*.
 
-    A draft and the models of a guide read the prompts as they are written.
+    A draft and the models of a guide read the prompts as they are written. A search may
+    draw whole responses by it, but not go on with one.
 
     Args:
       text: of the model.
@@ -107,21 +109,23 @@ def reader(text: Tokenizer, prompts: Any, lengths: Any, separator: str) -> Reade
       ValueError: as in `search`.
     """
     prompts, lengths = np.asarray(prompts), np.asarray(lengths)
-    rows = [
-        pieces(text, ids[:n].tolist(), separator, i)
-        for i, (ids, n) in enumerate(zip(prompts, lengths, strict=True))
-    ]
+    asked = [row[:n].tolist() for row, n in zip(prompts, lengths, strict=True)]
+    rows = [pieces(text, ids, separator=separator) for ids in asked]
     many = [sum(map(len, row)) for row in rows]
     count = 1 << (max(map(len, rows)) - 3).bit_length()
     # pieces may have more ids than the whole
-    width = max(prompts.shape[1], hypotheses.bucket(max(many), max(many)))
+    width = max(prompts.shape[1], 1 << (max(many) - 1).bit_length())
     laid = [pine.lay(p, d, s, width, count) for p, *d, s in rows]
     ids = jnp.stack([jnp.asarray(ids) for ids, _ in laid])
     layouts = jax.tree.map(lambda *x: jnp.stack(x), *(layout for _, layout in laid))
 
     def check(others, sizes):
-        if not np.array_equal(others, prompts) or not np.array_equal(sizes, lengths):
-            raise ValueError("the reader has documents of other prompts than these")
+        rows = zip(others, sizes, strict=True)
+        if [row[:n].tolist() for row, n in rows] != asked:
+            raise ValueError(
+                "the reader has the documents of other prompts; nothing may stand behind "
+                "them: a prefill is part of their suffix, a response that has begun is not"
+            )
 
     return Reader(Partial(_begin, ids, jnp.asarray(many), layouts), _step, check)
 
@@ -130,6 +134,8 @@ class _State(NamedTuple):
     cache: pine.Cache  # each field [N, ...]
     layout: pine.Layout  # likewise
     shift: Array  # [N] from a place in the row to one in the layout
+    size: Array  # [N] tokens of the prompt in the layout
+    last: Array  # [N] of which this is the last; in the row it may be another
 
 
 def _begin(ids, many, layouts, lm, prompts, lengths, slots):
@@ -142,30 +148,41 @@ def _begin(ids, many, layouts, lm, prompts, lengths, slots):
         return h[size - 1][None], cache, layout
 
     h, cache, layout = jax.lax.map(one, (ids, many, layouts))
-    return h, _State(cache, layout, many - lengths)
+    last = jnp.take_along_axis(ids, many[:, None] - 1, 1)[:, 0]
+    return h, _State(cache, layout, many - lengths, many, last)
 
 
 def _step(lm, state, tokens, positions):
+    at = positions + state.shift[:, None]
+    again = at == state.size[:, None] - 1
+    tokens = jnp.where(again, state.last[:, None], tokens)
     h, cache = jax.vmap(pine.read, (None, 0, 0, 0, 0))(
-        lm, tokens, state.layout, state.cache, positions[:, 0] + state.shift
+        lm, tokens, state.layout, state.cache, at[:, 0]
     )
     return h, state._replace(cache=cache)
 
 
-def pieces(
-    text: Tokenizer, ids: list[int], separator: str, index: int
-) -> list[list[int]]:
-    """Ids of the prefix, of each document, and of the suffix of prompt `index`."""
+def pieces(text: Tokenizer, ids: list[int], *, separator: str) -> list[list[int]]:
+    """Ids of the prefix, of each document, and of the suffix of a prompt.
+
+    Raises:
+      ValueError: what is wrong with the prompt.
+    """
     whole = text.decode(ids, keep_specials=True)
     if text.encode(whole) != ids:
-        raise ValueError(f"prompt {index}: its ids are not those of its text {whole!r}")
+        raise ValueError(f"the ids of a prompt are not those of its text {whole!r}")
     parts = whole.split(separator)
     if len(parts) < 3:
         raise ValueError(
-            f"prompt {index} has the separator {separator!r} {len(parts) - 1} times, "
-            "expected it in front of its documents, between them and behind them"
+            f"a prompt has the separator {separator!r} {len(parts) - 1} times, expected "
+            f"it in front of its documents, between them and behind them: {whole!r}"
         )
     prefix, *documents, suffix = map(text.encode, parts)
     if not all(map(len, documents)) or not suffix:
-        raise ValueError(f"prompt {index} has an empty document or nothing behind them")
+        raise ValueError(
+            f"a prompt has an empty document or nothing behind them: {whole!r}"
+        )
     return [prefix, *documents, suffix]
+
+
+check = pieces  # what the engine asks of every prompt before it reads weights

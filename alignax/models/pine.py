@@ -15,8 +15,8 @@
 Each head and, in the suffix, each token orders the documents for itself. With one document
 that is the ordinary model. Wang et al. 2024, https://arxiv.org/abs/2407.01100
 
-Rotary knows distances alone: a key is turned by its place within its segment, once, and the
-query by how far its own position is from where the segment begins, once a segment.
+Rotary knows distances alone: a key is turned by its place within its segment, for all
+queries, and a query by how far it is from where the segment begins, once for each segment.
 
 Differs from the paper: a tie goes by the content of the documents, not by their order.
 """
@@ -144,11 +144,14 @@ def _attend(q_nhe, k_tke, v_tke, layout: Layout, at, c: ModelConfig):
     segment, place, sizes, _ = layout
     count, many = sizes.shape[0], c.num_heads // c.num_kv_heads
     scale = (c.query_scale or c.head_dim) ** -0.5
-    k_the, v_the = (jnp.repeat(x.astype(jnp.float32), many, 1) for x in (k_tke, v_tke))
+    k_tke, v_tke = (x.astype(jnp.float32) for x in (k_tke, v_tke))
+    turned_tke = _rotate(k_tke, place[:, None], c)
+    k_the, v_the, keys_the = (
+        jnp.repeat(x, many, 1) for x in (k_tke, v_tke, turned_tke)
+    )
     start = (segment == 0).sum()
     end = start + sizes.sum()
     shifts = _shifts(q_nhe, k_the, layout, at, scale)  # [N, H, K]
-    keys_the = _rotate(k_the, place[:, None], c)
 
     def one(args):
         q_he, shift_hk, mine, inner = args

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from alignax import decode, drafts, logprob, tokenizer
-from alignax.decoders import contrastive, pine
+from alignax.decoders import best_of_n, contrastive, pine
 from alignax.models import pine as model
 from alignax.models import transformer
 from alignax.speculate import speculate
@@ -81,13 +81,23 @@ def test_what_is_drawn_is_drawn_under_pine(lm):
 
 
 def test_documents_may_have_more_ids_than_the_prompt(lm, monkeypatch):
-    """Cut at a separator, a text may become more tokens."""
-    longer = lambda row: [2 * piece for piece in row]  # noqa: E731
-    plain = pine.pieces
-    monkeypatch.setattr(pine, "pieces", lambda *a: longer(plain(*a)))
-    out = search(lm, [written(d) for d in itertools.permutations(DOCUMENTS)])
+    """Cut at a separator, a text may become more tokens; a bucket compiles once."""
+    plain, longer = pine.pieces, 2
+
+    def grown(*args, **kwargs):
+        return [longer * piece for piece in plain(*args, **kwargs)]
+
+    monkeypatch.setattr(pine, "pieces", grown)
+    orders = itertools.permutations(DOCUMENTS)
+    out = search(lm, [written(d, separator="~") for d in orders], separator="~")
     assert out.batch.tokens.shape[2] == 100
     assert responses(out) == [responses(out)[0]] * 6
+    longer = 3  # 135 ids, where the row has 96 places
+    before = decode._generate._cache_size()
+    search(lm, [written(DOCUMENTS, separator="~")], separator="~")
+    longer = 4  # 180
+    search(lm, [written(DOCUMENTS, separator="~")], separator="~")
+    assert decode._generate._cache_size() == before + 1
 
 
 def test_equal_prompts_draw_by_themselves(lm):
@@ -126,13 +136,44 @@ def test_a_draft_and_a_guide_work_over_it(lm, make_lm):
     got = jax.device_get(speculate(lm, draft, prompts, lengths, key, **asked))
     assert responses(got) == responses(want)
     assert responses(want)[0] != responses(search(lm, texts[:1], max_new=8))[0]
-    with pytest.raises(ValueError, match="documents of other prompts"):
-        decode.generate(lm, prompts[::-1], lengths, key, **asked)
+    for wrong in ({"prompts": prompts[::-1]}, {"prefill": [[65], [66]]}):
+        given = {"prompts": prompts, **asked, **wrong}
+        with pytest.raises(ValueError, match="documents of other prompts"):
+            decode.generate(lm, given.pop("prompts"), lengths, key, **given)
+
+
+def test_the_best_of_n_is_drawn_by_it(lm):
+    prompts, lengths = padded([written(DOCUMENTS)])
+    reader = pine.reader(TEXT, prompts, lengths, "<|document|>")
+    out = best_of_n.search(
+        lm, {}, prompts, lengths, jax.random.key(0), max_new=4, n=2, temperature=0.0,
+        judge=lambda batch: np.zeros(batch.mask.shape[:2]), reader=reader,
+    )  # fmt: skip
+    assert responses(out) == responses(search(lm, [written(DOCUMENTS)]))
+
+
+def test_a_suffix_that_is_cut_into_other_ids_than_the_prompt(lm):
+    """A draft's block begins with the prompt's last token, which the suffix has not."""
+    merged = dataclasses.replace(
+        TEXT,
+        _encode=lambda text: TEXT.encode(text.replace("|?", "\x01")),
+        _decode=lambda ids, keep: TEXT.decode(ids).replace("\x01", "|?"),
+    )
+    ids = np.array([merged.encode("a|b|c|?")])
+    assert ids[0, -1] == 1
+    prompts, lengths, key = ids, np.array([ids.size]), jax.random.key(0)
+    reader = pine.reader(merged, prompts, lengths, "|")
+    asked = {"max_new": 6, "temperature": 0.0, "reader": reader}
+    want = jax.device_get(decode.generate(lm, prompts, lengths, key, **asked))
+    draft = drafts.ngram(lm.config.vocab_size)
+    got = jax.device_get(speculate(lm, draft, prompts, lengths, key, **asked))
+    assert responses(got) == responses(want)
+    np.testing.assert_allclose(got.raw_logps, want.raw_logps, atol=1e-4)
 
 
 WRONG = {
     "1 times": {"texts": ["a<|document|>b"]},
-    "prompt 1 has the separator 'and' 0 times": {"texts": ["1and2and3", "4"], "separator": "and"},
+    "a prompt has the separator 'and' 0 times": {"texts": ["1and2and3", "4"], "separator": "and"},
     "empty document": {"texts": [written(["a", ""])]},
     "nothing behind": {"texts": [written(["a", "b"], suffix="")]},
     "expected group >= 1": {"texts": ["a"], "group": 0},
@@ -148,7 +189,7 @@ def test_what_has_no_documents_is_named(lm, message):
 
 def test_ids_that_are_not_those_of_their_text_are_named(lm):
     ids = np.array([[256, *TEXT.encode(written(["a", "b"]))]])
-    with pytest.raises(ValueError, match="prompt 0: its ids are not those of its text '<bos>"):  # fmt: skip
+    with pytest.raises(ValueError, match="not those of its text '<bos>"):  # fmt: skip
         pine.search(
             lm, {}, ids, np.array([ids.size]), jax.random.key(0), max_new=1,
             tokenizer=TEXT,

@@ -49,19 +49,22 @@ def test_a_documents_own_tokens_move_with_it(tiny_lm):
 
 
 def test_the_definition_in_float64(tiny_config, make_lm):
-    """One layer, one head, by loops over tokens."""
+    """One layer by loops over tokens: heads that share keys, each with its own order."""
     config = dataclasses.replace(
-        tiny_config, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=4
-    )
+        tiny_config, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=4,
+        attn_softcap=0.8, query_scale=2.0, rope_scaling=("linear", 3.0),
+        embed_scale=True,
+    )  # fmt: skip
     lm = make_lm(config)
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), lm.params)
     block = jax.tree.map(lambda x: x[0], p["blocks"])
+    scale = 2.0**-0.5
 
     def norm(x, scale):
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps) * scale
 
     def turned(x, position):
-        angle = position * config.rope_theta ** (-np.arange(0, 4, 2) / 4)
+        angle = position / 3 * config.rope_theta ** (-np.arange(0, 4, 2) / 4)
         a, b = x[:2], x[2:]
         return np.r_[a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)]  # fmt: skip
 
@@ -69,49 +72,70 @@ def test_the_definition_in_float64(tiny_config, make_lm):
     flat = [
         (s, i, token) for s, part in enumerate(parts) for i, token in enumerate(part)
     ]
-    x = p["embed"][[token for *_, token in flat]]
-    h = norm(x, block["attn_norm"]["scale"])
-    q, k, v = (h @ block["attn"][n]["kernel"][:, 0] for n in "qkv")
+    x = p["embed"][[token for *_, token in flat]] * config.width**0.5
+    normed = norm(x, block["attn_norm"]["scale"])
     documents, end = (1, 2, 3), 3 + 9
     sizes = {j: len(parts[j]) for j in documents}
+    orders = set()
 
-    def weights(t, among):
-        use = [u for u, (s, *_) in enumerate(flat) if s in among]
-        z = np.array([q[t] @ k[u] / 2 for u in use])
-        a = np.exp(z - z.max())
-        return dict(zip(use, a / a.sum(), strict=True))
+    def one(head):
+        kernels = (block["attn"][n]["kernel"] for n in "qkv")
+        places = head, head // 2, head // 2
+        q, k, v = (normed @ w[:, h] for w, h in zip(kernels, places, strict=True))
 
-    def importance(t, among):
-        a = weights(t, among)
-        return {j: sum(a[u] for u, (s, *_) in enumerate(flat) if s == j) / sizes[j] for j in among}  # fmt: skip
+        def importance(t, among):
+            use = [u for u, (s, *_) in enumerate(flat) if s in among]
+            z = np.array([q[t] @ k[u] * scale for u in use])
+            a = np.exp(z - z.max())
+            a = dict(zip(use, a / a.sum(), strict=True))
+            return {j: sum(a[u] for u, (s, *_) in enumerate(flat) if s == j) / sizes[j] for j in among}  # fmt: skip
 
-    out = np.zeros((len(flat), 4))
-    for t, (s, i, _) in enumerate(flat):
-        if s in documents:
-            others = [j for j in documents if j != s]
-            rows = [importance(r, others) for r, (z, *_) in enumerate(flat) if z == s]
-            value = {j: sum(row[j] for row in rows) for j in others}
-            order = [s, *sorted(others, key=lambda j, v=value: -v[j])]
-            position = end - sizes[s] + i
-        else:
-            value = importance(t, documents)
-            order = sorted(documents, key=lambda j, v=value: -v[j])
-            position = i if s == 0 else end + i
-        shift = {j: sum(sizes[o] for o in order[: order.index(j)]) for j in documents}
-        at = [
-            n if z == 0 else end + n if z == 4 else end - shift[z] - sizes[z] + n
-            for z, n, _ in flat
-        ]
-        use = [u for u in range(len(flat)) if at[u] <= position]
-        z = np.array([turned(q[t], position) @ turned(k[u], at[u]) / 2 for u in use])
-        a = np.exp(z - z.max())
-        out[t] = (a / a.sum()) @ v[use]
-    x = x + out @ block["attn"]["o"]["kernel"][0]
+        out = np.zeros((len(flat), 4))
+        for t, (s, i, _) in enumerate(flat):
+            if s in documents:
+                others = [j for j in documents if j != s]
+                rows = [
+                    importance(r, others) for r, (z, *_) in enumerate(flat) if z == s
+                ]
+                value = {j: sum(row[j] for row in rows) for j in others}
+                order = [s, *sorted(others, key=lambda j, v=value: -v[j])]
+                position = end - sizes[s] + i
+            else:
+                value = importance(t, documents)
+                order = sorted(documents, key=lambda j, v=value: -v[j])
+                position = i if s == 0 else end + i
+            orders.add((t, *order))
+            shift = {
+                j: sum(sizes[o] for o in order[: order.index(j)]) for j in documents
+            }
+            at = [
+                n if z == 0 else end + n if z == 4 else end - shift[z] - sizes[z] + n
+                for z, n, _ in flat
+            ]
+            use = [u for u in range(len(flat)) if at[u] <= position]
+            z = [turned(q[t], position) @ turned(k[u], at[u]) * scale for u in use]
+            z = 0.8 * np.tanh(np.array(z) / 0.8)
+            a = np.exp(z - z.max())
+            out[t] = (a / a.sum()) @ v[use]
+        return out @ block["attn"]["o"]["kernel"][head]
+
+    x = x + sum(map(one, range(4)))
+    assert len(orders) > len(flat) + 3  # heads do not agree
     g = norm(x, block["mlp_norm"]["scale"])
     gate, up = (g @ block["mlp"][n]["kernel"] for n in ("gate", "up"))
     x = x + (gate / (1 + np.exp(-gate)) * up) @ block["mlp"]["down"]["kernel"]
     want = norm(x, p["norm"]["scale"])
     np.testing.assert_allclose(states(lm, DOCUMENTS), want, rtol=1e-3, atol=1e-4)
+
+
+def test_documents_of_one_importance_are_ordered_by_what_they_say():
+    zeros, shifts = jnp.zeros((14, 1, 4)), []
+    for order in itertools.permutations(DOCUMENTS):
+        _, layout = pine.lay(PREFIX, order, SUFFIX)
+        got = pine._shifts(zeros, zeros, layout, 0, 1.0)[-1, 0]
+        shifts.append(dict(zip(map(tuple, order), got.tolist(), strict=True)))
+    assert shifts == [shifts[0]] * 6
+    assert len(set(shifts[0].values())) == 3
 
 
 def test_a_response_is_read_token_by_token_as_with_the_whole_row(tiny_lm):
