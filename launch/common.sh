@@ -71,7 +71,8 @@ pack() {  # the committed tree, with its commit's name as the file COMMIT; in th
 stopped=''  # 1 once the script was told to stop
 told=''
 children=()
-tell() {  # a child that has just been forked still has the handler of this script: TERM would be lost
+# A child has this script's handler for a moment after the fork: TERM would be lost on it.
+tell() {
   [[ ${#children[@]} != 0 ]] || return 0
   sleep 0.5 || true  # a signal to the whole group ends it
   kill -TERM "${children[@]}" 2> /dev/null || true
