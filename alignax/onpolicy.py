@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import math
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -28,7 +29,7 @@ from alignax import (
 from alignax.batch import LM, Params
 
 # What a file of reference rewards holds, and whose folder it is in: for messages.
-REWARDS = {"what": "rewards", "setting": "config.rollout.cache"}
+REWARDS: Any = {"what": "rewards", "setting": "config.rollout.cache"}
 
 
 def rollouts(
@@ -224,9 +225,9 @@ def reference_rewards(
     path = folder / "reference_rewards.npz"
     kept: sampler.Baseline | None = None
     if workdirs.everywhere(path.exists(), f"{path} is there"):
-        kept = sampler.untable(
-            refcache.load(path, key, **REWARDS), [e.id for e in some]
-        )
+        also = {k: str(v) for k, v in judged.identity(earlier=True).items()}
+        table = refcache.load(path, key, **REWARDS, also=also)
+        kept = sampler.untable(table, [e.id for e in some])
 
     def baseline() -> sampler.Baseline:
         if kept is not None:

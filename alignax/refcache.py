@@ -12,7 +12,8 @@ import dataclasses
 import hashlib
 import json
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -134,7 +135,7 @@ def save(path, table: Table, key: dict[str, str]) -> None:
 
 def load(
     path, key: dict[str, str], *, what: str = "log-probabilities",
-    setting: str = "config.reference_cache",
+    setting: str = "config.reference_cache", also: Mapping[str, str] = MappingProxyType({}),
 ) -> Table:  # fmt: skip
     """Reads a table that was made of exactly what `key` says.
 
@@ -143,6 +144,7 @@ def load(
       key: from `describe` or `describe_lm`.
       what: the numbers, for messages.
       setting: which key of the config names their folder, for messages.
+      also: parts of the key as an earlier version of this package wrote them.
 
     Raises:
       ValueError: it was made of something else; the parts that differ are named.
@@ -156,7 +158,7 @@ def load(
     differ = [
         f"{k} ({made_of.get(k, 'absent')} there, {key.get(k, 'absent')} here)"
         for k in sorted({*made_of, *key})
-        if made_of.get(k) != key.get(k)
+        if made_of.get(k) not in (key.get(k), also.get(k, key.get(k)))
     ]
     if differ:
         raise ValueError(

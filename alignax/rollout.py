@@ -153,13 +153,16 @@ def rollout_source(
     def pool() -> np.ndarray:
         return np.sort(np.concatenate([*reference().values()]))[None]
 
-    data = hashlib.sha256(contents(examples).encode())
-    settings = (
-        batch_size, seed, length, keep, sorted(counts.items()), dynamic_sampling,
-        anchor is not None, sorted(sampler.identity().items()),
-    )  # fmt: skip
-    data.update(repr(settings).encode())
-    identity = data.hexdigest()[:16]
+    def identify(earlier: bool = False) -> str:
+        data = hashlib.sha256(contents(examples).encode())
+        settings = (
+            batch_size, seed, length, keep, sorted(counts.items()), dynamic_sampling,
+            anchor is not None, sorted(sampler.identity(earlier=earlier).items()),
+        )  # fmt: skip
+        data.update(repr(settings).encode())
+        return data.hexdigest()[:16]
+
+    identity = identify()
     stream = functools.partial(jax.random.fold_in, jax.random.key(seed))
     # The rollout in use, its number, how many of its batches are used up, and how many
     # batches of prompts were drawn so far.
@@ -299,7 +302,7 @@ def rollout_source(
         return {**place, "data": identity, **kept}
 
     def restore(saved: dict[str, Any]) -> None:
-        if saved.get("data") != identity:
+        if saved.get("data") not in (identity, identify(earlier=True)):
             raise ValueError(
                 "the saved rollout belongs to other prompts or other rollout settings: "
                 f"saved {saved.get('data')}, here {identity}"

@@ -138,10 +138,15 @@ class Sampler(NamedTuple):
         used = (self.overlong_buffer - left) / max(self.overlong_buffer, 1)
         return np.clip(used, 0, 1).astype(np.float32)
 
-    def identity(self) -> dict[str, Any]:
-        """What the numbers of a reference rollout depend on, part by part."""
+    def identity(self, *, earlier: bool = False) -> dict[str, Any]:
+        """What the numbers of a reference rollout depend on, part by part.
+
+        Args:
+          earlier: as runs before 2026-12 saved it (see `rewards.earlier_identity`).
+        """
+        of = rewards.earlier_identity if earlier else rewards.identity
         return {
-            "reward": rewards.identity(self.reward), "tokenizer": self.tokenizer.fingerprint,
+            "reward": of(self.reward), "tokenizer": self.tokenizer.fingerprint,
             "max_new": self.max_new, "temperature": self.temperature,
             "truncated": f"{self.truncated} {self.punishment}",
             "overlong": f"{self.overlong_buffer} {self.overlong_penalty}",

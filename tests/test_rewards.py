@@ -195,13 +195,47 @@ def test_the_identity_of_a_reward_holds_its_code(monkeypatch):
     assert judge.name in before[0]
     source = rewards.inspect.getsource
 
-    def edited(f):
-        return source(f) + "# " * (f is judge.function)
+    def edited(extra):
+        def getsource(f):
+            return source(f) + extra * (f is judge.function)
 
-    monkeypatch.setattr(rewards.inspect, "getsource", edited)
-    after = [rewards.identity(judge), rewards.identity(several)]
+        monkeypatch.setattr(rewards.inspect, "getsource", getsource)
+        return [rewards.identity(judge), rewards.identity(several)]
+
+    assert edited("    # a comment\n") == before
+    after = edited("    raise\n")
     assert before[0] != after[0]
     assert before[1] != after[1]
+
+
+SAME_CODE = (
+    "def f(text):\n    return text.count('a') / 2\n",
+    'def f(text):  # why\n    return text.count("a") / 2\n',
+    'def f(text):\n    """What it is."""\n    return text.count("a") / 2\n',
+    "    def f(text):\n        return (\n            text.count('a')\n            / 2\n        )\n",
+)
+OTHER_CODE = (
+    "def f(text):\n    return text.count('a') / 3\n",
+    "def f(text):\n    return text.count('b') / 2\n",
+    "def f(text, n=2):\n    return text.count('a') / n\n",
+    "def f(text):\n    return text.count('a') // 2\n",
+    "@float\ndef f(text):\n    return text.count('a') / 2\n",
+)
+
+
+def test_comments_docstrings_and_layout_are_not_code(monkeypatch):
+    def digest(source):
+        monkeypatch.setattr(rewards.inspect, "getsource", lambda f: source)
+        return rewards.code_digest(len)
+
+    same = {digest(source) for source in SAME_CODE}
+    assert len(same) == 1
+    others = {digest(source) for source in OTHER_CODE}
+    assert len(others) == len(OTHER_CODE)
+    assert not others & same
+    # a docstring that is all there is, and half a line of source
+    assert digest('def f(x):\n    """A."""\n') == digest('def f(x):\n    """B."""\n')
+    assert digest("key=lambda text: 1)\n") != digest("key=lambda text: 2)\n")
 
 
 def reads_both(batch, texts, lms, *, tokenizer, score=None, shift=0.0):

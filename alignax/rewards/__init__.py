@@ -4,8 +4,10 @@ A dotted name may also point to any function from a response's text to a number.
 that takes the keywords `tokenizer` or `score` is handed the run's own.
 """
 
+import ast
 import hashlib
 import inspect
+import textwrap
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -86,20 +88,94 @@ def call(
     return values
 
 
-def identity(reward: Bound) -> str:
-    """What the numbers of a reward depend on, as far as it can be read: names and code."""
+def identity(reward: Bound, *, digest: Callable[[Callable], str] | None = None) -> str:
+    """What the numbers of a reward depend on, as far as it can be read: names and code.
+
+    Comments, docstrings and the layout of the source do not count.
+
+    Args:
+      reward: from `load`.
+      digest: of a function; `code_digest` by default.
+    """
+    digest = digest or code_digest
     members = {
-        label: identity(load(member if isinstance(member, str) else dict(member)))
+        label: identity(
+            load(member if isinstance(member, str) else dict(member)), digest=digest
+        )
         for label, member in reward.hyper.get("members", {}).items()
     }
-    try:
-        code = inspect.getsource(reward.function)
-    except (OSError, TypeError):  # typed in, or no plain function
-        made: Any = getattr(reward.function, "__code__", None)
-        code = made.co_code.hex() if made else type(reward.function).__qualname__
-    digest = hashlib.sha256(code.encode()).hexdigest()[:16]
-    parts = [reward.name, sorted(reward.hyper.items()), digest, sorted(members.items())]
+    parts = [
+        reward.name, sorted(reward.hyper.items()), digest(reward.function),
+        sorted(members.items()),
+    ]  # fmt: skip
     return " ".join(str(p) for p in parts if p != [])
+
+
+def earlier_identity(reward: Bound) -> str:
+    """The identity that runs before 2026-12 saved, in which comments and docstrings count.
+
+    Rewards of this package have changed their docstrings since, so EARLIER keeps what
+    their source was; that of any other function is read again.
+    """
+
+    def digest(function: Callable) -> str:
+        now = code_digest(function)
+        return EARLIER.get(now) or _digest(_source(function))
+
+    return identity(reward, digest=digest)
+
+
+# code_digest of a reward -> the digest of its source at commit 2628565. An entry holds
+# only as long as the code is the same.
+EARLIER: dict[str, str] = {
+    "90098e287a280b39": "28455d78bbf2763d",  # constraints
+    "de1c256c0bbd383e": "c071a8295fc8a781",  # ensemble
+    "40d3892a4e7e0670": "7607432f0f4c40e8",  # model
+    "e68326d815207a1e": "c98c8c18b9c2a89f",  # relevance
+}
+
+
+def code_digest(function: Callable) -> str:
+    """16 hex digits of a function's syntax tree without comments and docstrings."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):  # typed in, or in the middle of a line
+        return _digest(_source(function))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and _is_docstring(body[0]):
+            body[:1] = [] if len(body) > 1 else [ast.Pass()]
+    return _digest(repr(_plain_tree(tree)))
+
+
+def _is_docstring(node: ast.AST) -> bool:
+    value = node.value if isinstance(node, ast.Expr) else None
+    return isinstance(value, ast.Constant) and isinstance(value.value, str)
+
+
+def _plain_tree(node: Any) -> Any:
+    """A syntax tree as tuples, without the empty fields that Python versions add."""
+    if isinstance(node, list):
+        return tuple(map(_plain_tree, node))
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = [
+        (k, _plain_tree(v)) for k, v in ast.iter_fields(node) if v not in (None, [])
+    ]
+    return (type(node).__name__, *fields)
+
+
+def _source(function: Callable) -> str:
+    """The source as it stands, or the compiled code where there is none."""
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):  # typed in, or no plain function
+        made: Any = getattr(function, "__code__", None)
+        return made.co_code.hex() if made else type(function).__qualname__
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _judged(

@@ -1,0 +1,51 @@
+"""Runs that an earlier version of the package wrote go on: see golden/make_runs.py."""
+
+import importlib.util
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+
+from alignax import train
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+spec = importlib.util.spec_from_file_location("make_runs", GOLDEN / "make_runs.py")
+make_runs = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(make_runs)
+CLOCK = ("tokens_per_second", "sampling", "scoring", "updating")
+
+
+def metrics(row):
+    """What does not depend on the clock."""
+    return {k: v for k, v in row.items() if not k.endswith(CLOCK)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dpo", "rl"])
+def test_a_run_of_an_earlier_version_goes_on(name, tmp_path, capsys, monkeypatch):
+    workdir = tmp_path / "run"
+    shutil.unpack_archive(GOLDEN / f"run_{name}.zip", workdir)
+    after = json.loads((workdir / "after.json").read_text())
+    rewards = workdir / "reference_rewards.npz"
+    kept = rewards.read_bytes() if rewards.exists() else None
+    monkeypatch.chdir(workdir)
+    state = train.train(make_runs.configs()[name], ".")
+    assert int(state.step) == make_runs.NUM_STEPS
+    assert f"resumed at step {make_runs.STOPPED} of" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
+    steps = [r["step"] for r in rows if r["step"]]
+    assert steps == list(range(1, make_runs.NUM_STEPS + 1))
+    got = [r for r in rows if r["step"] > make_runs.STOPPED]
+    for mine, theirs in zip(got, after, strict=True):
+        mine, theirs = metrics(mine), metrics(theirs)
+        assert mine.keys() == theirs.keys()
+        for key, value in theirs.items():
+            # another processor or compiler rounds differently, and three steps of a rate
+            # of .01 amplify it
+            np.testing.assert_allclose(
+                mine[key], value, rtol=2e-3, atol=2e-4, err_msg=key
+            )
+    if kept is not None:  # they were read, not drawn again
+        assert rewards.read_bytes() == kept
