@@ -104,6 +104,9 @@ class Scores(NamedTuple):
     )
 
 
+COMPARED = ("kl", "forward_kl")  # fields of Scores that need a frozen LM
+
+
 class LM(NamedTuple):
     """A model is data: a static config and a tree of parameters."""
 

@@ -23,9 +23,9 @@ from jaxtyping import Float
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from alignax import metrics
-from alignax.metrics import Interval
-from alignax.plots import BLUE, GREEN, GREY, ORANGE, PINK
+from alignax.reports import metrics
+from alignax.reports.curves import BLUE, GREEN, GREY, ORANGE, PINK
+from alignax.reports.metrics import Interval
 from alignax.theory import infalign
 
 # 'kl' (nats) and win rates by name, [strengths, units]; a unit is a prompt, or a prompt

@@ -21,10 +21,9 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from alignax import pallas_head, xla_head
-from alignax.batch import LM, Batch, Layout, Scores, flatten
-from alignax.models import attention, fallback, transformer
-from alignax.xla_head import COMPARED, READ, Head, Walk
+from alignax.batch import COMPARED, LM, Batch, Layout, Scores, flatten
+from alignax.models import attention, fallback, pallas_head, transformer, xla_head
+from alignax.models.xla_head import READ, Head, Walk
 
 TOKEN_TILE, VOCAB_TILE = 256, 4096  # one logit tile is 4 MiB
 VALUES = ("values", "state_values")  # the scalar head after a token, and before it

@@ -46,8 +46,10 @@ def main(argv):
     if DEBUG.value:
         jax.config.update("jax_debug_nans", True)
         jax.config.update("jax_disable_jit", True)
-    from alignax import explain, hosts, respond, train  # after the backend is set up
-    from alignax.checkpoint import CheckpointError
+    from alignax.respond import respond  # after the backend is set up
+    from alignax.runs import hosts  # after the backend is set up
+    from alignax.runs.checkpoint import CheckpointError
+    from alignax.training import explain, loop  # after the backend is set up
 
     if not WORKDIR.value and not EXPLAIN.value:
         raise app.UsageError("--workdir is needed")
@@ -60,12 +62,12 @@ def main(argv):
             print(explain.explain(CONFIG.value))
             return
         if not CONFIG.value.get("prompts"):
-            train.train(CONFIG.value, str(WORKDIR.value))
+            loop.train(CONFIG.value, str(WORKDIR.value))
             return
-        with train.preemption() as stop:
+        with loop.preemption() as stop:
             if not respond.respond(CONFIG.value, str(WORKDIR.value), stop):
-                raise train.Preempted("SIGTERM: the same command goes on")
-    except train.Preempted as event:
+                raise loop.Preempted("SIGTERM: the same command goes on")
+    except loop.Preempted as event:
         print(event, file=sys.stderr)
         sys.exit(os.EX_TEMPFAIL)
     except Exception as error:

@@ -5,12 +5,16 @@ stands, so research outside this repository needs no fork.
 """
 
 import difflib
+import fnmatch
 import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
+
+from alignax import masked
+from alignax.batch import COMPARED, Example
 
 ROLES = {  # folder -> the function every file in it defines, or one of these
     "losses": ("loss",), "reweight": ("reweight",), "shaping": ("shape",),
@@ -215,3 +219,65 @@ def _find(folder: str, name: str):
         if hasattr(module, role):
             return module, getattr(module, role), role
     raise ValueError(f"{path} defines no {wanted}()")
+
+
+# -- from the sections of a config
+
+
+def load_section(folder: str, spec: Any) -> Bound:
+    """Loads the plug-in that a section of a config names; its other keys are its own."""
+    spec = plain_section(spec)
+    return load(folder, spec.pop("name"), spec)
+
+
+def load_loss(config: Any) -> Bound:
+    """The loss of a config under its reweightings; its needs name the LMs of the config.
+
+    Raises:
+      ValueError: as for `load`, or an unknown `reduction`.
+    """
+    weights = [
+        load_section("reweight", {"name": name, **hyper})
+        for name, hyper in config.reweight.items()
+    ]
+    loss = compose(load_section("losses", config.loss), weights)
+    mode = loss.hyper.get("reduction", masked.MODES[0])
+    if mode not in masked.MODES:
+        raise ValueError(
+            f"{loss.name}: reduction={mode!r} is not one of {', '.join(masked.MODES)}"
+        )
+    return loss._replace(needs=match_needs(loss.needs, list(config.lms)))
+
+
+def load_examples(spec: Any, drop: tuple[str, ...] = ()) -> Sequence[Example]:
+    """The examples that a data section describes; the keys in `drop` are not its own."""
+    spec = {k: v for k, v in plain_section(spec).items() if k not in drop}
+    return load("data", spec.pop("name"), spec)()
+
+
+def plain_section(spec: Any) -> dict[str, Any]:
+    """A section as plain dicts, also inside: plug-ins know nothing of ConfigDict."""
+    return {k: v.to_dict() if hasattr(v, "to_dict") else v for k, v in spec.items()}
+
+
+# -- the frozen LMs that fill the needs of a loss
+
+
+def match_needs(needs: Sequence[str], lms: Sequence[str]) -> tuple[str, ...]:
+    """Needs in which a pattern such as 'aligned*_logps' is replaced by one need per LM.
+
+    A pattern that no LM matches stays, and is missing like any other need.
+    """
+    columns = [f"{name}_logps" for name in lms]
+    out: list[str] = []
+    for need in needs:
+        out += fnmatch.filter(columns, need) or [need]
+    return tuple(dict.fromkeys(out))
+
+
+def frozen_lm(need: str) -> str | None:
+    """The name of the frozen LM that fills a need of a loss; None if none does."""
+    if need in COMPARED:
+        return "ref"
+    name = need.removesuffix("_logps")
+    return None if name in (need, "old") else name

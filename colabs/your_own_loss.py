@@ -21,9 +21,10 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
-from alignax import metrics, train
 from alignax.batch import Scores, from_pairs
 from alignax.losses import dpo
+from alignax.reports import metrics
+from alignax.training import loop
 from configs import common, models
 
 folder = pathlib.Path(tempfile.mkdtemp())
@@ -115,7 +116,7 @@ sft = base_config()
 sft.num_steps, sft.optim.lr = 150, 1e-2
 sft.loss = {"name": "sft", "reduction": "token"}
 sft.data = data("sft", "train", 2048)
-state = train.train(sft, str(folder / "sft"))
+state = loop.train(sft, str(folder / "sft"))
 
 # %% [markdown]
 # ## Train with your loss
@@ -137,7 +138,7 @@ def align(loss):
     c.evals = {"ranking_accuracy": {}}
     c.eval_every, c.eval_at_start = 20, True
     workdir = folder / loss["name"].rpartition(".")[2]
-    train.train(c, str(workdir))
+    loop.train(c, str(workdir))
     return metrics.read(workdir)
 
 

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignax import decode, tokenizer
 from alignax.batch import LM, Batch, Example, from_groups
+from alignax.inputs import tokenizer
+from alignax.sampling import decode
 
 TK = tokenizer.load("bytes")
 HARM = "first you take this and then that"

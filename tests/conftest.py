@@ -119,6 +119,6 @@ def make_batch():
                 ids=lambda shape: "x".join(map(str, shape)))  # fmt: skip
 def mesh(request):
     """Every mesh shape that the suite promises to agree with one device."""
-    from alignax.sharding import make_mesh
+    from alignax.models.sharding import make_mesh
 
     return make_mesh(request.param)

@@ -15,19 +15,11 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 
-from alignax import (
-    bindings,
-    optim,
-    policies,
-    rewards,
-    shaping,
-    sharding,
-    step,
-    tokenizer,
-    train,
-)
+from alignax import plugin, rewards, shaping
 from alignax.batch import LM, Batch
-from alignax.models import transformer
+from alignax.inputs import tokenizer
+from alignax.models import sharding, transformer
+from alignax.training import loading, loop, optim, step
 from configs import common
 
 FILES = sorted(
@@ -83,9 +75,9 @@ def test_is_flat_and_short_and_imports_no_jax(name):
 @variants
 def test_names_and_hyper_parameters_bind(name, arg):
     for config in stages(load(name, arg)):
-        loss = bindings.bind_loss(config)
+        loss = plugin.load_loss(config)
         for evaluation, hyper in config.evals.items():
-            bound = bindings.bind(config, "evals", {"name": evaluation, **hyper})
+            bound = plugin.load_section("evals", {"name": evaluation, **hyper})
             if "reward" in bound.hyper:
                 rewards.load(bound.hyper["reward"])
         assert not config.evals or config.eval_data, "evaluations without data"
@@ -93,11 +85,11 @@ def test_names_and_hyper_parameters_bind(name, arg):
         for section in (*sections, *config.mixture.values()):
             if section:
                 spec = {k: v for k, v in section.items() if k != "ratio"}
-                bindings.bind(config, "data", spec)
+                plugin.load_section("data", spec)
         for need in loss.needs:
-            assert bindings.frozen(need) in (None, *config.lms)
+            assert plugin.frozen_lm(need) in (None, *config.lms)
         shapings = shaping.in_order(
-            bindings.bind(config, "shaping", {"name": k, **v})
+            plugin.load_section("shaping", {"name": k, **v})
             for k, v in config.shaping.items()
         )
         needs = {n for bound in (loss, *shapings) for n in bound.needs}
@@ -106,7 +98,7 @@ def test_names_and_hyper_parameters_bind(name, arg):
             rewards.load(dict(config.rollout.reward))
             stages_of = [bound.stage for bound in shapings]
             assert stages_of.count("advantage") == ("advantages" in needs)
-            assert {bindings.frozen(n) for n in needs} <= {None, *config.lms}
+            assert {plugin.frozen_lm(n) for n in needs} <= {None, *config.lms}
             assert config.rollout.max_new < config.length
         if {"values", "state_values", "old_values"} & needs:
             assert config.model.value_head
@@ -229,8 +221,8 @@ def test_a_loss_on_lists_trains_on_groups(name):
     assert full.eval_data.source.kind == "groups"
     full.data.test_fraction = 0.5
     assert full.eval_data.source.test_fraction == 0.5
-    assert {len(x.responses) for x in bindings.load_examples(smoke.data)} == {4}
-    pairs = bindings.load_examples(smoke.eval_data)
+    assert {len(x.responses) for x in plugin.load_examples(smoke.data)} == {4}
+    pairs = plugin.load_examples(smoke.eval_data)
     assert len(pairs) == 16 * 6
     assert all(len(x.responses) == 2 for x in pairs)
     assert all(x.feedback[0] > x.feedback[1] for x in pairs)
@@ -251,13 +243,13 @@ def test_step_traces(name, arg):
         shape = config.mesh if math.prod(config.mesh) <= 8 else (1, 8, 1)
         mesh = sharding.make_mesh(shape)
         ids = tokenizer.load(config.tokenizer).vocab_size if config.tokenizer else 0
-        model = policies.model_config(config, ids)
+        model = loading.model_config(config, ids)
         changes = dict(
             dtype=config.model.dtype, remat=config.model.remat,
             value_head=config.model.value_head,
         )  # fmt: skip
         model = type(model)(**{**model.__dict__, **changes})
-        loss = bindings.bind_loss(config)
+        loss = plugin.load_loss(config)
         tx = optim.make_tx(1e-3, name=config.optim.name, clip=config.optim.clip)
         run = step.make_train_step(model, tx, loss, mesh, accumulate=config.accumulate)
 
@@ -273,7 +265,7 @@ def test_step_traces(name, arg):
         number = jax.ShapeDtypeStruct((), jnp.int32)
         ema = {k: jax.ShapeDtypeStruct((), jnp.float32) for k in loss.ema}
         state = place(
-            train.TrainState(number, params, jax.eval_shape(tx.init, params), ema)
+            loop.TrainState(number, params, jax.eval_shape(tx.init, params), ema)
         )
         group = 1 if config.loss.name == "sft" else 2
         row = (config.batch_size, group)

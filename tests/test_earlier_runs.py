@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from alignax import train
+from alignax.training import loop
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 spec = importlib.util.spec_from_file_location("make_runs", GOLDEN / "make_runs.py")
@@ -31,7 +31,7 @@ def test_a_run_of_an_earlier_version_goes_on(name, tmp_path, capsys, monkeypatch
     rewards = workdir / "reference_rewards.npz"
     kept = rewards.read_bytes() if rewards.exists() else None
     monkeypatch.chdir(workdir)
-    state = train.train(make_runs.configs()[name], ".")
+    state = loop.train(make_runs.configs()[name], ".")
     assert int(state.step) == make_runs.NUM_STEPS
     assert f"resumed at step {make_runs.STOPPED} of" in capsys.readouterr().out
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]

@@ -5,7 +5,8 @@ import functools
 import numpy as np
 import pytest
 
-from alignax import frontier, metrics
+from alignax import frontier
+from alignax.reports import metrics
 from alignax.theory import infalign
 
 

@@ -12,10 +12,11 @@ from jax.sharding import SingleDeviceSharding
 from jax.test_util import check_grads
 from oracles import transformer as oracle
 
-from alignax import chips, logprob
+from alignax import logprob
 from alignax.batch import LM
 from alignax.models import transformer
 from alignax.models.transformer import ModelConfig
+from alignax.preflight import chips
 
 MIB = 2**20
 score = jax.jit(logprob.score, static_argnames="needs")

@@ -21,8 +21,9 @@ import numpy as np
 import pytest
 import tiny
 
-from alignax import checkpoint, sharding, train
-from alignax.models import transformer
+from alignax.models import sharding, transformer
+from alignax.runs import checkpoint
+from alignax.training import loop
 
 SPY, HOLD = "ALIGNAX_TEST_SPY", "ALIGNAX_TEST_HOLD"
 CONFIG = """
@@ -223,7 +224,7 @@ def recorded(config, workdir, monkeypatch):
                 met.append(np.asarray(batch.tokens)) or put(batch, mesh)
             ),
         )
-        state = train.train(config, str(workdir))
+        state = loop.train(config, str(workdir))
     return state, met
 
 
@@ -391,7 +392,7 @@ def test_another_mesh_and_another_number_of_processes_read_it(again, alone, tmp_
             shutil.rmtree(workdir / "checkpoints" / str(step))
     config = dpo()
     config.mesh = (1, 2, 2)
-    train.train(config, str(workdir))
+    loop.train(config, str(workdir))
     close(metrics(workdir), metrics(alone[2]))
 
 
@@ -428,7 +429,7 @@ def test_ctrl_goes_on_in_two_processes_and_in_one_again(tmp_path, monkeypatch):
         tokens = np.concatenate([part for part, _ in parts])
         np.testing.assert_array_equal(tokens, met[k + 1])
 
-    train.train(ctrl(), str(workdir))
+    loop.train(ctrl(), str(workdir))
     once = metrics(whole)
     close(metrics(workdir), {k: once[k] for k in once if k[0] > 1})
 

@@ -196,3 +196,17 @@ def test_a_choice_outside_those_of_its_module_is_refused():
     message = r"ctrl: transform='exponent' is not one of identity, log, exp, best_of"
     with pytest.raises(ValueError, match=message):
         plugin.load("shaping", "ctrl", {"transform": "exponent"})
+
+
+# -- the LMs that fill the needs of a loss
+
+
+def test_a_pattern_among_needs_stands_for_every_lm_that_matches():
+    needs, lms = (
+        ("logps", "aligned*_logps", "ref_logps"),
+        ["aligned_b", "ref", "aligned"],
+    )
+    want = ("logps", "aligned_b_logps", "aligned_logps", "ref_logps")
+    assert plugin.match_needs(needs, lms) == want
+    assert plugin.match_needs(needs, ["ref"]) == needs
+    assert plugin.match_needs(("aligned*_logps", "aligned_logps"), lms) == want[1:3]

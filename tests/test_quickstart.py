@@ -11,12 +11,12 @@ import sys
 
 import pytest
 
-from alignax.metrics import read
+from alignax.reports.metrics import read
 
 ROOT = pathlib.Path(__file__).parents[1]
 SWAPPED = """
 import sys
-from alignax.train import train
+from alignax.training.loop import train
 from configs import quickstart
 config = quickstart.get_config().stages.dpo.copy_and_resolve_references()
 config.model.path, config.data.swapped, config.plots = sys.argv[1], True, False

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignax import decode, drafts, logprob
+from alignax import logprob
 from alignax.decoders import contrastive
 from alignax.models import load, transformer
-from alignax.speculate import speculate
+from alignax.sampling import decode, drafts
+from alignax.sampling.speculate import speculate
 
 PATH = os.environ.get("ALIGNAX_SMOLLM2")
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "smollm2_hh.npz"

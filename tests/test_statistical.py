@@ -10,7 +10,7 @@ from oracles import chi_square, decoding
 from oracles import transformer as oracle
 from scipy import stats
 
-from alignax import decode
+from alignax.sampling import decode
 
 pytestmark = pytest.mark.usefixtures("optimised")
 PROMPTS, LENGTHS = np.array([[2, 3, 4], [1, 0, 0]]), np.array([3, 1])

@@ -11,9 +11,9 @@ alone (warpers come before the guide). At temperature τ, weight = w / τ is the
 the target's vocabulary, on token ids: no text is made again of every candidate.
 """
 
-from alignax import companions
 from alignax.batch import LM
-from alignax.guides import Guide
+from alignax.sampling import guide_models
+from alignax.sampling.guides import Guide
 
 RANGES = {"weight": "[0, inf)"}
 
@@ -34,5 +34,5 @@ def guide(lms: dict[str, LM], *, reward: str = "reward", weight: float = 1.0) ->
     Raises:
       ValueError: a name that `lms` does not have, or an LM without a scalar head.
     """
-    (model,) = companions.find(lms, reward, value_head=True)
-    return companions.of_values(model, weight)
+    (model,) = guide_models.find(lms, reward, value_head=True)
+    return guide_models.of_values(model, weight)

@@ -21,11 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from alignax import hypotheses
 from alignax.batch import LM
-from alignax.decode import Generated
-from alignax.hypotheses import Judge
-from alignax.readers import WHOLE, Reader
+from alignax.sampling.decode import Generated
+from alignax.sampling.prefill import WHOLE, Reader
+from alignax.search import hypotheses
+from alignax.search.hypotheses import Judge
 
 SELECTS = ("best", "worst", "soft")
 RANGES = {"n": "[1, inf)", "lam": "(0, inf)"}

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array
 
-from alignax import hypotheses
 from alignax.batch import LM
-from alignax.decode import Generated
 from alignax.decoders import deal
-from alignax.hypotheses import Judge
+from alignax.sampling.decode import Generated
+from alignax.search import hypotheses
+from alignax.search.hypotheses import Judge
 
 RANGES = {"beams": "[1, inf)", "top_k": "[1, inf)"}
 

@@ -13,9 +13,9 @@ Yuan et al. have the rows of their draft at hand, the amateur is read once more 
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from alignax import companions
 from alignax.batch import LM
-from alignax.guides import Guide, by_position
+from alignax.sampling import guide_models
+from alignax.sampling.guides import Guide, by_position
 
 RANGES = {
     "weight": "[0, inf)",
@@ -47,10 +47,10 @@ def guide(
     Raises:
       ValueError: a name that `lms` does not have.
     """
-    models = companions.find(lms, amateur)
+    models = guide_models.find(lms, amateur)
     numbers = tuple(map(jnp.float32, (weight, plausible, amateur_temperature)))
     return Guide(
-        Partial(companions.init, models),
+        Partial(guide_models.init, models),
         Partial(_update, models, numbers),
         keep=by_position,
     )
@@ -58,7 +58,7 @@ def guide(
 
 def _update(models, numbers, caches, tokens, start, logits):
     weight, plausible, temperature = numbers
-    (amateur,), after = companions.rows(models, caches, tokens, start, logits)
+    (amateur,), after = guide_models.rows(models, caches, tokens, start, logits)
     keep = logits >= logits.max(-1, keepdims=True) + jnp.log(plausible)
     # what normalises either law is the same for all tokens
     tilted = (1 + weight) * logits - weight * amateur / temperature

@@ -16,10 +16,10 @@ Differs from the paper: a mean value is what the paper has. A scalar head says V
 prefix a call: tokens beyond the engine's `candidates` best then have no probability.
 """
 
-from alignax import companions
 from alignax.batch import LM
 from alignax.decoders import proxy
-from alignax.guides import Guide
+from alignax.sampling import guide_models
+from alignax.sampling.guides import Guide
 
 HEADS = ("scalar", "q")
 RANGES = {"beta": "(0, inf)", "radius": "(0, inf]", "scale": "(0, inf)"}
@@ -63,5 +63,5 @@ def guide(
         raise ValueError(f"head={head!r} is not one of {', '.join(HEADS)}")
     if head == "q":
         return proxy.guide(lms, expert=values, base=reference, weight=scale / beta)
-    (model,) = companions.find(lms, values, value_head=True)
-    return companions.of_values(model, 1 / beta, centre=centre, radius=radius)
+    (model,) = guide_models.find(lms, values, value_head=True)
+    return guide_models.of_values(model, 1 / beta, centre=centre, radius=radius)

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array
 
-from alignax import contests, hypotheses
 from alignax.batch import LM
-from alignax.decode import Generated
-from alignax.hypotheses import Hypotheses, Judge
+from alignax.sampling.decode import Generated
+from alignax.search import hypotheses, pruning
+from alignax.search.hypotheses import Hypotheses, Judge
 
 RANGES = {
     "top_k": "[1, inf)", "lookahead": "[0, inf)", "lam": "[0, inf)", "beams": "[1, inf)",
@@ -122,7 +122,7 @@ def search(
 
     def choose(logps, candidates):
         bounds = (lam * lo, lam * hi) if prune else None
-        return contests.settle(logps, candidates, look, beams, self_draft, bounds)
+        return pruning.settle(logps, candidates, look, beams, self_draft, bounds)
 
     h = hypotheses.start(prompts, lengths, max_new)
     b = np.arange(len(h.ends))[:, None]

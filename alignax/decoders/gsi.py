@@ -22,11 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from alignax import hypotheses, logprob
+from alignax import logprob
 from alignax.batch import LM
-from alignax.decode import Generated
-from alignax.hypotheses import Hypotheses, Judge
 from alignax.models import transformer
+from alignax.sampling.decode import Generated
+from alignax.search import hypotheses
+from alignax.search.hypotheses import Hypotheses, Judge
 
 RANGES = {"n": "[1, inf)", "step": "[1, inf)", "beta": "(0, inf)"}
 

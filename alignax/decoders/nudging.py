@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from alignax import companions
 from alignax.batch import LM
-from alignax.guides import Guide, by_position
+from alignax.sampling import guide_models
+from alignax.sampling.guides import Guide, by_position
 
 RANGES = {"gamma": "[0, inf)", "nudge_temperature": "(0, inf)"}
 
@@ -48,10 +48,10 @@ def guide(
     Raises:
       ValueError: a name that `lms` does not have.
     """
-    models = companions.find(lms, nudge)
+    models = guide_models.find(lms, nudge)
     numbers = tuple(map(jnp.float32, (gamma, nudge_temperature)))
     return Guide(
-        Partial(companions.init, models),
+        Partial(guide_models.init, models),
         Partial(_update, models, numbers),
         keep=by_position,
     )
@@ -59,7 +59,7 @@ def guide(
 
 def _update(models, numbers, caches, tokens, start, logits):
     gamma, temperature = numbers
-    (nudge,), after = companions.rows(models, caches, tokens, start, logits)
+    (nudge,), after = guide_models.rows(models, caches, tokens, start, logits)
     nudge = jnp.where(jnp.isneginf(logits), -jnp.inf, nudge / temperature)
     sure = jax.nn.softmax(logits).max(-1, keepdims=True) >= gamma
     return jnp.where(sure, logits, nudge), after

@@ -22,11 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from alignax import decode, hypotheses, requests
-from alignax import tokenizer as tokenizers
 from alignax.batch import LM, from_groups
-from alignax.decode import Generated
-from alignax.tokenizer import Tokenizer
+from alignax.inputs import tokenizer as tokenizers
+from alignax.inputs.tokenizer import Tokenizer
+from alignax.sampling import decode, generation_settings
+from alignax.sampling.decode import Generated
+from alignax.search import hypotheses
 
 RANGES = {
     "gamma": "[0, inf)", "chunk": "[1, inf)", "rounds": "[1, inf)", "repeats": "[1, inf)",
@@ -108,7 +109,7 @@ def search(
     stats = {"tokens_sampled": 0, "judge_calls": 0, "rounds": 0, "nudged": 0.0}
 
     def say(model, ids, eos) -> Said:
-        tokens, size = requests.ragged([ids])
+        tokens, size = generation_settings.ragged([ids])
         out = decode.generate(
             model, tokens, size, key, max_new=chunk, temperature=0.0, eos_ids=eos
         )
@@ -156,7 +157,7 @@ def search(
         return once(answer), ended
 
     prompts, lengths = np.asarray(prompts), np.asarray(lengths)
-    requests.check_prompts(jnp.asarray(prompts), jnp.asarray(lengths))
+    generation_settings.check_prompts(jnp.asarray(prompts), jnp.asarray(lengths))
     asked, said, truncated = [], [], []
     for row, n in zip(prompts, lengths, strict=True):
         ids = row[:n].tolist()

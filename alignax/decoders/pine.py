@@ -21,13 +21,14 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array
 
-from alignax import decode, hypotheses
 from alignax.batch import LM
-from alignax.decode import Generated
-from alignax.hypotheses import Judge
+from alignax.inputs.tokenizer import Tokenizer
 from alignax.models import pine
-from alignax.readers import Reader
-from alignax.tokenizer import Tokenizer
+from alignax.sampling import decode
+from alignax.sampling.decode import Generated
+from alignax.sampling.prefill import Reader
+from alignax.search import hypotheses
+from alignax.search.hypotheses import Judge
 
 RANGES = {"group": "[1, inf)"}
 

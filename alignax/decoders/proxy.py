@@ -14,9 +14,9 @@ Differs from the paper: log-probabilities are subtracted, not logits, which is t
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from alignax import companions
 from alignax.batch import LM
-from alignax.guides import Guide, by_position
+from alignax.sampling import guide_models
+from alignax.sampling.guides import Guide, by_position
 
 
 def guide(
@@ -40,14 +40,14 @@ def guide(
     Raises:
       ValueError: a name that `lms` does not have, or two vocabularies.
     """
-    pair = companions.find(lms, expert, base)
+    pair = guide_models.find(lms, expert, base)
     return Guide(
-        Partial(companions.init, pair),
+        Partial(guide_models.init, pair),
         Partial(_update, pair, jnp.float32(weight)),
         keep=by_position,
     )
 
 
 def _update(pair, weight, caches, tokens, start, logits):
-    (tuned, plain), after = companions.rows(pair, caches, tokens, start, logits)
+    (tuned, plain), after = guide_models.rows(pair, caches, tokens, start, logits)
     return logits + weight * (tuned - plain), after

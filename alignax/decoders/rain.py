@@ -25,12 +25,12 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from alignax import hypotheses, rewind
 from alignax.batch import LM
-from alignax.decode import Generated
-from alignax.hypotheses import Hypotheses, Judge
 from alignax.models import transformer
-from alignax.rewind import Text
+from alignax.sampling.decode import Generated
+from alignax.search import hypotheses, tree_search
+from alignax.search.hypotheses import Hypotheses, Judge
+from alignax.search.tree_search import Text
 
 RANGES = {
     "sets": "[1, inf)", "top_k": "[1, inf)", "rollout": "[1, inf)", "heat": "(0, inf)",
@@ -114,7 +114,7 @@ def search(
             f"extra={extra}, heat={heat}, sizes={sizes}; expected counts >= 1, heat > 0 "
             "and some sizes"
         )
-    rules = rewind.Rules(
+    rules = tree_search.Rules(
         exploration, simulations, extra, settled_visits, settled_value, uniform, alike,
         share, most, spread,
     )  # fmt: skip
@@ -128,7 +128,7 @@ def search(
             frozenset(clause_ids), tuple(sizes), sets, top_k, heat, temperature, rollout,
             most, stats,
         )  # fmt: skip
-        text, many = rewind.respond(world, rules)
+        text, many = tree_search.respond(world, rules)
         stats["simulations"] += many
         said.append(_saying(empty, text, eos_ids))
     h = hypotheses.concatenate(said, axis=0)
@@ -149,7 +149,7 @@ def _saying(empty: Hypotheses, text: Text, eos_ids) -> Hypotheses:
 def _world(
     lm, empty, key, judge, embed, eos_ids, clause_ids, sizes, sets, top_k, heat,
     temperature, rollout, most, stats,
-) -> rewind.World:  # fmt: skip
+) -> tree_search.World:  # fmt: skip
     """The questions of one tree, by calls of the engine whose shapes never change."""
     first, calls = int(empty.starts[0, 0]), itertools.count()
     judged: dict[Text, float] = {}
@@ -231,7 +231,7 @@ def _world(
         late = np.arange(h.tokens.shape[2]) >= first + np.array(begins)[:, None]
         return np.asarray(embed(batch._replace(mask=batch.mask & late)))[0]
 
-    return rewind.World(propose, another, evaluate, embeddings, over)
+    return tree_search.World(propose, another, evaluate, embeddings, over)
 
 
 @jax.jit

@@ -18,10 +18,10 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from alignax import hypotheses
 from alignax.batch import LM
-from alignax.decode import Generated
-from alignax.hypotheses import Judge
+from alignax.sampling.decode import Generated
+from alignax.search import hypotheses
+from alignax.search.hypotheses import Judge
 
 RANGES = {"step": "[1, inf)"}
 

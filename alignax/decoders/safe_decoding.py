@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from alignax import companions
 from alignax.batch import LM
-from alignax.guides import Guide, by_position
+from alignax.sampling import guide_models
+from alignax.sampling.guides import Guide, by_position
 
 FLOOR = 1e-8  # ε
 RANGES = {
@@ -53,7 +53,7 @@ def guide(
     Raises:
       ValueError: a name that `lms` does not have.
     """
-    models = companions.find(lms, expert)
+    models = guide_models.find(lms, expert)
     numbers = tuple(map(jnp.float32, (alpha, expert_temperature)))
     counts = tuple(map(jnp.int32, (first, common)))
     return Guide(
@@ -64,14 +64,14 @@ def guide(
 
 
 def _init(models, tokens, lengths, length):
-    return companions.init(models, tokens, lengths, length), lengths
+    return guide_models.init(models, tokens, lengths, length), lengths
 
 
 def _update(models, numbers, counts, state, tokens, start, logits):
     alpha, temperature = numbers
     first, common = counts
     caches, lengths = state
-    (expert,), after = companions.rows(models, caches, tokens, start, logits)
+    (expert,), after = guide_models.rows(models, caches, tokens, start, logits)
     forbidden = jnp.isneginf(logits)
     expert = jnp.where(forbidden, -jnp.inf, expert / temperature)
     p, p_expert = jax.nn.softmax(logits), jax.nn.softmax(expert)

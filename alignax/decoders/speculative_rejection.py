@@ -17,11 +17,11 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from alignax import hypotheses
 from alignax.batch import LM
-from alignax.decode import Generated
-from alignax.hypotheses import Judge
-from alignax.readers import WHOLE, Reader
+from alignax.sampling.decode import Generated
+from alignax.sampling.prefill import WHOLE, Reader
+from alignax.search import hypotheses
+from alignax.search.hypotheses import Judge
 
 RANGES = {"n": "[1, inf)", "every": "[1, inf)", "reject": "[0, 1)"}
 

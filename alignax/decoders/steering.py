@@ -5,7 +5,7 @@
 The same model is read twice, with u added to its residual stream after every layer and
 without. Where it is the target itself, unwarped, and weight = 1, the law is the steered
 model's own: it composes with other guides, with drafts and with verification, which see
-laws alone. `alignax.steering` reads u from pairs of texts.
+laws alone. `alignax.sampling.steering_vectors` reads u from pairs of texts.
 
 Zou et al. 2023, https://arxiv.org/abs/2310.01405; Wolf et al. 2024,
 https://arxiv.org/abs/2401.16332
@@ -18,10 +18,11 @@ from typing import Any
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from alignax import companions, logprob, steering
+from alignax import logprob
 from alignax.batch import LM
-from alignax.guides import Guide, by_position
 from alignax.models import transformer
+from alignax.sampling import guide_models, steering_vectors
+from alignax.sampling.guides import Guide, by_position
 
 RANGES = {"seed": "[0, inf)"}
 
@@ -55,8 +56,8 @@ def guide(
       ValueError: a name that `lms` does not have, vectors of another shape, or a layer
         that is not there.
     """
-    models = companions.find(lms, model)
-    push = strength * steering.load(vectors, *models, layers=layers, seed=seed)
+    models = guide_models.find(lms, model)
+    push = strength * steering_vectors.load(vectors, *models, layers=layers, seed=seed)
     return Guide(
         Partial(_init, models, push),
         Partial(_update, models, push, jnp.float32(weight)),
@@ -65,20 +66,24 @@ def guide(
 
 
 def _init(models, push, tokens, lengths, length):
-    plain = companions.init(models, tokens, lengths, length)
+    plain = guide_models.init(models, tokens, lengths, length)
     cache = transformer.init_cache(models[0].config, len(tokens), length)
     steered = transformer.hidden(
-        models[0], tokens, cache=cache, edit=steering.edit(push, 1.0)
+        models[0], tokens, cache=cache, edit=steering_vectors.edit(push, 1.0)
     )[1]
     return *plain, steered
 
 
 def _update(models, push, weight, caches, tokens, start, logits):
     plain, steered = caches
-    (before,), (plain,) = companions.rows(models, (plain,), tokens, start, logits)
+    (before,), (plain,) = guide_models.rows(models, (plain,), tokens, start, logits)
     positions = start[:, None] + jnp.arange(tokens.shape[1])
     h, steered = transformer.hidden(
-        models[0], tokens, positions, cache=steered, edit=steering.edit(push, 1.0)
+        models[0],
+        tokens,
+        positions,
+        cache=steered,
+        edit=steering_vectors.edit(push, 1.0),
     )
     after = logprob.rows(models[0], h)
     return logits + weight * (after - before), (plain, steered)

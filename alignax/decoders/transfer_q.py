@@ -31,11 +31,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from alignax import hypotheses
 from alignax.batch import LM
-from alignax.companions import find
-from alignax.decode import Generated, generate
-from alignax.hypotheses import Hypotheses, Judge
+from alignax.sampling.decode import Generated, generate
+from alignax.sampling.guide_models import find
+from alignax.search import hypotheses
+from alignax.search.hypotheses import Hypotheses, Judge
 
 VARIANTS = ("direct", "indirect", "released")
 RELEASED_HORIZON = 20

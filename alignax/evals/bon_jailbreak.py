@@ -19,11 +19,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from alignax import rewards, source
+from alignax import rewards
 from alignax.batch import LM, Example, Metrics
 from alignax.data import wrapped
 from alignax.evals.exploitation import REFUSALS, harmful
-from alignax.metrics import bootstrap
+from alignax.inputs import source
+from alignax.reports.metrics import bootstrap
 
 RANGES = {
     "tries": "[1, inf)", "sigma": "[0, 1]", "max_new": "[1, inf)", "size": "[0, inf)",

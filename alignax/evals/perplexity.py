@@ -7,9 +7,9 @@ Differs from the source: only response tokens are scored; slot 0 (chosen) of a g
 
 import numpy as np
 
-from alignax import source
 from alignax.batch import LM, Metrics
-from alignax.metrics import bootstrap
+from alignax.inputs import source
+from alignax.reports.metrics import bootstrap
 
 
 def evaluate(

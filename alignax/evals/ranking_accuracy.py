@@ -13,9 +13,10 @@ not computed.
 import jax.numpy as jnp
 import numpy as np
 
-from alignax import masked, source
+from alignax import masked
 from alignax.batch import LM, Metrics
-from alignax.metrics import bootstrap, wilson
+from alignax.inputs import source
+from alignax.reports.metrics import bootstrap, wilson
 
 
 def evaluate(

@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignax import rewards, source
+from alignax import rewards
 from alignax.batch import LM, Metrics
-from alignax.metrics import bootstrap
+from alignax.inputs import source
+from alignax.reports.metrics import bootstrap
 
 
 def evaluate(

@@ -23,9 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from alignax import logprob, requests, source
+from alignax import logprob
 from alignax.batch import LM, Batch, Metrics
+from alignax.inputs import source
 from alignax.models import transformer
+from alignax.sampling import generation_settings
 
 TILE = 16  # positions whose rows of logits exist at once
 RANGES = {"positions": "[1, inf)", "early": "[1, inf)", "max_new": "[0, inf)"}
@@ -186,7 +188,7 @@ def _compare(
 
     out = jax.device_get(
         _read(
-            lm, base, requests.ragged(ours)[0], requests.ragged(theirs)[0],
+            lm, base, generation_settings.ragged(ours)[0], generation_settings.ragged(theirs)[0],
             pad([a for a, _ in at]), pad([b for _, b in at]), pad(said),
         )
     )  # fmt: skip

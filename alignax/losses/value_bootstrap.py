@@ -15,7 +15,7 @@ variance and a bias while the values after it are still wrong.
 import jax
 from jaxtyping import Array, Float
 
-from alignax import heads, masked
+from alignax import masked, value_heads
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("values",)
@@ -45,8 +45,8 @@ def loss(
       [B] values, and metrics 'value' (mean), 'step_error' (mean square of V - u) and
       'value_error' (of V - r).
     """
-    v = heads.squash(policy.values, centre, radius)
-    error = (v - jax.lax.stop_gradient(heads.following(v, batch))) ** 2
+    v = value_heads.squash(policy.values, centre, radius)
+    error = (v - jax.lax.stop_gradient(value_heads.following(v, batch))) ** 2
     keep = batch.mask & batch.valid[..., None]
     weights = masked.token_weights(batch, reduction)
     return 0.5 * (weights * error).sum((1, 2)), {

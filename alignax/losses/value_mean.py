@@ -12,7 +12,7 @@ On rollouts of p, the minimum is V(s) = E[r | s]: what decoders/controlled.py ti
 
 from jaxtyping import Array, Float
 
-from alignax import heads, masked
+from alignax import masked, value_heads
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("values",)
@@ -41,7 +41,7 @@ def loss(
     Returns:
       [B] values, and metrics 'value' (mean) and 'value_error' (mean square).
     """
-    v = heads.squash(policy.values, centre, radius)
+    v = value_heads.squash(policy.values, centre, radius)
     error = (v - batch.feedback[..., None]) ** 2
     keep = batch.mask & batch.valid[..., None]
     weights = masked.token_weights(batch, reduction)

@@ -18,7 +18,7 @@ there is no bootstrapped form with V inside a logarithm.
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from alignax import heads, masked
+from alignax import masked, value_heads
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("values",)
@@ -53,7 +53,7 @@ def loss(
       [B] values, and metrics 'value' (mean), 'value_error' (mean square of V - r) and
       'limited' (share of tokens above the limit).
     """
-    v = heads.squash(policy.values, centre, radius)
+    v = value_heads.squash(policy.values, centre, radius)
     gap = batch.feedback[..., None] - v
     delta = gap / beta
     near = jnp.minimum(delta, limit)

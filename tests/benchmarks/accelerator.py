@@ -24,11 +24,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignax import decode, logprob, metrics, optim, plugin, sharding
+from alignax import logprob, plugin
 from alignax.batch import LM, from_pairs
-from alignax.models import transformer
+from alignax.models import sharding, transformer
 from alignax.models.transformer import ModelConfig
-from alignax.step import init_state, make_train_step
+from alignax.reports import metrics
+from alignax.sampling import decode
+from alignax.training import optim
+from alignax.training.step import init_state, make_train_step
 
 SIZES = {
     "tiny": dict(vocab_size=512, width=64, num_layers=2, num_heads=4, num_kv_heads=2,

@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignax import decode
 from alignax.batch import LM
 from alignax.models import load, transformer
+from alignax.sampling import decode
 
 PROMPT = 32
 SMOLLM2 = dict(

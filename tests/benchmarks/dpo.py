@@ -126,10 +126,12 @@ def ours(ask):
     """This program as a worker: pairs of ids come in, then a line for every step."""
     import jax
 
-    from alignax import layout, optim, plan, plugin, sharding, source
+    from alignax import plugin
     from alignax.batch import LM, from_pairs
-    from alignax.models import load
-    from alignax.step import init_state, make_train_step
+    from alignax.inputs import layout, plan, source
+    from alignax.models import load, sharding
+    from alignax.training import optim
+    from alignax.training.step import init_state, make_train_step
 
     many, length = ask["pairs"], ask["length"]
     lm = load.load(ask["model"])
@@ -252,7 +254,7 @@ def dialogues(path, many):
 
 def as_ids(rows, path, length):
     """Ids as TRL makes them, for a peer that takes ids: no row longer than `length`."""
-    from alignax import tokenizer
+    from alignax.inputs import tokenizer
 
     text = tokenizer.load(path)
     end = [min(text.eos_ids)]

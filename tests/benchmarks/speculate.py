@@ -19,10 +19,10 @@ import time
 import jax
 import numpy as np
 
-from alignax import decode, drafts
 from alignax.decoders import contrastive
 from alignax.models import load
-from alignax.speculate import speculate
+from alignax.sampling import decode, drafts
+from alignax.sampling.speculate import speculate
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "smollm2_hh.npz"
 

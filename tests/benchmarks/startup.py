@@ -3,7 +3,7 @@
   python tests/benchmarks/startup.py [--rounds 3] [--config configs/dpo.py:smoke]
 
 Every round is two processes: one with an empty compilation cache (cold), one with what the
-first left there (warm). 'import' is until alignax.train is imported, 'build' reads data and
+first left there (warm). 'import' is until alignax.training.loop is imported, 'build' reads data and
 weights and binds the config, 'first step' is until the metrics of step 1 are there
 (everything up to them is compiled), 'later step' is from the metrics of step 2 to those of
 step 3: a step's own time, since training shows the metrics of a step when the next one is

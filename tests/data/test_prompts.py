@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from alignax import tokenizer
 from alignax.data import prompts
+from alignax.inputs import tokenizer
 
 
 def test_every_line_is_a_prompt_and_blanks_within_it_stay(tmp_path):

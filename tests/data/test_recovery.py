@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from alignax import tokenizer
 from alignax.batch import Example
 from alignax.data import Examples, recovery
+from alignax.inputs import tokenizer
 
 PAIRS = Examples(
     [

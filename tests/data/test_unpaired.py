@@ -5,9 +5,9 @@ import collections
 import numpy as np
 import pytest
 
-from alignax import source, tokenizer
 from alignax.batch import Example
 from alignax.data import Examples, unpaired
+from alignax.inputs import source, tokenizer
 
 PAIRS = Examples(
     [

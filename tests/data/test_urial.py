@@ -4,8 +4,10 @@ import re
 
 import pytest
 
-from alignax import readers, responses, tokenizer
 from alignax.data import urial
+from alignax.inputs import tokenizer
+from alignax.respond import output
+from alignax.sampling import prefill
 
 TEXT = tokenizer.load("bytes")
 SOURCE = {"name": "synthetic", "kind": "prompts", "size": 4}
@@ -30,7 +32,7 @@ def test_every_query_has_the_same_prefix_and_an_open_answer(shots):
 
 def test_what_the_prompts_share_can_be_read_once():
     ids = [TEXT.prompt(e) for e in urial.examples(split="test", source=SOURCE, shots=1)]
-    many = readers.common(ids)
+    many = prefill.common(ids)
     assert TEXT.decode(ids[0][:many]).startswith(urial.prefix(1))
     assert many < min(map(len, ids))
 
@@ -46,7 +48,7 @@ def test_more_shots_go_on_where_fewer_stop():
 def test_an_answer_ends_where_the_next_query_begins(stop):
     said = "Happy to help!\n```python\nx = 1\n```\nDone."
     ids = TEXT.encode(said + stop + ":\n```\nAnd")
-    assert responses.response(ids, True, TEXT, stops=urial.STOPS).text == said
+    assert output.response(ids, True, TEXT, stops=urial.STOPS).text == said
 
 
 def test_what_cannot_be_a_query_is_named(tmp_path):

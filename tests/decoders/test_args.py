@@ -15,8 +15,8 @@ from small_lms import (
     value,
 )
 
-from alignax import decode
 from alignax.decoders import args
+from alignax.sampling import decode
 
 K, W = 3, 2.0
 

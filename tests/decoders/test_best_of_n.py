@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from oracles import searching
 
-from alignax import decode
 from alignax.batch import check
 from alignax.decoders import best_of_n
+from alignax.sampling import decode
 
 V, NEW, EOS = 3, 3, (0,)
 MANY = 3000  # rows of the same prompt: as many samples

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from small_lms import law, models, responses, run, steps
 
-from alignax import decode
 from alignax.decoders import contrastive
-from alignax.speculate import speculate
+from alignax.sampling import decode
+from alignax.sampling.speculate import speculate
 
 
 @pytest.fixture(scope="module")

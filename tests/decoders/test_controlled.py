@@ -22,9 +22,9 @@ from small_lms import (
     value,
 )
 
-from alignax import decode, guides
 from alignax.decoders import controlled
-from alignax.speculate import speculate
+from alignax.sampling import decode, guides
+from alignax.sampling.speculate import speculate
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from oracles import searching
 
-from alignax import decode
 from alignax.batch import check
 from alignax.decoders import best_of_n, controlled_blocks
+from alignax.sampling import decode
 
 V, NEW, EOS, N = 3, 4, (0,), 3
 PROMPT = [2, 1, 1, 2]

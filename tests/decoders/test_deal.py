@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from oracles import searching
 
-from alignax import decode, hypotheses
 from alignax.batch import LM, check
 from alignax.decoders import deal
+from alignax.sampling import decode
+from alignax.search import hypotheses
 
 V, NEW, EOS = 8, 7, (0,)
 PROMPTS = np.array(

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from oracles import searching
 
-from alignax import decode
 from alignax.batch import check
 from alignax.decoders import gsi
+from alignax.sampling import decode
 
 V, NEW, EOS, N = 3, 2, (0,), 2
 PROMPT = [2, 1, 1, 2]

@@ -17,9 +17,9 @@ from small_lms import (
     steps,
 )
 
-from alignax import decode
 from alignax.decoders import nudging
-from alignax.speculate import speculate
+from alignax.sampling import decode
+from alignax.sampling.speculate import speculate
 
 GAMMA = 0.45  # the base is sure at some of the prefixes
 

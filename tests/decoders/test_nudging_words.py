@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignax import tokenizer
 from alignax.batch import LM, Batch, Scores, from_groups
-from alignax.decode import Generated
 from alignax.decoders import nudging_words
+from alignax.inputs import tokenizer
+from alignax.sampling.decode import Generated
 
 TK = tokenizer.load("bytes")
 EOS = 257

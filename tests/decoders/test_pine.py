@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignax import decode, drafts, logprob, tokenizer
+from alignax import logprob
 from alignax.decoders import best_of_n, contrastive, pine
+from alignax.inputs import tokenizer
 from alignax.models import pine as model
 from alignax.models import transformer
-from alignax.speculate import speculate
+from alignax.sampling import decode, drafts
+from alignax.sampling.speculate import speculate
 
 TEXT = tokenizer.load("bytes")
 DOCUMENTS = ["a red one, ", "blue. ", "the third is green "]

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from oracles import transformer as oracle
 
-from alignax import decode
 from alignax.batch import LM
 from alignax.decoders import proxy
-from alignax.speculate import speculate
+from alignax.sampling import decode
+from alignax.sampling.speculate import speculate
 
 V, P, NEW = 7, 4, 5
 PROMPTS = np.array([[3, 1, 4, 1], [2, 6, 0, 0]])

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from oracles import searching
 
-from alignax import decode, hypotheses, logprob
+from alignax import logprob
 from alignax.batch import check
 from alignax.decoders import rain
+from alignax.sampling import decode
+from alignax.search import hypotheses
 
 V, NEW, EOS, HARM = 5, 6, (0,), 4
 PROMPTS, LENGTHS = np.array([[2, 1, 3], [3, 1, 0]]), np.array([3, 2])

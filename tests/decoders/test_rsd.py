@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from oracles import searching
 
-from alignax import decode
 from alignax.batch import check
 from alignax.decoders import rsd
+from alignax.sampling import decode
 
 V, NEW, EOS = 3, 2, (0,)
 PROMPT = [2, 1, 1, 2]

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from small_lms import LENGTHS, V, law, models, responses, run, steps
 
-from alignax import decode
 from alignax.decoders import safe_decoding
-from alignax.speculate import speculate
+from alignax.sampling import decode
+from alignax.sampling.speculate import speculate
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from oracles import searching
 
-from alignax import decode
 from alignax.batch import check
 from alignax.decoders import best_of_n, speculative_rejection
+from alignax.sampling import decode
 
 V, NEW, EOS = 3, 4, (0,)
 PROMPT = [2, 1, 1, 2]

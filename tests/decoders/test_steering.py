@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from small_lms import LENGTHS, V, models, run, steps
 
-from alignax import decode, logprob, steering
+from alignax import logprob
 from alignax.decoders import steering as decoder
 from alignax.models import transformer
-from alignax.speculate import speculate
+from alignax.sampling import decode, steering_vectors
+from alignax.sampling.speculate import speculate
 
 
 @pytest.fixture(scope="module")
@@ -23,13 +24,13 @@ def lms(tiny_config, make_lm):
 def steered(lm, ids, vectors, strength):
     """p(. | ids) of the edited model, read at once and without a cache."""
     h, _ = transformer.hidden(
-        lm, jnp.asarray([ids]), edit=steering.edit(vectors, strength)
+        lm, jnp.asarray([ids]), edit=steering_vectors.edit(vectors, strength)
     )
     return np.asarray(logprob.rows(lm, h[:, -1:]))[0, 0]
 
 
 def test_on_the_target_the_law_is_that_of_the_steered_model(lms):
-    vectors = steering.load("random", lms["target"], seed=2)
+    vectors = steering_vectors.load("random", lms["target"], seed=2)
     guide = decoder.guide(lms, strength=1.5, seed=2)
     out = run(decode.generate, lms["target"], guide=guide)
     for ids, token, logp in steps(out):
@@ -48,7 +49,7 @@ def test_no_strength_and_no_weight_leave_the_target_alone(lms):
 
 def test_greedy_with_a_draft_is_greedy_of_the_steered_model(lms):
     guide = decoder.guide(lms, strength=2.0)
-    vectors = steering.load("random", lms["target"])
+    vectors = steering_vectors.load("random", lms["target"])
     fast = run(speculate, lms["target"], lms["other"], guide=guide, temperature=0.0,
                draft_length=2)  # fmt: skip
     for b in range(2):

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import tiny
 
-from alignax import build, parallel, tokenizer
 from alignax.batch import Batch, Example
 from alignax.evals import inference_win_rate
 from alignax.evals.inference_win_rate import best_weights, win_rates
+from alignax.inputs import tokenizer
 from alignax.models import transformer
-from alignax.sharding import make_mesh
+from alignax.models.sharding import make_mesh
 from alignax.theory import infalign
+from alignax.training import build, parallel
 
 TK = tokenizer.load("bytes")
 PROMPTS = [Example(f"p{i}", p, ()) for i, p in enumerate("abcdef")]

@@ -52,7 +52,7 @@ def main() -> None:
 
     from alignax.batch import LM
     from alignax.models import save, transformer
-    from alignax.train import train
+    from alignax.training.loop import train
 
     # Weights that are drawn from a seed differ in the last bit from one compiler to
     # another; these are read.

@@ -7,9 +7,9 @@ import pytest
 from losses_pairs import cost, random_pairs
 from oracles import losses as oracle
 
-from alignax import sharding
 from alignax.batch import Batch, Scores
 from alignax.losses import aot, aot_unpaired, dpo
+from alignax.models import sharding
 
 HYPER = dict(beta=0.3, label_smoothing=0.1)
 

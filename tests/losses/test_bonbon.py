@@ -7,9 +7,9 @@ import pytest
 from losses_pairs import assert_oracle, cost, pair, slopes
 from oracles import losses as oracle
 
-from alignax import build
 from alignax.batch import Scores, from_pairs
 from alignax.losses import bonbon
+from alignax.training import build
 from configs import bonbon as bonbon_config
 
 loss = bonbon.loss

@@ -17,10 +17,10 @@ from losses_rollouts import (
 )
 from oracles import losses as oracle
 
-from alignax import build
 from alignax.batch import Scores, from_groups
 from alignax.losses import bond, policy_gradient, sft
 from alignax.shaping import ctrl
+from alignax.training import build
 from configs import bond as bond_config
 from configs import vbon
 

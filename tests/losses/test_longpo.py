@@ -1,4 +1,4 @@
-"""LongPO: numbers by hand. The two contexts meet in tests/test_refcache.py."""
+"""LongPO: numbers by hand. The two contexts meet in inputs/test_reference_cache.py."""
 
 import pytest
 from losses_pairs import assert_oracle, cost, pair, slopes

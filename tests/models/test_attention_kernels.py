@@ -11,10 +11,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from alignax import chips, sharding
 from alignax.batch import LM
-from alignax.models import fallback, kernels, transformer
+from alignax.models import fallback, kernels, sharding, transformer
 from alignax.models.attention import Attend, attention, same_segment, siblings
+from alignax.preflight import chips
 
 N, T, H, K, E = 2, 260, 4, 2, 16  # three blocks of 128, the last one filled up
 LOCAL = jnp.array(True)  # traced: in a scan over layers of both kinds

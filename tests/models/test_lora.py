@@ -11,23 +11,15 @@ import numpy as np
 import pytest
 import tiny
 
-from alignax import (
-    adapted,
-    build,
-    checkpoint,
-    explain,
-    logprob,
-    optim,
-    plugin,
-    policies,
-    train,
-)
+from alignax import logprob, plugin
 from alignax.batch import LM
-from alignax.metrics import flops_per_token, read
 from alignax.models import load, lora, transformer
 from alignax.models.lora import Lora
-from alignax.sharding import make_mesh, put_batch, put_params, spec
-from alignax.step import init_state, make_train_step
+from alignax.models.sharding import make_mesh, put_batch, put_params, spec
+from alignax.reports.metrics import flops_per_token, read
+from alignax.runs import adapter_base, checkpoint
+from alignax.training import build, explain, loading, loop, optim
+from alignax.training.step import init_state, make_train_step
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 PEFT = ["peft_llama", "peft_rslora", "peft_qwen2"]
@@ -215,7 +207,7 @@ def test_log_probs_are_those_of_peft(name):
     assert settings.targets == tuple(sorted(lora.TARGETS)) or name == "peft_qwen2"
     # float32 in another order of sums, at logits of order 10
     assert furthest(lora.attach(base, adapters, settings), ids, logits) < 5e-5
-    assert furthest(policies.load_lm(str(GOLDEN / name)), ids, logits) < 5e-5
+    assert furthest(loading.load_lm(str(GOLDEN / name)), ids, logits) < 5e-5
     # what a golden number can notice: another scale, and no adapters at all
     wrong = dataclasses.replace(settings, rank_stabilised=not settings.rank_stabilised)
     assert furthest(lora.attach(base, adapters, wrong), ids, logits) > 0.1
@@ -336,7 +328,7 @@ def test_adapters_stored_in_bfloat16_are_read(tmp_path):
 def test_peft_adapters_whose_base_is_nowhere_name_it(tmp_path):
     folder = copy("peft_qwen2", tmp_path / "a", base_model_name_or_path="hub/name")
     with pytest.raises(FileNotFoundError, match="names the base 'hub/name', which is"):
-        policies.load_lm(str(folder))
+        loading.load_lm(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -359,7 +351,7 @@ def run(tmp_path_factory):
     """A base, and a run of adapters on it whose config names it by a relative path."""
     folder = tmp_path_factory.mktemp("lora")
     base = str(folder / "base")
-    train.train(tiny.config(num_steps=2), base)
+    loop.train(tiny.config(num_steps=2), base)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         changes = {
@@ -370,7 +362,7 @@ def run(tmp_path_factory):
         }
         config = tiny.config("pairs", **changes)
         workdir = str(folder / "run")
-        return config, base, workdir, train.train(config, workdir)
+        return config, base, workdir, loop.train(config, workdir)
 
 
 def test_a_run_trains_adapters_and_its_base_is_its_reference(run):
@@ -385,11 +377,11 @@ def test_the_run_folder_loads_as_the_merged_model(run, tmp_path):
     """From any working directory, and from the folder of its checkpoints, elsewhere."""
     config, base, workdir, state = run
     want = lora.merge(
-        checkpoint.load_lm(base), state.params, policies.lora_settings(config)
+        checkpoint.load_lm(base), state.params, loading.lora_settings(config)
     )
     shutil.copytree(workdir, tmp_path / "inner" / "run")
     for folder in (workdir, str(tmp_path / "inner" / "run" / "checkpoints")):
-        merged = policies.load_lm(folder)
+        merged = loading.load_lm(folder)
         for a, b in zip(jax.tree.leaves(merged), jax.tree.leaves(want), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-6)
     before = checkpoint.load_lm(base).params["blocks"]["mlp"]["up"]["kernel"]
@@ -401,7 +393,7 @@ def test_it_goes_on_from_its_checkpoint_bit_for_bit(run, tmp_path, monkeypatch):
     monkeypatch.chdir(pathlib.Path(base).parent)
     shutil.copytree(workdir, tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "6")
-    resumed = train.train(config, str(tmp_path / "again"))
+    resumed = loop.train(config, str(tmp_path / "again"))
     for a, b in zip(
         jax.tree.leaves(resumed.params), jax.tree.leaves(state.params), strict=True
     ):
@@ -417,7 +409,7 @@ def moved(run, tmp_path):
     _, base, workdir, _ = run
     shutil.copytree(base, tmp_path / "base")
     shutil.copytree(workdir, tmp_path / "run")
-    note = tmp_path / "run" / adapted.NAME
+    note = tmp_path / "run" / adapter_base.NAME
     known = json.loads(note.read_text())
     assert known["path"] == base
     note.write_text(json.dumps({**known, "path": "/nowhere/base"}))
@@ -427,14 +419,14 @@ def moved(run, tmp_path):
 def other_base(folder):
     """Other weights of the same sizes where the base was."""
     shutil.rmtree(folder)
-    train.train(tiny.config(num_steps=1), str(folder))
+    loop.train(tiny.config(num_steps=1), str(folder))
 
 
 def test_a_base_that_moved_along_is_found(run, moved):
-    got, want = policies.load_lm(str(moved / "run")), policies.load_lm(run[2])
+    got, want = loading.load_lm(str(moved / "run")), loading.load_lm(run[2])
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_array_equal(a, b)
-    path = policies.tokenizer_path(tiny.config(tokenizer="", **{"model.path": run[2]}))
+    path = loading.tokenizer_path(tiny.config(tokenizer="", **{"model.path": run[2]}))
     assert path == "bytes"
 
 
@@ -443,13 +435,13 @@ def test_a_base_that_is_gone_is_missed_by_name(moved):
     with pytest.raises(
         FileNotFoundError, match=r"in none of \['/nowhere/base', .*/base'"
     ):
-        policies.load_lm(str(moved / "run"))
+        loading.load_lm(str(moved / "run"))
 
 
 def test_adapters_are_not_merged_into_another_base(moved):
     other_base(moved / "base")
     with pytest.raises(ValueError, match=r"base is not the base that the adapters in"):
-        policies.load_lm(str(moved / "run"))
+        loading.load_lm(str(moved / "run"))
 
 
 def test_a_run_does_not_go_on_with_another_base(run, moved, monkeypatch):
@@ -460,11 +452,11 @@ def test_a_run_does_not_go_on_with_another_base(run, moved, monkeypatch):
 
 
 def test_adapters_without_a_note_of_their_base_are_refused(moved):
-    (moved / "run" / adapted.NAME).unlink()
+    (moved / "run" / adapter_base.NAME).unlink()
     with pytest.raises(
         ValueError, match=r"holds adapters, and no config\.json and base"
     ):
-        policies.load_lm(str(moved / "run"))
+        loading.load_lm(str(moved / "run"))
 
 
 @pytest.fixture(scope="module")
@@ -473,7 +465,7 @@ def half(tmp_path_factory):
     workdir = str(tmp_path_factory.mktemp("half") / "run")
     changes = {"model.dtype": "bfloat16", "model.param_dtype": "bfloat16"}
     config = tiny.config("pairs", **changes, num_steps=2, seed=3, **{"lora.rank": 4})
-    return config, workdir, train.train(config, workdir)
+    return config, workdir, loop.train(config, workdir)
 
 
 def test_a_run_in_bfloat16_starts_at_its_base_and_trains(half):
@@ -487,12 +479,12 @@ def test_a_run_in_bfloat16_starts_at_its_base_and_trains(half):
 def test_a_base_drawn_from_a_seed_is_drawn_again(half):
     """Cast to bfloat16 first, as the run saw it."""
     config, workdir, state = half
-    merged = policies.load_lm(workdir)
+    merged = loading.load_lm(workdir)
     plain = dataclasses.replace(merged.config, dtype="float32")
     drawn = transformer.init(plain, jax.random.key(3))
     drawn = jax.tree.map(lambda x: x.astype(jnp.bfloat16), drawn)
     want = lora.merge(
-        LM(merged.config, drawn), state.params, policies.lora_settings(config)
+        LM(merged.config, drawn), state.params, loading.lora_settings(config)
     )
     for a, b in zip(jax.tree.leaves(merged), jax.tree.leaves(want), strict=True):
         assert a.dtype == jnp.bfloat16
@@ -504,7 +496,7 @@ def test_another_seed_draws_another_base(half, tmp_path):
     path = tmp_path / "run" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "seed": 4}))
     with pytest.raises(ValueError, match="trained on weights drawn from a seed"):
-        policies.load_lm(str(tmp_path / "run"))
+        loading.load_lm(str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -28,9 +28,9 @@ import numpy as np
 import report
 import toy
 
-from alignax import decode
 from alignax.batch import Scores, from_groups
 from alignax.losses import aft
+from alignax.sampling import decode
 from alignax.theory import aft as theory
 
 SLACK, WIDE = 0.1, 3.0

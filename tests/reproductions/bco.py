@@ -25,10 +25,10 @@ import optax
 import report
 import toy
 
-from alignax import step
 from alignax.batch import Scores
 from alignax.losses import bco, bco_pair, dpo
 from alignax.theory import bco as theory
+from alignax.training import step
 
 LIKED = np.array([0.4, 0.3, 0.2, 0.1])
 DISLIKED = LIKED[::-1]

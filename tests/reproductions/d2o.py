@@ -20,9 +20,9 @@ import numpy as np
 import report
 import toy
 
-from alignax import decode
 from alignax.batch import Scores
 from alignax.losses import d2o, dpo
+from alignax.sampling import decode
 
 SAFE, HARM, NEUTRAL, RISKY, PLAIN, SYMBOLS = 1, 2, 3, 4, 5, 16
 VOCAB, PROMPT, RESPONSE, SAMPLES = 6 + SYMBOLS, 3, 3, 11

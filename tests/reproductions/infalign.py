@@ -39,26 +39,19 @@ import report
 import tokenizers
 from jaxtyping import Float
 
-from alignax import (
-    frontier,
-    optim,
-    parallel,
-    plugin,
-    rewards,
-    sampler,
-    sharding,
-    source,
-    tokenizer,
-)
-from alignax import rollout as rollouts
+from alignax import frontier, plugin, rewards
 from alignax import shaping as shapings
 from alignax.batch import LM, Batch, Example
 from alignax.evals import inference_win_rate
 from alignax.frontier import Points
-from alignax.metrics import Interval
-from alignax.models import transformer
+from alignax.inputs import source, tokenizer
+from alignax.models import sharding, transformer
 from alignax.models.transformer import ModelConfig
-from alignax.step import init_state, make_train_step
+from alignax.reports.metrics import Interval
+from alignax.rollouts import rollout as rollouts
+from alignax.rollouts import sampler
+from alignax.training import optim, parallel
+from alignax.training.step import init_state, make_train_step
 
 LETTERS, PROMPTS, WORD = "abcdefgh", "ABCDEF", 3
 WORDS = tuple(map("".join, itertools.product(LETTERS, repeat=WORD)))

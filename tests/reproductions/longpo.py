@@ -25,7 +25,7 @@ import numpy as np
 import report
 import toy
 
-from alignax import decode
+from alignax.sampling import decode
 
 QUESTION, VALUES, FILLERS, DECOYS = 0, 16, 20, 20
 NOTATIONS = np.array([0, VALUES])  # added to a value's token; documents have the first

@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
-from alignax.plots import BLUE, GREEN, GREY, ORANGE, PINK
+from alignax.reports.curves import BLUE, GREEN, GREY, ORANGE, PINK
 
 jax.config.update("jax_platforms", "cpu")  # the numbers of a laptop, on any machine
 

@@ -11,10 +11,11 @@ import optax
 import report
 from jaxtyping import Array, Float
 
-from alignax import bindings, logprob, plugin, sharding, step
+from alignax import logprob, plugin
 from alignax.batch import LM, Batch, Scores, from_groups
-from alignax.models import transformer
+from alignax.models import sharding, transformer
 from alignax.models.transformer import ModelConfig
+from alignax.training import step
 
 
 def over_seeds(run: Callable[[int], Mapping[str, Any]]) -> dict[str, np.ndarray]:
@@ -73,7 +74,7 @@ def _trainer(
     config: ModelConfig, loss: str, lr: float, b1: float, hyper: tuple, lms: tuple
 ):
     bound = plugin.load("losses", loss, dict(hyper))
-    bound = bound._replace(needs=bindings.matched(bound.needs, lms))
+    bound = bound._replace(needs=plugin.match_needs(bound.needs, lms))
     mesh = sharding.make_mesh((1, 1, 1))
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(lr, b1=b1))
 

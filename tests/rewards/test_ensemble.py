@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from alignax import rewards, tokenizer
+from alignax import rewards
+from alignax.inputs import tokenizer
 from alignax.rewards import model
 
 TEXTS = [["aaab", "b"], ["abab", ""]]

@@ -5,10 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from alignax import plugin, rewards, tokenizer
+from alignax import plugin, rewards
 from alignax.batch import Example
+from alignax.inputs import tokenizer
+from alignax.inputs.source import dataset_source
 from alignax.rewards import relevance
-from alignax.source import dataset_source
 
 TK = tokenizer.load("bytes")
 QUERY = "How do I bake rye bread?"

@@ -1,0 +1,291 @@
+"""Which examples share a batch, in which order and at which T: pure functions of a step.
+
+Positions 0, 1, ... run through the data epoch after epoch. A plan gives random access to
+the batches of all steps, so that a source can stop anywhere and go on from there.
+"""
+
+import bisect
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+
+from alignax.batch import Batch, from_groups
+from alignax.inputs import layout
+
+ENDLESS = 2**62  # steps
+LAST = 8  # batches of an epoch over which its end is shared out
+
+
+class Row(NamedTuple):
+    """One example, cut to length: int32 ids and bools."""
+
+    id: str
+    prompt: np.ndarray
+    responses: list[np.ndarray]
+    scored: list[np.ndarray]
+    feedback: Sequence[float]
+    columns: Mapping[str, float]
+    distinct: int  # tokens, what responses share counted once: see `layout.group`
+
+    def length(self) -> int:
+        return len(self.prompt) + max(len(r) for r in self.responses)
+
+
+class Order:
+    """Which examples make up batch k: a pure function of k.
+
+    Positions 0, 1, ... run through epoch after epoch, in Grain's order; batch k takes
+    positions kb..(k+1)b-1. Batches within one epoch are sorted by length in windows; a
+    batch that straddles two epochs stands alone, or copies of one example would meet.
+    """
+
+    def __init__(self, lengths: list[int], share: int, *, window, seed, shuffle, limit):
+        self.lengths, self.share, self.limit = lengths, share, limit
+        self.window, self.seed, self.shuffle = window, seed, shuffle
+        order = grain.MapDataset.range(len(lengths)).seed(seed)
+        self.order = (order.shuffle() if shuffle else order).repeat()
+        self._sorted = functools.lru_cache(maxsize=2)(self._sort)
+
+    def batch(self, k: int) -> list[int | None]:
+        """Indices of the examples in batch k; None fills up behind the last epoch."""
+        n, b = len(self.lengths), self.share
+        epoch = k * b // n
+        first, stop = (
+            -(-epoch * n // b),
+            (epoch + 1) * n // b,
+        )  # batches within the epoch
+        if not self.shuffle or not first <= k < stop:
+            end = ENDLESS if self.limit is None else self.limit
+            return [
+                self.order[p] if p < end else None for p in range(k * b, (k + 1) * b)
+            ]
+        start = k - (k - first) % self.window
+        return self._sorted(start, min(start + self.window, stop))[k - start]
+
+    def _sort(self, start: int, stop: int) -> list[list[int]]:
+        b = self.share
+        rows = [self.order[p] for p in range(start * b, stop * b)]
+        rows.sort(key=self.lengths.__getitem__)
+        shuffled = np.random.default_rng([self.seed, start]).permutation(stop - start)
+        return [rows[i * b : (i + 1) * b] for i in shuffled.tolist()]
+
+
+class Packing(NamedTuple):
+    """What packed rows are laid out for, and their usual shape."""
+
+    shards: int  # over all hosts
+    accumulate: int  # micro-batches
+    rows: int = 0  # R of each of shards * accumulate blocks; 0 = chosen by the batch
+    length: int = 0  # L
+
+    @property
+    def blocks(self) -> int:
+        return self.shards * self.accumulate
+
+
+class Filled:
+    """Which examples make up batch k, as many as fill its rows: a pure function of k.
+
+    Every epoch is cut into batches on its own (see `layout.fill`), in Grain's order; what
+    is left for its last ones is shared out evenly, for a step weighs its prompts alike
+    however few they are. Devices and micro-batches have no part in it.
+    """
+
+    def __init__(self, sizes: list[int], prompts: int, *, window, seed, shuffle):
+        order = grain.MapDataset.range(len(sizes)).seed(seed)
+        self.order = (order.shuffle() if shuffle else order).repeat()
+        self.sizes, self.prompts = sizes, prompts
+        self.rows, self.length = layout.shape(sizes, prompts)
+        self.window = window * prompts if shuffle else 1
+        self.ends = [0]  # of the epochs so far, in batches
+        self.epoch = functools.lru_cache(maxsize=2)(self._epoch)
+
+    def batch(self, k: int) -> list[int | None]:
+        """Indices of the examples in batch k; None is an empty place."""
+        while self.ends[-1] <= k:
+            self.ends.append(self.ends[-1] + len(self.epoch(len(self.ends) - 1)))
+        number = bisect.bisect_right(self.ends, k) - 1
+        return self.epoch(number)[k - self.ends[number]]
+
+    def steps(self, epochs: int) -> int:
+        """Batches that so many epochs have."""
+        return sum(len(self.epoch(number)) for number in range(epochs))
+
+    def packing(self, shards: int, accumulate: int, some: int = 256) -> Packing:
+        """Rows for so many devices and micro-batches, as the first batches need them."""
+        if (blocks := shards * accumulate) == 1:
+            return Packing(1, 1, self.rows, self.length)
+        found = []
+        for batch in self.epoch(0)[:some]:
+            sizes = [0 if i is None else self.sizes[i] for i in batch]
+            parts = layout.spread(sizes, blocks)
+            found += [[sizes[i] for i in part] for part in parts]
+        return Packing(shards, accumulate, *layout.fitted(found, max(self.sizes)))
+
+    def _epoch(self, number: int) -> list[list[int | None]]:
+        n = len(self.sizes)
+        out = layout.fill(
+            self.sizes, [self.order[i] for i in range(number * n, (number + 1) * n)],
+            prompts=self.prompts, rows=self.rows, length=self.length, window=self.window,
+        )  # fmt: skip
+        return out if self.window == 1 else out[:-LAST] + self._even(out[-LAST:])
+
+    def _even(self, batches: list[list[int | None]]) -> list[list[int | None]]:
+        """As many batches of the same items, each with about as many tokens."""
+        items = [i for batch in batches for i in batch if i is not None]
+        sizes = [self.sizes[i] for i in items]
+        sizes += [0] * (len(batches) * self.prompts - len(items))
+        out = [[items[j] for j in part] for part in layout.spread(sizes, len(batches))]
+        rows = (layout.pack([self.sizes[i] for i in b], self.length) for b in out)
+        if max(map(len, rows)) > self.rows:
+            return batches
+        return [batch + [None] * (self.prompts - len(batch)) for batch in out]
+
+
+class Plan:
+    """Random access to the batches of all steps: what Grain iterates over."""
+
+    def __init__(
+        self, data, orders, steps, *, buckets, host, pad, mixture, packing=None
+    ):
+        self.data, self.orders, self.steps = data, orders, steps
+        self.buckets, self.host, self.pad, self.mixture = buckets, host, pad, mixture
+        self.group = max(len(row.responses) for rows in data for row in rows)
+        self.packing: Packing | None = packing
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def rows(self, k: int) -> list[tuple[int, Row | None]]:
+        """(which part of the mixture, example or None) of all hosts' rows."""
+        rows = [
+            (part, None if i is None else self.data[part][i])
+            for part, order in enumerate(self.orders)
+            for i in order.batch(k)
+        ]
+        if self.packing is None or self.mixture:
+            return rows
+        each = len(rows) // self.packing.blocks
+        sizes = [0 if row is None else row.distinct for _, row in rows]
+        out: list[tuple[int, Row | None]] = []
+        for block in layout.spread(sizes, self.packing.blocks):
+            out += [rows[i] for i in block] + [(0, None)] * (each - len(block))
+        return out
+
+    def ids(self, k: int) -> list[str]:
+        return [row.id for _, row in self.rows(k) if row is not None]
+
+    def __getitem__(self, k: int) -> tuple[Batch, list[str], dict[str, float]]:
+        """(this host's rows, ids of all hosts' examples, shares of all hosts' tokens)."""
+        rows = self.rows(k)
+        index, count = self.host
+        each = len(rows) // count
+        mine = rows[index * each : (index + 1) * each]
+        batch = build([row for _, row in mine], self.group, self.size(rows), self.pad)
+        if self.mixture:
+            parts: Any = np.array([part for part, _ in mine], np.int32)
+            batch = batch._replace(extra={**(batch.extra or {}), "source": parts})
+        if self.packing is not None:
+            p, (many, long) = self.packing, self.packed_shape(rows)
+            batch = batch._replace(
+                layout=layout.build(
+                    batch, shards=p.shards // count, accumulate=p.accumulate,
+                    rows=many, length=long,
+                )
+            )  # fmt: skip
+        real, distinct, total = self.tokens(rows)
+        shares = {"padding": 1 - real / total, "useful_tokens": distinct / total}
+        return batch, [row.id for _, row in rows if row is not None], shares
+
+    def size(self, rows) -> int:
+        """T of a batch."""
+        return fit(
+            max(row.length() for _, row in rows if row is not None), self.buckets
+        )
+
+    def packed_shape(self, rows) -> tuple[int, int]:
+        """(R, L) of a batch, the same on all hosts: few batches need more than usual."""
+        assert self.packing is not None
+        each = len(rows) // self.packing.blocks
+        sizes = [0 if row is None else row.distinct for _, row in rows]
+        blocks = [sizes[i : i + each] for i in range(0, len(rows), each)]
+        if not self.packing.rows:
+            return layout.choose(blocks, each, self.group * self.size(rows))
+        need = max(len(layout.pack(block, self.packing.length)) for block in blocks)
+        usual = self.packing.rows
+        return usual if need <= usual else layout.steps(need), self.packing.length
+
+    def tokens(self, rows) -> tuple[int, int, int]:
+        """Tokens of a batch: that are there, distinct ones, and those computed."""
+        used = [row for _, row in rows if row is not None]
+        distinct = sum(row.distinct for row in used)
+        if self.packing is None:
+            real = sum(len(r.prompt) + len(a) for r in used for a in r.responses)
+            return real, distinct, len(rows) * self.group * self.size(rows)
+        many, long = self.packed_shape(rows)
+        return distinct, distinct, self.packing.blocks * many * long
+
+    def shares(self, steps: int) -> dict[str, float]:
+        """Of the first `steps` batches: share of padding, and of distinct real tokens.
+
+        What is computed twice, such as a prompt beside each response, is neither.
+        """
+        found = np.sum([self.tokens(self.rows(k)) for k in range(steps)], 0)
+        real, distinct, total = found.tolist()
+        return {"padding": 1.0 - real / total, "useful": distinct / total}
+
+
+def build(rows: list[Row | None], group: int, size: int, pad: int) -> Batch:
+    """A batch [len(rows), group, size]; None makes an invalid row."""
+    used = [row for row in rows if row is not None]
+    zeros = [[0.0] * len(r.responses) for r in used]
+    packed = from_groups(
+        [r.prompt for r in used],
+        [r.responses for r in used],
+        length=size,
+        pad=pad,
+        feedback=[r.feedback or z for r, z in zip(used, zeros, strict=True)],
+        scored=[r.scored for r in used],
+    )
+    at = [i for i, row in enumerate(rows) if row is not None]
+
+    def spread(field, fill):
+        out = np.full((len(rows), group, *field.shape[2:]), fill, field.dtype)
+        out[at, : field.shape[1]] = field
+        return out
+
+    fills = (pad, False, 0, 0.0, False)
+    batch = Batch(*(spread(x, fill) for x, fill in zip(packed[:5], fills, strict=True)))
+    if not used or not used[0].columns:
+        return batch
+    extra: dict[str, Any] = {}
+    for name in used[0].columns:
+        extra[name] = np.zeros(len(rows), np.float32)
+        extra[name][at] = [row.columns[name] for row in used]
+    return batch._replace(extra=extra)
+
+
+def bucket_sizes(buckets: Sequence[int], length: int) -> tuple[int, ...]:
+    sizes = sorted(set(buckets) or {-(-length * k // 8) for k in (1, 2, 3, 4, 6, 8)})
+    if sizes[0] < 1 or sizes[-1] > length:
+        raise ValueError(f"buckets {sizes} must lie between 1 and length={length}")
+    return tuple(sizes) if sizes[-1] == length else (*sizes, length)
+
+
+def fit(tokens: int, buckets: tuple[int, ...]) -> int:
+    return next(b for b in buckets if b >= tokens)
+
+
+def identity(data: list[list[Row]], settings: tuple) -> str:
+    digest = hashlib.sha256(json.dumps([str(s) for s in settings]).encode())
+    for rows in data:
+        for row in rows:
+            for ids in (row.prompt, *row.responses, *row.scored):
+                digest.update(len(ids).to_bytes(4, "big") + ids.tobytes())
+            digest.update(repr((row.feedback, sorted(row.columns.items()))).encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,357 @@
+"""What a run reports: metrics.jsonl, TensorBoard events, samples; intervals and FLOPs.
+
+    writer = Writer(workdir, step=state.step)
+    writer.write(step, {"train/loss": loss})           one line, one record
+    writer.samples(step, [{"prompt": x, "policy": y}]) samples.jsonl and samples.md
+
+Only process 0 writes. Intervals of 95 % are written as three keys: `name`, `name/lo`,
+`name/hi`; `plots.py` draws them as bands.
+"""
+
+import importlib
+import json
+import logging
+import math
+import pathlib
+import re
+import tempfile
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from alignax.batch import Metrics
+from alignax.reports import events
+
+log = logging.getLogger(__name__)
+
+Z95 = 1.959964  # the two-sided 95 % quantile of a normal
+
+# Dense bfloat16 FLOP/s of one device, by what jax calls it; the first match wins.
+PEAK_FLOPS = (
+    (r"TPU v4", 275e12),
+    (r"TPU v5 ?(lite|e)", 197e12),
+    (r"TPU v5", 459e12),
+    (r"TPU v6 ?(lite|e)", 918e12),
+    (r"A100", 312e12),
+    (r"H100 PCIe", 756e12),
+    (r"H100", 989e12),
+    (r"H200", 989e12),
+)
+
+
+class Interval(NamedTuple):
+    """A mean with its 95 % interval."""
+
+    value: float
+    lo: float
+    hi: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.lo:.3f}, {self.hi:.3f}]"
+
+    def named(self, name: str) -> dict[str, float]:
+        """The three metrics that say it: `name`, `name/lo` and `name/hi`."""
+        return {name: self.value, f"{name}/lo": self.lo, f"{name}/hi": self.hi}
+
+
+def wilson(successes: float, n: int) -> Interval:
+    """Wilson's score interval of a proportion; it stays inside [0, 1] at 0 and at n.
+
+    Args:
+      successes: how many of the n succeeded, in [0, n]; a tie may count as a half.
+      n: trials, at least 1.
+
+    Raises:
+      ValueError: no trials, or successes outside [0, n].
+    """
+    if n < 1 or not 0 <= successes <= n:
+        raise ValueError(f"wilson got {successes} successes of {n} trials")
+    p = successes / n
+    scale = 1 + Z95**2 / n
+    center = (p + Z95**2 / (2 * n)) / scale
+    half = Z95 / scale * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
+    return Interval(p, max(0.0, center - half), min(1.0, center + half))
+
+
+def bootstrap(values: Any, *, seed: int = 0, num_resamples: int = 1000) -> Interval:
+    """Percentile bootstrap of a mean, resampling prompts.
+
+    Args:
+      values: f[n], one finite number a prompt. Average over the samples of a prompt
+        first: rows of one prompt are not independent.
+      seed: of the resampling.
+      num_resamples: means drawn.
+
+    Returns:
+      The mean and its interval; the interval of a single prompt is the whole line.
+
+    Raises:
+      ValueError: values is not one-dimensional, empty, or not finite.
+    """
+    x = np.asarray(values, np.float64)
+    if x.ndim != 1 or not x.size or not np.isfinite(x).all():
+        raise ValueError(
+            f"bootstrap got values of shape {x.shape} with "
+            f"{np.count_nonzero(~np.isfinite(x))} not finite; expected finite f[n], n > 0"
+        )
+    if x.size == 1:
+        return Interval(float(x[0]), -math.inf, math.inf)
+    rng = np.random.default_rng(seed)
+    means = [x[rng.integers(x.size, size=x.size)].mean() for _ in range(num_resamples)]
+    lo, hi = np.quantile(means, (0.025, 0.975))
+    return Interval(float(x.mean()), float(lo), float(hi))
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of a device that calls itself so; None if unknown."""
+    for pattern, flops in PEAK_FLOPS:
+        if re.search(pattern, device_kind):
+            return flops
+    return None
+
+
+def flops_per_token(num_params: int, kind: str, *, frozen: int = 0) -> float:
+    """FLOPs that the matrix products of a dense model cost, without attention.
+
+    Args:
+      num_params: parameters that enter a matrix product (the head, not the embedding).
+      kind: 'train' (forward and backward: 6 a parameter) or 'forward' (2 a parameter).
+      frozen: further parameters that have no gradient, as under adapters: the backward
+        pass goes through them (4 a parameter) and saves the product that is theirs.
+
+    Raises:
+      ValueError: another kind.
+    """
+    cost = {"train": 6.0, "forward": 2.0}
+    if kind not in cost:
+        raise ValueError(f"flops_per_token has no kind '{kind}'; it takes {list(cost)}")
+    return cost[kind] * num_params + min(cost[kind], 4.0) * frozen
+
+
+def mfu(flops: float, seconds: float, devices: Sequence[Any]) -> float | None:
+    """Model FLOPs utilisation: what was computed over what the devices could have.
+
+    Args:
+      flops: of the whole step, over all devices.
+      seconds: that the step took.
+      devices: the jax devices it ran on.
+
+    Returns:
+      A share in [0, 1], or None if some device's peak is not known.
+    """
+    peaks = [peak_flops(device.device_kind) for device in devices]
+    known = [peak for peak in peaks if peak is not None]
+    if not peaks or len(known) < len(peaks):
+        return None
+    return flops / (seconds * sum(known))
+
+
+class Writer:
+    """Appends what a run reports to the files of its workdir."""
+
+    def __init__(
+        self,
+        workdir: Any,
+        *,
+        step: int = 0,
+        wandb: bool = False,
+        config: Mapping[str, Any] | None = None,
+    ):
+        """Opens the files of a run that continues from `step`.
+
+        What an earlier process wrote past `step` is dropped (everything, at step 0) and
+        counted in the log: those steps are about to be computed again.
+
+        Args:
+          workdir: a folder, local or remote (gs://...); it is created.
+          step: the step that was restored, 0 for a new run.
+          wandb: also log to Weights & Biases.
+          config: plain dict shown there.
+
+        Raises:
+          ImportError: wandb is asked for and not installed.
+        """
+        self._enabled = jax.process_index() == 0
+        self._wandb: Any = None
+        if not self._enabled:
+            return
+        self._remote = epath.Path(workdir) if "://" in str(workdir) else None
+        # Object stores cannot append: files grow in a local folder and are copied whole.
+        self._temporary = tempfile.TemporaryDirectory() if self._remote else None
+        self._folder = pathlib.Path(
+            self._temporary.name if self._temporary else workdir
+        )
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            if self._remote and (self._remote / name).exists():
+                (self._folder / name).write_bytes((self._remote / name).read_bytes())
+            _truncate(self._folder / name, step)
+        rows = _read(self._folder / "samples.jsonl")
+        (self._folder / "samples.md").unlink(missing_ok=True)
+        self._append("samples.md", "".join(map(_markdown, rows)))
+        self._events = events.create(self._folder, step)
+        if wandb:
+            self._wandb = _start_wandb(self._folder, config)
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        """Writes one line: the step and its scalars.
+
+        Raises:
+          ValueError: a metric is not a number; the message names it.
+        """
+        if not self._enabled:
+            return
+        values = scalars(metrics)
+        self._append("metrics.jsonl", _line({"step": int(step), **values}))
+        with self._events.open("ab") as file:
+            file.write(events.scalars(int(step), values))
+        if self._wandb:
+            self._wandb.log(values, step=int(step))
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Adds rows of text (column -> text or number) to samples.jsonl and samples.md."""
+        if not self._enabled:
+            return
+        for i, row in enumerate(rows):
+            full = {"step": int(step), "index": i, **_on_host(row)}
+            self._append("samples.jsonl", _line(full))
+            self._append("samples.md", _markdown(full))
+
+    def flush(self) -> None:
+        """Copies the files to a remote workdir; local files are always up to date."""
+        if self._enabled and self._remote:
+            self._remote.mkdir(parents=True, exist_ok=True)
+            for path in self._folder.iterdir():
+                if path.is_file():
+                    (self._remote / path.name).write_bytes(path.read_bytes())
+
+    def close(self) -> None:
+        """Flushes, and ends the wandb run if there is one."""
+        self.flush()
+        if self._wandb:
+            self._wandb.finish()
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _append(self, name: str, text: str) -> None:
+        if text:
+            with (self._folder / name).open("a", encoding="utf-8") as file:
+                file.write(text)
+
+
+def scalars(metrics: Metrics) -> dict[str, float]:
+    """Metrics as Python floats, moved from the devices in one transfer.
+
+    Raises:
+      ValueError: a metric is not a number; the message names it.
+    """
+    out = {}
+    for name, value in _on_host(metrics).items():
+        if isinstance(value, str) or np.shape(value) != ():
+            what = "text" if isinstance(value, str) else f"shape {np.shape(value)}"
+            raise ValueError(
+                f"metric '{name}' has {what}, expected a number; rows of text go to "
+                "Writer.samples"
+            )
+        out[name] = float(value)
+    return out
+
+
+def read(workdir: Any) -> list[dict[str, float]]:
+    """The lines of WORKDIR/metrics.jsonl, in order, with nan and inf as numbers.
+
+    Raises:
+      FileNotFoundError: the workdir has no metrics.jsonl.
+    """
+    path = epath.Path(workdir) / "metrics.jsonl"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: has this run written metrics?")
+    return [{k: float(v) for k, v in row.items()} for row in _read(path)]
+
+
+def _on_host(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with host arrays, its columns in their order (a tree of jax sorts them)."""
+    return dict(zip(row, jax.device_get(list(row.values())), strict=True))
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    """A row as one line of JSON, where nan and inf are the strings float() reads."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, np.generic | np.ndarray):
+            value = value.item()
+        finite = not isinstance(value, float) or math.isfinite(value)
+        return value if finite else str(value)
+
+    row = {name: plain(value) for name, value in row.items()}
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _read(path: Any) -> list[dict[str, Any]]:
+    """Rows of a JSONL file; a line torn by a kill, which can only be the last, is left out."""
+    if not path.exists():
+        return []
+    # not splitlines(): text of samples may hold U+2028 and other breaks, JSON keeps them
+    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
+    rows = []
+    for i, line in enumerate(lines):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if i < len(lines) - 1:
+                raise ValueError(f"{path}:{i + 1} is not JSON: {error}") from error
+            log.warning("%s:%d is a torn line, left out", path, i + 1)
+    return rows
+
+
+def _truncate(path: pathlib.Path, step: int) -> None:
+    """Drops the rows past `step` (all of them at 0), and says how many."""
+    rows = _read(path)
+    kept = [row for row in rows if step and row["step"] <= step]
+    if len(kept) < len(rows):
+        log.warning(
+            "%s: dropped %d lines past step %d, which the run computes again",
+            path, len(rows) - len(kept), step,
+        )  # fmt: skip
+    if path.exists():
+        new = path.with_suffix(".new")  # renamed, so that a kill here loses nothing
+        new.write_text("".join(map(_line, kept)), encoding="utf-8")
+        new.replace(path)
+
+
+def _markdown(row: Mapping[str, Any]) -> str:
+    """A row of text as a section, each column fenced by more backticks than it holds."""
+    title = f"## step {row['step']}, sample {row['index']}\n"
+    parts = [title]
+    for name, value in row.items():
+        if name not in ("step", "index"):
+            text = str(value)
+            longest = max(map(len, re.findall("`+", text)), default=0)
+            fence = "`" * max(3, longest + 1)
+            parts.append(f"**{name}**\n\n{fence}text\n{text}\n{fence}\n")
+    return "\n".join(parts) + "\n"
+
+
+def _start_wandb(folder: pathlib.Path, config: Mapping[str, Any] | None) -> Any:
+    try:
+        wandb = importlib.import_module("wandb")
+    except ImportError as error:
+        raise ImportError(
+            "logging to wandb needs its extra: pip install 'alignax[wandb]'"
+        ) from error
+    note = folder / "wandb_id.txt"  # the same run goes on after a resume
+    if not note.exists():
+        note.write_text(uuid.uuid4().hex[:8])
+    run_id = note.read_text()
+    return wandb.init(
+        project="alignax", name=folder.name, id=run_id, resume="allow", dir=str(folder),
+        config=dict(config or {}),
+    )  # fmt: skip

@@ -1,0 +1,268 @@
+"""Responses to a file of prompts: `config.prompts` -> WORKDIR/responses.jsonl.
+
+  prompts -> ids, none cut -> batches of like length -> generate | speculate | search
+          -> one line a prompt, a batch at a time                       (responses.py)
+
+Which prompts share a batch, and what they draw from, are functions of the prompts and of
+the config alone: a run that was killed goes on where it was, and its file is in the end
+the one that it would have been.
+"""
+
+import datetime
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from jaxtyping import Int
+
+from alignax import plugin, rewards
+from alignax.batch import Example
+from alignax.inputs import tokenizer
+from alignax.inputs.tokenizer import Tokenizer
+from alignax.models import sharding
+from alignax.reports.progress import progress
+from alignax.respond import output, responder
+from alignax.runs import checkpoint, workdirs
+from alignax.sampling import generation_settings, prefill
+from alignax.training import build, loading, parallel
+
+NAME = workdirs.RESPONSES
+# Least tokens that all prompts begin with to be read once; they are also at least half of
+# the longest prompt. For a small part, the tiles of attention that reading behind a cache
+# does not skip cost more than the part.
+SHARED = 32
+
+
+class Prompts(NamedTuple):
+    """What is asked, as ids."""
+
+    examples: Sequence[Example]
+    ids: list[list[int]]
+    batches: list[list[int]]  # places in `examples`, the longest prompts first
+    shared: int  # tokens that all begin with; 0 if they are few
+
+
+def respond(config, workdir: str, stop: Callable[[], bool] = lambda: False) -> bool:
+    """Answers what is not yet answered in the workdir.
+
+    A line has `id`, `prompt`, `responses` (G texts: with the prefill in front, without
+    the stop string), and for each of them `logps` (nats, under the policy as it is),
+    `law_logps` (nats, under the law really sampled; null where a search has none),
+    `tokens`, `finish` ('eos', 'stop' or 'length') and, with a reward, `scores`.
+    `data.jsonl` reads the lines as groups. While it grows the file has the order of the
+    batches, at the end that of the prompts.
+
+    Args:
+      config: with `prompts`; `generate` and `decoder` say how.
+      workdir: the same command on the same folder goes on.
+      stop: asked after every batch.
+
+    Returns:
+      Whether every prompt is answered.
+
+    Raises:
+      ValueError, OSError: what is wrong, and where; a prompt that is empty or too long; a
+        workdir that has the responses of another config, other prompts or other weights.
+    """
+    if "://" in workdir:
+        raise ValueError(
+            f"workdir {workdir} is remote: responses are appended to a file"
+        )
+    workdirs.check_owner(workdir, config)
+    now = check(config)
+    folder = checkpoint.absolute(workdir)
+    fresh = not (folder / "config.json").exists()
+    try:
+        run = build.build(config, workdir)
+        return _respond(config, run, now, stop)
+    except BaseException:
+        if fresh and not (folder / NAME).exists():  # nothing that another would spoil
+            (folder / "config.json").unlink(missing_ok=True)
+        raise
+
+
+def check(config) -> Prompts:
+    """Everything that can be wrong before weights are read.
+
+    Raises:
+      ValueError, OSError: see `respond`.
+    """
+    if config.num_steps:
+        raise ValueError(
+            f"num_steps is {config.num_steps}, but config.prompts are answered by a model "
+            "that is there: num_steps=0, and model.path of the trained run"
+        )
+    if config.evals or config.rollout.reward:
+        raise ValueError(
+            "config.prompts: evals and rollout.reward belong to other runs"
+        )
+    responder.bind(config)
+    if empty := [name for name, path in config.lms.items() if not path]:
+        raise ValueError(f"lms.{empty[0]} is empty, expected 'init' or a path")
+    if "target" in config.lms:
+        raise ValueError("lms.target: that name is the model's that answers")
+    if config.generate.reward:
+        rewards.load(config.generate.reward.to_dict())
+    if config.generate.draft:
+        responder.check_draft(config.generate.draft, [*config.lms])
+    spec = config.prompts.to_dict()
+    if "name" not in spec:
+        raise ValueError("config.prompts has no 'name'")
+    examples = plugin.load_examples(spec)
+    if skipped := getattr(examples, "report", {}).get("malformed"):
+        raise ValueError(f"{len(skipped)} prompts are malformed; first {skipped[0]}")
+    text = tokenizer.load(
+        loading.tokenizer_path(config),
+        now=datetime.datetime.fromisoformat(config.date),
+    )
+    return tokenized(
+        examples, text, batch_size=config.batch_size, check=responder.checker(config, text),
+        room=config.length - config.generate.max_new
+        - len(text.encode(config.generate.prefill)),
+    )  # fmt: skip
+
+
+def tokenized(
+    examples: Sequence[Example],
+    text: Tokenizer,
+    *,
+    batch_size: int,
+    room: int,
+    check: Callable[[list[int]], Any] = lambda ids: None,
+) -> Prompts:
+    """Prompts as ids, none of them cut.
+
+    Raises:
+      ValueError: an empty prompt, two with one id, one that does not pass `check`, or
+        some of more than `room` tokens.
+    """
+    ids, seen = [], set()
+    for e in examples:
+        blank = e.prompt if isinstance(e.prompt, str) else "".join(m["content"] for m in e.prompt)  # fmt: skip
+        if not blank.strip():
+            raise ValueError(f"{e.id}: the prompt is empty")
+        if e.id in seen:
+            raise ValueError(f"two prompts have the id {e.id!r}")
+        seen.add(e.id)
+        try:
+            ids.append(text.prompt(e))
+            check(ids[-1])
+        except ValueError as error:
+            raise ValueError(f"{e.id}: {error}") from error
+    if not ids:
+        raise ValueError("config.prompts has no prompt")
+    sizes = np.array([len(i) for i in ids])
+    if (sizes > room).any():
+        which = [examples[int(i)].id for i in np.flatnonzero(sizes > room)]
+        raise ValueError(
+            f"{len(which)} of {len(ids)} prompts have more than the {room} tokens that "
+            f"config.length leaves before prefill and generate.max_new; the longest has "
+            f"{sizes.max()}; first {which[0]}"
+        )
+    order = np.argsort(-sizes, kind="stable")  # memory runs out at once or never
+    many = min(batch_size, len(ids))
+    batches = [order[i : i + many].tolist() for i in range(0, len(ids), many)]
+    same = prefill.common(ids) if len(ids) > 1 else 0
+    worth = same >= SHARED and 2 * same >= sizes.max()
+    return Prompts(examples, ids, batches, same if worth else 0)
+
+
+def _respond(config, run: build.Run, now: Prompts, stop: Callable[[], bool]) -> bool:
+    path = epath.Path(run.workdir) / NAME
+    lm = run.assemble(sharding.put_params(run.policy.params, run.mesh), run.lms)
+    spec = config.generate.reward.to_dict()
+    reward = rewards.load(spec) if spec else None
+    make = responder.build(config, run, lm, reward, now.ids[0][: now.shared])
+    score = parallel.scorer(run.mesh)
+    mine = jax.process_index() == 0
+    done = output.begin(
+        path, now.examples, {"policy": lm, **run.lms}, run.tokenizer, write=mine
+    )
+    total, tokens, start = len(now.ids), 0, time.monotonic()
+    first = now.ids[0]
+    run.say(
+        f"prompts: {total}, {len(done)} answered already, {min(map(len, now.ids))} to "
+        f"{max(map(len, now.ids))} tokens; the first, as the model reads it:\n"
+        f"{run.tokenizer.decode(first, keep_specials=True)!r}"
+    )
+    lines: list[dict[str, Any]] = []
+    stats: dict[str, list[float]] = {}
+    with progress(total, start=len(done), name=run.name) as show:
+        for places in now.batches:
+            if all(now.examples[i].id in done for i in places):
+                continue
+            out = make(*padded(now, places))
+            for name, value in out.stats.items():
+                if np.ndim(value) == 0 and name != "ended":  # `finish` knows better
+                    stats.setdefault(name, []).append(float(value))
+            found = list(rows(config, run, now, places, out, reward, score))
+            tokens += sum(sum(row["tokens"]) for row in found)
+            found = [row for row in found if row["id"] not in done]
+            if mine:
+                output.append(path, found)
+            lines += found
+            done |= {row["id"] for row in found}
+            rate = tokens / (time.monotonic() - start)
+            show(len(done), {"train/tokens_per_second": rate})
+            if len(done) < total and stop():
+                return False
+    if mine:  # also what a killed run left in the order of its batches
+        output.arrange(path, [e.id for e in now.examples])
+    if lines:
+        run.say(output.summary(lines, stats, time.monotonic() - start))
+    run.say(f"{total} prompts are answered in {path}")
+    return True
+
+
+def padded(
+    now: Prompts, places: Sequence[int]
+) -> tuple[Int[np.ndarray, "B P"], Int[np.ndarray, " B"], list[int]]:
+    """A batch; copies of its first prompt fill it up, so that no shape is new."""
+    fill = len(now.batches[0]) - len(places)
+    places = [*places, *[places[0]] * fill]
+    tokens, lengths = generation_settings.ragged(
+        [now.ids[i] for i in places], shared=now.shared
+    )
+    return tokens, lengths, places
+
+
+def rows(
+    config, run: build.Run, now: Prompts, places: Sequence[int], out: Any,
+    reward: plugin.Bound | None, score: Callable[..., Any],
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """The lines of a batch."""
+    text, batch = run.tokenizer, out.batch
+    # also of what fills the batch up: no shape is new
+    answers = output.answers(batch, out.truncated, text, config.generate)
+    scores = None
+    if reward is not None:
+        texts = [[a.text for a in group] for group in answers]
+        scores = rewards.call(
+            reward, batch, texts, run.lms, tokenizer=text, score=score
+        ).tolist()
+
+    def sums(logps, b: int) -> list[float | None]:
+        if logps is None:
+            return [None] * len(answers[b])
+        kept = [
+            logps[b, g][batch.mask[b, g]][: a.tokens] for g, a in enumerate(answers[b])
+        ]
+        found = [float(np.sum(k, dtype=np.float64)) for k in kept]
+        return [x if math.isfinite(x) else None for x in found]
+
+    for b, place in enumerate(places):
+        example = now.examples[place]
+        prompt = example.prompt
+        yield {
+            "id": example.id,
+            "prompt": prompt if isinstance(prompt, str) else list(prompt),
+            "responses": [a.text for a in answers[b]],
+            "logps": sums(out.raw_logps, b),
+            "law_logps": sums(batch.old_logps, b),
+            "tokens": [a.tokens for a in answers[b]],
+            "finish": [a.finish for a in answers[b]],
+        } | ({} if scores is None else {"scores": scores[b]})

@@ -1,0 +1,222 @@
+"""Responses drawn and judged, a batch of prompts at a time, on the host.
+
+  prompts -> generate(lm) -> rewards/* -> feedback, less what comes late or never ends
+
+The same for the policy, for whom it is compared with, and for who shows it the way.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float
+
+from alignax import rewards
+from alignax.batch import LM, Batch, Example
+from alignax.inputs.source import PromptBatch, prompt_batches, texts
+from alignax.inputs.tokenizer import Tokenizer
+from alignax.plugin import Bound
+
+TRUNCATED = ("keep", "drop", "punish")
+STREAM = 2**30  # of random keys: evaluations count from 0 under the same seed
+Baseline = dict[str, np.ndarray]  # an example's id -> rewards of other responses to it
+
+
+class Drawn(NamedTuple):
+    """Responses to a batch of prompts, and what became of them."""
+
+    batch: Batch  # with feedback; old_logps is under the law really sampled
+    raw_logps: Float[
+        np.ndarray, "B G T"
+    ]  # nats, the sampler's, under the unmodified LM
+    truncated: Bool[np.ndarray, "B G"]  # True where max_new ended a response
+    differs: Bool[np.ndarray, " B"]  # two valid responses earned differently
+
+
+class Sampler(NamedTuple):
+    """How responses are drawn and judged: the same for the policy and the reference.
+
+    Attributes:
+      generate: decode.generate with the end-of-sequence ids bound; host arrays come back.
+      reward: from `rewards.load`.
+      lms: frozen LMs that a reward may read.
+      tokenizer: of prompts and responses.
+      max_new: most tokens of a response.
+      temperature: of the sampled law; advantages are of that law.
+      truncated: what becomes of a response that max_new ended. 'keep': nothing; 'drop':
+        it is not valid; 'punish': its feedback is `punishment`.
+      punishment: see `truncated`.
+      overlong_buffer: the last tokens before max_new, over which feedback falls
+        linearly by `overlong_penalty` (Yu et al. 2025); 0 = it does not.
+      overlong_penalty: what a response of max_new tokens loses.
+      score: `logprob.score` of host batches, for rewards that read an LM.
+    """
+
+    generate: Callable[..., Any]
+    reward: Bound
+    lms: Mapping[str, LM]
+    tokenizer: Tokenizer
+    max_new: int
+    temperature: float = 1.0
+    truncated: str = "keep"
+    punishment: float = 0.0
+    overlong_buffer: int = 0
+    overlong_penalty: float = 1.0
+    score: Callable[..., Any] | None = None
+
+    def check(self) -> None:
+        """Raises ValueError for a setting out of its range."""
+        if self.truncated not in TRUNCATED:
+            raise ValueError(
+                f"rollout.truncated is {self.truncated!r}, expected one of {TRUNCATED}"
+            )
+        if not 0 <= self.overlong_buffer <= self.max_new:
+            raise ValueError(
+                f"rollout.overlong_buffer is {self.overlong_buffer}, expected 0 to "
+                f"rollout.max_new={self.max_new}"
+            )
+        if self.overlong_penalty < 0:
+            raise ValueError(
+                f"rollout.overlong_penalty is {self.overlong_penalty}, expected at least 0"
+            )
+        if self.temperature <= 0:
+            raise ValueError(
+                f"rollout.temperature is {self.temperature}: a greedy response says "
+                "nothing about its alternatives"
+            )
+
+    def draw(
+        self, lm: LM, prompts: PromptBatch, key, group: int, *, greedy: bool = False,
+        clock: dict[str, float] | None = None,
+    ) -> Drawn:  # fmt: skip
+        """Draws and judges a group of responses to every prompt.
+
+        Args:
+          lm: who responds.
+          prompts: where they are not valid, nothing is.
+          key: of this batch alone.
+          group: G.
+          greedy: the most likely token each time, instead of the temperature's law.
+          clock: its 'sampling' and 'scoring', in seconds, are added to.
+
+        Raises:
+          ValueError: what the reward does wrong.
+        """
+        start = time.monotonic()
+        out = jax.device_get(
+            self.generate(
+                lm, prompts.tokens, prompts.lengths, key, max_new=self.max_new,
+                group=group, temperature=0.0 if greedy else self.temperature,
+            )
+        )  # fmt: skip
+        middle = time.monotonic()
+        valid = out.batch.valid & prompts.valid[:, None]
+        if self.truncated == "drop":
+            valid = valid & ~out.truncated
+        batch = out.batch._replace(valid=valid, extra=prompts.columns or None)
+        earned = rewards.call(
+            self.reward, batch, texts(batch, self.tokenizer), self.lms,
+            tokenizer=self.tokenizer, score=self.score,
+        )  # fmt: skip
+        punished = valid & out.truncated & (self.truncated == "punish")
+        earned = np.where(punished, np.float32(self.punishment), earned)
+        lost = np.float32(self.overlong_penalty) * self.late(batch)
+        feedback = np.where(valid & ~punished, earned - lost, earned)
+        if clock is not None:
+            clock["sampling"] += middle - start
+            clock["scoring"] += time.monotonic() - middle
+        batch = batch._replace(feedback=feedback)
+        # the length alone is no difference that a group has to teach
+        return Drawn(batch, out.raw_logps, out.truncated, differs(earned, valid))
+
+    def late(self, batch: Batch) -> Float[np.ndarray, "B G"]:
+        """How much of the overlong buffer a response uses, from 0 to 1."""
+        left = self.max_new - np.asarray(batch.mask).sum(-1)  # tokens
+        used = (self.overlong_buffer - left) / max(self.overlong_buffer, 1)
+        return np.clip(used, 0, 1).astype(np.float32)
+
+    def identity(self, *, earlier: bool = False) -> dict[str, Any]:
+        """What the numbers of a reference rollout depend on, part by part.
+
+        Args:
+          earlier: as runs before 2026-12 saved it (see `rewards.earlier_identity`).
+        """
+        of = rewards.earlier_identity if earlier else rewards.identity
+        return {
+            "reward": of(self.reward), "tokenizer": self.tokenizer.fingerprint,
+            "max_new": self.max_new, "temperature": self.temperature,
+            "truncated": f"{self.truncated} {self.punishment}",
+            "overlong": f"{self.overlong_buffer} {self.overlong_penalty}",
+        }  # fmt: skip
+
+
+def differs(
+    feedback: Float[np.ndarray, "B G"], valid: Bool[np.ndarray, "B G"]
+) -> Bool[np.ndarray, " B"]:
+    """Whether two valid responses of a group earned differently."""
+    top = np.where(valid, feedback, -np.inf).max(1)
+    return top > np.where(valid, feedback, np.inf).min(1)
+
+
+def reference_rewards(
+    examples: Sequence[Example], sampler: Sampler, ref: LM, *, samples: int, rows: int,
+    length: int, seed: int,
+) -> Baseline:  # fmt: skip
+    """Rewards of K samples of the reference for every prompt.
+
+    Args:
+      examples: their prompts; ids are distinct.
+      sampler: how responses are drawn and judged.
+      ref: the frozen reference.
+      samples: K.
+      rows: responses to draw at once.
+      length: tokens a row may have.
+      seed: of the samples, which a rollout never draws again.
+
+    Returns:
+      {id: [K] rewards}.
+
+    Raises:
+      ValueError: no K, two examples with one id, or a reference response without a
+        reward because it was truncated and is dropped.
+    """
+    if samples < 1:
+        raise ValueError(f"rollout.reference_samples is {samples}, expected at least 1")
+    if len({e.id for e in examples}) < len(examples):
+        raise ValueError("two prompts have one id: their rewards would be mixed up")
+    key = jax.random.fold_in(jax.random.key(seed), STREAM + 1)
+    found: Baseline = {}
+    prompts = prompt_batches(
+        examples, sampler.tokenizer, batch_size=min(max(1, rows // samples), len(examples)),
+        length=length - sampler.max_new,
+    )  # fmt: skip
+    for i, p in enumerate(prompts):
+        batch = sampler.draw(ref, p, jax.random.fold_in(key, i), samples).batch
+        for name, feedback, valid in zip(
+            p.ids, batch.feedback, batch.valid, strict=False
+        ):
+            if not valid.all():
+                raise ValueError(
+                    f"{int((~valid).sum())} of {samples} reference responses to {name} "
+                    "are truncated: rollout.truncated='drop' leaves no quantiles; take "
+                    "'keep' or 'punish'"
+                )
+            found[name] = np.array(feedback, np.float32)
+    return found
+
+
+def table(baseline: Baseline) -> dict[bytes, np.ndarray]:
+    """Rewards by a digest of the prompt's id, as `refcache` keeps them."""
+    return {_digest(name): values for name, values in baseline.items()}
+
+
+def untable(rows: Mapping[bytes, np.ndarray], names: Iterable[str]) -> Baseline:
+    """The inverse of `table` for known ids."""
+    return {name: rows[_digest(name)] for name in names}
+
+
+def _digest(name: str) -> bytes:
+    return hashlib.sha256(name.encode()).digest()

@@ -1,0 +1,100 @@
+"""Whose adapters these are: a run's base, noted when it starts and checked when it is read.
+
+Adapters mean nothing beside other weights. WORKDIR/base.json says where the base was (as
+an absolute path, and as seen from the workdir, so that both can move together) and holds
+a checksum of its parameters as the run saw them.
+"""
+
+import json
+import os
+
+import jax
+from etils import epath
+
+from alignax.batch import Params
+from alignax.runs import checkpoint
+
+NAME = "base.json"
+
+
+def note(workdir, path: str, params: Params) -> None:
+    """Writes base.json; a run that goes on checks it instead.
+
+    Args:
+      workdir: of the run; it exists.
+      path: of the base's weights; '' if they were drawn from the run's seed.
+      params: of the base, cast as the run computes with them.
+
+    Raises:
+      ValueError: the base is not the one that the run began with.
+    """
+    folder = checkpoint.absolute(workdir)
+    checksum = _checksum(params)  # on every host: it may be a program of all devices
+    if (folder / NAME).exists():
+        _compare(folder, checksum)
+    elif jax.process_index() == 0:
+        there = str(checkpoint.absolute(path)) if path else ""
+        local = path and "://" not in f"{there}{folder}"
+        seen = os.path.relpath(there, folder) if local else ""
+        known = {"path": there, "from_here": seen, "checksum": checksum}
+        fresh = folder / f".{NAME}"  # a kill must not leave half of it
+        fresh.write_text(json.dumps(known, indent=1))
+        fresh.replace(folder / NAME)
+
+
+def find(workdir, path: str) -> str:
+    """Where the base of a run is now; `path` itself for a run without base.json.
+
+    Args:
+      workdir: of the run.
+      path: what its config calls the base, perhaps relative to some other folder.
+
+    Raises:
+      FileNotFoundError: it is nowhere; the places are listed.
+    """
+    folder = checkpoint.absolute(workdir)
+    if not path or not (folder / NAME).exists():
+        return path
+    known = json.loads((folder / NAME).read_text())
+    places = [known["path"], path]
+    if known["from_here"]:
+        places.insert(1, os.path.normpath(folder / known["from_here"]))
+    for place in places:
+        if epath.Path(place).exists():
+            return place
+    raise FileNotFoundError(
+        f"the base of the adapters in {folder} is in none of {list(dict.fromkeys(places))}"
+    )
+
+
+def check(workdir, path: str, params: Params) -> None:
+    """Raises ValueError if a base is not the one that adapters were trained on.
+
+    Args:
+      workdir: of the run that trained them; it has a base.json.
+      path: where the base was found; '' if it was drawn from the run's seed.
+      params: of the base, cast as the run computed with them.
+    """
+    folder = checkpoint.absolute(workdir)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        _compare(folder, _checksum(params), path)
+
+
+def _checksum(params: Params) -> str:
+    return f"{int(checkpoint.checksum(params)):08x}"
+
+
+def _compare(folder: epath.Path, checksum: str, path: str | None = None) -> None:
+    known = json.loads((folder / NAME).read_text())
+    if checksum == known["checksum"]:
+        return
+    where = path or known["path"]
+    what = (
+        f"{where} is not the base that the adapters in {folder} were trained on: "
+        if where
+        else f"the adapters in {folder} were trained on weights drawn from a seed, which "
+        "on this platform or this jax draws others (train on saved weights instead): "
+    )
+    raise ValueError(
+        f"{what}its checksum is {checksum}, that of the base was {known['checksum']}"
+    )

@@ -1,0 +1,244 @@
+"""Checkpoints: a thin module over Orbax.
+
+A step holds three items: 'params', 'rest' (optimiser state, running means, average)
+and 'meta' (JSON: model config, resolved config, data position, seed, the tree's shapes
+and a checksum). A checkpoint that cannot be read back is named and the one before it
+is used; a checkpoint of another model is an error, never a fallback.
+"""
+
+import dataclasses
+import functools
+import logging
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from alignax.batch import LM
+from alignax.models.sharding import path_string
+from alignax.models.transformer import ModelConfig
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that does not fit what is asked of it."""
+
+
+def manager(
+    folder, *, keep: int = 3, asynchronous: bool = True
+) -> ocp.CheckpointManager:
+    """Opens (or makes) a folder of checkpoints and keeps the newest `keep`."""
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep,
+        enable_async_checkpointing=asynchronous,
+        cleanup_tmp_directories=True,
+    )
+    return ocp.CheckpointManager(absolute(folder), options=options)
+
+
+def shapes(tree) -> dict[str, list]:
+    """{path: [shape, dtype]} of a tree, as JSON."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {path_string(p): [list(x.shape), str(x.dtype)] for p, x in leaves}
+
+
+@jax.jit
+def checksum(tree):
+    """A sum over the bits of every leaf (modulo 2^32): the same on every mesh.
+
+    Weights depend on the place, so that what swaps places is noticed.
+    """
+
+    def one(x):
+        whole: Any = {4: jnp.uint32, 2: jnp.uint16}.get(x.dtype.itemsize)
+        bits = jax.lax.bitcast_convert_type(x, whole) if whole else x
+        place, stride = jnp.uint32(1), 2
+        for axis in reversed(range(x.ndim)):
+            index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+            place = place + index * np.uint32(stride % 2**32)
+            stride *= x.shape[axis]
+        return (bits.astype(jnp.uint32) * place).sum(dtype=jnp.uint32)
+
+    leaves = jax.tree.leaves(tree)
+    return sum(
+        (one(x) * np.uint32(2 * i + 1) for i, x in enumerate(leaves)), np.uint32(0)
+    )
+
+
+def save(
+    manager: ocp.CheckpointManager, state, *, model: ModelConfig, meta: dict[str, Any]
+) -> None:
+    """Saves a TrainState at its own step.
+
+    Args:
+      manager: from `manager`.
+      state: a TrainState.
+      model: the policy's config; `load_lm` needs nothing else.
+      meta: JSON to keep beside it (data position, seed, resolved config).
+    """
+    rest = _rest(state)
+    meta = {
+        **meta,
+        "model": dataclasses.asdict(model),
+        "shapes": {"params": shapes(state.params), "rest": shapes(rest)},
+        "checksum": _sums(state.params, rest),
+    }
+    args = ocp.args.Composite(
+        params=ocp.args.StandardSave(state.params),
+        rest=ocp.args.StandardSave(rest),
+        meta=ocp.args.JsonSave(meta),
+    )
+    step = int(state.step)
+    if step in manager.all_steps():  # the same step, evaluated or reached again
+        manager.wait_until_finished()
+        manager.delete(step)
+    manager.save(step, args=args, force=True)
+
+
+def restore(manager: ocp.CheckpointManager, state):
+    """The newest checkpoint that reads back whole, in `state`'s shapes and shardings.
+
+    Args:
+      manager: from `manager`.
+      state: a TrainState that shows shapes, dtypes and shardings.
+
+    Returns:
+      (TrainState, meta), or None if there is no checkpoint.
+
+    Raises:
+      CheckpointError: the checkpoint is of another model (the first difference is
+        named), or checkpoints exist and none reads back.
+    """
+    steps = sorted(manager.all_steps(), reverse=True)
+    rest = _rest(state)
+    for step in steps:
+        where = manager.directory / str(step)
+        try:
+            meta = _meta(manager, step)
+            saved, sums = meta["shapes"], meta["checksum"]
+        except Exception as error:
+            _unreadable(step, manager.directory, error)
+            continue
+        _compare(saved["params"], shapes(state.params), where)
+        _compare(saved["rest"], shapes(rest), where)
+        try:
+            args = ocp.args.Composite(
+                params=ocp.args.StandardRestore(_abstract(state.params)),
+                rest=ocp.args.StandardRestore(_abstract(rest)),
+            )
+            got = manager.restore(step, args=args)
+            if _sums(got.params, got.rest) != sums:
+                raise CheckpointError("its checksum differs from the saved one")
+        except Exception as error:
+            _unreadable(step, manager.directory, error)
+            continue
+        if step != steps[0]:
+            log.warning("falling back to checkpoint %d in %s", step, manager.directory)
+            for newer in [s for s in steps if s > step]:  # set aside, not deleted
+                name = f"{manager.directory.name}-{newer}-unreadable-{time.time_ns()}"
+                aside = manager.directory.parent / name
+                (manager.directory / str(newer)).rename(aside)
+            manager.reload()
+        fields = {k: v for k, v in got.rest.items() if k != "step"}
+        return state._replace(step=got.rest["step"], params=got.params, **fields), meta
+    if steps:
+        raise CheckpointError(
+            f"none of the checkpoints {steps} in {manager.directory} reads back"
+        )
+    return None
+
+
+def holds(folder) -> bool:
+    """Whether a folder is a run's, its 'best' or its 'checkpoints'."""
+    folder = epath.Path(folder)
+    if not folder.is_dir():
+        return False
+    return (folder / "checkpoints").is_dir() or any(
+        p.name.isdigit() for p in folder.iterdir()
+    )
+
+
+def load_lm(folder) -> LM:
+    """The policy of the newest checkpoint that reads back, on the host.
+
+    Args:
+      folder: of a run (its 'checkpoints' are read), or a folder of checkpoints such as
+        WORKDIR/best.
+
+    Raises:
+      CheckpointError: the folder holds no checkpoint that reads back.
+    """
+    folder = absolute(folder)
+    inner = folder / "checkpoints"
+    place = inner if inner.is_dir() else folder
+    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    with ocp.CheckpointManager(place, options=options) as read:
+        for step in sorted(read.all_steps(), reverse=True):
+            try:
+                meta = _meta(read, step)
+                # Told where to put them: the mesh that saved them may not exist here.
+                target: dict[str, Any] = {}
+                for path, (shape, dtype) in meta["shapes"]["params"].items():
+                    *parents, name = path.split("/")
+                    node = functools.reduce(
+                        lambda d, k: d.setdefault(k, {}), parents, target
+                    )
+                    node[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=host)
+                args = ocp.args.Composite(params=ocp.args.StandardRestore(target))
+                params = read.restore(step, args=args).params
+                if int(checksum(params)) != meta["checksum"]["params"]:
+                    raise CheckpointError("its checksum differs from the saved one")
+                fields = {k: _tuples(v) for k, v in meta["model"].items()}
+                return LM(ModelConfig(**fields), params)
+            except Exception as error:
+                _unreadable(step, place, error)
+    raise CheckpointError(f"no checkpoint that reads back in {folder}")
+
+
+def absolute(path) -> epath.Path:
+    """A local path made absolute; a remote one (gs://...) as it is."""
+    return epath.Path(path) if "://" in str(path) else epath.Path(path).absolute()
+
+
+def _meta(manager, step: int) -> dict[str, Any]:
+    args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+    return manager.restore(step, args=args).meta
+
+
+def _unreadable(step: int, folder, error: Exception) -> None:
+    line = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:300]
+    log.warning("checkpoint %d in %s does not read back: %s", step, folder, line)
+
+
+def _rest(state) -> dict[str, Any]:
+    rest = {"step": state.step, "opt_state": state.opt_state, "ema": state.ema}
+    return rest if state.average is None else {**rest, "average": state.average}
+
+
+def _sums(params, rest) -> dict[str, int]:
+    return {"params": int(checksum(params)), "rest": int(checksum(rest))}
+
+
+def _abstract(tree):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
+    )
+
+
+def _compare(saved: dict[str, list], want: dict[str, list], where) -> None:
+    for path in {**want, **saved}:
+        if saved.get(path) != want.get(path):
+            raise CheckpointError(
+                f"checkpoint {where} is of another model or optimiser: {path} is "
+                f"{saved.get(path, 'absent')} there and {want.get(path, 'absent')} here"
+            )
+
+
+def _tuples(value):
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value

@@ -1,0 +1,133 @@
+"""What looks after a run that nobody looks at: one that hangs, one that dies again and again.
+
+A hang (a collective that one host never enters, a dead file system) shows no error: after
+some minutes without a step every thread's stack is written to WORKDIR/stacks-<process>.txt.
+A run that is restarted by its scheduler and dies at the same place would burn its queue
+for days: after some starts in a row without a newer checkpoint it refuses.
+"""
+
+import contextlib
+import faulthandler
+import json
+import logging
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from alignax.runs import checkpoint, hosts
+
+STARTS = (
+    "starts.json"  # in the workdir: {"step": of the checkpoint, "starts": from there}
+)
+log = logging.getLogger(__name__)
+
+
+class Watchdog:
+    """Context of a run; to be called after every step."""
+
+    def __init__(self, workdir: str, minutes: float):
+        """Watches a run.
+
+        Args:
+          workdir: stacks are appended to stacks-<process>.txt there.
+          minutes: without a call, after which the stacks are written, and again after
+            each further such time; 0 never writes.
+        """
+        self._workdir = checkpoint.absolute(workdir)
+        self._stacks = self._workdir / f"stacks-{jax.process_index()}.txt"
+        self._seconds = 60 * minutes
+        self._last = (time.monotonic(), 0)
+        self._over = threading.Event()
+        self._thread = threading.Thread(
+            target=self._watch, name="watchdog", daemon=True
+        )
+
+    def __call__(self, step: int) -> None:
+        self._last = (time.monotonic(), step)
+
+    def __enter__(self) -> "Watchdog":
+        if self._seconds:
+            self._thread.start()
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self._over.set()
+        ended = error is None or issubclass(error, KeyboardInterrupt)  # by its user
+        if ended and jax.process_index() == 0:
+            (self._workdir / STARTS).unlink(missing_ok=True)
+
+    def _watch(self) -> None:
+        written = 0.0
+        while not self._over.wait(min(self._seconds / 4, 10)):
+            (since, step), now = self._last, time.monotonic()
+            if now - max(since, written) >= self._seconds:
+                written = now
+                self._write(step, now - since)
+
+    def _write(self, step: int, seconds: float) -> None:
+        line = f"no step for {seconds / 60:.3g} minutes after step {step}"
+        try:
+            with tempfile.TemporaryFile("w+") as file:  # a bucket has no descriptor
+                faulthandler.dump_traceback(file, all_threads=True)
+                file.seek(0)
+                stacks = file.read()
+            text = self._stacks.read_text() if self._stacks.exists() else ""
+            text += f"{time.strftime('%FT%T')} {line}\n{stacks}\n"
+            self._stacks.write_text(text)
+            log.error("%s: every thread's stack is in %s", line, self._stacks)
+        except OSError as error:
+            log.error("%s, and its stacks could not be written: %s", line, error)
+
+
+@contextlib.contextmanager
+def counted(workdir: str, most: int) -> Iterator[None]:
+    """Counts a start from the newest checkpoint before anything is read, on process 0.
+
+    What the config says wrong is found in this context, and is no start: it leaves no
+    trace.
+
+    Args:
+      workdir: of the run.
+      most: starts from one step that are allowed; 0 does not count.
+
+    Raises:
+      ValueError: so many in a row began at this step and came to no newer checkpoint; an
+        OSError with that line on several hosts.
+    """
+    folder, counts = checkpoint.absolute(workdir), most and jax.process_index() == 0
+    hosts.agree(lambda: _count(folder, most) if counts else None)
+    try:
+        yield
+    except (ValueError, OSError):
+        if counts:
+            with contextlib.suppress(OSError):  # not there, or not empty
+                (folder / STARTS).unlink(missing_ok=True)
+                folder.rmdir()
+        raise
+
+
+def _count(folder: Any, most: int) -> None:
+    saved, path = folder / "checkpoints", folder / STARTS
+    names = [p.name for p in saved.iterdir()] if saved.is_dir() else []
+    step = max((int(name) for name in names if name.isdigit()), default=0)
+    try:
+        before = json.loads(path.read_text())
+    except (OSError, ValueError):  # none, or one torn by a kill
+        before = {}
+    starts = before.get("starts", 0) if before.get("step") == step else 0
+    if starts >= most:
+        raise ValueError(
+            f"{starts} starts in a row from step {step} came to no newer checkpoint: "
+            "another one would end like them. See how the last one ended (its log, "
+            f"stacks-*.txt); then delete {path}, save more often "
+            "(config.checkpoint.every) or allow more starts (config.watchdog.starts)"
+        )
+    part = folder / f"{STARTS}.part"  # renamed when whole
+    with contextlib.suppress(OSError):  # `build` says what is wrong with a workdir
+        folder.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps({"step": step, "starts": starts + 1}))
+        part.replace(path)

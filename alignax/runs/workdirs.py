@@ -1,0 +1,102 @@
+"""The folder of a run: whose it is, whether it can be written, what config lies there."""
+
+import json
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from alignax.runs import checkpoint
+
+RESPONSES = "responses.jsonl"  # of a run that answers prompts
+# What may differ when a run goes on in its folder: nothing that changes a number.
+VOLATILE = (
+    "log_every", "checkpoint", "profile", "wandb", "mesh", "patience", "watchdog"
+)  # fmt: skip
+
+
+def check_owner(workdir: str, config) -> None:
+    """Raises ValueError if the workdir holds a run of another config; keys are listed."""
+    folder = checkpoint.absolute(workdir)
+    path = folder / "config.json"
+    if not path.exists():
+        return
+    there = json.loads(path.read_text())
+    if there.get("prompts") and not (folder / RESPONSES).exists():
+        return  # killed before its first line
+    a, b = _flat(there), _flat(plain(config))
+    differ = [
+        f"{k} ({a.get(k, 'absent')} there, {b.get(k, 'absent')} here)"
+        for k in sorted({*a, *b})
+        if a.get(k) != b.get(k) and not k.startswith(VOLATILE)
+    ]
+    if differ:
+        raise ValueError(
+            f"{folder} holds a run of another config; take another workdir or undo: "
+            + "; ".join(differ)
+        )
+
+
+def prepare(workdir: str, config) -> str:
+    """Makes the workdir and writes the config there.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    folder = checkpoint.absolute(workdir)
+    path, now = folder / "config.json", plain(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"cannot write to workdir {folder}: {error.strerror}") from error
+    if jax.process_index() == 0:
+        fresh = folder / ".config.json"  # a kill must not leave half of it
+        fresh.write_text(json.dumps(now, indent=1))
+        fresh.replace(path)
+    return str(folder)
+
+
+def plain(config) -> dict[str, Any]:
+    """A config as JSON holds it."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def run_folder(path: str) -> epath.Path:
+    """The folder of the run that a path belongs to: also of its 'best'."""
+    folder = epath.Path(path)
+    return folder.parent if folder.name in ("best", "checkpoints") else folder
+
+
+def saved_config(path: str) -> dict[str, Any] | None:
+    """The config of the run that a folder belongs to (also its 'best'); None of no run."""
+    file = run_folder(path) / "config.json"
+    config = json.loads(file.read_text()) if file.is_file() else {}
+    return config if "batch_size" in config else None
+
+
+def everywhere(here: bool, what: str) -> bool:
+    """Whether it holds on every host.
+
+    Raises:
+      ValueError: it holds on some hosts only; they would part ways.
+    """
+    if jax.process_count() == 1:
+        return here
+    hosts = multihost_utils.process_allgather(np.array(here))
+    if hosts.any() != hosts.all():
+        names = np.flatnonzero(hosts).tolist()
+        raise ValueError(f"{what} only on hosts {names}: name a folder that all share")
+    return bool(hosts.all())
+
+
+def _flat(tree, prefix="") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for k, v in tree.items():
+        out |= _flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v}
+    return out

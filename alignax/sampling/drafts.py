@@ -1,0 +1,186 @@
+"""Drafts: who proposes the tokens that a target then verifies.
+
+Any proposal is right for `speculate` as long as its law q is the one that it was really
+drawn from; the nearer q is to the target's law, the more of it stays.
+
+  model    a smaller LM: also the policy of a DPO pair, and `some_layers` of the target
+  ngram    what followed the last tokens where they last occurred; free
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+from jaxtyping import Array, Int
+
+from alignax.batch import LM
+from alignax.models import transformer
+from alignax.sampling import decode, response_state
+from alignax.sampling.response_state import Context, Rules
+
+
+class Draft(NamedTuple):
+    """A pair of pure functions; `jax.tree_util.Partial` keeps their LMs arguments.
+
+    Attributes:
+      init: (prompts [B, P], lengths [B], length) -> state before the last token; B rows
+        first in every leaf. It is read by position: what lies beyond a row's last token
+        is never read, so nothing is taken back when proposals are.
+      propose: (state, Ask) -> (drafts [N, γ], q [N, γ, V], state).
+      vocab_size: V.
+    """
+
+    init: Callable[..., Any]
+    propose: Callable[..., Any]
+    vocab_size: int
+
+
+class Ask(NamedTuple):
+    """What a draft may read in a round.
+
+    Attributes:
+      tokens: [N, T].
+      ends: [N], where the first proposal goes.
+      keys: [N], of this round.
+      rules: the target's; a draft need not follow them, but stays longer if it does.
+      context: before the first proposal.
+      gamma: how many to propose.
+      tilt: (state, token [N], position [N], logits [N, V]) -> (logits, state) of the
+        target's guide, where the draft is to be guided too.
+      guide: that guide's state before the last token.
+    """
+
+    tokens: Int[Array, "N T"]
+    ends: Int[Array, " N"]
+    keys: Array
+    rules: Rules
+    context: Context
+    gamma: int
+    tilt: Callable[..., Any] | None = None
+    guide: Any = None
+
+
+def model(lm: LM) -> Draft:
+    """An LM of the target's vocabulary, under the target's warpers."""
+    return Draft(Partial(_init, lm), Partial(_sample, lm), lm.config.vocab_size)
+
+
+def ngram(vocab_size: int, longest: int = 3) -> Draft:
+    """Prompt lookup: repeats what followed the longest earlier copy of the last tokens.
+
+    Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding. Of equally long
+    copies the last counts; a copy that runs into the end goes on in its period; without a
+    copy of even one token, the last token is proposed.
+
+    Args:
+      vocab_size: the target's.
+      longest: tokens of a copy that count, at least 1.
+
+    Raises:
+      ValueError: longest below 1.
+    """
+    if longest < 1:
+        raise ValueError(f"longest={longest}, expected at least 1")
+    lookup = Partial(_lookup, _Static(vocab_size, longest))
+    return Draft(Partial(_nothing), lookup, vocab_size)
+
+
+def some_layers(lm: LM, keep: Sequence[int]) -> LM:
+    """The LM of some of its own layers, in their order, with its last norm and head.
+
+    The first few are an early exit (Elhoushi et al. 2024,
+    https://arxiv.org/abs/2404.16710), which proposes well where the target was trained to
+    exit early; all but a few work without training (Zhang et al. 2023,
+    https://arxiv.org/abs/2309.08168). It costs len(keep) / L of the target.
+
+    Raises:
+      ValueError: no layer, or one outside 0 .. L - 1, or out of order.
+    """
+    many, keep = lm.config.num_layers, tuple(keep)
+    if not keep or list(keep) != sorted({*keep}) or not 0 <= keep[0] <= keep[-1] < many:
+        raise ValueError(f"keep={keep}, expected layers of 0..{many - 1} in order")
+    blocks = lm.params["blocks"]
+    if isinstance(blocks, tuple):
+        some = tuple(blocks[i] for i in keep)
+    else:
+        some = jax.tree.map(lambda p: p[np.array(keep)], blocks)
+    local = lm.config.local_layers
+    config = dataclasses.replace(
+        lm.config, num_layers=len(keep),
+        local_layers=tuple(local[i] for i in keep) if local else local,
+    )  # fmt: skip
+    return LM(config, {**lm.params, "blocks": some})
+
+
+def as_draft(draft: LM | Draft) -> Draft:
+    """An LM as `model`."""
+    return model(draft) if isinstance(draft, LM) else draft
+
+
+def _init(lm, prompts, lengths, length):
+    del lengths  # padding is never attended
+    cache = transformer.init_cache(lm.config, len(prompts), length)
+    return transformer.hidden(lm, prompts, cache=cache)[1]
+
+
+def _sample(lm, cache, ask):
+    rules, w = ask.rules, ask.rules.warpers
+    live = jnp.ones(len(ask.ends), bool)
+
+    def step(carry, i):
+        token, cache, said, guide = carry
+        position = ask.ends - 1 + i
+        h, cache = transformer.hidden(
+            lm, token[:, None], position[:, None], cache=cache
+        )
+        logits = response_state.warped(rules, said, decode.read(lm, h, rules)[1][:, 0])
+        if ask.tilt is not None:
+            logits, guide = ask.tilt(guide, token, position, logits)
+        logits = response_state.force(rules, said, logits)
+        keys = jax.vmap(jax.random.fold_in, (0, None))(ask.keys, i)
+        new, law = response_state.draw(keys, logits, w)
+        new = new.astype(token.dtype)
+        said = response_state.advance(rules, said, new, live)[0]
+        return (new, cache, said, guide), (new, jnp.exp(law))
+
+    last = ask.tokens[jnp.arange(len(live)), ask.ends - 1]
+    start = last, cache, ask.context, ask.guide
+    # once more than it proposes: the cache must have the last proposal if it stays
+    (_, cache, _, _), (drafts, q) = jax.lax.scan(step, start, jnp.arange(ask.gamma + 1))
+    return drafts[:-1].T, jnp.moveaxis(q[:-1], 0, 1), cache
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    vocab_size: int
+    longest: int
+
+
+def _nothing(prompts, lengths, length):
+    del prompts, lengths, length
+    return ()
+
+
+def _lookup(static, state, ask):
+    n, t = ask.tokens.shape
+    row = jnp.arange(n)[:, None]
+    at, last = jnp.arange(t)[None], ask.ends[:, None] - 1
+    same, length = jnp.ones((n, t), bool), jnp.zeros((n, t), jnp.int32)
+    for back in range(static.longest):  # how far a copy that ends here agrees
+        have = (at >= back) & (at < last) & (last >= back)
+        here = ask.tokens[row, jnp.maximum(at - back, 0)]
+        want = ask.tokens[row, jnp.maximum(last - back, 0)]
+        same &= have & (here == want)
+        length += same
+    copy = jnp.argmax(length * t + at * (length > 0), -1)[:, None]
+    found = length[row, copy] > 0
+    period = jnp.where(found, last - copy, 1)
+    first = jnp.where(found, copy + 1, last)
+    ahead = first + jnp.arange(ask.gamma)[None] % period
+    drafts = ask.tokens[row, ahead]
+    return drafts, jax.nn.one_hot(drafts, static.vocab_size), state

@@ -1,0 +1,103 @@
+"""LMs that a guide reads beside the target: found by name, cached, read block by block."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax.tree_util import Partial
+from jaxtyping import Array, Float
+
+from alignax import logprob, value_heads
+from alignax.batch import LM
+from alignax.models import transformer
+from alignax.sampling.guides import Guide, by_position
+
+
+def find(lms: dict[str, LM], *names: str, value_head: bool = False) -> tuple[LM, ...]:
+    """LMs of one vocabulary.
+
+    Args:
+      lms: what there is.
+      names: what is wanted.
+      value_head: they need a scalar head.
+
+    Raises:
+      ValueError: a name that `lms` does not have, two vocabularies, or no scalar head.
+    """
+    for name in names:
+        if name not in lms:
+            raise ValueError(f"no LM {name!r}; there are {sorted(lms)}")
+        if value_head and not lms[name].config.value_head:
+            raise ValueError(f"LM {name!r} has no scalar head (value_head=True)")
+    sizes = [lms[name].config.vocab_size for name in names]
+    if len(set(sizes)) > 1:
+        raise ValueError(f"{', '.join(names)} have vocabularies of {sizes} tokens")
+    return tuple(lms[name] for name in names)
+
+
+def init(models: tuple[LM, ...], tokens, lengths, length: int) -> Any:
+    """`Guide.init`: the caches of the models, with the prompts in them."""
+    del lengths  # of a prompt, padding is never attended
+    rows = tokens.shape[0]
+    return tuple(
+        transformer.hidden(
+            lm, tokens, cache=transformer.init_cache(lm.config, rows, length)
+        )[1]
+        for lm in models
+    )
+
+
+def read(models: tuple[LM, ...], caches, tokens, start) -> tuple[list[Array], Any]:
+    """Hidden states [N, K, D] after each token of a block, and the caches."""
+    positions = start[:, None] + jnp.arange(tokens.shape[1])
+    states, after = [], []
+    for lm, cache in zip(models, caches, strict=True):
+        h, cache = transformer.hidden(lm, tokens, positions, cache=cache)
+        states.append(h)
+        after.append(cache)
+    return states, tuple(after)
+
+
+def rows(models: tuple[LM, ...], caches, tokens, start, logits):
+    """Log-probabilities [N, K, V] of the next token under each, and the caches.
+
+    Raises:
+      ValueError: the target, whose `logits` they go with, has another vocabulary.
+    """
+    size = models[0].config.vocab_size
+    if logits.shape[-1] != size:
+        raise ValueError(
+            f"the target has {logits.shape[-1]} tokens, the guide's models have {size}"
+        )
+    states, after = read(models, caches, tokens, start)
+    return [logprob.rows(lm, h) for lm, h in zip(models, states, strict=True)], after
+
+
+def value(lm: LM, h: Float[Array, "N K D"]) -> Float[Array, "N K"]:
+    """The scalar head, in float32, as the kernel reads it."""
+    kernel = lm.params["value_head"]["kernel"].astype(jnp.float32)
+    return jnp.einsum("nkd,d->nk", h.astype(jnp.float32), kernel, precision="highest")
+
+
+def of_values(
+    lm: LM, scale: float, *, centre: float = 0.0, radius: float = float("inf")
+) -> Guide:
+    """A scalar guide: g = scale V of every prefix, V the squashed head of `lm`.
+
+    Args:
+      lm: has a scalar head.
+      scale: nats a unit of value; any sign.
+      centre, radius: of `heads.squash`; a finite radius is what bounds g.
+    """
+    ends = [scale * (centre + side * radius) if scale else 0.0 for side in (-1, 1)]
+    numbers = tuple(map(jnp.float32, (scale, centre, radius)))
+    return Guide(
+        Partial(init, (lm,)), Partial(_values, (lm,), numbers), kind="scalar",
+        lo=min(ends), hi=max(ends), keep=by_position,
+    )  # fmt: skip
+
+
+def _values(models, numbers, caches, tokens, start, logits):
+    del logits  # a scalar guide knows prefixes alone
+    scale, centre, radius = numbers
+    (h,), after = read(models, caches, tokens, start)
+    return scale * value_heads.squash(value(models[0], h), centre, radius), after

@@ -1,0 +1,321 @@
+"""Hypotheses: partial responses that a search extends, judges, and keeps or drops.
+
+On the host, in arrays whose width never changes; only the drawing of tokens is a compiled
+program. A response goes on where it was cut off by being the prompt of the next call, so
+that few shapes compile: those of B x G rows, a bucket of lengths and one block of tokens.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from alignax import logprob
+from alignax.batch import LM, Batch
+from alignax.models import transformer
+from alignax.sampling import generation_settings, guide_models
+from alignax.sampling.decode import Generated, generate
+from alignax.sampling.prefill import WHOLE, Reader
+
+Judge = Callable[[Batch], Any]  # [B, G, T] of (partial) responses -> scores [B, G]
+STATELESS = ("top_k", "top_p", "min_p", "logit_bias", "repetition_penalty")
+BUCKET = 64  # shortest row that is compiled for, if T is not shorter
+
+
+class Hypotheses(NamedTuple):
+    """B prompts x G partial responses of T = P + max_new places, numpy arrays."""
+
+    tokens: np.ndarray  # [B, G, T] prompt, response so far, zeros
+    starts: np.ndarray  # [B, G] where the response begins
+    ends: np.ndarray  # [B, G] where its next token goes
+    ended: np.ndarray  # [B, G] it said EOS
+    max_new: int
+    raw: np.ndarray  # [B, G, T] nats, under the policy; 0 outside the response
+    law: np.ndarray  # [B, G, T] nats, under what drew each token
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """[B, G] tokens of each response."""
+        return self.ends - self.starts
+
+    @property
+    def done(self) -> np.ndarray:
+        """[B, G] ended, or as long as it may be."""
+        return self.ended | (self.sizes >= self.max_new)
+
+
+def start(prompts, lengths, max_new: int) -> Hypotheses:
+    """One empty response [B, 1] to every prompt.
+
+    Raises:
+      ValueError: max_new below 1, or a length that its row cannot have.
+    """
+    if max_new < 1:
+        raise ValueError(f"max_new={max_new}, expected at least 1")
+    prompts, lengths = np.asarray(prompts), np.asarray(lengths, np.int32)
+    generation_settings.check_prompts(jnp.asarray(prompts), jnp.asarray(lengths))
+    b, p = prompts.shape
+    tokens = np.zeros((b, 1, p + max_new), np.int32)
+    tokens[:, 0, :p] = np.where(np.arange(p) < lengths[:, None], prompts, 0)
+    at = lengths[:, None]
+    zeros = np.zeros(tokens.shape, np.float32)
+    no = np.zeros((b, 1), bool)
+    return Hypotheses(tokens, at, at.copy(), no, max_new, zeros, zeros.copy())
+
+
+def rows_of(h: Hypotheses, change: Callable[[np.ndarray], np.ndarray]) -> Hypotheses:
+    """The same change of the axes B or G in every field."""
+    fields: list[Any] = [change(x) if isinstance(x, np.ndarray) else x for x in h]
+    return Hypotheses(*fields)
+
+
+def take(h: Hypotheses, index) -> Hypotheses:
+    """Hypotheses [B, K]: of every prompt, those that `index` [B, K] names."""
+    index = np.asarray(index)
+    return rows_of(h, lambda x: x[np.arange(len(x))[:, None], index])
+
+
+def prompt(h: Hypotheses, b: int) -> Hypotheses:
+    """The hypotheses [1, G] of one prompt."""
+    return rows_of(h, lambda x: x[b : b + 1])
+
+
+def concatenate(parts: Sequence[Hypotheses], axis: int = 1) -> Hypotheses:
+    """Hypotheses of the same prompts side by side; of others below, with axis = 0."""
+    fields: list[Any] = [
+        np.concatenate(x, axis) if np.ndim(x[0]) else x[0]
+        for x in zip(*parts, strict=True)
+    ]
+    return Hypotheses(*fields)
+
+
+def put(h: Hypotheses, index, new: Hypotheses, where) -> Hypotheses:
+    """`h` with new[b, k] in place of h[b, index[b, k]], where `where` [B, K]."""
+    b, k = np.nonzero(where)
+    at = b, np.asarray(index)[b, k]
+
+    def write(old, value):
+        if not isinstance(old, np.ndarray):
+            return old
+        old = old.copy()
+        old[at] = value[b, k]
+        return old
+
+    return Hypotheses(*map(write, h, new))
+
+
+def append(h: Hypotheses, tokens, logps, eos_ids: Sequence[int], where) -> Hypotheses:
+    """One token more, chosen by the caller, where `where` [B, G].
+
+    Args:
+      h: none of those rows is done.
+      tokens: [B, G].
+      logps: [B, G], nats under the policy; under the law that chose it is certain.
+      eos_ids: end a response.
+      where: bool [B, G].
+    """
+    b, g = np.nonzero(where)
+    words, raw, ends, ended = (x.copy() for x in (h.tokens, h.raw, h.ends, h.ended))
+    at = b, g, h.ends[b, g]
+    words[at] = tokens[b, g]
+    raw[at] = logps[b, g]
+    ends[b, g] += 1
+    ended[b, g] = np.isin(tokens[b, g], eos_ids)
+    return h._replace(tokens=words, raw=raw, ends=ends, ended=ended)
+
+
+def bucket(longest: int, t: int) -> int:
+    """A width that few rows differ in: a power of two, or all of T."""
+    return min(t, max(BUCKET, 1 << (longest - 1).bit_length()))
+
+
+def extend(
+    lm: LM,
+    h: Hypotheses,
+    key: Array,
+    *,
+    tokens: int,
+    limit: int | None = None,
+    group: int = 1,
+    temperature: Any = 1.0,
+    eos_ids: Sequence[int] = (),
+    until: Sequence[int] = (),
+    active: np.ndarray | None = None,
+    seeds: np.ndarray | None = None,
+    sampling: Mapping[str, Any] | None = None,
+    reader: Reader = WHOLE,
+) -> tuple[Hypotheses, int]:
+    """Draws up to `tokens` more of every response, `group` times.
+
+    Args:
+      lm: what draws them.
+      h: [B, G]; what is done stays as it is.
+      key: every call needs another.
+      tokens: of a block; part of the shape.
+      limit: fewer than that, which is not.
+      group: continuations of each, which share its prefill.
+      temperature: of `generate`, one number, or [B * G, group].
+      eos_ids: end a response.
+      until: end this block, not the response.
+      active: [B, G] False stays as it is too.
+      seeds: [B, G], of `generate`: for rows that do not always stand in the same place.
+      sampling: further settings of `generate`, one value for all rows. Those that have a
+        memory of the response need every response to be empty.
+      reader: of `generate`.
+
+    Returns:
+      Hypotheses [B, G * group], and how many tokens were drawn.
+
+    Raises:
+      ValueError: a setting with a memory, for a response that has begun.
+    """
+    settings = dict(sampling or {})
+    memory = sorted(set(settings) - set(STATELESS))
+    if memory and (h.sizes > 0).any():
+        raise ValueError(
+            f"sampling has {memory}, which a response that goes on would forget; "
+            f"expected only {', '.join(STATELESS)}"
+        )
+    b, g, t = h.tokens.shape
+    tokens = min(tokens, h.max_new)
+    going = ~h.done if active is None else ~h.done & active
+    wide = rows_of(h, lambda x: np.repeat(x, group, 1))
+    if not going.any():
+        return wide, 0
+    longest = int(h.ends[going].max())
+    width = bucket(longest, t)
+    room = np.minimum(min(tokens, limit or tokens), h.max_new - h.sizes)
+    room = np.where(going, room, 1)
+    out = generate(
+        lm, h.tokens.reshape(b * g, t)[:, :width],
+        # a row that is not going on may be longer than the bucket: it draws one token
+        np.minimum(h.ends, width).reshape(-1), key,
+        max_new=tokens, group=group, temperature=temperature,
+        eos_ids=(*eos_ids, *until), limits=room.reshape(-1),
+        seeds=None if seeds is None else seeds.reshape(-1), reader=reader,
+        **settings,
+    )  # fmt: skip
+    batch = jax.tree.map(np.asarray, out.batch)
+    going = np.repeat(going, group, 1)
+    ends = np.where(going, batch.lengths.reshape(going.shape), wide.ends)
+    at = np.arange(t)
+    fresh = (at >= wide.ends[..., None]) & (at < ends[..., None])
+
+    def merge(old, new):
+        new = np.asarray(new).reshape(b, g * group, -1)[:, :, :t]
+        new = np.pad(new, ((0, 0), (0, 0), (0, t - new.shape[2])))
+        return np.where(fresh, new, old).astype(old.dtype)
+
+    words = merge(wide.tokens, batch.tokens)
+    last = np.take_along_axis(words, ends[..., None] - 1, 2)[..., 0]
+    paused = np.isin(last, until) & ~np.isin(last, eos_ids)
+    stopped = ~np.asarray(out.truncated).reshape(going.shape) & ~paused
+    return Hypotheses(
+        words, wide.starts, ends, np.where(going, stopped, wide.ended), h.max_new,
+        merge(wide.raw, out.raw_logps), merge(wide.law, batch.old_logps),
+    ), int(fresh.sum())  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames="k")
+def _best(lm, tokens, ends, *, k):
+    h, _ = transformer.hidden(lm, tokens)
+    row = jnp.arange(tokens.shape[0])
+    return jax.lax.top_k(logprob.rows(lm, h[row, ends - 1][:, None])[:, 0], k)
+
+
+def next_best(lm: LM, h: Hypotheses, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k likeliest next tokens: log-probabilities in nats and ids, both [B, G, k].
+
+    Of the unmodified policy, likeliest first; of two as likely, the lower id.
+    """
+    b, g, t = h.tokens.shape
+    width = bucket(int(h.ends.max()), t)
+    rows = h.tokens.reshape(b * g, t)[:, :width], h.ends.reshape(-1)
+    logps, ids = _best(lm, *rows, k=min(k, lm.config.vocab_size))
+    return np.asarray(logps).reshape(b, g, -1), np.asarray(ids).reshape(b, g, -1)
+
+
+def as_batch(h: Hypotheses, valid: np.ndarray | None = None) -> Batch:
+    """What a judge reads; an empty response, or one that is not `valid`, is not valid."""
+    at = np.arange(h.tokens.shape[2])
+    mask = (at >= h.starts[..., None]) & (at < h.ends[..., None])
+    valid = (h.sizes > 0) & (True if valid is None else valid)
+    fields: tuple[Any, ...] = (
+        h.tokens, mask, h.ends.astype(np.int32), np.zeros(h.ends.shape, np.float32), valid
+    )  # fmt: skip
+    return Batch(*fields)
+
+
+def judged(
+    judge: Judge | None, h: Hypotheses, valid: np.ndarray | None = None, **bounds: float
+) -> np.ndarray:
+    """`scored` of hypotheses; 0 where not `valid`, whatever the judge said of it."""
+    return scored(judge, as_batch(h, valid), **bounds)
+
+
+def scored(
+    judge: Judge | None, batch: Batch, *, low: float = -np.inf, high: float = np.inf
+) -> np.ndarray:
+    """The judge's scores [B, G] in float64; 0 where the batch is not valid.
+
+    Raises:
+      ValueError: no judge; scores of another shape, NaN, or outside low..high.
+    """
+    if judge is None:
+        raise ValueError("judge is None; this search needs one: judge(batch) -> [B, G]")
+    valid = np.asarray(batch.valid)
+    scores = np.asarray(judge(batch), np.float64)
+    if scores.shape != valid.shape:
+        raise ValueError(
+            f"judge gave shape {scores.shape}, expected [B, G]={valid.shape}"
+        )
+    scores = np.where(valid, scores, 0.0)
+    inside = (scores >= low) & (scores <= high) | ~valid
+    if not inside.all():
+        raise ValueError(
+            f"judge gave {scores[~inside][0]}, expected a number in {low}..{high}"
+        )
+    return scores
+
+
+def draft_of(lm: LM, lms: dict[str, LM], name: str) -> LM:
+    """lms[name], which drafts for `lm`.
+
+    Raises:
+      ValueError: there is none, or it has another vocabulary.
+    """
+    (draft,) = guide_models.find(lms, name)
+    guide_models.find({"draft": draft, "target": lm}, "draft", "target")
+    return draft
+
+
+def with_logps(lm: LM, h: Hypotheses) -> Hypotheses:
+    """With raw log-probabilities under `lm`, whoever drew the tokens."""
+    batch = as_batch(h)
+    return h._replace(raw=np.asarray(score(lm, batch).logps))
+
+
+score = jax.jit(logprob.score)
+
+
+def generated(
+    h: Hypotheses, scores, stats: Mapping[str, Any], *, certain: bool = False
+) -> Generated:
+    """The end of a search: hypotheses as `generate` gives responses.
+
+    Args:
+      h: [B, G] responses to return.
+      scores: [B, G], which become Batch.feedback.
+      stats: what it cost.
+      certain: nothing was drawn, and old_logps are 0; otherwise they are None, because
+        a choice among whole responses has no law of each token.
+    """
+    batch = jax.tree.map(jnp.asarray, as_batch(h))._replace(
+        feedback=jnp.asarray(scores, jnp.float32),
+        old_logps=jnp.zeros(h.tokens.shape) if certain else None,
+    )
+    return Generated(batch, jnp.asarray(h.raw), jnp.asarray(~h.ended), dict(stats))

@@ -1,0 +1,37 @@
+"""The evaluations of a config, on the policy as it is at a step."""
+
+import jax
+
+from alignax import plugin
+from alignax.batch import LM, Metrics
+from alignax.reports import tables
+from alignax.training import parallel
+from alignax.training.build import Run
+
+
+def evaluate(run: Run, lm: LM, lms: dict[str, LM], step: int, config) -> Metrics:
+    """Runs the config's evaluations; names are 'eval/<evaluation>/<metric>'."""
+    generate = parallel.generator(run.tokenizer, run.mesh)
+    score = parallel.scorer(run.mesh, packed=config.layout != "rows")
+    batch_size = config.eval_batch_size or config.batch_size
+    out: Metrics = {}
+    for name, evaluation in run.evals.items():
+        got = evaluation(
+            lm, lms, run.eval_data, key=jax.random.key(config.seed),
+            tokenizer=run.tokenizer, generate=generate, score=score, batch_size=batch_size,
+            length=sampled_length(config, evaluation),
+        )  # fmt: skip
+        out["samples"] = out.get("samples", []) + got.pop("samples", [])
+        out |= {f"eval/{name}/{k}": v for k, v in got.items()}
+    if out and jax.process_index() == 0:
+        run.say(f"evaluation at step {step}\n{tables.table(out)}")
+    return out
+
+
+def sampled_length(config, evaluation: plugin.Bound) -> int:
+    """Tokens that an evaluation may read: of a prompt, where it samples responses itself.
+
+    In a run with rollouts prompts are cut there as they are cut in these.
+    """
+    samples = "max_new" in evaluation.hyper and config.rollout.reward
+    return config.length - config.rollout.max_new * bool(samples)

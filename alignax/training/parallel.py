@@ -1,0 +1,65 @@
+"""Scoring and sampling with the rows of a batch spread over the mesh, for every host."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from alignax import logprob
+from alignax.inputs import layout, tokenizer
+from alignax.models import sharding
+from alignax.sampling import decode
+
+
+def scorer(mesh: Mesh, *, packed: bool = False) -> Callable:
+    """score(lm, batch, needs, ...) -> Scores on the host; every host holds the batch.
+
+    Args:
+      mesh: devices over which a batch is spread.
+      packed: lay rows out anew, so that what responses share is computed once.
+    """
+    rows = NamedSharding(mesh, sharding.BATCH)
+    shards = sharding.num_shards(mesh)
+
+    def score(lm, batch, needs=(), **more):
+        many = len(batch.tokens)
+        # copies of the first row fill up what does not divide; they are cut off again
+        at = np.r_[:many, np.zeros(-many % shards, int)]
+        batch = batch._replace(layout=None)  # of other shards, if there is one
+        batch = jax.tree.map(lambda x: np.asarray(x)[at], batch)
+        if packed:
+            batch, _ = layout.lay(batch, shards=shards)
+        batch = jax.device_put(batch, rows)
+        out = jax.device_get(compiled_score(mesh, tuple(needs))(lm, batch, **more))
+        return jax.tree.map(lambda x: x[:many], out)
+
+    return score
+
+
+@functools.cache
+def compiled_score(mesh: Mesh, needs: tuple[str, ...]) -> Callable:
+    """score(lm, batch) of batches that are spread over the mesh, for every host."""
+    whole = NamedSharding(mesh, P())  # every host reads the result
+    score = functools.partial(logprob.score, mesh=mesh, needs=needs)
+    return jax.jit(score, out_shardings=whole)
+
+
+def generator(text: tokenizer.Tokenizer, mesh: Mesh) -> Callable:
+    """decode.generate that ends at the tokenizer's EOS, prompts spread over the mesh."""
+    eos_ids = sorted(text.eos_ids)
+    shards = sharding.num_shards(mesh)
+
+    def generate(lm, prompts, lengths, key, **settings):
+        spec = P() if len(prompts) % shards else sharding.BATCH
+        place = functools.partial(jax.device_put, device=NamedSharding(mesh, spec))
+        prompts, lengths = place(np.asarray(prompts)), place(np.asarray(lengths))
+        out = decode.generate(lm, prompts, lengths, key, eos_ids=eos_ids, **settings)
+        if jax.process_count() > 1:
+            out = multihost_utils.process_allgather(out, tiled=True)
+        return out
+
+    return generate

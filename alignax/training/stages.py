@@ -1,0 +1,50 @@
+"""A config of several runs, each in its own folder, that read one another's weights."""
+
+import contextlib
+
+from etils import epath
+
+from alignax.batch import Metrics
+from alignax.reports import curves, tables
+from alignax.reports.metrics import read
+from alignax.runs import checkpoint
+
+
+def run_stages(config, workdir: str, train):
+    """Trains the stages of a config in order; 'stage:NAME' is the folder of one.
+
+    A stage is a whole config: nothing beside `stages` is read.
+
+    Returns:
+      The last stage's TrainState.
+    """
+    state, folder = None, checkpoint.absolute(workdir)
+    for name, stage in config.stages.items():
+        stage = stage.copy_and_resolve_references()
+        stage.model.path = _stage_path(stage.model.path, folder)
+        for lm, path in stage.lms.items():
+            stage.lms[lm] = _stage_path(path, folder)
+        print(f"\n== {name} ==", flush=True)
+        state = train(stage, str(folder / name))
+    results: Metrics = {}
+    samples = []
+    for name in config.stages:
+        merged: Metrics = {}
+        for row in read(folder / name):
+            merged |= {k: v for k, v in row.items() if k.startswith("eval/")}
+        results |= {f"{name}/{k.removeprefix('eval/')}": v for k, v in merged.items()}
+        with contextlib.suppress(FileNotFoundError):
+            samples.append(f"# {name}\n\n" + (folder / name / "samples.md").read_text())
+    print(f"\n== results ==\n{tables.table(results)}", flush=True)
+    (folder / "samples.md").write_text(
+        "\n".join(s for s in samples if s.count("\n") > 2)
+    )
+    for path in curves.plot(folder):
+        print(f"drew {path}", flush=True)
+    return state
+
+
+def _stage_path(path: str, folder: epath.Path) -> str:
+    return (
+        str(folder / path.removeprefix("stage:")) if path.startswith("stage:") else path
+    )

@@ -1,0 +1,547 @@
+"""Batches: what is in them, what was cut, and that a stop loses nothing."""
+
+import collections
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from alignax.batch import Example, check
+from alignax.data import Examples, synthetic
+from alignax.inputs import source, tokenizer
+from alignax.inputs.tokenizer import Tokenized
+
+TK = tokenizer.load("bytes")
+
+
+def make(n, *, group=1, name="e", spread=20):
+    """Examples 'e0', 'e1', ... with responses of differing lengths."""
+    rng = np.random.default_rng(0)
+    return [
+        Example(f"{name}{i}", f"{name}{i}:", ["x" * int(rng.integers(1, spread)) for _ in range(group)])
+        for i in range(n)
+    ]  # fmt: skip
+
+
+def build(examples, **kwargs):
+    defaults = {"batch_size": 4, "length": 32, "seed": 0}
+    return source.dataset_source(examples, TK, **defaults | kwargs)
+
+
+def prompts_of(batch):
+    """The prompt text of each valid row."""
+    out = []
+    for row in range(batch.tokens.shape[0]):
+        if batch.valid[row, 0]:
+            n = int(batch.mask[row, 0].argmax())
+            out.append(TK.decode(batch.tokens[row, 0, :n]))
+    return out
+
+
+def drain(src, limit=10_000):
+    batches = []
+    for step in range(limit):
+        try:
+            batches.append(src.next(None, step))
+        except StopIteration:
+            return batches
+    raise AssertionError("the source does not end")
+
+
+def same(a, b):
+    for x, y in zip(a[:5], b[:5], strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+# -- what a batch holds
+
+
+def test_rows_are_prompt_then_response_with_eos_scored():
+    batch = build([Example("a", "ab", ["cd", "e"], (1.0, 0.0))], batch_size=1).next(
+        None, 0
+    )
+    check(batch)
+    assert batch.tokens[0, 0, :5].tolist() == [97, 98, 99, 100, TK.eos_id]
+    assert batch.mask[0].tolist()[0][:6] == [False, False, True, True, True, False]
+    assert batch.lengths.tolist() == [[5, 4]]
+    assert batch.feedback.tolist() == [[1.0, 0.0]]
+    assert batch.tokens.dtype == np.int32
+
+
+def test_every_example_occurs_once_an_epoch_and_the_rest_is_invalid():
+    batches = drain(build(make(10), epochs=2, batch_size=4, window=2))
+    assert [b.tokens.shape[0] for b in batches] == [4] * 5
+    seen = collections.Counter(p for b in batches for p in prompts_of(b))
+    assert seen == {f"e{i}:": 2 for i in range(10)}
+    batches = drain(build(make(10), epochs=1, batch_size=4))
+    assert [int(b.valid.sum()) for b in batches] == [4, 4, 2]
+    check(batches[-1])
+    assert not batches[-1].mask[2:].any()
+    assert (batches[-1].lengths[2:] == 0).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    n=st.integers(1, 40),
+    b=st.integers(1, 9),
+    w=st.integers(1, 5),
+    epochs=st.integers(1, 3),
+)
+def test_no_example_is_lost_or_starved_whatever_the_sizes(n, b, w, epochs):
+    src = build(make(n), batch_size=b, window=w, epochs=epochs)
+    order = [p for batch in drain(src) for p in prompts_of(batch)]
+    assert collections.Counter(order) == {f"e{i}:": epochs for i in range(n)}
+    # Nobody waits longer than to the end of the next epoch.
+    for i in range(0, n * epochs, n):
+        assert len(set(order[max(0, i - b) : i + n + b])) == n
+
+
+def test_shuffle_changes_from_epoch_to_epoch_and_with_the_seed():
+    def order(seed, **kwargs):
+        src = build(make(16), batch_size=4, seed=seed, epochs=2, window=1, **kwargs)
+        got = [p for b in drain(src) for p in prompts_of(b)]
+        return got[:16], got[16:]
+
+    assert order(0) == order(0)
+    assert order(0)[0] != order(0)[1]
+    assert order(0) != order(1)
+    in_order = [f"e{i}:" for i in range(16)]
+    assert order(0, shuffle=False) == (in_order, in_order)
+
+
+def test_shapes_are_a_small_fixed_set_and_like_lengths_meet():
+    src = build(
+        make(200, spread=90), batch_size=8, length=96, buckets=(24, 48, 96), epochs=1
+    )
+    batches = drain(src)
+    assert {b.tokens.shape[-1] for b in batches} == {24, 48, 96}
+    alone = build(
+        make(200, spread=90), batch_size=8, length=96, buckets=(24, 48, 96), window=1
+    )
+    assert src.report()["padding"] < 0.7 * alone.report()["padding"]
+
+
+def test_padding_is_the_share_of_tokens_that_are_padding():
+    src = build(make(30), batch_size=4, epochs=1)
+    batches = drain(src)
+    total = sum(b.tokens.size for b in batches)
+    real = sum(int(b.lengths.sum()) for b in batches)
+    assert src.report()["padding"] == pytest.approx(1 - real / total, abs=1e-12)
+
+
+def test_ragged_groups_have_one_shape_and_invalid_slots():
+    rows = [Example("a", "p", ["x"]), Example("b", "p", ["x", "y", "z"])]
+    for batch in drain(build(rows, batch_size=1, epochs=1)):
+        assert batch.tokens.shape[1] == 3
+        check(batch)
+    assert batch.valid.sum() in (1, 3)
+
+
+def test_several_scored_turns_keep_their_gaps():
+    turns = [
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "d"},
+    ]
+    rows = [Example("a", [{"role": "user", "content": "a"}], [turns])]
+    batch = build(rows, batch_size=1, length=64).next(None, 0)
+    assert TK.decode(batch.tokens[batch.mask]) == " b d"
+    assert (batch.tokens[batch.mask] == TK.eos_id).sum() == 2
+
+
+# -- truncation
+
+
+def cut(prompt, responses, length, bos=None):
+    whole = Tokenized(prompt, responses, [[True] * len(r) for r in responses])
+    return source.cut(whole, length, bos)
+
+
+def test_prompt_is_cut_from_the_left():
+    part, was_cut = cut([1, 2, 3, 4, 5], [[6, 7]], 4)
+    assert (part.prompt_ids, part.responses, was_cut) == ([4, 5], [[6, 7]], True)
+    assert cut([1, 2], [[6, 7]], 4) == (
+        Tokenized([1, 2], [[6, 7]], [[True, True]]),
+        False,
+    )
+
+
+def test_bos_stays_when_the_prompt_is_cut():
+    assert cut([9, 1, 2, 3], [[6, 7]], 4, bos=9)[0].prompt_ids == [9, 3]
+    assert cut([9, 1, 2, 3], [[6] * 7], 4, bos=9)[0].prompt_ids == [9]
+
+
+def test_response_loses_its_right_end_and_its_eos_only_when_the_prompt_is_gone():
+    part, _ = cut([1, 2, 3], [[6, 7, 8, 0]], 4)
+    assert part == Tokenized([3], [[6, 7, 8]], [[True] * 3])
+
+
+def test_a_group_keeps_one_common_prompt():
+    part, _ = cut([1, 2, 3, 4], [[6], [6, 7, 8]], 5)
+    assert part == Tokenized([3, 4], [[6], [6, 7, 8]], [[True], [True] * 3])
+
+
+def test_cut_examples_are_counted_and_a_cut_response_has_no_eos():
+    rows = [Example("long", "p", ["x" * 40]), Example("fits", "p", ["x"])]
+    src = build(rows, batch_size=2, length=16, epochs=1)
+    batch = src.next(None, 0)
+    assert src.report()["cut"] == 1
+    assert sorted((batch.tokens == TK.eos_id).sum(-1).ravel().tolist()) == [0, 1]
+    assert sorted(batch.lengths.ravel().tolist()) == [3, 16]
+
+
+def test_prompt_longer_than_the_context_is_cut_and_counted():
+    src = build([Example("a", "0123456789" * 10, ["yes"])], batch_size=1, length=16)
+    batch = src.next(None, 0)
+    assert src.report()["cut"] == 1
+    assert TK.decode(batch.tokens[0, 0]) == "890123456789yes"
+
+
+def test_example_whose_response_would_vanish_is_dropped_and_counted():
+    gone = [
+        {"role": "user", "content": "u" * 50},
+        {"role": "assistant", "content": "a"},
+    ]
+    rows = [Example("gone", [{"role": "user", "content": "q"}], [gone]), *make(3)]
+    src = build(rows)
+    report = src.report()
+    assert (report["read"], report["used"], report["dropped"]) == (4, 3, 1)
+    assert report["dropped_ids"] == ["gone: no response left at length 32"]
+
+
+# -- counts and errors
+
+
+def test_what_the_reader_refused_is_in_the_report():
+    rows = Examples(
+        make(3), report={"malformed": ["f:1: bad"], "dropped": ["f:2: empty"] * 30}
+    )
+    report = build(rows).report()
+    assert (report["read"], report["used"], report["malformed"], report["dropped"]) == (
+        34, 3, 1, 30,
+    )  # fmt: skip
+    assert report["malformed_ids"] == ["f:1: bad"]
+    assert len(report["dropped_ids"]) == 20
+    json.dumps(report)
+
+
+def test_examples_that_cannot_be_tokenised_are_malformed_and_named():
+    rows = [Example("none", "p", []), Example("odd", "p", ["x"], (1.0, 2.0)), *make(2)]
+    report = build(rows).report()
+    assert report["malformed"] == 2
+    assert report["malformed_ids"][0] == "none: no response"
+    assert "2 feedback values for 1 responses" in report["malformed_ids"][1]
+
+
+def test_no_usable_example_is_an_error_with_the_reason():
+    with pytest.raises(ValueError, match="empty"):
+        build([])
+    with pytest.raises(ValueError, match="among 1 read; first: a: no response"):
+        build([Example("a", "p", [])])
+
+
+def test_token_id_beyond_the_vocabulary_is_an_error_that_names_it():
+    with pytest.raises(ValueError, match=r"e0: token id 257 \('<eos>'\).* 257"):
+        build(make(1), vocab_size=257)
+    build(make(1), vocab_size=259)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"length": 1}, "length is 1"),
+        ({"buckets": (16, 64)}, "between 1 and length=32"),
+        ({"host": (0, 3)}, "4 does not divide over 3 hosts"),
+        ({"host": (2, 2)}, "host is"),
+    ],
+)
+def test_impossible_settings_are_errors(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        build(make(4), **kwargs)
+
+
+# -- mixtures
+
+
+@pytest.mark.parametrize(
+    ("ratio", "size"), [((5, 1), 12), ((4, 16), 20), ((0.5, 1.5), 8)]
+)
+def test_every_step_holds_exactly_the_stated_ratio(ratio, size):
+    parts = {"f": (make(30, name="f"), ratio[0]), "r": (make(7, name="r"), ratio[1])}
+    src = build(parts, batch_size=size)
+    share = round(size * ratio[0] / sum(ratio))
+    for step in range(20):
+        batch = src.next(None, step)
+        assert batch.valid.all()
+        names = [p[0] for p in prompts_of(batch)]
+        assert names == ["f"] * share + ["r"] * (size - share)
+        assert batch.extra["source"].tolist() == [0] * share + [1] * (size - share)
+
+
+def test_ratio_that_the_batch_cannot_hold_is_an_error():
+    parts = {"forget": (make(9), 5), "retain": (make(9), 1)}
+    with pytest.raises(ValueError, match="multiple of 6"):
+        build(parts, batch_size=16)
+
+
+def test_parts_of_a_mixture_pass_through_their_own_epochs():
+    parts = {"f": (make(10, name="f"), 1), "r": (make(3, name="r"), 1)}
+    batches = drain(build(parts, batch_size=4, epochs=1))
+    seen = collections.Counter(p for b in batches for p in prompts_of(b))
+    assert {k: v for k, v in seen.items() if k[0] == "f"} == {
+        f"f{i}:": 1 for i in range(10)
+    }
+    assert sum(v for k, v in seen.items() if k[0] == "r") == 10
+    assert {v for k, v in seen.items() if k[0] == "r"} <= {3, 4}
+
+
+# -- stopping and going on
+
+
+@pytest.mark.parametrize("stop", [0, 1, 3, 7, 12])
+@pytest.mark.parametrize("mixture", [False, True])
+def test_restored_source_gives_the_same_batches(stop, mixture):
+    def fresh():
+        rows = make(18, group=2)
+        parts = {"a": (rows, 3), "b": (make(5, group=2), 1)} if mixture else rows
+        return build(parts, window=2)
+
+    whole = fresh()
+    batches = [whole.next(None, i) for i in range(20)]
+    first = fresh()
+    for i in range(stop):
+        first.next(None, i)
+    saved = json.loads(json.dumps(first.state()))  # as a checkpoint keeps it
+    second = fresh()
+    second.next(None, 0)  # a source that has already moved
+    second.restore(saved)
+    for expected in batches[stop:]:
+        same(second.next(None, 0), expected)
+
+
+def test_state_of_other_data_is_refused():
+    saved = build(make(8)).state()
+    others = [
+        build(make(9)),
+        build(make(8), seed=1),
+        build(make(8), batch_size=8),
+        build(make(8), length=16),
+    ]
+    for other in others:
+        with pytest.raises(ValueError, match="other data"):
+            other.restore(saved)
+    build(make(8), host=(1, 2)).restore(
+        saved
+    )  # another number of hosts is no other data
+
+
+def test_report_names_the_examples_of_the_last_batch():
+    src = build(make(8))
+    assert src.report()["ids"] == []
+    batch = src.next(None, 0)
+    assert [i + ":" for i in src.report()["ids"]] == prompts_of(batch)
+
+
+# -- hosts
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_hosts_take_disjoint_rows_of_one_batch_in_the_same_shapes(count):
+    rows = make(21, group=2, spread=60)
+    settings = {"batch_size": 8, "length": 64, "epochs": 2}
+    whole = drain(build(rows, **settings))
+    hosts = [drain(build(rows, **settings, host=(i, count))) for i in range(count)]
+    assert {len(h) for h in hosts} == {len(whole)}
+    for step, batch in enumerate(whole):
+        shards = [h[step] for h in hosts]
+        assert len({s.tokens.shape for s in shards}) == 1
+        for field in range(5):
+            joined = np.concatenate([s[field] for s in shards])
+            np.testing.assert_array_equal(joined, batch[field])
+
+
+# -- evaluation and generation
+
+
+def test_evaluation_sees_every_example_once_in_a_fixed_order():
+    rows = make(13, group=2)
+    batches = source.eval_batches(rows, TK, batch_size=4, length=32)
+    ids = [i for k in range(len(batches)) for i in batches.ids(k)]
+    assert sorted(ids) == sorted(r.id for r in rows)
+    assert sum(int(b.valid[:, 0].sum()) for b in batches) == 13
+    assert [i + ":" for i in ids] == [p for b in batches for p in prompts_of(b)]
+    assert {b.tokens.shape[0] for b in batches} == {4}
+    longest = [int(b.lengths.max()) for b in batches]
+    assert longest == sorted(longest)
+    again = source.eval_batches(rows, TK, batch_size=4, length=32)
+    for a, b in zip(batches, again, strict=True):
+        same(a, b)
+    with pytest.raises(IndexError):
+        batches[len(batches)]
+
+
+def test_prompts_to_generate_from_keep_their_order():
+    rows = [Example(str(i), "p" * (i + 1), []) for i in range(5)]
+    batches = source.prompt_batches(rows, TK, batch_size=2, length=4, buckets=(2, 4))
+    assert [b.tokens.shape for b in batches] == [(2, 2), (2, 4), (2, 4)]
+    assert [b.lengths.tolist() for b in batches] == [[1, 2], [3, 4], [4, 4]]
+    assert batches[-1].valid.tolist() == [True, False]
+    assert batches[0].texts == ["p", "pp"]
+    assert [i for b in batches for i in b.ids][:5] == ["0", "1", "2", "3", "4"]
+    with pytest.raises(ValueError, match="empty"):
+        source.prompt_batches([], TK, batch_size=2, length=4)
+
+
+def test_description_shows_the_mask_in_the_text():
+    rows = [Example("a", "é?", ["öb"], (1.0,))]
+    batch = build(rows, batch_size=1, length=16, buckets=(16,)).next(None, 0)
+    assert source.describe(batch, TK).splitlines() == [
+        "[0, 0] 7 tokens, 4 scored, 9 padding, feedback 1",
+        "é?⟦öb<eos>⟧",
+    ]
+
+
+def test_quickstart_data_pass_through_whole():
+    rows = synthetic.examples(split="train", size=64)
+    src = build(rows, batch_size=8, length=96, epochs=1)
+    batches = drain(src)
+    assert len(batches) == 8
+    for batch in batches:
+        check(batch)
+        assert batch.valid.all()
+        assert ((batch.tokens == TK.eos_id) & batch.mask).sum(-1).tolist() == [
+            [1, 1]
+        ] * 8
+        good, bad = (
+            [synthetic.judge(TK.decode(t[m])) for t, m in zip(batch.tokens[:, g], batch.mask[:, g], strict=True)]
+            for g in (0, 1)
+        )  # fmt: skip
+        assert all(a > b for a, b in zip(good, bad, strict=True))
+    report = src.report()
+    assert (report["read"], report["used"], report["cut"]) == (64, 64, 0)
+
+
+# -- packed
+
+
+def distinct_tokens(batch):
+    """Tokens of a batch, what responses share once: prefixes, one by one."""
+    seen = set()
+    for b, group in enumerate(batch.tokens):
+        for tokens, mask in zip(group, batch.mask[b], strict=True):
+            end = len(mask) - int(mask[::-1].argmax()) if mask.any() else 0
+            seen |= {(b, tuple(tokens[: t + 1])) for t in range(end)}
+    return len(seen)
+
+
+def test_packed_batches_hold_every_example_once_an_epoch_in_one_shape():
+    rows = make(100, group=2, spread=40)
+    src = build(rows, batch_size=8, length=64, epochs=2, grid=(1, 1))
+    batches = drain(src)
+    seen = collections.Counter(p for b in batches for p in prompts_of(b))
+    assert seen == {f"e{i}:": 2 for i in range(100)}
+    assert len({b.tokens.shape for b in batches}) == 1
+    assert len({b.layout.tokens.shape for b in batches}) == 1
+    for batch in batches:
+        check(batch)
+    half = [p for b in batches[: len(batches) // 2] for p in prompts_of(b)]
+    assert len(set(half)) == 100
+    once = batches[: len(batches) // 2]
+    share = sum(map(distinct_tokens, once)) / sum(b.layout.tokens.size for b in once)
+    report = src.report()
+    assert report["useful"] == pytest.approx(share, abs=1e-12)
+    assert report["padding"] == pytest.approx(1 - share, abs=1e-12)
+    assert share > 0.9
+    plain = build(rows, batch_size=8, length=64, epochs=2).report()["useful"]
+    assert plain < 0.8
+    last = batches[-1]
+    assert report["metrics"] == pytest.approx(
+        {
+            "useful_tokens": distinct_tokens(last) / last.layout.tokens.size,
+            "padding": 1 - distinct_tokens(last) / last.layout.tokens.size,
+        }
+    )
+
+
+def test_the_end_of_an_epoch_is_shared_out():
+    """A batch of what is left would weigh its one prompt as much as others all of theirs."""
+    rows = make(108, group=2, spread=40)
+    settings = dict(batch_size=8, length=64, epochs=1, grid=(1, 1))
+    many = [int(b.valid.any(1).sum()) for b in drain(build(rows, **settings))]
+    assert sum(many) == 108
+    assert min(many) >= 6  # 1, were the last batch what is left
+
+
+def test_rows_that_would_be_emptier_than_batches_of_like_length_are_reported(caplog):
+    rows = make(64, group=2, spread=400)
+    settings = dict(batch_size=8, length=512, epochs=1)
+    alone = build(rows, **settings, grid=(8, 1)).report()["useful"]
+    (line,) = caplog.messages
+    grouped = build(rows, **settings, grid=(8, 1), filled=False).report()["useful"]
+    assert f"{100 * alone:.0f} % of what" in line
+    assert f"useful, {100 * grouped:.0f} % where" in line
+    build(rows, **settings, grid=(1, 1))
+    assert len(caplog.messages) == 1
+
+
+def test_devices_and_micro_batches_do_not_change_what_a_packed_batch_holds():
+    rows = make(60, group=2, spread=40)
+    settings = dict(batch_size=8, length=64, epochs=1)
+    whole = drain(build(rows, **settings, grid=(1, 1)))
+    for grid in ((2, 1), (2, 2), (1, 4)):
+        batches = drain(build(rows, **settings, grid=grid))
+        assert [sorted(prompts_of(b)) for b in batches] == [
+            sorted(prompts_of(b)) for b in whole
+        ]
+        for batch in batches:
+            assert batch.layout.tokens.shape[0] == grid[0] * grid[1]
+    saved = build(rows, **settings, grid=(1, 1)).state()
+    build(rows, **settings, grid=(2, 2)).restore(saved)
+    with pytest.raises(ValueError, match="another batch layout"):
+        build(rows, **settings).restore(saved)
+    with pytest.raises(ValueError, match="8 does not divide over 3 shards x 1"):
+        build(rows, **settings, grid=(3, 1))
+
+
+@pytest.mark.parametrize("stop", [1, 9])
+@pytest.mark.parametrize("mixture", [False, True])
+def test_restored_packed_source_gives_the_same_batches(stop, mixture):
+    def fresh():
+        rows = make(18, group=2)
+        parts = {"a": (rows, 3), "b": (make(5, group=2), 1)} if mixture else rows
+        return build(parts, window=2, grid=(2, 1))
+
+    whole = fresh()
+    batches = [whole.next(None, i) for i in range(14)]
+    first = fresh()
+    for i in range(stop):
+        first.next(None, i)
+    second = fresh()
+    second.next(None, 0)
+    second.restore(json.loads(json.dumps(first.state())))
+    for expected in batches[stop:]:
+        got = second.next(None, 0)
+        same(got, expected)
+        for a, b in zip(got.layout, expected.layout, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("mixture", [False, True])
+def test_hosts_lay_out_their_own_rows_in_the_same_shapes(mixture):
+    rows = make(21, group=2, spread=60)
+    parts = {"a": (rows, 3), "b": (make(5, group=2), 1)} if mixture else rows
+    settings = {"batch_size": 8, "length": 64, "epochs": 2, "grid": (4, 1)}
+    whole = drain(build(parts, **settings))
+    hosts = [drain(build(parts, **settings, host=(i, 2))) for i in range(2)]
+    for step, batch in enumerate(whole):
+        shards = [h[step] for h in hosts]
+        for field, want in enumerate(batch.layout):
+            joined = np.concatenate([s.layout[field] for s in shards])
+            np.testing.assert_array_equal(joined, want)
+
+
+def test_packed_batches_without_shuffling_keep_the_order():
+    batches = drain(build(make(20), epochs=1, shuffle=False, grid=(1, 1)))
+    assert [p for b in batches for p in prompts_of(b)] == [f"e{i}:" for i in range(20)]

@@ -1,0 +1,18 @@
+"""How a run evaluates. (The evaluations themselves: evals/.)"""
+
+import tiny
+
+from alignax import plugin
+from alignax.training import evaluation
+
+
+def test_evaluations_cut_prompts_as_the_rollouts_do():
+    config = tiny.config("sft", length=24)
+    config.rollout.reward = {"name": "constraints"}
+    config.rollout.max_new = 6
+    sampling = plugin.load("evals", "sample", {"reward": "constraints", "max_new": 2})
+    reading = plugin.load("evals", "perplexity")
+    assert evaluation.sampled_length(config, sampling) == 18
+    assert evaluation.sampled_length(config, reading) == 24
+    config.rollout.reward = {}
+    assert evaluation.sampled_length(config, sampling) == 24
