@@ -170,7 +170,6 @@ LONG = {
     ("alignax/sampling/speculate.py", "_speculate"): "",
     ("alignax/training/build.py", "build"): "",
     ("alignax/training/loop.py", "_loop"): "",
-    ("alignax/training/step.py", "make_train_step"): "",
 }
 MOST_LINES = 80
 

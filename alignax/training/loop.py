@@ -18,7 +18,8 @@ from jax.experimental import multihost_utils
 
 from alignax import masked
 from alignax.batch import COMPARED, LM, Metrics, Scores
-from alignax.inputs.source import annotate, describe
+from alignax.inputs.annotate import annotate
+from alignax.inputs.detokenize import describe
 from alignax.models import sharding, transformer
 from alignax.models.transformer import ModelConfig
 from alignax.reports import curves

@@ -15,12 +15,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from alignax import logprob, masked
+from alignax import logprob
 from alignax.batch import LM, Batch, Metrics, Params
-from alignax.inputs.source import annotate, unfilled
+from alignax.inputs.annotate import annotate, unfilled
 from alignax.models import sharding
 from alignax.models.transformer import ModelConfig
 from alignax.plugin import Bound, bind
+from alignax.training.gradient import Objective, gradient, join, split
 
 EMA_DECAY = 0.99  # of the running means that a loss asks for
 
@@ -134,152 +135,93 @@ def make_train_step(
     Returns:
       A TrainStep.
     """
-    if assemble is None:
-
-        def assemble(params, lms):
-            return LM(config, params)
-
     if not isinstance(loss, Bound):
         loss = bind(loss)
-    score = functools.partial(logprob.score, mesh=mesh)
     numbers = {k: v for k, v in loss.hyper.items() if type(v) in (int, float)}
-    fixed = {k: v for k, v in loss.hyper.items() if k not in numbers}
+    objective = Objective(
+        loss, {k: v for k, v in loss.hyper.items() if k not in numbers},
+        functools.partial(logprob.score, mesh=mesh),
+        assemble or (lambda params, lms: LM(config, params)), accumulate,
+        1 if mesh is None else sharding.num_shards(mesh),
+    )  # fmt: skip
+    plan = _Plan(objective, tx, average, average_every, moving)
+    whole = None if mesh is None else NamedSharding(mesh, P())
     hyper = {
-        k: np.float32(v) if type(v) is float else np.int32(v)
+        k: jax.device_put(np.float32(v) if type(v) is float else np.int32(v), whole)
         for k, v in numbers.items()
     }
 
-    def evaluate_loss(scores, batch, ema, hyper):
-        """Sums over prompts with a valid response: (loss, {name: sum})."""
-        given = {"ema": ema} if loss.ema else {}
-        values, metrics = loss.function(scores, batch, **fixed, **hyper, **given)
-        keep = masked.prompts(batch)
-        total = {k: jnp.where(keep, v, 0.0).sum() for k, v in metrics.items()}
-        return jnp.where(keep, values, 0.0).sum(), total
-
-    def gradient(params, lms, batch, ema, hyper):
-        """(loss, metrics), gradient: means over the whole step's prompts."""
-        count = jnp.maximum(masked.prompts(batch).sum(), 1)
-
-        def forward(params, part):
-            policy = assemble(params, lms)
-            return score(policy, part, needs=loss.needs, kl_to=lms.get("ref"))
-
-        def direct(params, part):
-            value, metrics = evaluate_loss(forward(params, part), part, ema, hyper)
-            return value / count, metrics
-
-        if accumulate == 1:
-            (value, metrics), grads = jax.value_and_grad(direct, has_aux=True)(
-                params, batch
-            )
-            return value, {k: v / count for k, v in metrics.items()}, grads
-
-        if "reduction" in loss.hyper:  # weights know the whole step, not a micro-batch
-            weights = masked.token_weights(batch, loss.hyper["reduction"])
-            batch = batch._replace(
-                extra={**(batch.extra or {}), "token_weights": weights}
-            )
-        parts = jax.tree.map(split, batch)
-        if loss.coupled:
-            scores = jax.lax.map(lambda part: forward(params, part), parts)
-            whole = jax.tree.map(join, scores)
-            (value, metrics), cotangent = jax.value_and_grad(
-                evaluate_loss, has_aux=True
-            )(whole, batch, ema, hyper)
-            value = value / count
-            cotangents = jax.tree.map(lambda x: split(x / count), cotangent)
-
-            def one(part):
-                part, cotangent = part
-                return (
-                    jax.vjp(lambda p: forward(p, part), params)[1](cotangent)[0],
-                    0.0,
-                    {},
-                )
-
-            parts = (parts, cotangents)
-        else:
-
-            def one(part):
-                (value, metrics), grads = jax.value_and_grad(direct, has_aux=True)(
-                    params, part
-                )
-                return grads, value, metrics
-
-        def body(total, part):
-            return jax.tree.map(jnp.add, total, one(part)), None
-
-        first = jax.tree.map(lambda x: x[0], parts)
-        zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first)
-        )
-        (grads, *sums), _ = jax.lax.scan(body, zeros, parts)
-        if not loss.coupled:
-            value, metrics = sums
-        return value, {k: v / count for k, v in metrics.items()}, grads
-
-    shards = 1 if mesh is None else sharding.num_shards(mesh)
-
-    def split(x):
-        # A shard's rows are cut in order: every micro-batch stays spread over the mesh,
-        # and what belongs together (the blocks of a layout, the prompts in them) meets.
-        x = x.reshape(shards, accumulate, -1, *x.shape[1:])
-        return jnp.moveaxis(x, 1, 0).reshape(accumulate, -1, *x.shape[3:])
-
-    def join(x):
-        x = x.reshape(accumulate, shards, -1, *x.shape[2:])
-        return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[3:])
-
-    def frozen(average, lms):
-        if not moving:
-            return lms
-        return {**lms, **dict.fromkeys(moving, assemble(average, lms))}
-
-    def fill(average, lms, batch: Batch) -> Batch:
-        one = functools.partial(
-            annotate, lms=frozen(average, lms), needs=loss.needs, score=score
-        )
-        if accumulate == 1:
-            return one(batch)
-        parts = jax.lax.map(one, jax.tree.map(split, batch))
-        return jax.tree.map(join, parts)
-
-    def update(state: TrainState, lms, batch: Batch, hyper):
-        lms = frozen(state.average, lms)
-        value, metrics, grads = gradient(state.params, lms, batch, state.ema, hyper)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = {
-            k: EMA_DECAY * v + (1 - EMA_DECAY) * metrics[f"ema/{k}"]
-            for k, v in state.ema.items()
-        }
-        mean = state.average
-        if mean is not None:
-            due = (state.step + 1) % average_every == 0
-            mean = jax.tree.map(
-                lambda a, p: jnp.where(due, average * a + (1 - average) * p, a),
-                mean, params,
-            )  # fmt: skip
-        metrics |= {"loss": value, "grad_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, params, opt_state, ema, mean), metrics
-
-    def place(x):
-        return jax.device_put(x, None if mesh is None else NamedSharding(mesh, P()))
-
-    hyper = jax.tree.map(place, hyper)
-
     @functools.cache
-    def program(shardings):
+    def program(leaves: tuple, tree: Any) -> Any:
         # The state keeps its shardings: left to itself, XLA may pick others and the next
         # call would compile again.
-        leaves, tree = shardings
         out = (jax.tree.unflatten(tree, leaves), None)
-        return jax.jit(update, donate_argnums=0, out_shardings=out)
+        step = functools.partial(update, plan)
+        return jax.jit(step, donate_argnums=0, out_shardings=out)
 
-    def jitted(state):
+    def jitted(state: TrainState) -> Any:
         leaves, tree = jax.tree.flatten(jax.tree.map(lambda x: x.sharding, state))
-        return program((tuple(leaves), tree))
+        return program(tuple(leaves), tree)
 
     rows = None if mesh is None else NamedSharding(mesh, sharding.BATCH)
-    return TrainStep(jax.jit(fill, out_shardings=rows), jitted, hyper, loss.needs)
+    filled = jax.jit(functools.partial(fill, plan), out_shardings=rows)
+    return TrainStep(filled, jitted, hyper, loss.needs)
+
+
+class _Plan(NamedTuple):
+    """What a step does; fixed when it is compiled."""
+
+    objective: Objective
+    tx: optax.GradientTransformation
+    average: float  # decay of the average of the parameters
+    average_every: int  # steps
+    moving: tuple[str, ...]  # names of LMs that are that average
+
+
+def update(
+    plan: _Plan, state: TrainState, lms: Mapping[str, LM], batch: Batch,
+    hyper: Mapping[str, Array],
+) -> tuple[TrainState, Metrics]:  # fmt: skip
+    """One optimiser step: gradient, optimiser, running means, average."""
+    lms = frozen_lms(plan, state.average, lms)
+    value, metrics, grads = gradient(
+        plan.objective, state.params, lms, batch, state.ema, hyper
+    )
+    updates, opt_state = plan.tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = {
+        k: EMA_DECAY * v + (1 - EMA_DECAY) * metrics[f"ema/{k}"]
+        for k, v in state.ema.items()
+    }
+    mean = state.average
+    if mean is not None:
+        due = (state.step + 1) % plan.average_every == 0
+        decay = plan.average
+        mean = jax.tree.map(
+            lambda a, p: jnp.where(due, decay * a + (1 - decay) * p, a), mean, params
+        )
+    metrics |= {"loss": value, "grad_norm": optax.tree.norm(grads)}
+    return TrainState(state.step + 1, params, opt_state, ema, mean), metrics
+
+
+def fill(
+    plan: _Plan, average: Params | None, lms: Mapping[str, LM], batch: Batch
+) -> Batch:
+    """The batch with the columns that frozen LMs fill, by micro-batches."""
+    objective = plan.objective
+    one = functools.partial(
+        annotate, lms=frozen_lms(plan, average, lms), needs=objective.loss.needs,
+        score=objective.score,
+    )  # fmt: skip
+    if objective.accumulate == 1:
+        return one(batch)
+    parts = jax.lax.map(one, jax.tree.map(functools.partial(split, objective), batch))
+    return jax.tree.map(functools.partial(join, objective), parts)
+
+
+def frozen_lms(plan: _Plan, average: Any, lms: Mapping[str, LM]) -> Mapping[str, LM]:
+    """The frozen LMs, with the average of the policy under the names that mean it."""
+    if not plan.moving:
+        return lms
+    moved = plan.objective.assemble(average, lms)
+    return {**lms, **dict.fromkeys(plan.moving, moved)}
