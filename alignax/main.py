@@ -49,6 +49,7 @@ def main(argv):
     from alignax.respond import respond  # after the backend is set up
     from alignax.runs import hosts  # after the backend is set up
     from alignax.runs.checkpoint import CheckpointError
+    from alignax.runs.preemption import Preempted, preemption
     from alignax.training import explain, loop  # after the backend is set up
 
     if not WORKDIR.value and not EXPLAIN.value:
@@ -64,10 +65,10 @@ def main(argv):
         if not CONFIG.value.get("prompts"):
             loop.train(CONFIG.value, str(WORKDIR.value))
             return
-        with loop.preemption() as stop:
+        with preemption() as stop:
             if not respond.respond(CONFIG.value, str(WORKDIR.value), stop):
-                raise loop.Preempted("SIGTERM: the same command goes on")
-    except loop.Preempted as event:
+                raise Preempted("SIGTERM: the same command goes on")
+    except Preempted as event:
         print(event, file=sys.stderr)
         sys.exit(os.EX_TEMPFAIL)
     except Exception as error:

@@ -164,12 +164,10 @@ LONG = {
     ("alignax/decoders/nudging_words.py", "search"): "reads as its paper's algorithm",
     ("alignax/decoders/deal.py", "search"): "reads as its paper's algorithm",
     # to be divided
-    ("alignax/inputs/source.py", "dataset_source"): "",
     ("alignax/rollouts/rollout.py", "rollout_source"): "",
     ("alignax/sampling/decode.py", "_generate"): "",
     ("alignax/sampling/speculate.py", "_speculate"): "",
     ("alignax/training/build.py", "build"): "",
-    ("alignax/training/loop.py", "_loop"): "",
 }
 MOST_LINES = 80
 

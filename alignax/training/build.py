@@ -23,6 +23,7 @@ from alignax.models import lora, sharding
 from alignax.reports import tables
 from alignax.runs import adapter_base, checkpoint, workdirs
 from alignax.training import loading, on_policy, optim, parallel
+from alignax.training.step import with_average
 
 
 class Pieces(NamedTuple):
@@ -54,6 +55,10 @@ class Run(NamedTuple):
     evals: dict[str, plugin.Bound]
     eval_data: Sequence[Example] | None
     say: Callable[[str], None]
+
+    def frozen(self, average: Params | None) -> dict[str, LM]:
+        """The frozen LMs, with the policy's average under the names that mean it."""
+        return dict(with_average(self.lms, self.moving, self.assemble, average))
 
 
 def build(config, workdir: str) -> Run:

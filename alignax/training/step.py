@@ -4,7 +4,7 @@ batch -> annotate (frozen LMs) -> score (policy) -> loss -> mean -> gradient -> 
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -183,7 +183,7 @@ def update(
     hyper: Mapping[str, Array],
 ) -> tuple[TrainState, Metrics]:  # fmt: skip
     """One optimiser step: gradient, optimiser, running means, average."""
-    lms = frozen_lms(plan, state.average, lms)
+    lms = with_average(lms, plan.moving, plan.objective.assemble, state.average)
     value, metrics, grads = gradient(
         plan.objective, state.params, lms, batch, state.ema, hyper
     )
@@ -209,19 +209,29 @@ def fill(
 ) -> Batch:
     """The batch with the columns that frozen LMs fill, by micro-batches."""
     objective = plan.objective
-    one = functools.partial(
-        annotate, lms=frozen_lms(plan, average, lms), needs=objective.loss.needs,
-        score=objective.score,
-    )  # fmt: skip
+    lms = with_average(lms, plan.moving, objective.assemble, average)
+    needs = objective.loss.needs
+    one = functools.partial(annotate, lms=lms, needs=needs, score=objective.score)
     if objective.accumulate == 1:
         return one(batch)
     parts = jax.lax.map(one, jax.tree.map(functools.partial(split, objective), batch))
     return jax.tree.map(functools.partial(join, objective), parts)
 
 
-def frozen_lms(plan: _Plan, average: Any, lms: Mapping[str, LM]) -> Mapping[str, LM]:
-    """The frozen LMs, with the average of the policy under the names that mean it."""
-    if not plan.moving:
+def with_average(
+    lms: Mapping[str, LM],
+    moving: Sequence[str],
+    assemble: Callable[..., LM],
+    average: Any,
+) -> Mapping[str, LM]:
+    """The frozen LMs, with the average of the policy under the names that mean it.
+
+    Args:
+      lms: frozen LMs by name.
+      moving: names that mean the average; it is not read where there are none.
+      assemble: (trained parameters, frozen LMs) -> the policy.
+      average: of what is trained.
+    """
+    if not moving:
         return lms
-    moved = plan.objective.assemble(average, lms)
-    return {**lms, **dict.fromkeys(plan.moving, moved)}
+    return {**lms, **dict.fromkeys(moving, assemble(average, lms))}

@@ -9,10 +9,11 @@ import tiny
 
 from alignax import logprob, plugin
 from alignax.data import synthetic
-from alignax.inputs import reference_cache, source
+from alignax.inputs import reference_cache
+from alignax.inputs.annotate import annotate
 from alignax.models import sharding
 from alignax.reports.metrics import read
-from alignax.training import build, loop, optim
+from alignax.training import build, loop, optim, start_check
 from alignax.training.step import init_state, make_train_step
 
 
@@ -144,7 +145,7 @@ def test_a_cache_that_is_wrong_is_found_before_the_first_step(runs, tmp_path):
 
 def test_a_source_is_not_told_to_delete_a_cache_that_it_does_not_have(tiny_config):
     with pytest.raises(RuntimeError, match=r"source says of the reference is 2 nats"):
-        loop.check_cache(2.0, tiny_config, "")
+        start_check.check_cache(2.0, tiny_config, "")
 
 
 def test_a_row_is_its_tokens_and_mask_whatever_pads_it(make_batch):
@@ -211,7 +212,7 @@ def test_the_reference_reads_its_own_prompts(tmp_path):
             want = np.asarray(score(run.lms["ref"], row))[0, len(prompt) : end]
             got = batch.ref_logps[b, g][batch.mask[b, g]]
             np.testing.assert_allclose(got, want, atol=1e-5)
-    own = source.annotate(batch._replace(ref_logps=None), run.lms)
+    own = annotate(batch._replace(ref_logps=None), run.lms)
     assert np.abs(own.ref_logps - batch.ref_logps).max() > 1e-3
 
 
