@@ -57,7 +57,7 @@ def reference(batch: Batch) -> Float[Array, "B G T"]:
     if batch.ref_logps is None:
         raise ValueError(
             "Batch.ref_logps is None: name a frozen reference (config.lms.ref='init') "
-            "or fill the field with source.annotate(batch, {'ref': lm})"
+            "or fill the field with inputs.annotate.annotate(batch, {'ref': lm})"
         )
     return batch.ref_logps
 

@@ -23,7 +23,8 @@ from alignax import rewards
 from alignax.batch import LM, Example, Metrics
 from alignax.data import wrapped
 from alignax.evals.exploitation import REFUSALS, harmful
-from alignax.inputs import source
+from alignax.inputs import detokenize
+from alignax.inputs.prompts import prompt_batches
 from alignax.reports.metrics import bootstrap
 
 RANGES = {
@@ -75,9 +76,7 @@ def evaluate(
         hits: list[bool] = []
         shown: list[dict[str, Any]] = []
         for i, p in enumerate(
-            source.prompt_batches(
-                asked, tokenizer, batch_size=batch_size, length=length
-            )
+            prompt_batches(asked, tokenizer, batch_size=batch_size, length=length)
         ):
             out = jax.device_get(
                 generate(
@@ -86,7 +85,7 @@ def evaluate(
                 )
             )  # fmt: skip
             batch = out.batch._replace(valid=out.batch.valid & p.valid[:, None])
-            texts = source.texts(batch, tokenizer)
+            texts = detokenize.texts(batch, tokenizer)
             found = rewards.call(
                 decides, batch, texts, lms, tokenizer=tokenizer, score=score
             )

@@ -24,7 +24,8 @@ from jaxtyping import Float
 
 from alignax import rewards
 from alignax.batch import LM, Metrics
-from alignax.inputs import source
+from alignax.inputs import detokenize
+from alignax.inputs.prompts import prompt_batches
 from alignax.reports.metrics import bootstrap
 
 
@@ -85,9 +86,7 @@ def measure(
 ) -> Measured:  # fmt: skip
     """Draws M responses of both models to every prompt; arguments as in `evaluate`."""
     judge = rewards.load(reward)
-    prompts = source.prompt_batches(
-        data, tokenizer, batch_size=batch_size, length=length
-    )
+    prompts = prompt_batches(data, tokenizer, batch_size=batch_size, length=length)
     sides: tuple[list, list] = ([], [])
     kl = []
     for i, p in enumerate(prompts):
@@ -100,7 +99,7 @@ def measure(
             )  # fmt: skip
             batch = got.batch._replace(extra=p.columns or None)
             r = rewards.call(
-                judge, batch, source.texts(batch, tokenizer), lms, tokenizer=tokenizer,
+                judge, batch, detokenize.texts(batch, tokenizer), lms, tokenizer=tokenizer,
                 score=score,
             )  # fmt: skip
             sides[side].extend(r[p.valid])

@@ -8,7 +8,7 @@ Differs from the source: only response tokens are scored; slot 0 (chosen) of a g
 import numpy as np
 
 from alignax.batch import LM, Metrics
-from alignax.inputs import source
+from alignax.inputs.source import eval_batches
 from alignax.reports.metrics import bootstrap
 
 
@@ -24,9 +24,7 @@ def evaluate(
     """
     del lms, key, generate
     total, count, per_prompt = 0.0, 0, []
-    for batch in source.eval_batches(
-        data, tokenizer, batch_size=batch_size, length=length
-    ):
+    for batch in eval_batches(data, tokenizer, batch_size=batch_size, length=length):
         batch = batch._replace(extra=None)
         logps = score(lm, batch).logps[:, 0]
         keep = batch.valid[:, 0]

@@ -15,7 +15,7 @@ import numpy as np
 
 from alignax import masked
 from alignax.batch import LM, Metrics
-from alignax.inputs import source
+from alignax.inputs.source import eval_batches
 from alignax.reports.metrics import bootstrap, wilson
 
 
@@ -36,9 +36,7 @@ def evaluate(
     """
     del key, generate
     pieces: dict[str, list] = {"policy": [], "implicit": [], "reward": []}
-    for batch in source.eval_batches(
-        data, tokenizer, batch_size=batch_size, length=length
-    ):
+    for batch in eval_batches(data, tokenizer, batch_size=batch_size, length=length):
         if batch.tokens.shape[1] != 2:
             raise ValueError(
                 "ranking_accuracy needs pairs (chosen, rejected), the data have "

@@ -20,7 +20,8 @@ import numpy as np
 
 from alignax import rewards
 from alignax.batch import LM, Metrics
-from alignax.inputs import source
+from alignax.inputs import detokenize
+from alignax.inputs.prompts import prompt_batches
 from alignax.reports.metrics import bootstrap
 
 
@@ -52,9 +53,7 @@ def evaluate(
     """
     judge = rewards.load(reward)
     data = data[:size] if size else data
-    prompts = source.prompt_batches(
-        data, tokenizer, batch_size=batch_size, length=length
-    )
+    prompts = prompt_batches(data, tokenizer, batch_size=batch_size, length=length)
     mean, best, ended, empty = [], [], [], 0
     samples: list[dict[str, Any]] = []
     for i, p in enumerate(prompts):
@@ -65,7 +64,7 @@ def evaluate(
                 temperature=temperature,
             )
         )  # fmt: skip
-        texts = source.texts(out.batch, tokenizer)
+        texts = detokenize.texts(out.batch, tokenizer)
         r = rewards.call(judge, out.batch, texts, lms, tokenizer=tokenizer, score=score)
         for j in np.flatnonzero(p.valid):
             example = data[i * batch_size + int(j)]

@@ -25,7 +25,8 @@ from jaxtyping import Array, Float, Int
 
 from alignax import logprob
 from alignax.batch import LM, Batch, Metrics
-from alignax.inputs import source
+from alignax.inputs.prompts import prompt_batches
+from alignax.inputs.source import eval_batches
 from alignax.models import transformer
 from alignax.sampling import generation_settings
 
@@ -113,14 +114,10 @@ def _responses(
 ) -> Iterator[tuple[Batch, list[str]]]:
     """Batches of responses, and whose prompts they answer."""
     if not max_new:
-        batches = source.eval_batches(
-            data, tokenizer, batch_size=batch_size, length=length
-        )
+        batches = eval_batches(data, tokenizer, batch_size=batch_size, length=length)
         yield from ((batch, batches.ids(i)) for i, batch in enumerate(batches))
         return
-    prompts = source.prompt_batches(
-        data, tokenizer, batch_size=batch_size, length=length
-    )
+    prompts = prompt_batches(data, tokenizer, batch_size=batch_size, length=length)
     for p in prompts:
         out = generate(
             lm, p.tokens, p.lengths, key, max_new=max_new, temperature=0.0

@@ -19,7 +19,8 @@ import numpy as np
 
 from alignax import rewards
 from alignax.batch import LM, Metrics
-from alignax.inputs import source
+from alignax.inputs import detokenize
+from alignax.inputs.prompts import prompt_batches
 from alignax.reports.metrics import bootstrap
 
 
@@ -52,9 +53,7 @@ def evaluate(
             f"win_rate needs an LM {baseline!r} to beat; there are {sorted(lms)}"
         )
     data = data[:size] if size else data
-    prompts = source.prompt_batches(
-        data, tokenizer, batch_size=batch_size, length=length
-    )
+    prompts = prompt_batches(data, tokenizer, batch_size=batch_size, length=length)
     ours, theirs, kl, ended, tokens = [], [], [], [], []
     samples: list[dict] = []
     for i, p in enumerate(prompts):
@@ -70,7 +69,7 @@ def evaluate(
                 temperature=temperature,
             )
             out = jax.device_get(out)
-            got.append((out, source.texts(out.batch, tokenizer)))
+            got.append((out, detokenize.texts(out.batch, tokenizer)))
         (mine, texts), (base, base_texts) = got
         keep = p.valid
         judged = functools.partial(

@@ -8,7 +8,7 @@ import bisect
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -16,24 +16,10 @@ import numpy as np
 
 from alignax.batch import Batch, from_groups
 from alignax.inputs import layout
+from alignax.inputs.rows import Row
 
 ENDLESS = 2**62  # steps
 LAST = 8  # batches of an epoch over which its end is shared out
-
-
-class Row(NamedTuple):
-    """One example, cut to length: int32 ids and bools."""
-
-    id: str
-    prompt: np.ndarray
-    responses: list[np.ndarray]
-    scored: list[np.ndarray]
-    feedback: Sequence[float]
-    columns: Mapping[str, float]
-    distinct: int  # tokens, what responses share counted once: see `layout.group`
-
-    def length(self) -> int:
-        return len(self.prompt) + max(len(r) for r in self.responses)
 
 
 class Order:

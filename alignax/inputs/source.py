@@ -1,47 +1,37 @@
-"""Where batches come from: a source is (next, state, restore), plus what it counted.
+"""A data set as batches of training: a source is (next, state, restore, report).
 
 `dataset_source` turns examples into batches by a plan that is a pure function of the
 step: which examples share a batch, in which order, at which T. Grain draws the order
-(one permutation an epoch) and walks the plan; its iterator state is the state. Every
-host plans the whole batch and builds its own rows of it, so that all hosts agree on
-shapes and on when the data end, and a run can resume on another number of hosts.
-
-Lengths are met in this order, on lists of ids: the prompt loses tokens on its left (BOS
-stays) down to one; then the response loses its right end and, with it, its EOS; a
-response without a scored token left drops the example. All of it is counted.
+(one permutation per epoch) and iterates over the plan; the state of a source is that of
+Grain's iterator. Every host plans the whole batch and builds its own rows of it, so that
+all hosts agree on shapes and on when the data end, and a run can resume on another number
+of hosts. Examples that are too long are cut or dropped, and counted (see `rows`).
 """
 
 import functools
-import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
 import grain
-import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int
 
-from alignax import logprob
-from alignax.batch import LM, Batch, Example
-from alignax.inputs import layout
+from alignax.batch import Batch, Example
 from alignax.inputs.plan import (
     ENDLESS,
     Filled,
     Order,
     Packing,
     Plan,
-    Row,
     bucket_sizes,
     fit,
 )
 from alignax.inputs.plan import identity as plan_identity
-from alignax.inputs.tokenizer import Tokenized, Tokenizer
+from alignax.inputs.rows import Row, no_counts, read
+from alignax.inputs.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
-
-SHOWN = 20  # how many dropped or malformed ids a report lists
 
 
 class Source(NamedTuple):
@@ -63,17 +53,6 @@ class Source(NamedTuple):
     state: Callable[[], dict[str, Any]]
     restore: Callable[[dict[str, Any]], None]
     report: Callable[[], dict[str, Any]]
-
-
-class PromptBatch(NamedTuple):
-    """Prompts to generate from."""
-
-    tokens: Int[np.ndarray, "B P"]  # right-padded
-    lengths: Int[np.ndarray, " B"]  # at least 1, also where a row is filler
-    valid: Bool[np.ndarray, " B"]  # False on rows that fill up the last batch
-    texts: list[str]  # the prompts as the model reads them
-    ids: list[str]
-    columns: dict[str, Float[np.ndarray, " B"]]  # of the examples
 
 
 def dataset_source(
@@ -138,91 +117,113 @@ def dataset_source(
         batch that the hosts, or shards and micro-batches, cannot share evenly; a bucket
         beyond `length`; an id at or beyond `vocab_size`.
     """
+    mixture = isinstance(examples, Mapping)
     parts = examples if isinstance(examples, Mapping) else {"data": (examples, 1)}
     shares = _shares({k: ratio for k, (_, ratio) in parts.items()}, batch_size)
-    index, count = host
-    if not 0 <= index < count:
-        raise ValueError(
-            f"host is {host}, expected (index, count) with 0 <= index < count"
-        )
-    if batch_size % count:
-        raise ValueError(f"batch_size {batch_size} does not divide over {count} hosts")
-    counts = _counts()
-    data = [_read(d, tokenizer, length, vocab_size, counts) for d, _ in parts.values()]
-    named = {k: sorted(rows[0].columns) for k, rows in zip(parts, data, strict=True)}
-    if len({tuple(names) for names in named.values()}) > 1:
-        raise ValueError(f"the parts of a mixture have different columns: {named}")
-    mixture = isinstance(examples, Mapping)
-    if grid is not None and batch_size % (grid[0] * grid[1]):
-        raise ValueError(
-            f"batch_size {batch_size} does not divide over {grid[0]} shards x "
-            f"{grid[1]} micro-batches"
-        )
-    need = [-(-len(rows) // b) if epochs is None else -(-len(rows) * epochs // b)
-            for rows, b in zip(data, shares, strict=True)]  # fmt: skip
-    steps = ENDLESS if epochs is None else max(need)
-    orders: list[Any] = [
+    _check_division(batch_size, host, grid)
+    counts = no_counts()
+    data = [
+        read(d, tokenizer, length=length, vocab_size=vocab_size, counts=counts)
+        for d, _ in parts.values()
+    ]
+    _check_columns(dict(zip(parts, data, strict=True)))
+    schedule = Schedule(batch_size, shares, seed, window, shuffle, epochs)
+    build = functools.partial(
+        Plan, data, host=host, pad=tokenizer.pad_id, mixture=mixture,
+        buckets=_buckets(data, bucket_sizes(buckets, length), packed=grid is not None),
+    )  # fmt: skip
+    plan, report = plan_by_length(build, data, schedule, grid)
+    if grid is not None and filled and not mixture:
+        grouped = report
+        plan, report = plan_filled(build, data[0], schedule, grid)
+        _warn_if_emptier(report, grouped)
+    # A position is only valid for the same data and the same batch layout.
+    settings: tuple[Any, ...] = (tokenizer.fingerprint, batch_size, length, seed)
+    settings += (plan.buckets, shuffle, epochs, window, shares)
+    if grid is not None:
+        settings += ("packed", filled)
+    return _iterate(plan, plan_identity(data, settings), {**counts, **report})
+
+
+class Schedule(NamedTuple):
+    """How often, in which order and how many at a time examples come."""
+
+    batch_size: int  # B over all hosts
+    shares: list[int]  # rows of each part of a mixture in one batch
+    seed: int
+    window: int  # batches that are sorted by length, or filled, together
+    shuffle: bool
+    epochs: int | None  # None for no end
+
+
+def plan_by_length(
+    build: Callable[..., Plan], data: list[list[Row]], schedule: Schedule,
+    grid: tuple[int, int] | None,
+) -> tuple[Plan, dict[str, float]]:  # fmt: skip
+    """Batches of a fixed number of examples of like length, plain or packed.
+
+    Args:
+      build: `Plan`, with everything bound but orders, steps and packing.
+      data: rows of each part of a mixture.
+      schedule: their order.
+      grid: (shards, micro-batches) that batches are packed for, None for plain rows.
+
+    Returns:
+      The plan and the shares of tokens over one epoch.
+    """
+    passes = 1 if schedule.epochs is None else schedule.epochs
+    need = [
+        -(-len(rows) * passes // share)
+        for rows, share in zip(data, schedule.shares, strict=True)
+    ]
+    steps = ENDLESS if schedule.epochs is None else max(need)
+    orders = [
         Order(
             [row.length() if grid is None else row.distinct for row in rows],
             share,
-            window=window,
-            seed=seed + i,
-            shuffle=shuffle,
-            limit=None if epochs is None or n < steps else len(rows) * epochs,
+            window=schedule.window,
+            seed=schedule.seed + i,
+            shuffle=schedule.shuffle,
+            limit=None if n < steps else len(rows) * passes,
         )
-        for i, (rows, share, n) in enumerate(zip(data, shares, need, strict=True))
+        for i, (rows, share, n) in enumerate(
+            zip(data, schedule.shares, need, strict=True)
+        )
     ]
-    sizes = bucket_sizes(buckets, length)
-    packing = None
-    if grid is not None:  # T costs next to nothing: one will do
-        sizes = (fit(max(row.length() for rows in data for row in rows), sizes),)
-        packing = Packing(*grid)
-    planned = functools.partial(
-        Plan, data, buckets=sizes, host=host, pad=tokenizer.pad_id, mixture=mixture
-    )
-    plan = planned(orders, steps, packing=packing)
-    report = plan.shares(min(steps, max(need)))
-    if grid is not None and filled and not mixture:
-        order = Filled(
-            [row.distinct for row in data[0]], batch_size,
-            window=window, seed=seed, shuffle=shuffle,
-        )  # fmt: skip
-        steps = ENDLESS if epochs is None else order.steps(epochs)
-        plan = planned([order], steps, packing=order.packing(*grid))
-        grouped, report = report, plan.shares(order.steps(1))
-        if report["useful"] < grouped["useful"] - 0.02:
-            log.warning(
-                "%.0f %% of what packed rows compute is useful, %.0f %% where batches are "
-                "of like length: few prompts a device want config.layout = 'grouped'",
-                100 * report["useful"], 100 * grouped["useful"],
-            )  # fmt: skip
-    # The state is worth nothing on other data or another layout: it says which it is of.
-    settings: tuple[Any, ...] = (
-        tokenizer.fingerprint,
-        batch_size,
-        length,
-        seed,
-        plan.buckets,
-    )
-    settings += (shuffle, epochs, window, shares)
-    if grid is not None:
-        settings += ("packed", filled)
-    identity = plan_identity(data, settings)
-    walk = iter(
+    plan = build(orders, steps, packing=None if grid is None else Packing(*grid))
+    return plan, plan.shares(min(steps, max(need)))
+
+
+def plan_filled(
+    build: Callable[..., Plan], rows: list[Row], schedule: Schedule,
+    grid: tuple[int, int],
+) -> tuple[Plan, dict[str, float]]:  # fmt: skip
+    """Batches of as many examples as fill packed rows; as `plan_by_length`."""
+    order = Filled(
+        [row.distinct for row in rows], schedule.batch_size,
+        window=schedule.window, seed=schedule.seed, shuffle=schedule.shuffle,
+    )  # fmt: skip
+    steps = ENDLESS if schedule.epochs is None else order.steps(schedule.epochs)
+    plan = build([order], steps, packing=order.packing(*grid))
+    return plan, plan.shares(order.steps(1))
+
+
+def _iterate(plan: Plan, identity: str, counts: dict[str, Any]) -> Source:
+    """The batches of a plan, one after another, as a Source."""
+    batches = iter(
         grain.MapDataset.source(plan).to_iter_dataset(
             grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         )
     )
-    counts |= report
     last: dict[str, Any] = {"ids": [], "metrics": {}}
 
     def next_batch(params: Any = None, step: int = 0, average: Any = None) -> Batch:
         del params, step, average
-        batch, last["ids"], last["metrics"] = next(walk)
+        batch, last["ids"], last["metrics"] = next(batches)
         return batch
 
     def state() -> dict[str, Any]:
-        return {"grain": walk.get_state(), "data": identity}
+        return {"grain": batches.get_state(), "data": identity}
 
     def restore(saved: dict[str, Any]) -> None:
         if saved.get("data") != identity:
@@ -230,7 +231,7 @@ def dataset_source(
                 "the saved data position belongs to other data, another tokenizer or "
                 f"another batch layout: saved {saved.get('data')}, here {identity}"
             )
-        walk.set_state(saved["grain"])
+        batches.set_state(saved["grain"])
 
     return Source(next_batch, state, restore, lambda: {**counts, **last})
 
@@ -281,8 +282,10 @@ def eval_batches(
         raise ValueError(
             f"batch_size {batch_size} does not divide over {host[1]} hosts"
         )
-    counts = _counts()
-    rows = _read(examples, tokenizer, length, vocab_size, counts)
+    counts = no_counts()
+    rows = read(
+        examples, tokenizer, length=length, vocab_size=vocab_size, counts=counts
+    )
     rows.sort(key=Row.length)
     lengths = [row.length() for row in rows]
     order = Order(lengths, batch_size, window=1, seed=0, shuffle=False, limit=len(rows))
@@ -294,215 +297,47 @@ def eval_batches(
     return EvalBatches(plan, counts)
 
 
-def prompt_batches(
-    examples: Sequence[Example],
-    tokenizer: Tokenizer,
-    *,
-    batch_size: int,
-    length: int,
-    buckets: Sequence[int] = (),
-) -> list[PromptBatch]:
-    """The prompts of `examples` in their order, ready to generate from.
-
-    Args:
-      examples: only their prompts are read.
-      tokenizer: from `tokenizer.load`.
-      batch_size: B; the last batch is filled up with copies marked invalid.
-      length: tokens a prompt may have; longer ones lose their left, BOS stays.
-      buckets: the values of P that occur; as for `dataset_source`.
-
-    Raises:
-      ValueError: no examples, or examples with different columns.
-    """
-    if not len(examples):
-        raise ValueError("no prompts: the data set is empty")
-    names = column_names(examples)
-    sizes = bucket_sizes(buckets, length)
-    out = []
-    for start in range(0, len(examples), batch_size):
-        some = [
-            examples[i] for i in range(start, min(start + batch_size, len(examples)))
-        ]
-        ids = [cut_prompt(tokenizer.prompt(e), length, tokenizer.bos_id) for e in some]
-        fill = batch_size - len(some)
-        ids, some = ids + ids[:1] * fill, some + some[:1] * fill
-        tokens = np.full((batch_size, fit(max(map(len, ids)), sizes)), tokenizer.pad_id)
-        for row, prompt in zip(tokens, ids, strict=True):
-            row[: len(prompt)] = prompt
-        out.append(
-            PromptBatch(
-                tokens.astype(np.int32),
-                np.array([len(i) for i in ids], np.int32),
-                np.arange(batch_size) < batch_size - fill,
-                [tokenizer.decode(i, keep_specials=True) for i in ids],
-                [e.id for e in some[: batch_size - fill]],
-                {k: np.array([e.columns[k] for e in some], np.float32) for k in names},
-            )
+def _check_division(
+    batch_size: int, host: tuple[int, int], grid: tuple[int, int] | None
+) -> None:
+    """Raises ValueError for a batch that hosts or shards cannot share evenly."""
+    index, count = host
+    if not 0 <= index < count:
+        raise ValueError(
+            f"host is {host}, expected (index, count) with 0 <= index < count"
         )
-    return out
-
-
-def column_names(examples: Sequence[Example]) -> list[str]:
-    """The columns that all examples have.
-
-    Raises:
-      ValueError: two examples have different ones.
-    """
-    first = examples[0]
-    names = sorted(first.columns)
-    for i in range(len(examples)):
-        e = examples[i]
-        if sorted(e.columns) != names:
-            raise ValueError(
-                f"{e.id} has columns {sorted(e.columns)}, {first.id} has {names}"
-            )
-    return names
-
-
-def cut_prompt(ids: list[int], room: int, bos_id: int | None) -> list[int]:
-    """The last `room` (at least 1) ids of a prompt; a BOS at its start stays."""
-    if len(ids) <= room:
-        return ids
-    if ids[0] == bos_id:
-        return [ids[0], *ids[len(ids) - room + 1 :]]
-    return ids[-room:]
-
-
-def cut(
-    tokenized: Tokenized, length: int, bos_id: int | None
-) -> tuple[Tokenized, bool]:
-    """Cuts an example to `length` tokens: the prompt's left, then the responses' right.
-
-    Args:
-      tokenized: a prompt and its G responses; they keep one common prompt.
-      length: at least 2.
-      bos_id: kept if the prompt starts with it; None if there is none.
-
-    Returns:
-      The example, in which a response may have lost all of its scored tokens, and
-      whether anything was cut.
-    """
-    prompt, responses, scored = tokenized
-    longest = max(map(len, responses))
-    if len(prompt) + longest <= length:
-        return tokenized, False
-    prompt = cut_prompt(prompt, max(1, length - longest), bos_id)
-    room = length - len(prompt)
-    return Tokenized(
-        prompt, [r[:room] for r in responses], [s[:room] for s in scored]
-    ), True
-
-
-def texts(batch: Batch, tokenizer: Tokenizer) -> list[list[str]]:
-    """The scored tokens of every response as text: B lists of G."""
-    tokens, mask = np.asarray(batch.tokens), np.asarray(batch.mask)
-    return [
-        [tokenizer.decode(t[m].tolist()) for t, m in zip(*group, strict=True)]
-        for group in zip(tokens, mask, strict=True)
-    ]
-
-
-def describe(batch: Batch, tokenizer: Tokenizer, row: int = 0) -> str:
-    """One prompt of a batch as text, with what is scored between ⟦ and ⟧.
-
-    Args:
-      batch: host or addressable arrays.
-      tokenizer: the one that made it.
-      row: index into B.
-    """
-    lines = []
-    for g in range(batch.tokens.shape[1]):
-        tokens, mask = np.asarray(batch.tokens)[row, g], np.asarray(batch.mask)[row, g]
-        n = int(np.asarray(batch.lengths)[row, g])
-        # Runs of equal mask are decoded whole: a character may span several tokens.
-        edges = [0, *(np.flatnonzero(np.diff(mask[:n])) + 1).tolist(), n]
-        text = ""
-        for a, b in itertools.pairwise(edges):
-            run = tokenizer.decode(tokens[a:b].tolist(), keep_specials=True)
-            text += f"⟦{run}⟧" if a < b and mask[a] else run
-        valid = "" if np.asarray(batch.valid)[row, g] else ", not valid"
-        lines.append(
-            f"[{row}, {g}] {n} tokens, {int(mask.sum())} scored, {len(tokens) - n} padding, "
-            f"feedback {float(np.asarray(batch.feedback)[row, g]):g}{valid}\n{text}"
+    if batch_size % count:
+        raise ValueError(f"batch_size {batch_size} does not divide over {count} hosts")
+    if grid is not None and batch_size % (grid[0] * grid[1]):
+        raise ValueError(
+            f"batch_size {batch_size} does not divide over {grid[0]} shards x "
+            f"{grid[1]} micro-batches"
         )
-    return "\n".join(lines)
 
 
-def _read(examples, tokenizer, length, vocab_size, counts) -> list[Row]:
-    """Tokenises and cuts all examples; what happened to them is added to `counts`."""
-    if length < 2:
-        raise ValueError(f"length is {length}, expected at least 2")
-    found = getattr(examples, "report", None) or {}
-    for kind, lines in found.items():
-        name = "malformed" if kind == "malformed" else "dropped"
-        _note(counts, name, *lines)
-        counts["read"] += len(lines)
-    rows: list[Row] = []
-    for i in range(len(examples)):
-        example = examples[i]
-        counts["read"] += 1
-        try:
-            if not example.responses:
-                raise ValueError("no response")
-            if example.feedback and len(example.feedback) != len(example.responses):
-                raise ValueError(
-                    f"{len(example.feedback)} feedback values for "
-                    f"{len(example.responses)} responses"
-                )
-            whole = tokenizer.tokenize(example)
-        except ValueError as e:
-            _note(counts, "malformed", f"{example.id}: {e}")
-            continue
-        part, was_cut = cut(whole, length, tokenizer.bos_id)
-        # A scored token needs a prefix, which the prompt always gives.
-        if not all(any(s) for s in part.scored):
-            _note(
-                counts, "dropped", f"{example.id}: no response left at length {length}"
-            )
-            continue
-        counts["cut"] += was_cut
-        counts["used"] += 1
-        responses = [np.array(r, np.int32) for r in part.responses]
-        scored = [np.array(s, bool) for s in part.scored]
-        row = Row(
-            example.id,
-            np.array(part.prompt_ids, np.int32),
-            responses,
-            scored,
-            tuple(map(float, example.feedback)),
-            {k: float(v) for k, v in example.columns.items()},
-            len(part.prompt_ids) + layout.group(responses, scored).size(),
-        )
-        if rows and row.columns.keys() != rows[0].columns.keys():
-            raise ValueError(
-                f"{example.id} has columns {sorted(row.columns)}, {rows[0].id} has "
-                f"{sorted(rows[0].columns)}"
-            )
-        if vocab_size is not None:
-            top = max(int(x.max()) for x in (row.prompt, *row.responses))
-            if top >= vocab_size:
-                raise ValueError(
-                    f"{example.id}: token id {top} "
-                    f"({tokenizer.decode([top], keep_specials=True)!r}) is beyond the "
-                    f"model's vocabulary of {vocab_size}"
-                )
-        rows.append(row)
-    if not rows:
-        reasons = counts["malformed_ids"] + counts["dropped_ids"]
-        why = "; first: " + reasons[0] if reasons else ": the data set is empty"
-        raise ValueError(f"no usable example among {counts['read']} read{why}")
-    return rows
+def _check_columns(parts: dict[str, list[Row]]) -> None:
+    named = {k: sorted(rows[0].columns) for k, rows in parts.items()}
+    if len({tuple(names) for names in named.values()}) > 1:
+        raise ValueError(f"the parts of a mixture have different columns: {named}")
 
 
-def _counts() -> dict[str, Any]:
-    zeros = dict.fromkeys(("read", "used", "cut", "dropped", "malformed"), 0)
-    return {**zeros, "dropped_ids": [], "malformed_ids": []}
+def _buckets(
+    data: list[list[Row]], sizes: tuple[int, ...], *, packed: bool
+) -> tuple[int, ...]:
+    """The values of T that occur: one where rows are packed, for there T is cheap."""
+    if not packed:
+        return sizes
+    return (fit(max(row.length() for rows in data for row in rows), sizes),)
 
 
-def _note(counts: dict[str, Any], name: str, *lines: str) -> None:
-    counts[name] += len(lines)
-    shown = counts[f"{name}_ids"]
-    shown += lines[: SHOWN - len(shown)]
+def _warn_if_emptier(filled: dict[str, float], grouped: dict[str, float]) -> None:
+    """Logs that filled rows have more padding than batches of like length would."""
+    if filled["useful"] < grouped["useful"] - 0.02:
+        log.warning(
+            "%.0f %% of what packed rows compute is useful, %.0f %% where batches are "
+            "of like length: few prompts a device want config.layout = 'grouped'",
+            100 * filled["useful"], 100 * grouped["useful"],
+        )  # fmt: skip
 
 
 def _shares(ratios: dict[str, float], batch_size: int) -> list[int]:
@@ -520,49 +355,3 @@ def _shares(ratios: dict[str, float], batch_size: int) -> list[int]:
             f"use a multiple of {base}"
         )
     return [int(r) for r in rows]
-
-
-def unfilled(batch: Batch, needs: Sequence[str]) -> list[str]:
-    """The '<name>_logps' among `needs` that a batch does not bring along."""
-    extra = batch.extra or {}
-    columns = [n for n in needs if n.endswith("_logps") and n != "old_logps"]
-    return [
-        n
-        for n in columns
-        if (batch.ref_logps if n == "ref_logps" else extra.get(n)) is None
-    ]
-
-
-def annotate(
-    batch: Batch,
-    lms: Mapping[str, LM],
-    *,
-    needs: Sequence[str] = ("ref_logps",),
-    score: Callable[..., Any] = logprob.score,
-) -> Batch:
-    """Adds the per-token log-probabilities of frozen LMs that a loss needs.
-
-    'ref_logps' is the field, filled by lms['ref']; any other '<name>_logps' goes to
-    `extra` and is filled by lms['<name>']. What is there already is left alone.
-
-    Args:
-      batch: [B, G, T].
-      lms: frozen models by name.
-      needs: what the loss declares; names that do not end in '_logps' are ignored.
-      score: `logprob.score`, perhaps with a mesh bound.
-
-    Raises:
-      ValueError: a need without its LM; the ones that exist are listed.
-    """
-    for need in unfilled(batch, needs):
-        name = need.removesuffix("_logps")
-        if name not in lms:
-            raise ValueError(
-                f"{need!r} is needed but there is no LM {name!r}; there are {sorted(lms)}"
-            )
-        logps = jax.lax.stop_gradient(score(lms[name], batch).logps)
-        if name == "ref":
-            batch = batch._replace(ref_logps=logps)
-        else:
-            batch = batch._replace(extra={**(batch.extra or {}), need: logps})
-    return batch

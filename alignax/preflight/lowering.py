@@ -20,8 +20,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from alignax import plugin
 from alignax.batch import LM, Batch, Layout
-from alignax.inputs import layout, source, tokenizer
+from alignax.inputs import layout, tokenizer
 from alignax.inputs import plan as batches
+from alignax.inputs.annotate import unfilled
 from alignax.models import families, gguf, sharding, transformer
 from alignax.models.transformer import ModelConfig
 from alignax.training import build, loading, step
@@ -94,7 +95,7 @@ def plan(config, mesh: Mesh, data: Shape = UNKNOWN) -> Plan:
     group = data.group or responses(config, notes)
     batch = rows(config, mesh, data._replace(group=group), loss.needs, notes)
     programs: dict[str, Callable[[], Any]] = {}
-    if source.unfilled(batch, loss.needs):
+    if unfilled(batch, loss.needs):
         programs["reference"] = lambda: run.fill.lower(state.average, lms, batch)
 
     programs["update"] = lambda: run.lower(state, lms, batch)

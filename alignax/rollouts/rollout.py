@@ -22,7 +22,9 @@ import numpy as np
 
 from alignax.batch import LM, Batch, Example, Params
 from alignax.inputs import layout, serialisation
-from alignax.inputs.source import Source, annotate, column_names, prompt_batches
+from alignax.inputs.annotate import annotate
+from alignax.inputs.prompts import column_names, prompt_batches
+from alignax.inputs.source import Source
 from alignax.plugin import Bound
 from alignax.rollouts.sampler import STREAM, Baseline, Drawn, Sampler
 from alignax.shaping import OF_REFERENCE

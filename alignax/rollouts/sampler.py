@@ -16,7 +16,8 @@ from jaxtyping import Bool, Float
 
 from alignax import rewards
 from alignax.batch import LM, Batch, Example
-from alignax.inputs.source import PromptBatch, prompt_batches, texts
+from alignax.inputs.detokenize import texts
+from alignax.inputs.prompts import PromptBatch, prompt_batches
 from alignax.inputs.tokenizer import Tokenizer
 from alignax.plugin import Bound
 

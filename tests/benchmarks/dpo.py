@@ -128,7 +128,8 @@ def ours(ask):
 
     from alignax import plugin
     from alignax.batch import LM, from_pairs
-    from alignax.inputs import layout, plan, source
+    from alignax.inputs import layout, plan
+    from alignax.inputs.annotate import annotate as fill
     from alignax.models import load, sharding
     from alignax.training import optim
     from alignax.training.step import init_state, make_train_step
@@ -140,7 +141,7 @@ def ours(ask):
     step = make_train_step(lm.config, tx, plugin.load("losses", "dpo"), mesh)
     ref = LM(lm.config, sharding.put_params(lm.params, mesh))
     state = init_state(lm.params, tx, mesh)
-    annotate = jax.jit(lambda batch, lms: source.annotate(batch, lms))
+    annotate = jax.jit(lambda batch, lms: fill(batch, lms))
 
     prompts, *sides = zip(*ask["rows"], strict=True)
     sides = [

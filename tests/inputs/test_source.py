@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from alignax.batch import Example, check
 from alignax.data import Examples, synthetic
-from alignax.inputs import source, tokenizer
+from alignax.inputs import detokenize, prompts, rows, source, tokenizer
 from alignax.inputs.tokenizer import Tokenized
 
 TK = tokenizer.load("bytes")
@@ -156,7 +156,7 @@ def test_several_scored_turns_keep_their_gaps():
 
 def cut(prompt, responses, length, bos=None):
     whole = Tokenized(prompt, responses, [[True] * len(r) for r in responses])
-    return source.cut(whole, length, bos)
+    return rows.cut(whole, length, bos)
 
 
 def test_prompt_is_cut_from_the_left():
@@ -384,20 +384,20 @@ def test_evaluation_sees_every_example_once_in_a_fixed_order():
 
 def test_prompts_to_generate_from_keep_their_order():
     rows = [Example(str(i), "p" * (i + 1), []) for i in range(5)]
-    batches = source.prompt_batches(rows, TK, batch_size=2, length=4, buckets=(2, 4))
+    batches = prompts.prompt_batches(rows, TK, batch_size=2, length=4, buckets=(2, 4))
     assert [b.tokens.shape for b in batches] == [(2, 2), (2, 4), (2, 4)]
     assert [b.lengths.tolist() for b in batches] == [[1, 2], [3, 4], [4, 4]]
     assert batches[-1].valid.tolist() == [True, False]
     assert batches[0].texts == ["p", "pp"]
     assert [i for b in batches for i in b.ids][:5] == ["0", "1", "2", "3", "4"]
     with pytest.raises(ValueError, match="empty"):
-        source.prompt_batches([], TK, batch_size=2, length=4)
+        prompts.prompt_batches([], TK, batch_size=2, length=4)
 
 
 def test_description_shows_the_mask_in_the_text():
     rows = [Example("a", "é?", ["öb"], (1.0,))]
     batch = build(rows, batch_size=1, length=16, buckets=(16,)).next(None, 0)
-    assert source.describe(batch, TK).splitlines() == [
+    assert detokenize.describe(batch, TK).splitlines() == [
         "[0, 0] 7 tokens, 4 scored, 9 padding, feedback 1",
         "é?⟦öb<eos>⟧",
     ]

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from alignax import logprob
 from alignax.batch import LM
-from alignax.inputs import source
+from alignax.inputs.annotate import unfilled
 from alignax.models import families, sharding, transformer
 from alignax.preflight import __main__, chips, compiled, footprint, lowering, preflight
 from alignax.training import build, step
@@ -40,7 +40,7 @@ def trained(config, workdir):
     rows = run.source.next(state.params, 0, state.average)
     batch = sharding.put_batch(rows, run.mesh)
     programs = {}
-    if source.unfilled(batch, one.needs):
+    if unfilled(batch, one.needs):
         programs["reference"] = one.fill.lower(state.average, run.lms, batch)
         batch = one.fill(state.average, run.lms, batch)
     program = one.program(state)

@@ -7,7 +7,7 @@ import pytest
 from alignax import plugin
 from alignax.batch import LM, Batch, from_groups
 from alignax.inputs import tokenizer
-from alignax.inputs.source import PromptBatch
+from alignax.inputs.prompts import PromptBatch
 from alignax.rollouts import sampler
 from alignax.sampling.decode import Generated
 

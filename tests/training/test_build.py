@@ -7,7 +7,8 @@ import pytest
 import tiny
 
 from alignax.batch import LM
-from alignax.inputs import source, tokenizer
+from alignax.inputs import tokenizer
+from alignax.inputs.annotate import annotate
 from alignax.models import load, save, sharding, transformer
 from alignax.runs import checkpoint
 from alignax.training import build, loading, loop, optim, parallel
@@ -231,7 +232,7 @@ def test_a_loss_may_read_any_number_of_frozen_models(tmp_path):
         for lm in lms.values()
     )
     assert abs(one - other).min() > 0.1
-    batch = source.annotate(batch, lms, needs=run.loss.needs, score=score)
+    batch = annotate(batch, lms, needs=run.loss.needs, score=score)
     _, metrics = run.loss(*jax.tree.map(jnp.asarray, (policy, batch)))
     margin = policy.logps.sum((1, 2)) / batch.mask.sum((1, 2)) - (one + other) / 2
     np.testing.assert_allclose(metrics["margin"], margin, rtol=1e-4, atol=1e-5)
