@@ -1,5 +1,6 @@
 """The policy's own responses, drawn, judged and shaped into advantages: RL as a source.
 
-Reading order: sampler (draws and judges a batch of prompts), rollout (from responses to
-batches of the training step).
+Reading order: sampler (draws and judges responses to a batch of prompts), rollout (scores
+and shapes the responses of one rollout), selection (the order of prompts; which groups and
+responses are kept), source (batches of the training step, and where a run is in them).
 """

@@ -16,7 +16,8 @@ from alignax import plugin, rewards, shaping
 from alignax.batch import LM, Params
 from alignax.inputs import reference_cache, source
 from alignax.models import sharding
-from alignax.rollouts import rollout, sampler
+from alignax.rollouts import sampler, selection
+from alignax.rollouts import source as rollouts_source
 from alignax.runs import checkpoint, workdirs
 from alignax.training import parallel
 
@@ -59,7 +60,7 @@ def rollouts(
         if "ref" not in lms:
             raise ValueError("rewards of reference samples need a frozen lms.ref")
         baseline = reference_rewards(config, examples, judged, workdir)
-    return rollout.rollout_source(
+    return rollouts_source.rollout_source(
         examples, judged, policy=lambda params: assemble(params, lms), score=score,
         shaping=with_strength(steps, loss, given), batch_size=config.batch_size,
         length=config.length, seed=config.seed, group=config.rollout.group,
@@ -198,13 +199,13 @@ def reference_rewards(
     batches = config.rollout.batches
     places = -(-config.num_steps // (batches * config.rollout.epochs)) * batches
     places *= config.rollout.max_draws if config.rollout.dynamic_sampling else 1
-    some = rollout.visited(examples, config.batch_size, config.seed, places)
+    some = selection.visited(examples, config.batch_size, config.seed, places)
     settings = {
         "samples": config.rollout.reference_samples, "length": config.length,
         "rows": config.batch_size * config.rollout.group, "seed": config.seed,
     }  # fmt: skip
     ref = judged.lms["ref"]
-    prompts = hashlib.sha256(rollout.contents(some).encode())
+    prompts = hashlib.sha256(rollouts_source.contents(some).encode())
     others = {  # a reward may be one of them
         f"lms.{name}": f"{int(checkpoint.checksum(lm.params)):08x}"
         for name, lm in judged.lms.items()

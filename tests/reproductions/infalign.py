@@ -48,8 +48,8 @@ from alignax.inputs import source, tokenizer
 from alignax.models import sharding, transformer
 from alignax.models.transformer import ModelConfig
 from alignax.reports.metrics import Interval
-from alignax.rollouts import rollout as rollouts
 from alignax.rollouts import sampler
+from alignax.rollouts import source as rollouts
 from alignax.training import optim, parallel
 from alignax.training.step import init_state, make_train_step
 

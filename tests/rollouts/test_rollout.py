@@ -14,8 +14,9 @@ from alignax import plugin, rewards, shaping
 from alignax.batch import LM, Example, from_groups
 from alignax.inputs import tokenizer
 from alignax.models.sharding import make_mesh
-from alignax.rollouts import rollout
 from alignax.rollouts import sampler as samplers
+from alignax.rollouts import selection
+from alignax.rollouts.source import rollout_source
 from alignax.sampling import decode
 from alignax.training import loading, parallel
 
@@ -56,7 +57,7 @@ def make(lm, mesh, sample=None, examples=PROMPTS, **more):
         "shaping": steps("rloo"), "batch_size": 2, "length": 16, "seed": 3, "group": 3,
         "needs": ("logps", "old_logps", "advantages"), **more,
     }  # fmt: skip
-    return rollout.rollout_source(
+    return rollout_source(
         examples, sample or sampler(mesh), policy=lambda params: LM(lm.config, params),
         score=parallel.scorer(mesh), **settings,
     )  # fmt: skip
@@ -225,7 +226,7 @@ def group(feedback, valid=None):
 
 
 def test_the_best_and_the_worst_are_a_pair_unless_they_tie():
-    got = rollout.select(group([(2.0, 9.0, -1.0), (4.0, 4.0, 4.0)]), "best_worst")
+    got = selection.select(group([(2.0, 9.0, -1.0), (4.0, 4.0, 4.0)]), "best_worst")
     assert got.tokens[0, :, 2].tolist() == [4, 5]
     assert got.feedback[0].tolist() == [9, -1]
     assert got.valid.tolist() == [[True, True], [False, False]]
@@ -233,9 +234,9 @@ def test_the_best_and_the_worst_are_a_pair_unless_they_tie():
 
 def test_what_is_not_valid_is_neither_best_nor_worst():
     batch = group([(2.0, 9.0, -1.0)], [[True, False, True]])
-    got = rollout.select(batch, "best_worst")
+    got = selection.select(batch, "best_worst")
     assert got.feedback.tolist() == [[2, -1]]
-    assert rollout.select(batch, "best").feedback.tolist() == [[2]]
+    assert selection.select(batch, "best").feedback.tolist() == [[2]]
 
 
 def test_the_greedy_baseline_is_that_of_the_greedy_response(lm, one):
@@ -294,7 +295,7 @@ def joined(batches):
 def test_the_order_of_prompts_and_that_of_rows_are_two_draws(lm, one):
     source = make(lm, one, batch_size=5, epochs=2)
     source.next(lm.params, 0)
-    order = np.array(rollout.order(5, 5, 3)(0))
+    order = np.array(selection.order(5, 5, 3)(0))
     twice = [PROMPTS[i].id for i in order[order]]
     assert source.report()["ids"] != twice
 
@@ -320,7 +321,7 @@ def collect(plan, many, most):
         asked.append(i)
         return drawn(*plan[i])
 
-    rows, got, tally = rollout.differing(answer, many, most)
+    rows, got, tally = selection.differing(answer, many, most)
     assert asked == list(range(len(asked)))
     return rows.tolist(), got, tally
 
@@ -518,8 +519,8 @@ def test_two_prompts_of_one_id_are_refused(lm, one):
 
 
 def test_prompts_that_a_run_does_not_meet_are_not_sampled():
-    assert len(rollout.visited(PROMPTS, 2, 0, 1)) == 2
-    assert len(rollout.visited(PROMPTS, 2, 0, 3)) == 5
+    assert len(selection.visited(PROMPTS, 2, 0, 1)) == 2
+    assert len(selection.visited(PROMPTS, 2, 0, 3)) == 5
 
 
 # -- rewards that break

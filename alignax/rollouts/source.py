@@ -1,0 +1,345 @@
+"""Rollouts as a source of batches: the place in a run, and how it is saved and restored.
+
+`epochs` passes over a rollout of `batches` steps' worth of prompts make optimiser steps.
+The place in the order of prompts and the rollout in use are the state, so that a run
+resumes in the middle of a rollout bit for bit. Every host holds the whole rollout and
+gives its own rows.
+"""
+
+import functools
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from alignax.batch import LM, Batch, Example, Params
+from alignax.inputs import layout, serialisation
+from alignax.inputs.prompts import column_names
+from alignax.inputs.source import Source
+from alignax.plugin import Bound
+from alignax.rollouts.rollout import Settings, Setup, compiled, roll
+from alignax.rollouts.sampler import Baseline, Sampler
+from alignax.rollouts.selection import at, order
+from alignax.shaping import OF_REFERENCE
+
+KEEP = ("all", "best", "best_worst")
+COUNTS = ("group", "batches", "epochs", "max_draws", "anchor_samples")  # at least 1
+ROWS = 2  # stream of numpy's generator under the seed of a run
+
+
+class Place(NamedTuple):
+    """Where a run is in its rollouts."""
+
+    buffer: Batch | None = None  # the rollout in use
+    ids: list[str] | None = None  # of its prompts
+    number: int = -1  # of this rollout
+    used: int = 0  # how many of its batches are used up
+    drawn: int = 0  # batches of B prompts drawn so far
+    ready: float | None = None  # time.monotonic() when it was made; not saved
+
+
+def rollout_source(
+    examples: Sequence[Example],
+    sampler: Sampler,
+    *,
+    policy: Callable[[Params], LM],
+    score: Callable[..., Any],
+    shaping: Sequence[Bound],
+    needs: Sequence[str] = (),
+    behaviour: LM | None = None,
+    baseline: Callable[[], Baseline] | None = None,
+    anchor: Callable[[Params | None], LM] | None = None,
+    **settings: Any,
+) -> Source:
+    """Batches of fresh responses, shaped into advantages.
+
+    Args:
+      examples: only prompts and columns are read; each epoch over them is shuffled.
+      sampler: how responses are drawn and judged.
+      policy: from what is trained to the whole policy.
+      score: `logprob.score` of host batches (see `parallel.scorer`).
+      shaping: from `plugin.load('shaping', ...)`, in order.
+      needs: what the loss declares; the reference's columns are filled once per rollout.
+      behaviour: a frozen LM that is the behaviour policy, instead of the policy.
+      baseline: gives rewards of reference samples, where a shaping asks for them; called
+        once, by the first rollout.
+      anchor: from the policy's average, where the run has one, to an LM whose best of
+        `anchor_samples` responses, by the same reward, is one more slot after the G,
+        valid where one of these is. Its advantages are 0, its old_logps the anchor's; no
+        shaping sees it.
+      **settings: the fields of `rollout.Settings`, of which `batch_size`, `length` and
+        `seed` have no default.
+
+    Returns:
+      A Source, whose `next` takes (params, step, average). Its report has 'metrics' of a
+      rollout at the step that made it, which the log shows under 'train/': 'rollout/'
+        reward: mean over valid responses; reward_std: within groups.
+        ties: share of groups without a difference.
+        ended: share of responses that are not truncated; valid: of those that count.
+        tokens: per response.
+        kl: nats per response, where the reference is read.
+        logp_gap, logp_gap_max: between sampler and kernel, nats per token, under the
+          behaviour policy.
+        anchor_reward: of the slot that `anchor` brings; anchor_logp_gap,
+          anchor_logp_gap_max: as above.
+        prompts, ties_dropped, surplus, unfilled: under dynamic sampling, how many were
+          drawn; thrown away without and (drawn with the last ones needed) with a
+          difference; and missing.
+        sampling, scoring: seconds.
+        updating: seconds from the rollout before until this one could begin: its steps,
+          and the evaluations and checkpoints between them. Not in a run's first.
+
+    Raises:
+      ValueError: a setting out of its range; no prompts; a shaping whose baseline is
+        not given, or is not of what it compares; hosts that do not divide B. Later,
+        from `next`: as `rollout.roll`.
+    """
+    setup = prepare(
+        examples, sampler, Settings(**settings), policy=policy, score=score,
+        shaping=shaping, needs=needs, behaviour=behaviour, baseline=baseline,
+        anchor=anchor,
+    )  # fmt: skip
+    own = identity(setup)
+    now: dict[str, Any] = {"place": Place(), "ids": [], "metrics": {}}
+
+    def next_batch(params: Any = None, step: int = 0, average: Any = None) -> Batch:
+        del step
+        now["metrics"] = {}
+        if spent(now["place"], setup.settings):  # an error in here changes nothing
+            now["place"], now["metrics"] = refill(now["place"], setup, params, average)
+        batch, now["ids"], metrics = step_batch(now["place"], setup.settings)
+        now["metrics"] = {**now["metrics"], **metrics}
+        now["place"] = now["place"]._replace(used=now["place"].used + 1)
+        return batch
+
+    def state() -> dict[str, Any]:
+        return saved_place(now["place"], setup.settings, own)
+
+    def restore(saved: dict[str, Any]) -> None:
+        if saved.get("data") not in (own, identity(setup, earlier=True)):
+            raise ValueError(
+                "the saved rollout belongs to other prompts or other rollout settings: "
+                f"saved {saved.get('data')}, here {own}"
+            )
+        now["place"] = restored_place(now["place"], saved)
+
+    def report() -> dict[str, Any]:
+        return {"read": len(examples), "ids": now["ids"], "metrics": now["metrics"]}
+
+    return Source(next_batch, state, restore, report)
+
+
+def prepare(
+    examples: Sequence[Example], sampler: Sampler, settings: Settings, *,
+    policy: Callable[[Params], LM], score: Callable[..., Any],
+    shaping: Sequence[Bound], needs: Sequence[str], behaviour: LM | None,
+    baseline: Callable[[], Baseline] | None,
+    anchor: Callable[[Params | None], LM] | None,
+) -> Setup:  # fmt: skip
+    """Checks the arguments of `rollout_source` and derives what rollouts are made with."""
+    on_policy = sampler.temperature == 1 and behaviour is None
+    check(
+        sampler, settings, shaping, needs, on_policy=on_policy,
+        reference=baseline is not None, anchor=anchor is not None,
+    )  # fmt: skip
+    pick = order(len(examples), settings.batch_size, settings.seed)
+    column_names(examples)
+    shape_needs = {n for s in shaping for n in s.needs}
+    # The columns of an LM that moves (an average of the policy) are filled in the step.
+    columns = tuple(
+        n
+        for n in sorted({*needs, *shape_needs})
+        if n.endswith("_logps") and n != "old_logps"
+        and (n in shape_needs or n.removesuffix("_logps") in sampler.lms)
+    )  # fmt: skip
+    return Setup(
+        settings, examples, pick, sampler, policy, score, compiled(shaping), columns,
+        critic="old_values" in {*needs, *shape_needs}, on_policy=on_policy,
+        behaviour=behaviour, anchor=anchor,
+        reference=None if baseline is None else _once(baseline),
+    )  # fmt: skip
+
+
+def spent(place: Place, settings: Settings) -> bool:
+    """Whether the next batch needs another rollout."""
+    return place.buffer is None or place.used == settings.steps
+
+
+def refill(
+    place: Place, setup: Setup, params: Params, average: Params | None
+) -> tuple[Place, dict[str, float]]:
+    """The place at the start of the next rollout, and the metrics of that rollout."""
+    made = roll(
+        setup, params, average, number=place.number + 1, drawn=place.drawn,
+        since=place.ready,
+    )  # fmt: skip
+    fresh = Place(
+        made.batch, made.ids, place.number + 1, 0, place.drawn + made.places,
+        time.monotonic(),
+    )  # fmt: skip
+    return fresh, made.metrics
+
+
+def step_batch(
+    place: Place, settings: Settings
+) -> tuple[Batch, list[str], dict[str, float]]:
+    """Cuts the next batch out of the rollout in use.
+
+    Returns:
+      This host's rows, the ids of all hosts' prompts, and metrics.
+    """
+    epoch, part = divmod(place.used, settings.batches)
+    rng = np.random.default_rng([ROWS, settings.seed, place.number, epoch])
+    many, size = settings.prompts, settings.batch_size
+    rows = rng.permutation(many) if settings.steps > 1 else np.arange(many)
+    rows = rows[part * size : (part + 1) * size]
+    assert place.ids is not None
+    ids = [place.ids[i] for i in rows]
+    index, count = settings.host
+    if settings.grid is None:
+        share = size // count
+        return at(rows[index * share : (index + 1) * share], place.buffer), ids, {}
+    shards, accumulate = settings.grid
+    batch, useful = layout.lay(
+        at(rows, place.buffer), shards=shards, accumulate=accumulate, host=settings.host
+    )
+    return batch, ids, {"useful_tokens": useful}
+
+
+def saved_place(place: Place, settings: Settings, own: str) -> dict[str, Any]:
+    """The place as a JSON-serialisable dict; a rollout that is used up is left out."""
+    saved: dict[str, Any] = {
+        "number": place.number, "used": place.used, "drawn": place.drawn, "data": own,
+    }  # fmt: skip
+    if place.buffer is None or spent(place, settings):
+        return saved
+    return {**saved, "buffer": serialisation.dumps(place.buffer), "ids": place.ids}
+
+
+def restored_place(place: Place, saved: dict[str, Any]) -> Place:
+    """The place that `saved_place` wrote."""
+    return place._replace(
+        number=saved["number"],
+        used=saved["used"],
+        drawn=saved["drawn"],
+        ids=saved.get("ids"),
+        buffer=serialisation.loads(saved["buffer"]) if "buffer" in saved else None,
+    )
+
+
+def identity(setup: Setup, *, earlier: bool = False) -> str:
+    """Digest of the prompts and of the settings that decide what a rollout is.
+
+    Args:
+      setup: of the run.
+      earlier: as runs before 2026-12 saved it (see `rewards.earlier_identity`).
+    """
+    s = setup.settings
+    counts = sorted((name, getattr(s, name)) for name in COUNTS)
+    settings = (
+        s.batch_size, s.seed, s.length, s.keep, counts, s.dynamic_sampling,
+        setup.anchor is not None,
+        sorted(setup.sampler.identity(earlier=earlier).items()),
+    )  # fmt: skip
+    data = hashlib.sha256(contents(setup.examples).encode())
+    data.update(repr(settings).encode())
+    return data.hexdigest()[:16]
+
+
+def contents(examples: Sequence[Example]) -> str:
+    """What a rollout reads of its prompts, for digests."""
+    return repr([(e.id, e.prompt, sorted(e.columns.items())) for e in examples])
+
+
+def check(
+    sampler: Sampler, settings: Settings, shaping: Sequence[Bound], needs: Sequence[str],
+    *, on_policy: bool, reference: bool, anchor: bool,
+) -> None:  # fmt: skip
+    """Raises ValueError for settings out of their range or against each other.
+
+    Args:
+      sampler: how responses are drawn.
+      settings: of the rollouts.
+      shaping: in order.
+      needs: what the loss declares.
+      on_policy: whether the policy is sampled, at temperature 1.
+      reference: whether rewards of reference samples are given.
+      anchor: whether there is one.
+    """
+    sampler.check()
+    _check_numbers(sampler, settings)
+    _check_shaping(settings, shaping, reference)
+    shape_needs = {n for s in shaping for n in s.needs}
+    of_samples = "ref_logps" in shape_needs or {"ref_logps", "old_logps"} <= {*needs}
+    if of_samples and not on_policy:
+        raise ValueError(
+            "a KL to the reference is estimated from samples of the policy itself: "
+            "rollout.temperature=1 and no rollout.policy"
+        )
+    if "old_logps" in needs and sampler.temperature != 1:
+        raise ValueError(
+            "the loss clips ratios to the sampling distribution, which at a temperature "
+            f"of {sampler.temperature} are not 1 even on fresh responses: "
+            "rollout.temperature=1"
+        )
+    if anchor and (settings.keep != "all" or "old_values" in {*needs, *shape_needs}):
+        raise ValueError(
+            "rollout.anchor is a slot beside a whole group, and no critic's: "
+            "rollout.keep='all', and neither a loss nor a shaping with a critic"
+        )
+
+
+def _check_numbers(sampler: Sampler, settings: Settings) -> None:
+    if settings.keep not in KEEP:
+        raise ValueError(f"rollout.keep is {settings.keep!r}, expected one of {KEEP}")
+    for name in COUNTS:
+        value = getattr(settings, name)
+        if value < 1:
+            raise ValueError(f"rollout.{name} is {value}, expected at least 1")
+    if settings.batch_size % settings.host[1]:
+        raise ValueError(
+            f"batch_size {settings.batch_size} does not divide over "
+            f"{settings.host[1]} hosts"
+        )
+    if settings.length - sampler.max_new < 1:
+        raise ValueError(
+            f"length {settings.length} leaves no room before {sampler.max_new} new"
+        )
+
+
+def _check_shaping(
+    settings: Settings, shaping: Sequence[Bound], reference: bool
+) -> None:
+    if settings.group < 2:
+        comparing = [s.name for s in shaping if s.baseline == "group"]
+        comparing += ["rollout.keep='best_worst'"] * (settings.keep == "best_worst")
+        comparing += ["rollout.dynamic_sampling"] * settings.dynamic_sampling
+        if comparing:
+            raise ValueError(
+                f"{comparing[0]} compares the responses of a group: rollout.group >= 2"
+            )
+    for s in shaping:
+        if s.baseline in OF_REFERENCE and not reference:
+            raise ValueError(f"{s.name} needs rewards of reference samples")
+        earlier = [other.name for other in shaping if other.stage == "reward"]
+        if s.baseline == "greedy" and earlier:
+            raise ValueError(
+                f"{s.name} compares with the raw reward of the greedy response, but "
+                f"{earlier[0]} makes another one of all others; take another baseline, "
+                "as shaping.rloo"
+            )
+
+
+def _once(
+    baseline: Callable[[], Baseline],
+) -> Callable[[], tuple[Baseline, np.ndarray]]:
+    """Rewards of reference samples by prompt, and all of them sorted, computed once."""
+
+    @functools.cache
+    def reference() -> tuple[Baseline, np.ndarray]:
+        rewards = baseline()
+        return rewards, np.sort(np.concatenate([*rewards.values()]))[None]
+
+    return reference
