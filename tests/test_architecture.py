@@ -164,9 +164,6 @@ LONG = {
     ("alignax/decoders/nudging_words.py", "search"): "reads as its paper's algorithm",
     ("alignax/decoders/deal.py", "search"): "reads as its paper's algorithm",
     # to be divided
-    ("alignax/sampling/decode.py", "_generate"): "",
-    ("alignax/sampling/speculate.py", "_speculate"): "",
-    ("alignax/training/build.py", "build"): "",
 }
 MOST_LINES = 80
 

@@ -25,7 +25,7 @@ from alignax.inputs import plan as batches
 from alignax.inputs.annotate import unfilled
 from alignax.models import families, gguf, sharding, transformer
 from alignax.models.transformer import ModelConfig
-from alignax.training import build, loading, step
+from alignax.training import build, checks, loading, step
 
 
 class Shape(NamedTuple):
@@ -63,7 +63,7 @@ def plan(config, mesh: Mesh, data: Shape = UNKNOWN) -> Plan:
     Raises:
       ValueError, OSError: a config that cannot run on that mesh, as training says it.
     """
-    build.check(config)
+    checks.check(config)
     sharding.check_batch_size(config.batch_size, config.accumulate, mesh)
     notes: list[str] = []
     config, ids = without_weights(config, notes)
@@ -74,7 +74,7 @@ def plan(config, mesh: Mesh, data: Shape = UNKNOWN) -> Plan:
         """As `build.build` and `train.train` begin, but for the data."""
         policy = loading.make_policy(config, ids)
         load = functools.partial(_frozen, policy.config, notes)
-        pieces = build.pieces(config, policy, loss, mesh, ids=ids.vocab_size, load=load)
+        pieces = build.pieces(config, policy, mesh, ids=ids.vocab_size, load=load)
         state = step.init_state(
             pieces.policy.params, pieces.tx, mesh, ema=loss.ema,
             average=config.average > 0,

@@ -42,6 +42,11 @@ def note(workdir, path: str, params: Params) -> None:
         fresh.replace(folder / NAME)
 
 
+def noted(workdir) -> bool:
+    """Whether a run has a base.json."""
+    return (checkpoint.absolute(workdir) / NAME).exists()
+
+
 def find(workdir, path: str) -> str:
     """Where the base of a run is now; `path` itself for a run without base.json.
 

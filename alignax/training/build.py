@@ -1,7 +1,4 @@
-"""From a config to the pieces of a run.
-
-Everything that can be wrong in a config is found here, before anything compiles.
-"""
+"""From a config to the pieces of a run; nothing compiles before all of it is known."""
 
 import dataclasses
 import datetime
@@ -22,7 +19,7 @@ from alignax.inputs import reference_cache, source, tokenizer
 from alignax.models import lora, sharding
 from alignax.reports import tables
 from alignax.runs import adapter_base, checkpoint, workdirs
-from alignax.training import loading, on_policy, optim, parallel
+from alignax.training import checks, loading, on_policy, optim, parallel
 from alignax.training.step import with_average
 
 
@@ -62,104 +59,114 @@ class Run(NamedTuple):
 
 
 def build(config, workdir: str) -> Run:
-    """Reads data and weights and binds every name in the config.
+    """Checks a config, reads its data and weights, and puts the run together.
 
     Raises:
       ValueError, OSError: what is wrong, and where; the workdir is not touched by a
         config that cannot run.
     """
-    check(config)
+    plugins = checks.check(config)
     workdirs.check_owner(workdir, config)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_hosts(mesh)
     sharding.check_batch_size(config.batch_size, config.accumulate, mesh)
     sharding.check_batch_size(config.eval_batch_size or config.batch_size, 1, mesh)
-    loss = plugin.load_loss(config)
-    evals = {
-        name: plugin.load_section("evals", {"name": name, **e})
-        for name, e in config.evals.items()
-    }
+    model = loading.model_path(config)
     now = datetime.datetime.fromisoformat(config.date)
-    text = tokenizer.load(loading.tokenizer_path(config), now=now)
-    policy = loading.make_policy(config, text)
-    own = {"old_logps", "advantages", "returns", "old_values"} & {*loss.needs}
-    if own and not config.rollout.reward:
-        raise ValueError(
-            f"loss {loss.name!r} needs {sorted(own)}, which rollouts bring: set "
-            "config.rollout.reward"
-        )
-    if loss.needs and "values" in loss.needs and not policy.config.value_head:
-        raise ValueError(f"loss {loss.name!r} needs config.model.value_head=True")
-    for name, e in evals.items():
-        longest = config.length + e.hyper.get("max_new", 0)
-        if longest > policy.config.max_length:
-            raise ValueError(
-                f"evals.{name}: config.length + max_new = {longest} is beyond the "
-                f"context of the policy, {policy.config.max_length}"
-            )
-    host = (jax.process_index(), jax.process_count())
-    parts = {
-        k: (plugin.load_examples(d, drop=("ratio",)), d["ratio"])
-        for k, d in config.mixture.items()
-    }
-    data = None
-    examples: Any = None
-    if config.num_steps:
-        examples = parts or plugin.load_examples(config.data)
-    if config.num_steps and not config.rollout.reward:
-        data = source.dataset_source(
-            examples, text, batch_size=config.batch_size, length=config.length,
-            buckets=config.buckets, seed=config.seed, host=host,
-            vocab_size=policy.config.vocab_size,
-            grid=sharding.grid(config.layout, config.accumulate, mesh),
-            filled=config.layout == "packed",
-        )  # fmt: skip
+    text = tokenizer.load(loading.tokenizer_path(config, model), now=now)
+    whole = loading.make_policy(config, text, model)
+    check_context(config, plugins.evals, whole.config.max_length)
+    examples, data = training_data(config, text, whole.config.vocab_size, mesh)
     eval_data = plugin.load_examples(config.eval_data) if config.eval_data else None
-    if evals and eval_data is None:
-        raise ValueError(f"evals {sorted(evals)} need config.eval_data")
     policy, assemble, lms, moving, rate, tx = pieces(
-        config, policy, loss, mesh, ids=text.vocab_size
+        config, whole, mesh, ids=text.vocab_size
     )
-    for name, e in evals.items():
-        if possible := getattr(inspect.getmodule(e.function), "check", None):
-            try:
-                possible((*lms, *moving), eval_data, **e.hyper)
-            except ValueError as error:
-                raise ValueError(f"evals.{name}: {error}") from error
+    check_evaluations(plugins.evals, (*lms, *moving), eval_data)
     if (config.reference_cache or config.reference_data) and data is not None:
-        if "ref" not in lms or config.mixture:
-            raise ValueError(
-                "reference_cache and reference_data need a frozen lms.ref and config.data "
-                "(no mixture)"
-            )
         data = cached(config, data, text, lms["ref"], examples, mesh)
     if config.rollout.reward and examples is not None:
         data = on_policy.rollouts(
-            config, examples, text, loss, lms, moving, policy, assemble, mesh, workdir
-        )  # fmt: skip
+            config, examples, text, plugins, lms, assemble, mesh, workdir
+        )
     # Last, so that a config that cannot run leaves nothing behind.
     folder = workdirs.prepare(workdir, config)
     if config.lora.rank:
         adapter_base.note(folder, config.model.path, lms["base"].params)
     say = functools.partial(print, flush=True) if jax.process_index() == 0 else _quiet
-    if data is not None:
-        rolled = f"{len(examples)} prompts" if config.rollout.reward else ""
-        say(f"data: {rolled or tables.summary(data.report())}")
-    if eval_data is not None:
-        size = config.eval_batch_size or config.batch_size
-        batches = source.eval_batches(
-            eval_data, text, batch_size=size, length=config.length,
-            vocab_size=policy.config.vocab_size,
-        )  # fmt: skip
-        say(f"evaluation data: {tables.summary(batches.report)}")
-    return Run(
+    run = Run(
         epath.Path(folder).name, folder, mesh, text, policy, assemble, lms, moving,
-        loss, rate, tx, data, evals, eval_data, say,
+        plugins.loss, rate, tx, data, plugins.evals, eval_data, say,
+    )  # fmt: skip
+    describe_data(config, run, examples)
+    return run
+
+
+def check_context(config, evals: Mapping[str, plugin.Bound], context: int) -> None:
+    """Raises ValueError for evaluations whose responses are beyond the context."""
+    for name, e in evals.items():
+        longest = config.length + e.hyper.get("max_new", 0)
+        if longest > context:
+            raise ValueError(
+                f"evals.{name}: config.length + max_new = {longest} is beyond the "
+                f"context of the policy, {context}"
+            )
+
+
+def check_evaluations(
+    evals: Mapping[str, plugin.Bound], lms: Sequence[str],
+    data: Sequence[Example] | None,
+) -> None:  # fmt: skip
+    """Raises ValueError for evaluations that refuse the data or the LMs of a run."""
+    for name, e in evals.items():
+        if possible := getattr(inspect.getmodule(e.function), "check", None):
+            try:
+                possible(lms, data, **e.hyper)
+            except ValueError as error:
+                raise ValueError(f"evals.{name}: {error}") from error
+
+
+def training_data(
+    config, text: tokenizer.Tokenizer, vocab_size: int, mesh: Mesh
+) -> tuple[Any, source.Source | None]:
+    """(examples, source) of a config; on_policy makes the source of rollouts.
+
+    Both are None without steps to train. The examples of a mixture are
+    {part: (examples, ratio)}.
+    """
+    if not config.num_steps:
+        return None, None
+    parts = {
+        k: (plugin.load_examples(d, drop=("ratio",)), d["ratio"])
+        for k, d in config.mixture.items()
+    }
+    examples: Any = parts or plugin.load_examples(config.data)
+    if config.rollout.reward:
+        return examples, None
+    return examples, source.dataset_source(
+        examples, text, batch_size=config.batch_size, length=config.length,
+        buckets=config.buckets, seed=config.seed,
+        host=(jax.process_index(), jax.process_count()), vocab_size=vocab_size,
+        grid=sharding.grid(config.layout, config.accumulate, mesh),
+        filled=config.layout == "packed",
     )  # fmt: skip
 
 
+def describe_data(config, run: Run, examples: Any) -> None:
+    """Says how many examples were read, used, cut, dropped and malformed."""
+    if run.source is not None:
+        rolled = f"{len(examples)} prompts" if config.rollout.reward else ""
+        run.say(f"data: {rolled or tables.summary(run.source.report())}")
+    if run.eval_data is not None:
+        batches = source.eval_batches(
+            run.eval_data, run.tokenizer, length=config.length,
+            batch_size=config.eval_batch_size or config.batch_size,
+            vocab_size=run.policy.config.vocab_size,
+        )  # fmt: skip
+        run.say(f"evaluation data: {tables.summary(batches.report)}")
+
+
 def pieces(
-    config, policy: LM, loss: plugin.Bound, mesh: Mesh, *, ids: int,
+    config, policy: LM, mesh: Mesh, *, ids: int,
     load: Callable[[str], LM] = loading.load_lm,
 ) -> Pieces:  # fmt: skip
     """What the step of a config is made of; `preflight` traces it, no array is held.
@@ -167,7 +174,6 @@ def pieces(
     Args:
       config: a ConfigDict.
       policy: with all its parameters; adapters are drawn here.
-      loss: of the config.
       mesh: devices that hold the frozen LMs.
       ids: how many the tokenizer has.
       load: what reads the frozen LMs that the config gives a path for.
@@ -176,22 +182,9 @@ def pieces(
       ValueError: an unknown optimiser or schedule; an LM that a loss needs and that is
         not there, or that cannot read the rows.
     """
-    rate = optim.schedule(
-        config.optim.lr, config.num_steps, kind=config.optim.schedule,
-        warmup=config.optim.warmup, final=config.optim.final,
-    )  # fmt: skip
-    tx = optim.make_tx(
-        rate, **{k: v for k, v in config.optim.items() if k not in optim.RATE}
-    )
+    rate, tx = optim.from_config(config)
     adapters = loading.lora_settings(config)
     lms, moving = place_lms(config, policy, mesh, ids=ids, load=load)
-    missing = [
-        n for n in loss.needs if plugin.frozen_lm(n) not in (None, *lms, *moving)
-    ]
-    if missing:
-        raise ValueError(
-            f"loss {loss.name!r} needs {missing}: add config.lms, there are {sorted(lms)}"
-        )
     model = policy.config
 
     def assemble(params: Params, lms: Mapping[str, LM]) -> LM:
@@ -233,10 +226,6 @@ def place_lms(
         on_mesh["init"] = lms["base"] = base
     for name, path in config.lms.items():
         if path == "average":
-            if not config.average:
-                raise ValueError(
-                    f"lms.{name}='average' needs config.average > 0, its decay"
-                )
             moving.append(name)
             continue
         lm = policy if path == "init" else load(path)
@@ -262,43 +251,6 @@ def place_lms(
             params = sharding.put_params(params, mesh)
         lms[name] = on_mesh[path] = LM(lm.config, params)
     return lms, moving
-
-
-def check(config) -> None:
-    """Raises ValueError for sections that contradict each other; the key is named."""
-    if config.shaping and not config.rollout.reward:
-        raise ValueError("config.shaping needs rollouts: set config.rollout.reward")
-    if config.best_mode not in ("max", "min"):
-        raise ValueError(f"best_mode is {config.best_mode!r}, expected 'max' or 'min'")
-    names = [f"eval/{name}/" for name in config.evals]
-    if config.best_metric and not config.best_metric.startswith(tuple(names)):
-        raise ValueError(
-            f"best_metric {config.best_metric!r} begins with none of {names}"
-        )
-    if config.patience and not (config.best_metric and config.eval_every):
-        raise ValueError("patience needs best_metric and eval_every")
-    if config.average_every < 1:
-        raise ValueError(
-            f"average_every is {config.average_every}, expected at least 1 step"
-        )
-    if config.average and 0 < config.num_steps < config.average_every:
-        raise ValueError(
-            f"average_every is {config.average_every}: the average would not move in "
-            f"{config.num_steps} steps"
-        )
-    if config.lora.rank and "base" in config.lms:
-        raise ValueError("lms.base is the base of the adapters; take another name")
-    if config.num_steps and bool(config.data) == bool(config.mixture):
-        raise ValueError("a run that trains needs either config.data or config.mixture")
-    for part, spec in config.mixture.items():
-        if "ratio" not in spec:
-            raise ValueError(f"mixture.{part} has no 'ratio'")
-    sections = {"loss": config.loss, "data": config.data, "eval_data": config.eval_data}
-    sections["reference_data"] = config.reference_data
-    sections |= {f"mixture.{k}": v for k, v in config.mixture.items()}
-    for name, spec in sections.items():
-        if (spec or name == "loss") and "name" not in spec:
-            raise ValueError(f"config.{name} has no 'name'")
 
 
 def cached(config, data, text, ref: LM, examples, mesh: Mesh) -> source.Source:

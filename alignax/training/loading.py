@@ -1,21 +1,28 @@
 """The model and the tokenizer that a config, or the folder of a finished run, means."""
 
 import dataclasses
-from typing import cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from etils import epath
 
 from alignax.batch import LM
 from alignax.inputs import tokenizer
 from alignax.models import load, lora, transformer
 from alignax.models.transformer import ModelConfig
-from alignax.runs import adapter_base, checkpoint, workdirs
+from alignax.runs import adapter_base, checkpoint, model_paths
+from alignax.runs.model_paths import ModelPath
 
 
-def make_policy(config, text: tokenizer.Tokenizer) -> LM:
+def make_policy(
+    config, text: tokenizer.Tokenizer, model: ModelPath | None = None
+) -> LM:
     """The policy a run starts from, on the host.
+
+    Args:
+      config: a ConfigDict.
+      text: the tokenizer.
+      model: from `model_path`, where that is known already.
 
     Raises:
       ValueError: neither path nor sizes; a tokenizer with more ids than the model; rows
@@ -23,7 +30,7 @@ def make_policy(config, text: tokenizer.Tokenizer) -> LM:
     """
     m = config.model
     if m.path:
-        lm = load_lm(m.path)
+        lm = load_lm(model or m.path)
     elif m.sizes:
         lm_config = model_config(config, text.vocab_size)
         lm = LM(lm_config, transformer.init(lm_config, jax.random.key(config.seed)))
@@ -62,40 +69,42 @@ def model_config(config, vocab_size: int) -> ModelConfig:
     return ModelConfig(**sizes)
 
 
-def tokenizer_path(config) -> str:
-    """The tokenizer a config means: its own, or the one that lies with the weights."""
+def model_path(config) -> ModelPath | None:
+    """The description of config.model.path; None where the run draws its weights."""
+    return model_paths.resolve(config.model.path) if config.model.path else None
+
+
+def tokenizer_path(config, model: ModelPath | None = None) -> str:
+    """The tokenizer a config means: its own, or the one that lies with the weights.
+
+    Args:
+      config: a ConfigDict.
+      model: from `model_path`, where that is known already.
+
+    Raises:
+      ValueError: neither the config nor its model names one.
+    """
     if config.tokenizer:
         return config.tokenizer
-    if not config.model.path:
+    found = (model or model_path(config)) if config.model.path else None
+    if found is None or not found.tokenizer:
         raise ValueError(
             "config.tokenizer is empty and config.model.path names no weights"
         )
-    path = config.model.path
-    if inner := workdirs.saved_config(path):
-        folder = workdirs.run_folder(path)
-        inner["model"]["path"] = adapter_base.find(folder, inner["model"]["path"])
-        return inner["tokenizer"] or tokenizer_path(_Plain(inner))
-    if lora.is_peft(path) and not (epath.Path(path) / "tokenizer.json").exists():
-        return lora.peft_base(path)
-    return path
-
-
-class _Plain(dict):
-    """Attribute access to a plain dict."""
-
-    def __getattr__(self, name):
-        value = self[name]
-        return _Plain(value) if isinstance(value, dict) else value
+    return found.tokenizer
 
 
 def lora_settings(config) -> lora.Lora | None:
     """The adapters that a config asks for; None for a rank of 0."""
-    if not config.lora.rank:
-        return None
-    return lora.Lora(**{**config.lora, "targets": tuple(config.lora.targets)})
+    return as_lora(config.lora) if config.lora.rank else None
 
 
-def load_lm(path: str) -> LM:
+def as_lora(section: Any) -> lora.Lora:
+    """The adapters that a section `lora` describes."""
+    return lora.Lora(**{**section, "targets": tuple(section["targets"])})
+
+
+def load_lm(path: str | ModelPath) -> LM:
     """Weights from a run's folder, a Hugging Face or PEFT directory, or a .gguf file.
 
     Adapters are merged into their base, cast as they were trained on it.
@@ -104,31 +113,36 @@ def load_lm(path: str) -> LM:
       ValueError: adapters that do not know their base, or whose base is another now.
       FileNotFoundError: no model there, or no base of the adapters.
     """
-    if lora.is_peft(path):
-        base = load_lm(lora.peft_base(path))
-        return lora.merge(base, *lora.load(path, base))
-    if not checkpoint.holds(path):
-        return load.load(path)
-    lm = checkpoint.load_lm(path)
-    if not lora.is_adapters(lm.params):
-        return lm
-    config = _Plain(workdirs.saved_config(path) or {})
-    folder = workdirs.run_folder(path)
-    if not config or not (folder / adapter_base.NAME).exists():
+    found = path if isinstance(path, ModelPath) else model_paths.resolve(path)
+    if found.kind == "peft":
+        assert found.base is not None
+        base = load_lm(found.base)
+        return lora.merge(base, *lora.load(found.path, base))
+    if found.kind != "run":
+        return load.load(found.path)
+    lm = checkpoint.load_lm(found.path)
+    return merged(found, lm) if lora.is_adapters(lm.params) else lm
+
+
+def merged(found: ModelPath, adapters: LM) -> LM:
+    """The adapters of a run in their base, which is read, or drawn from the run's seed."""
+    config = found.config
+    if not config or not adapter_base.noted(found.folder):
         raise ValueError(
-            f"{path} holds adapters, and no config.json and {adapter_base.NAME} beside it "
-            "that say on which base"
+            f"{found.path} holds adapters, and no config.json and {adapter_base.NAME} "
+            "beside it that say on which base"
         )
-    if there := adapter_base.find(folder, config.model.path):
-        base = load_lm(there)
+    if found.base is not None:
+        base = load_lm(found.base)
     else:
-        plain = dataclasses.replace(lm.config, value_head=False)
-        base = LM(plain, transformer.init(plain, jax.random.key(config.seed)))
-    params = with_value_head(base, lm.config.value_head).params
-    params = jax.tree.map(lambda x: jnp.asarray(x, config.model.param_dtype), params)
-    adapter_base.check(folder, there, params)
-    base = LM(lm.config, params)
-    return lora.merge(base, lm.params, cast(lora.Lora, lora_settings(config)))
+        plain = dataclasses.replace(adapters.config, value_head=False)
+        base = LM(plain, transformer.init(plain, jax.random.key(config["seed"])))
+    params = with_value_head(base, adapters.config.value_head).params
+    dtype = config["model"]["param_dtype"]
+    params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
+    adapter_base.check(found.folder, found.base.path if found.base else "", params)
+    base = LM(adapters.config, params)
+    return lora.merge(base, adapters.params, as_lora(config["lora"]))
 
 
 def with_value_head(lm: LM, wanted: bool) -> LM:

@@ -4,15 +4,13 @@ The sections `rollout` and `shaping` become the arguments of `rollout.rollout_so
 """
 
 import hashlib
-import inspect
-import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from alignax import plugin, rewards, shaping
+from alignax import shaping
 from alignax.batch import LM, Params
 from alignax.inputs import reference_cache, source
 from alignax.models import sharding
@@ -20,36 +18,39 @@ from alignax.rollouts import sampler, selection
 from alignax.rollouts import source as rollouts_source
 from alignax.runs import checkpoint, workdirs
 from alignax.training import parallel
+from alignax.training.plugins import Plugins
 
 # What a file of reference rewards holds, and whose folder it is in: for messages.
 REWARDS: Any = {"what": "rewards", "setting": "config.rollout.cache"}
 
 
 def rollouts(
-    config, examples, text, loss: plugin.Bound, lms: dict[str, LM],
-    moving: Sequence[str], policy: LM, assemble: Callable, mesh: Mesh, workdir: str,
+    config, examples, text, plugins: Plugins, lms: dict[str, LM], assemble: Callable,
+    mesh: Mesh, workdir: str,
 ) -> source.Source:  # fmt: skip
-    """The source of a run that learns from the policy's own responses."""
-    if config.mixture or config.reference_cache or config.reference_data:
-        raise ValueError(
-            "rollouts take config.data, without reference_cache or reference_data"
-        )
-    steps = shaping.in_order(
-        plugin.load_section("shaping", {"name": name, **hyper})
-        for name, hyper in config.shaping.items()
-    )
-    given = [f"shaping.{name}" for name, h in config.shaping.items() if "beta" in h]
-    check(config, loss, steps, lms, moving, policy)
+    """The source of a run that learns from the policy's own responses.
+
+    Args:
+      config: checked by `checks.check`.
+      examples: whose prompts are answered.
+      text: the tokenizer.
+      plugins: of the config.
+      lms: frozen LMs by name.
+      assemble: (trained parameters, frozen LMs) -> the policy.
+      mesh: devices.
+      workdir: of the run; rewards of the reference are kept there.
+    """
+    loss, steps = plugins.loss, plugins.shaping
     behaviour, shown = config.rollout.policy, config.rollout.anchor  # names
 
     def anchor(average: Params | None) -> LM:
         return lms[shown] if shown in lms else assemble(average, lms)
 
-    reward = rewards.load(plugin.plain_section(config.rollout.reward))
+    assert plugins.reward is not None
     grid = sharding.grid(config.layout, config.accumulate, mesh)
     score = parallel.scorer(mesh, packed=grid is not None)
     judged = sampler.Sampler(
-        parallel.generator(text, mesh), reward, lms, text,
+        parallel.generator(text, mesh), plugins.reward, lms, text,
         max_new=config.rollout.max_new, temperature=config.rollout.temperature,
         truncated=config.rollout.truncated, punishment=config.rollout.punishment,
         overlong_buffer=config.rollout.overlong_buffer,
@@ -57,12 +58,10 @@ def rollouts(
     )  # fmt: skip
     baseline = None
     if any(s.baseline in shaping.OF_REFERENCE for s in steps):
-        if "ref" not in lms:
-            raise ValueError("rewards of reference samples need a frozen lms.ref")
         baseline = reference_rewards(config, examples, judged, workdir)
     return rollouts_source.rollout_source(
         examples, judged, policy=lambda params: assemble(params, lms), score=score,
-        shaping=with_strength(steps, loss, given), batch_size=config.batch_size,
+        shaping=steps, batch_size=config.batch_size,
         length=config.length, seed=config.seed, group=config.rollout.group,
         batches=config.rollout.batches, epochs=config.rollout.epochs,
         keep=config.rollout.keep, needs=loss.needs, baseline=baseline,
@@ -72,117 +71,6 @@ def rollouts(
         anchor_samples=config.rollout.anchor_samples,
         host=(jax.process_index(), jax.process_count()), grid=grid,
     )  # fmt: skip
-
-
-def check(
-    config, loss: plugin.Bound, steps: Sequence[plugin.Bound],
-    lms: Collection[str], moving: Collection[str], policy: LM,
-) -> None:  # fmt: skip
-    """Raises ValueError for a loss, shapings and rollouts that do not go together."""
-    needs = {n for s in (loss, *steps) for n in s.needs}
-    if {"state_values", "old_values"} & needs and not policy.config.value_head:
-        raise ValueError("a critic needs config.model.value_head=True")
-    if "advantages" in loss.needs and not steps:
-        raise ValueError(f"loss {loss.name!r} needs advantages: set config.shaping")
-    if steps and sum(s.stage == "advantage" for s in steps) != 1:
-        names = [s.name for s in steps]
-        raise ValueError(f"config.shaping has {names}: one of them makes advantages")
-    if steps and "advantages" not in loss.needs:
-        raise ValueError(
-            f"loss {loss.name!r} reads no advantages: empty config.shaping"
-        )
-    slots = config.rollout.group + bool(config.rollout.anchor)
-    if config.rollout.keep == "all" and slots == 2 and not steps:
-        raise ValueError(
-            f"loss {loss.name!r} takes two responses for (chosen, rejected): "
-            "config.rollout.keep='best_worst' puts them in that order"
-        )
-    if "returns" in loss.needs and not any(s.returns for s in steps):
-        raise ValueError(f"loss {loss.name!r} needs returns: config.shaping.gae = {{}}")
-    check_required(config, loss, steps)
-    missing = [
-        n for s in steps for n in s.needs if plugin.frozen_lm(n) not in (None, *lms)
-    ]
-    behaviour, shown = config.rollout.policy, config.rollout.anchor
-    missing += [behaviour] if behaviour not in ("", *lms) else []
-    missing += [shown] if shown not in ("", *lms, *moving) else []
-    if missing:
-        raise ValueError(
-            f"rollouts need {missing}: add config.lms, there are {sorted((*lms, *moving))}"
-        )
-    if shown in moving and any(s.baseline in shaping.OF_REFERENCE for s in steps):
-        raise ValueError(
-            f"rollout.anchor={shown!r} moves, but the shaping compares with rewards of "
-            "lms.ref, which does not: rollout.anchor='ref'"
-        )
-
-
-def check_required(config, loss: plugin.Bound, steps: Sequence[plugin.Bound]) -> None:
-    """Raises ValueError for rollouts that are not those a loss is made for.
-
-    The loss's REQUIRES says what a key of the config has to be: a number or a name, one of
-    several, or, where that has a dot, what another key is.
-    """
-    said = {f"loss.{k}": v for k, v in loss.hyper.items()}
-    said |= {f"rollout.{k}": v for k, v in config.rollout.items()}
-    said |= {f"{s.name}.{k}": v for s in steps for k, v in s.hyper.items()}
-    for key, what in loss.requires.items():
-        other = isinstance(what, str) and "." in what
-        want = said[what] if other else what
-        allowed = want if isinstance(want, tuple) else (want,)
-        if said.get(key) not in allowed:
-            expected = " or ".join(
-                f"{x:g}" if isinstance(x, float) else str(x) for x in allowed
-            )
-            raise ValueError(
-                f"loss {loss.name!r}: {key} is {said.get(key, 'absent')}, expected {expected}"
-                + f", which is {what}" * other
-            )
-
-
-def with_strength(
-    steps: Sequence[plugin.Bound], loss: plugin.Bound, given: Collection[str] = ()
-) -> list[plugin.Bound]:
-    """The shapings, with the run's KL strength as 'beta' of each reward that takes one.
-
-    That is the sum of what penalties call 'beta'. Beside a loss on advantages with a KL of
-    its own it is 0, for none: that loss's gradient is not of the KL of whole responses
-    (see `ratios.kl`), to which no strength would be right. A reward that is made for a
-    strength (a tabulated optimum) is wrong at any other.
-
-    Args:
-      steps: the shapings.
-      loss: the loss.
-      given: names of the shapings whose beta the config states itself.
-
-    Raises:
-      ValueError: it states another than the run has; a reward that needs a strength, and
-        there is none.
-    """
-    penalties = [s for s in steps if s.stage == "penalty"]
-    in_loss = {"advantages", "ref_logps"} <= {*loss.needs} and "beta" in loss.hyper
-    strength = (
-        0.0 if in_loss else float(sum(b.hyper.get("beta", 0.0) for b in penalties))
-    )
-    penalties += [loss] * in_loss
-    out = []
-    for s in steps:
-        if s.stage == "reward" and "beta" in s.hyper:
-            own = s.hyper["beta"]
-            if s.name in given and not math.isclose(own, strength, rel_tol=1e-6):
-                raise ValueError(
-                    f"{s.name} is made for a KL strength of {own}, the run has {strength:g} "
-                    f"({', '.join(b.name for b in penalties) or 'no penalty'}): leave its "
-                    "beta out"
-                )
-            s = s._replace(hyper={**s.hyper, "beta": strength})
-        if possible := getattr(inspect.getmodule(s.function), "check", None):
-            try:
-                possible(**s.hyper)
-            except ValueError as error:
-                raise ValueError(f"{s.name}: {error}") from error
-        out.append(s)
-    return out
 
 
 def reference_rewards(

@@ -81,3 +81,16 @@ def make_tx(
         raise ValueError(f"unknown optimiser {name!r}; known: {', '.join(makers)}")
     clipping = optax.clip_by_global_norm(clip) if clip else optax.identity()
     return optax.chain(clipping, makers[name]())
+
+
+def from_config(config) -> tuple[optax.Schedule, optax.GradientTransformation]:
+    """The learning rate by step and the optimiser that config.optim describes.
+
+    Raises:
+      ValueError: an unknown optimiser or schedule.
+    """
+    c = config.optim
+    rate = schedule(
+        c.lr, config.num_steps, kind=c.schedule, warmup=c.warmup, final=c.final
+    )
+    return rate, make_tx(rate, **{k: v for k, v in c.items() if k not in RATE})

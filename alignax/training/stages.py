@@ -2,12 +2,10 @@
 
 import contextlib
 
-from etils import epath
-
 from alignax.batch import Metrics
 from alignax.reports import curves, tables
 from alignax.reports.metrics import read
-from alignax.runs import checkpoint
+from alignax.runs import checkpoint, model_paths
 
 
 def run_stages(config, workdir: str, train):
@@ -21,9 +19,9 @@ def run_stages(config, workdir: str, train):
     state, folder = None, checkpoint.absolute(workdir)
     for name, stage in config.stages.items():
         stage = stage.copy_and_resolve_references()
-        stage.model.path = _stage_path(stage.model.path, folder)
+        stage.model.path = model_paths.of_stage(stage.model.path, folder)
         for lm, path in stage.lms.items():
-            stage.lms[lm] = _stage_path(path, folder)
+            stage.lms[lm] = model_paths.of_stage(path, folder)
         print(f"\n== {name} ==", flush=True)
         state = train(stage, str(folder / name))
     results: Metrics = {}
@@ -42,9 +40,3 @@ def run_stages(config, workdir: str, train):
     for path in curves.plot(folder):
         print(f"drew {path}", flush=True)
     return state
-
-
-def _stage_path(path: str, folder: epath.Path) -> str:
-    return (
-        str(folder / path.removeprefix("stage:")) if path.startswith("stage:") else path
-    )

@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from alignax import plugin, shaping
-from alignax.training import build, loop, on_policy
+from alignax.training import build, loop, plugins
 
 CALLS: list = []  # what `counted` was asked, and after how many calls it breaks down
 BROKEN_AT: list = []
@@ -120,7 +120,7 @@ def test_the_optimal_reward_is_that_of_the_runs_own_kl():
     several = steps(
         "ctrl", "kl", "rloo", ctrl={"transform": "optimal"}, kl={"beta": 0.3}
     )
-    got = on_policy.with_strength(several, loss)
+    got = plugins.with_strength(several, loss)
     assert got[0].hyper["beta"] == 0.3
     assert got[1:] == several[1:]
     # a loss's KL is of tokens: no strength is right, and other transforms need none
@@ -128,13 +128,13 @@ def test_the_optimal_reward_is_that_of_the_runs_own_kl():
     with pytest.raises(
         ValueError, match=r"shaping.ctrl: transform 'optimal' .*no loss"
     ):
-        on_policy.with_strength(several, in_loss)
-    on_policy.with_strength(steps("ctrl", "rloo"), in_loss)
+        plugins.with_strength(several, in_loss)
+    plugins.with_strength(steps("ctrl", "rloo"), in_loss)
     same = steps("ctrl", "kl", "rloo", ctrl={"beta": 0.3}, kl={"beta": 0.3})
-    assert on_policy.with_strength(same, loss, ["shaping.ctrl"]) == same
+    assert plugins.with_strength(same, loss, ["shaping.ctrl"]) == same
     without = steps("ctrl", "rloo", ctrl={"transform": "optimal"})
     with pytest.raises(ValueError, match=r"only a penalty in the reward has"):
-        on_policy.with_strength(without, loss)
+        plugins.with_strength(without, loss)
 
 
 # -- samples of the reference

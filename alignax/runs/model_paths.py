@@ -1,0 +1,79 @@
+"""What the path of a model means, found out once; everything else reads the description.
+
+  hf    a Hugging Face folder                     config.json, *.safetensors
+  gguf  a llama.cpp file                          *.gguf
+  peft  a folder of PEFT adapters, and its base   adapter_config.json
+  run   the folder of a run, or its 'best'        checkpoints/, config.json, base.json
+
+'stage:NAME' is the run of an earlier stage of the same config: see `of_stage`.
+"""
+
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from alignax.models import lora
+from alignax.runs import adapter_base, checkpoint, workdirs
+
+STAGE = "stage:"
+
+
+class ModelPath(NamedTuple):
+    """The description of a path.
+
+    Attributes:
+      path: as it was given.
+      kind: 'hf', 'gguf', 'peft' or 'run'.
+      base: of kind peft, the model that the adapters belong to; of a run, the model that
+        it started from, where that is needed to read its adapters or its tokenizer; None
+        for weights that were drawn from its seed.
+      config: the saved config of a run; None for every other kind.
+      folder: of the run.
+      tokenizer: where the tokenizer of the model is; '' where nothing says it.
+    """
+
+    path: str
+    kind: str
+    base: "ModelPath | None" = None
+    config: dict[str, Any] | None = None
+    folder: str = ""
+    tokenizer: str = ""
+
+
+def resolve(path: str) -> ModelPath:
+    """Describes a path; no weights are read.
+
+    A path at which there is nothing is described too, as kind hf or gguf: what reads the
+    weights says that they are missing.
+
+    Raises:
+      FileNotFoundError: the base of adapters is in none of the places that they name.
+      ValueError: a stage that was not resolved, or adapters of a kind that is not
+        supported.
+    """
+    if path.startswith(STAGE):
+        raise ValueError(f"{path} is a path in a config with stages only")
+    if lora.is_peft(path):
+        base = resolve(lora.peft_base(path))
+        own = (epath.Path(path) / "tokenizer.json").exists()
+        return ModelPath(path, "peft", base, tokenizer=path if own else base.tokenizer)
+    if (config := workdirs.saved_config(path)) is not None:
+        folder = workdirs.run_folder(path)
+        start, origin = config["model"]["path"], None
+        if start and (adapter_base.noted(folder) or not config["tokenizer"]):
+            origin = resolve(adapter_base.find(folder, start))
+        text = config["tokenizer"] or (origin.tokenizer if origin else "")
+        return ModelPath(path, "run", origin, config, str(folder), text)
+    if checkpoint.holds(path):
+        return ModelPath(
+            path, "run", folder=str(workdirs.run_folder(path)), tokenizer=path
+        )
+    kind = "gguf" if path.endswith(".gguf") else "hf"
+    return ModelPath(path, kind, tokenizer=path)
+
+
+def of_stage(path: str, workdir: epath.Path) -> str:
+    """A path of a config with stages: 'stage:NAME' is the folder of that stage's run."""
+    if not path.startswith(STAGE):
+        return path
+    return str(workdir / path.removeprefix(STAGE))

@@ -1,0 +1,232 @@
+"""What can be wrong in a config, found before any file is read: a function per section.
+
+Where weights and data have to be known (a prompt longer than the context, an id beyond the
+vocabulary) the check stands where they are read.
+"""
+
+from collections.abc import Sequence
+
+from alignax import plugin, shaping
+from alignax.plugin import Bound
+from alignax.training import loading, optim
+from alignax.training.plugins import Plugins, bind
+
+# What only the policy's own responses bring: a loss that needs one of these needs rollouts.
+OF_ROLLOUTS = ("old_logps", "advantages", "returns", "old_values")
+
+
+def check(config) -> Plugins:
+    """Binds the plug-ins of a config and checks every section of it.
+
+    Raises:
+      ValueError: what is wrong; the key and what it may be are named.
+    """
+    check_names(config)
+    plugins = bind(config)
+    check_run(config)
+    check_optim(config)
+    check_model(config, plugins)
+    check_lms(config, plugins.loss)
+    check_data(config)
+    check_evals(config, plugins)
+    check_rollout(config, plugins)
+    return plugins
+
+
+def frozen_names(config) -> list[str]:
+    """Names of the LMs that are frozen; beside adapters the policy's base is one."""
+    names = ["base"] if config.lora.rank else []
+    return names + [name for name, path in config.lms.items() if path != "average"]
+
+
+def moving_names(config) -> list[str]:
+    """Names of the LMs that are the average of the policy's parameters."""
+    return [name for name, path in config.lms.items() if path == "average"]
+
+
+def check_names(config) -> None:
+    """Sections that name a plug-in have a 'name'."""
+    sections = {"loss": config.loss, "data": config.data, "eval_data": config.eval_data}
+    sections["reference_data"] = config.reference_data
+    sections |= {f"mixture.{k}": v for k, v in config.mixture.items()}
+    for name, spec in sections.items():
+        if (spec or name == "loss") and "name" not in spec:
+            raise ValueError(f"config.{name} has no 'name'")
+
+
+def check_run(config) -> None:
+    """The best metric, patience, and the average of the parameters."""
+    if config.best_mode not in ("max", "min"):
+        raise ValueError(f"best_mode is {config.best_mode!r}, expected 'max' or 'min'")
+    names = [f"eval/{name}/" for name in config.evals]
+    if config.best_metric and not config.best_metric.startswith(tuple(names)):
+        raise ValueError(
+            f"best_metric {config.best_metric!r} begins with none of {names}"
+        )
+    if config.patience and not (config.best_metric and config.eval_every):
+        raise ValueError("patience needs best_metric and eval_every")
+    if config.average_every < 1:
+        raise ValueError(
+            f"average_every is {config.average_every}, expected at least 1 step"
+        )
+    if config.average and 0 < config.num_steps < config.average_every:
+        raise ValueError(
+            f"average_every is {config.average_every}: the average would not move in "
+            f"{config.num_steps} steps"
+        )
+
+
+def check_optim(config) -> None:
+    """The optimiser and its schedule exist and take their settings."""
+    optim.from_config(config)
+
+
+def check_model(config, plugins: Plugins) -> None:
+    """Where the weights come from, the adapters, and the heads that are needed."""
+    m = config.model
+    if not m.path and not m.sizes:
+        raise ValueError(
+            "config.model needs a path to weights, or sizes to start from scratch"
+        )
+    loading.lora_settings(config)
+    needs = {n for s in (plugins.loss, *plugins.shaping) for n in s.needs}
+    if "values" in plugins.loss.needs and not m.value_head:
+        raise ValueError(
+            f"loss {plugins.loss.name!r} needs config.model.value_head=True"
+        )
+    critic = {"state_values", "old_values"} & needs
+    if config.rollout.reward and critic and not m.value_head:
+        raise ValueError("a critic needs config.model.value_head=True")
+
+
+def check_lms(config, loss: Bound) -> None:
+    """The frozen LMs are those that the loss needs."""
+    if config.lora.rank and "base" in config.lms:
+        raise ValueError("lms.base is the base of the adapters; take another name")
+    frozen, moving = frozen_names(config), moving_names(config)
+    if moving and not config.average:
+        raise ValueError(
+            f"lms.{moving[0]}='average' needs config.average > 0, its decay"
+        )
+    own = {*OF_ROLLOUTS} & {*loss.needs}
+    if own and not config.rollout.reward:
+        raise ValueError(
+            f"loss {loss.name!r} needs {sorted(own)}, which rollouts bring: set "
+            "config.rollout.reward"
+        )
+    there = (None, *frozen, *moving)
+    missing = [n for n in loss.needs if plugin.frozen_lm(n) not in there]
+    if missing:
+        raise ValueError(
+            f"loss {loss.name!r} needs {missing}: add config.lms, there are "
+            f"{sorted(frozen)}"
+        )
+
+
+def check_data(config) -> None:
+    """Data or a mixture, and what a reference that is read once needs."""
+    if config.num_steps and bool(config.data) == bool(config.mixture):
+        raise ValueError("a run that trains needs either config.data or config.mixture")
+    for part, spec in config.mixture.items():
+        if "ratio" not in spec:
+            raise ValueError(f"mixture.{part} has no 'ratio'")
+    once = config.reference_cache or config.reference_data
+    if not config.num_steps or not once:
+        return
+    if config.rollout.reward:
+        raise ValueError(
+            "rollouts take config.data, without reference_cache or reference_data"
+        )
+    if "ref" not in frozen_names(config) or config.mixture:
+        raise ValueError(
+            "reference_cache and reference_data need a frozen lms.ref and config.data "
+            "(no mixture)"
+        )
+
+
+def check_evals(config, plugins: Plugins) -> None:
+    """Evaluations have data."""
+    if plugins.evals and not config.eval_data:
+        raise ValueError(f"evals {sorted(plugins.evals)} need config.eval_data")
+
+
+def check_rollout(config, plugins: Plugins) -> None:
+    """Rollouts, shapings and the loss go together."""
+    loss, steps = plugins.loss, plugins.shaping
+    if not config.rollout.reward:
+        if config.shaping:
+            raise ValueError("config.shaping needs rollouts: set config.rollout.reward")
+        return
+    if not config.num_steps:
+        return
+    if config.mixture:
+        raise ValueError(
+            "rollouts take config.data, without reference_cache or reference_data"
+        )
+    if "advantages" in loss.needs and not steps:
+        raise ValueError(f"loss {loss.name!r} needs advantages: set config.shaping")
+    if steps and sum(s.stage == "advantage" for s in steps) != 1:
+        names = [s.name for s in steps]
+        raise ValueError(f"config.shaping has {names}: one of them makes advantages")
+    if steps and "advantages" not in loss.needs:
+        raise ValueError(
+            f"loss {loss.name!r} reads no advantages: empty config.shaping"
+        )
+    slots = config.rollout.group + bool(config.rollout.anchor)
+    if config.rollout.keep == "all" and slots == 2 and not steps:
+        raise ValueError(
+            f"loss {loss.name!r} takes two responses for (chosen, rejected): "
+            "config.rollout.keep='best_worst' puts them in that order"
+        )
+    if "returns" in loss.needs and not any(s.returns for s in steps):
+        raise ValueError(f"loss {loss.name!r} needs returns: config.shaping.gae = {{}}")
+    check_required(config, loss, steps)
+    check_rollout_lms(config, steps)
+
+
+def check_rollout_lms(config, steps: Sequence[Bound]) -> None:
+    """The LMs that sample, that are compared with, and that the shapings read."""
+    frozen, moving = frozen_names(config), moving_names(config)
+    behaviour, anchor = config.rollout.policy, config.rollout.anchor
+    missing = [
+        n for s in steps for n in s.needs if plugin.frozen_lm(n) not in (None, *frozen)
+    ]
+    missing += [behaviour] if behaviour not in ("", *frozen) else []
+    missing += [anchor] if anchor not in ("", *frozen, *moving) else []
+    if missing:
+        raise ValueError(
+            f"rollouts need {missing}: add config.lms, there are "
+            f"{sorted((*frozen, *moving))}"
+        )
+    if not any(s.baseline in shaping.OF_REFERENCE for s in steps):
+        return
+    if anchor in moving:
+        raise ValueError(
+            f"rollout.anchor={anchor!r} moves, but the shaping compares with rewards of "
+            "lms.ref, which does not: rollout.anchor='ref'"
+        )
+    if "ref" not in frozen:
+        raise ValueError("rewards of reference samples need a frozen lms.ref")
+
+
+def check_required(config, loss: plugin.Bound, steps: Sequence[plugin.Bound]) -> None:
+    """Raises ValueError for rollouts that are not those a loss is made for.
+
+    The loss's REQUIRES says what a key of the config has to be: a number or a name, one of
+    several, or, where that has a dot, what another key is.
+    """
+    said = {f"loss.{k}": v for k, v in loss.hyper.items()}
+    said |= {f"rollout.{k}": v for k, v in config.rollout.items()}
+    said |= {f"{s.name}.{k}": v for s in steps for k, v in s.hyper.items()}
+    for key, what in loss.requires.items():
+        other = isinstance(what, str) and "." in what
+        want = said[what] if other else what
+        allowed = want if isinstance(want, tuple) else (want,)
+        if said.get(key) not in allowed:
+            expected = " or ".join(
+                f"{x:g}" if isinstance(x, float) else str(x) for x in allowed
+            )
+            raise ValueError(
+                f"loss {loss.name!r}: {key} is {said.get(key, 'absent')}, expected {expected}"
+                + f", which is {what}" * other
+            )
