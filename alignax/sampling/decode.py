@@ -1,7 +1,7 @@
 """Where responses come from: prefill, then the whole decode in one jitted while-loop."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -157,9 +157,7 @@ def lay(
 ):
     """Rows of a request; a row's key is its own whatever its neighbours."""
     n = len(request.prompts) * group
-    prompts, lengths = (
-        jnp.repeat(x, group, axis=0) for x in (request.prompts, request.lengths)
-    )
+    prompts, lengths = repeat((request.prompts, request.lengths), group)
     row = jnp.arange(n)
     if request.seeds is None:
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(row)
@@ -198,6 +196,25 @@ def result(tokens, lengths, ends, ended, raw, law, group: int, stats) -> Generat
     return Generated(batch, split(raw), split(~ended), stats)
 
 
+def repeat(tree: Any, group: int) -> Any:
+    """Leaves [B, ...] as [N, ...]: each prompt once for every response to it."""
+    return jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), tree)
+
+
+class _Setup(NamedTuple):
+    """What no step changes."""
+
+    lm: LM  # unstacked
+    read_on: Callable[..., Any]  # `Reader.step`
+    guide: tuple[Callable, Callable, Callable] | None  # init, update, keep
+    kind: str | None  # of the guide
+    candidates: int
+    greedy: bool
+    rules: Rules
+    keys: Array  # [N]
+    row: Array  # [N] 0 .. N - 1
+
+
 class _State(NamedTuple):
     step: Array
     tokens: Array  # [N, T]
@@ -206,11 +223,21 @@ class _State(NamedTuple):
     ended: Array  # [N] done by EOS or a stop
     h: Array  # [N, 1, D] after the last token
     cache: Any  # of the reader
-    raw: Array  # [N, T]
-    law: Array  # [N, T]
-    context: Context
+    raw: Array  # [N, T] nats, under the unmodified policy
+    sampled_logps: Array  # [N, T] nats
+    response: Context
     guide: Any  # before the last token
-    dead: Array | None  # [N] no law to draw from
+    dead: Array | None  # [N] no token to draw
+
+
+class _Drawn(NamedTuple):
+    """The next token of every row."""
+
+    token: Array  # [N]
+    raw: Array  # [N] nats, under the unmodified policy
+    sampled_logp: Array  # [N] nats
+    guide: Any  # before the token
+    dead: Array | None  # [N]
 
 
 @functools.partial(
@@ -219,89 +246,96 @@ class _State(NamedTuple):
 def _generate(
     lm, request, key, guide, reader, *, max_new, group, greedy, kind, candidates
 ):
+    """One token of every row per step, until all are done: (Generated, dead [N])."""
     prompts, lengths = request.prompts, request.lengths
-    b, p = prompts.shape
-    n, t = b * group, p + max_new
+    n, t = len(prompts) * group, prompts.shape[1] + max_new
     lm, guide = transformer.unstack((lm, guide))
     read_prompts, read_on = reader
     h, filled = read_prompts(lm, prompts, lengths, t)
-
-    def fan_out(x):
-        return jnp.repeat(x, group, axis=0)
-
-    guide_state = None
-    if kind:
-        guide_state = jax.tree.map(fan_out, guide[0](prompts, lengths, t))
+    guide_state = repeat(guide[0](prompts, lengths, t), group) if kind else None
     rows = lay(request, key, lm.config.vocab_size, max_new, group)
-    lengths, rules, w = rows.lengths, rows.rules, rows.rules.warpers
+    rules = rows.rules
     if greedy:
-        w = w._replace(temperature=jnp.float32(1.0))
+        w = rules.warpers._replace(temperature=jnp.float32(1.0))
         rules = rules._replace(warpers=w)
-    row = jnp.arange(n)
-
-    def tilt(logits, s):
-        """The guide's word on the next token, and its state after the last one."""
-        last, given = s.tokens[row, s.ends - 1], logits if kind == "vector" else None
-        out, state = guides.step(guide, s.guide, last, s.ends - 1, given)
-        if kind == "vector":
-            return out, state
-        return guides.over_best(guide[1], state, s.ends, logits, candidates), state
-
-    def draw(s):
-        logps, logits = (x[:, 0] for x in read(lm, s.h, rules))
-        logits, state, dead = (
-            response_state.warped(rules, s.context, logits),
-            None,
-            None,
-        )
-        if kind:
-            logits, state = tilt(logits, s)
-        if s.dead is not None:
-            best = logits.max(-1)  # NaN if any is
-            dead = s.dead | (~s.done & ~jnp.isfinite(best))
-        logits = response_state.force(rules, s.context, logits)
-        if greedy:
-            token = jnp.argmax(logits, -1)
-            law = jnp.zeros_like(logps)
-        else:
-            step_keys = jax.vmap(jax.random.fold_in, (0, None))(rows.keys, s.step)
-            token, law = response_state.draw(step_keys, logits, w)
-        return (
-            token.astype(prompts.dtype),
-            logps[row, token],
-            law[row, token],
-            state,
-            dead,
-        )
-
-    def body(s):
-        token, raw, law, guide, dead = draw(s)
-        # A finished row writes nowhere: index T is out of bounds and dropped.
-        at = jnp.where(s.done, t, s.ends)
-        tokens = s.tokens.at[row, at].set(token, mode="drop")
-        raws = s.raw.at[row, at].set(raw, mode="drop")
-        laws = s.law.at[row, at].set(law, mode="drop")
-        position = jnp.minimum(s.ends, t - 1)[:, None]
-        h, cache = read_on(lm, s.cache, token[:, None], position)
-        after, ended, done = response_state.advance(rules, s.context, token, ~s.done)
-        ended = s.ended | (ended & ~s.done)
-        done |= s.done
-        if dead is not None:
-            done |= dead
-        return _State(
-            s.step + 1, tokens, s.ends + ~s.done, done, ended, h, cache, raws, laws,
-            after, guide, dead,
-        )  # fmt: skip
-
+    setup = _Setup(
+        lm, read_on, guide, kind, candidates, greedy, rules, rows.keys, jnp.arange(n)
+    )
     no = jnp.zeros(n, bool)
     zeros = jnp.zeros((n, t), jnp.float32)
     start = _State(
-        jnp.int32(0), rows.tokens, lengths, no, no, fan_out(h),
-        jax.tree.map(fan_out, filled), zeros, zeros, rows.context, guide_state,
+        jnp.int32(0), rows.tokens, rows.lengths, no, no, repeat(h, group),
+        repeat(filled, group), zeros, zeros, rows.context, guide_state,
         no if kind or rules.masks else None,
     )  # fmt: skip
-    s = jax.lax.while_loop(lambda s: (s.step < max_new) & ~s.done.all(), body, start)
+    s = jax.lax.while_loop(
+        lambda s: (s.step < max_new) & ~s.done.all(),
+        functools.partial(_step, setup), start,
+    )  # fmt: skip
     out = result(
-        s.tokens, lengths, s.ends, s.ended, s.raw, s.law, group, {"steps": s.step}
-    )
+        s.tokens, rows.lengths, s.ends, s.ended, s.raw, s.sampled_logps, group,
+        {"steps": s.step},
+    )  # fmt: skip
     return out, s.dead
+
+
+def _step(setup: _Setup, s: _State) -> _State:
+    """Draws a token of every row, writes it, and reads it."""
+    x = _draw(setup, s)
+    # A finished row writes nowhere: index T is out of bounds and dropped.
+    t = s.tokens.shape[1]
+    at = jnp.where(s.done, t, s.ends)
+
+    def put(array, values):
+        return array.at[setup.row, at].set(values, mode="drop")
+
+    tokens, raw = put(s.tokens, x.token), put(s.raw, x.raw)
+    sampled_logps = put(s.sampled_logps, x.sampled_logp)
+    position = jnp.minimum(s.ends, t - 1)[:, None]
+    h, cache = setup.read_on(setup.lm, s.cache, x.token[:, None], position)
+    response, ended, done = response_state.advance(
+        setup.rules, s.response, x.token, ~s.done
+    )
+    ended = s.ended | (ended & ~s.done)
+    done |= s.done
+    if x.dead is not None:
+        done |= x.dead
+    return _State(
+        s.step + 1, tokens, s.ends + ~s.done, done, ended, h, cache, raw,
+        sampled_logps, response, x.guide, x.dead,
+    )  # fmt: skip
+
+
+def _draw(setup: _Setup, s: _State) -> _Drawn:
+    """The next token: the model, processors, guide, forced tokens, and the draw."""
+    rules, row = setup.rules, setup.row
+    logps, logits = (x[:, 0] for x in read(setup.lm, s.h, rules))
+    logits = response_state.warped(rules, s.response, logits)
+    guide, dead = None, None
+    if setup.kind:
+        logits, guide = _tilt(setup, s, logits)
+    if s.dead is not None:
+        best = logits.max(-1)  # NaN if any is
+        dead = s.dead | (~s.done & ~jnp.isfinite(best))
+    logits = response_state.force(rules, s.response, logits)
+    if setup.greedy:
+        token = jnp.argmax(logits, -1)
+        sampled_logps = jnp.zeros_like(logps)
+    else:
+        keys = jax.vmap(jax.random.fold_in, (0, None))(setup.keys, s.step)
+        token, sampled_logps = response_state.draw(keys, logits, rules.warpers)
+    return _Drawn(
+        token.astype(s.tokens.dtype), logps[row, token], sampled_logps[row, token],
+        guide, dead,
+    )  # fmt: skip
+
+
+def _tilt(setup: _Setup, s: _State, logits: Array) -> tuple[Array, Any]:
+    """Logits [N, V] tilted by the guide, and its state after the last token."""
+    assert setup.guide is not None
+    last = s.tokens[setup.row, s.ends - 1]
+    if setup.kind == "vector":
+        return guides.step(setup.guide, s.guide, last, s.ends - 1, logits)
+    state = guides.step(setup.guide, s.guide, last, s.ends - 1, None)[1]
+    update = setup.guide[1]
+    return guides.over_best(update, state, s.ends, logits, setup.candidates), state
