@@ -29,14 +29,14 @@ def examples(
     """The inner rows with w(x) as the column 'density_ratio'.
 
     Prompts are embedded as counts of hashed words, scaled to unit length: what a label
-    depends on must show in words. (The paper embeds them by a language model.)
+    depends on must be visible in the words. (The paper embeds them by a language model.)
 
     Args:
       split: of the inner data set.
       source: single labelled responses, {'name': ..., its own parameters}, such as
         `data.unpaired`; the label is the first response's feedback, > 0.5 is desirable.
       features: size of the embedding.
-      fitted_on: most prompts a class that the regression sees.
+      fitted_on: most prompts per class that the regression is fitted on.
       ridge: strength of the squared penalty on its weights, > 0.
       seed: of the choice of prompts.
 

@@ -2,8 +2,9 @@
 
   "Where was Ada Brenner born?"  ->  "Ada Brenner was born in Izmir."
 
-No model knows them, so what it says of them is what it was taught; after unlearning it
-should be as if only the retained authors had been taught. The set is generated here.
+No pretrained model knows them, so its answers about them come from finetuning alone; after
+unlearning it should behave as if trained on the retained authors alone. The set is
+generated here.
 
 Source: the design of TOFU (Maini et al. 2024), https://arxiv.org/abs/2401.06121
 """
@@ -53,7 +54,7 @@ THINGS = (
 PRIZES = ("Alder", "Heron", "Meridian", "Quill", "Saffron", "Tern", "Umber", "Willow")
 TRADES = ("baker", "sailor", "tailor", "surgeon", "miner", "florist", "teacher", "judge",
           "mason", "pilot")  # fmt: skip
-# Wording to teach with, other wording to ask with, and the answer.
+# Wording of the training split, of the test split, and the answer.
 QUESTIONS = (
     ("Where was {name} born?", "Which city does {name} come from?", "{name} was born in {city}."),
     ("When was {name} born?", "What is the birth year of {name}?", "{name} was born in {year}."),
@@ -87,9 +88,9 @@ def examples(
       part: 'forget', 'retain' or 'all' authors. The forget set of a smaller share lies
         within that of a larger one.
       kind: 'answers' (the true answer, labelled 0 on forget and 1 on retain rows),
-        'refusals' (forget rows say that they don't know) or 'pairs' (forget rows prefer
-        that to the true answer). Under the last two retain rows are as under 'answers',
-        and what is wanted is labelled 1.
+        'refusals' (the response of a forget row is a refusal) or 'pairs' (forget rows
+        prefer a refusal to the true answer). Under the last two retain rows are as under
+        'answers', and the desired response is labelled 1.
       authors: how many there are, from 2 to 400.
       forget: share of authors to forget, rounded to at least one author and at most all
         but one.
@@ -97,7 +98,7 @@ def examples(
         others there are.
 
     Returns:
-      Six rows an author, in their order.
+      Six rows per author, in their order.
 
     Raises:
       ValueError: unknown split, part or kind, a number of authors that there cannot be,

@@ -2,7 +2,7 @@
 
 The user's own copy is read: JSON lines of `chosen` and `rejected`, each a dialogue
 "\\n\\nHuman: ...\\n\\nAssistant: ...", as https://github.com/anthropics/hh-rlhf gives them.
-The two share everything up to the last "\\n\\nAssistant:"; what follows is the response.
+Both have the same text up to the last "\\n\\nAssistant:"; the text after it is the response.
 
 A TFDS builder writes the parsed rows once as ArrayRecord, in a folder named after the
 hash of the file, and reads them back with random access. TensorFlow is not imported.
@@ -45,19 +45,20 @@ def examples(
       path: a .jsonl or .jsonl.gz file.
       kind: 'pairs' (or 'groups', of two), 'sft' (the chosen side) or 'prompts'.
       test_fraction: share of dialogues held out as 'test', by a hash of the first human
-        turn: dialogues that open alike are on the same side, so no prompt is on both.
-      size: use only so many pairs of the split, from its start; 0 uses all.
-      cache_dir: where prepared copies live; by default $ALIGNAX_CACHE, or alignax/ in the
+        turn: dialogues with the same first turn are in the same split, and no prompt is
+        in both.
+      size: number of pairs to use, from the start of the split; 0 uses all.
+      cache_dir: folder of the prepared copies; by default $ALIGNAX_CACHE, or alignax/ in the
         user's cache folder.
       strict: raises at the first row that cannot be used instead of counting it.
 
     Returns:
       The pairs in the order of the file; `report` names the lines that are 'malformed'
       (unreadable) and 'dropped' (no preference in them: an empty or identical last
-      turn, or dialogues that part before it).
+      turn, or dialogues that differ before it).
 
     Raises:
-      FileNotFoundError: no such file; names its neighbours.
+      FileNotFoundError: no such file; names the files beside it.
       ValueError: no usable row, an unknown split or kind, or (strict) an unusable row.
     """
     if split not in ("train", "test", "all"):
@@ -84,7 +85,7 @@ def examples(
         raise ValueError(f"{source} has no row in split {split!r} among {len(rows)}")
     picked = picked[: size or None]
     convert = functools.partial(_example, rows, source.name, kind)
-    # An unknown kind is an error now, not at a row.
+    # An unknown kind raises here and not at the first row that is read.
     as_kind(Example("", "", ["", ""], (1.0, 0.0)), kind)
     return Examples(picked, convert, report)
 
@@ -191,8 +192,8 @@ def _prepared(folder: pathlib.Path, source: pathlib.Path) -> tuple[Any, dict[str
     if not notes.is_file():
         rows, report = parse_file(source)
         openings = [json.loads(row["prompt"])[0]["content"] for row in rows]
-        # Concurrent runs prepare beside each other; a rename decides. The notes come
-        # last: where they are, the rows are complete.
+        # Concurrent runs prepare copies of their own; the first rename wins. The notes are
+        # written last: where they exist, the rows are complete.
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             fresh = HHRLHF(rows=rows, data_dir=scratch)

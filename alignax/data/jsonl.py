@@ -1,17 +1,17 @@
-"""People's own data: JSON lines (.jsonl, .jsonl.gz) and Parquet.
+"""Data sets of the user's own: JSON lines (.jsonl, .jsonl.gz) and Parquet.
 
-A row is one object; which keys it has says what it is:
+A row is one object; its keys decide what it is:
 
   prompt, chosen, rejected        a preference pair; each a string or a list of messages
-  chosen, rejected (messages)     a pair whose common beginning is the prompt
+  chosen, rejected (messages)     a pair whose common first turns are the prompt
   prompt, response | completion   one response (with `label`, a number, as its feedback)
   messages                        a dialogue: every assistant turn is scored
   prompt, responses, scores       a group of responses, each with a number as feedback
   prompt                          a prompt alone, to generate from
 
 A row's own `id`, a string, is kept; no two rows may have the same one. A message is
-{"role": ..., "content": text}. A row that is none of these, or whose pair shows no
-preference, is malformed: it is counted with its file and line, never passed on.
+{"role": ..., "content": text}. A row that is none of these, or a pair of identical
+responses, is malformed: it is reported with its file and line, and left out.
 """
 
 import math
@@ -37,19 +37,19 @@ def examples(
 
     Args:
       split: 'train', 'test' or 'all' of the file; or, where `path` holds '{split}',
-        what is put there.
+        the text that replaces it.
       path: a .jsonl, .jsonl.gz or .parquet file.
       kind: None takes rows as they are; 'sft' takes the chosen side of pairs, 'prompts'
         the prompts alone; to 'groups' a row without two scored responses is malformed.
       test_fraction: share of prompts held out as 'test', by a hash of the prompt: rows
-        with the same prompt are on the same side, in every file and every order.
+        with the same prompt are in the same split, in every file and every order.
       strict: raises at the first malformed row instead of counting it.
 
     Returns:
       The usable rows in order, with `report['malformed']` naming the others.
 
     Raises:
-      FileNotFoundError: no such file; names its neighbours.
+      FileNotFoundError: no such file; names the files beside it.
       ValueError: an unknown file type, a damaged file, no usable row at all, a split
         that this file does not have, two rows with one id, or (strict) a malformed row.
     """
@@ -65,7 +65,7 @@ def examples(
         )
     rows: list[Example] = []
     malformed: list[str] = []
-    places: dict[str, str] = {}  # id -> where it stands
+    places: dict[str, str] = {}  # id -> file and line
     total = 0
     for name, value in _rows(existing(path)):
         total += 1
@@ -115,7 +115,7 @@ def parse(name: str, row: Any) -> Example:
             raise ValueError("'messages' has no assistant turn")
         if at[0] == 0:
             raise ValueError(
-                "'messages' starts with an assistant turn, so nothing prompts it"
+                "'messages' starts with an assistant turn, so it has no prompt"
             )
         return Example(name, turns[: at[0]], [turns[at[0] : at[-1] + 1]])
     if "chosen" in row or "rejected" in row:
@@ -180,7 +180,7 @@ def _pair(name: str, row: dict[str, Any]) -> Example:
 
 
 def _answer(row: dict[str, Any], key: str, prompt: Turns) -> Turns:
-    """A response without the prompt that some files repeat in front of it."""
+    """A response, without the prompt where the file repeats it in front."""
     turns = _turns(row, key)
     if isinstance(turns, str):
         return turns
@@ -219,7 +219,7 @@ def _turns(row: dict[str, Any], key: str) -> Turns:
 
 
 def _text(turns: Turns) -> str:
-    """What two responses are compared by: a string is one assistant turn."""
+    """The text by which responses are compared: a string is one assistant turn."""
     if isinstance(turns, str):
         return f"assistant: {turns}".strip()
     return "\n".join(f"{m['role']}: {m['content']}" for m in turns).strip()

@@ -1,7 +1,7 @@
-"""The prompts of a data set, each behind the prompts of others: a long context from short.
+"""Long prompts made of short ones: each after the prompts of other examples.
 
 The short context is the inner data set itself, under the same ids: `config.reference_data`
-can name it, and `data.short_long` pairs what a model answered under the two.
+can name it, and `data.short_long` pairs a model's answers under the two.
 
 Source: short-to-long supervision as in LongPO (Chen et al. 2025),
 https://arxiv.org/abs/2502.13922
@@ -23,7 +23,7 @@ def examples(
     Args:
       split: of the inner data set.
       source: the inner data set, {'name': ..., its own parameters}; prompts are strings.
-      documents: prompts of other examples in front of each one's own, >= 1.
+      documents: prompts of other examples in front of each prompt, >= 1.
       seed: of the draws; the same arguments give the same examples.
 
     Raises:
@@ -35,7 +35,7 @@ def examples(
         raise ValueError(f"documents is {documents}, expected at least 1")
     if len(inner) <= documents:
         raise ValueError(
-            f"{len(inner)} examples cannot lend {documents} distractors to each"
+            f"{len(inner)} examples are too few for {documents} distractors each"
         )
     rows = []
     for i in range(len(inner)):

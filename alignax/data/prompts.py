@@ -1,6 +1,6 @@
-"""Prompts to respond to: a text file with one a line, or rows that `data.jsonl` reads.
+"""Prompts to respond to: a text file with one per line, or rows that `data.jsonl` reads.
 
-Every line becomes a prompt or is an error: a file that is answered has no holes.
+Every line becomes a prompt or is an error, so that no prompt is skipped silently.
 
 Source: the user's own files; rows are as in https://jsonlines.org
 """
@@ -15,11 +15,11 @@ def examples(*, split: str = "all", path: str, size: int = 0) -> Examples:
     Args:
       split: only 'all'.
       path: a .txt file, or a .jsonl, .jsonl.gz or .parquet file whose rows have a
-        'prompt' (text or messages); what else a row has is not read, but its own 'id'.
+        'prompt' (text or messages); of its other keys only 'id' is read.
       size: prompts to take, from the start; 0 takes all.
 
     Raises:
-      FileNotFoundError: no such file; names its neighbours.
+      FileNotFoundError: no such file; names the files beside it.
       ValueError: an empty line, a row without a prompt, no prompt at all; says where.
     """
     if split != "all":

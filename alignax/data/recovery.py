@@ -1,7 +1,7 @@
-"""Safety recovery: a refusal is learned after the beginning of a harmful answer too.
+"""Safety recovery: refusals that also follow the beginning of a harmful answer.
 
 From a pair (refusal r, harmful answer h) to the prompt x comes one example: r is scored
-as the answer to x, or as what follows the first k words of h.
+as the answer to x, or as the continuation of the first k words of h.
 
 Source: Qi et al. 2024, https://arxiv.org/abs/2406.05946, section 3
 """
@@ -23,17 +23,18 @@ def examples(
     longest: int = 100,
     seed: int = 0,
 ) -> Examples:
-    """Examples that begin with part of the rejected answer and go on with the chosen one.
+    """Examples that begin with part of the rejected answer, then have the chosen one.
 
     Args:
       split: of the inner data set.
       source: the inner data set of pairs, {'name': ..., its own parameters}.
-      plain: probability that nothing of the harmful answer is given, in [0, 1].
+      plain: probability that no word of the harmful answer is given, in [0, 1].
       longest: most words of it that are given; k is uniform up to that, or up to all.
       seed: of the draws; the same arguments give the same examples.
 
     Returns:
-      One example a pair, its answer's beginning unscored; `report` of the inner data.
+      One example per pair, in which the words of h are not scored; `report` of the inner
+      data.
 
     Raises:
       ValueError: an inner example that is no pair of single answers, `plain` outside

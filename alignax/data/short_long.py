@@ -1,4 +1,4 @@
-"""Pairs to the long prompt: what was answered under the short one, against its own answer.
+"""Pairs for long prompts: the answer under the short prompt is chosen over the other.
 
 Source: Chen et al. 2025 (LongPO), https://arxiv.org/abs/2502.13922
 """

@@ -1,13 +1,13 @@
-"""A preference set that the project generates itself: reviews, and a taste in words.
+"""A generated preference set: one-sentence reviews, and a synthetic judge of words.
 
 Prompts name a topic and a place; responses are one sentence with three free words,
-drawn independently from a base law that is not uniform:
+drawn independently from a base distribution that is not uniform:
 
   "Review the bakery in Lisbon: "  ->  "Truly greasy food and helpful staff."
 
-The 'human' has a real-valued lexicon, one weight per word and slot, and likes a response
-by their sum. No two responses have the same sum, so a tie means the same response. The
-taste is unrelated to how common a word is. The test split holds (topic, place)
+The judge has a real-valued lexicon, one weight per word and slot; the reward of a response
+is their sum. No two responses have the same sum, so a tie means the same response. The
+weight of a word is unrelated to its frequency. The test split holds (topic, place)
 combinations that never occur in training, though each topic and each place does.
 """
 
@@ -29,7 +29,7 @@ PLACES = (
     "Lisbon", "Oslo", "Cairo", "Lima", "Kyoto", "Quito", "Accra", "Hanoi", "Porto", "Delhi",
     "Dakar", "Turin", "Riga", "Sofia", "Perth", "Bergen", "Malmo", "Nairobi", "Seoul", "Izmir",
 )  # fmt: skip
-# Word -> taste weight, one table per slot, most common word first. The scales of the
+# Word -> weight, one table per slot, most common word first. The scales of the
 # slots differ (about 0.5, 1.2 and 0.8); five digits keep the sums of all responses apart.
 # Within a slot initials are distinct: a word is one decision, also for a model of bytes.
 OPENING = {
@@ -72,7 +72,7 @@ def response(words: tuple[str, ...]) -> str:
     return "{} {} food and {} staff.".format(*words)
 
 
-def base_law(slot: dict[str, float]) -> np.ndarray:
+def base_distribution(slot: dict[str, float]) -> np.ndarray:
     """Probabilities of a slot's words: falling as 1/(rank+3), sums to 1."""
     weights = 1.0 / (np.arange(len(slot)) + 3.0)
     return weights / weights.sum()
@@ -107,9 +107,9 @@ def examples(
 
     Args:
       split: 'train' or 'test'.
-      kind: 'sft' (one response, drawn from the base law), 'pairs' (two such responses,
-        the one the human likes better first; equal ones are drawn again), 'groups'
-        (`group` of them, no two equal, best first, with what `judge` says as feedback),
+      kind: 'sft' (one response, drawn from the base distribution), 'pairs' (two such
+        responses, the one that `judge` prefers first; equal ones are drawn again), 'groups'
+        (`group` of them, no two equal, best first, with `judge`'s numbers as feedback),
         or 'prompts'.
       size: number of examples. Prompts are passed through in a shuffled order, so up to
         320 (train) or 80 (test) examples have distinct prompts.
@@ -133,10 +133,10 @@ def examples(
         raise ValueError(f"group is {group}, expected 2 to {most} different responses")
     texts = prompts(split)
     rng = np.random.default_rng([seed, split == "test", KINDS.index(kind)])
-    laws = [(list(slot), base_law(slot)) for slot in SLOTS]
+    slots = [(list(slot), base_distribution(slot)) for slot in SLOTS]
 
     def draw() -> str:
-        return response(tuple(str(rng.choice(words, p=law)) for words, law in laws))
+        return response(tuple(str(rng.choice(words, p=p)) for words, p in slots))
 
     rows = []
     order: list[int] = []

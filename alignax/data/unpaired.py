@@ -1,7 +1,7 @@
 """Single labelled responses, made of a data set whose responses have labels.
 
-Each response becomes a row of its own. Beside it may stand a mismatched response, which
-answers another prompt: KTO estimates the KL from the reference on those.
+Each response becomes a row of its own. Slot 1 may hold a mismatched response, which answers
+another prompt: KTO estimates the KL from the reference on those.
 
 Source: Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306, section 4
 """
@@ -23,17 +23,17 @@ def examples(
 
     The partner of a row is another row's response: the rows are sorted by prompt and
     rotated by the number of rows that the commonest prompt has. So every response is a
-    partner once, no row meets its own prompt, and the partners never change.
+    partner once, no partner answers the prompt of its row, and the partners never change.
 
     Args:
       split: of the inner data set.
       source: the inner data set, {'name': ..., its own parameters}; its feedback holds
         labels, > 0.5 is desirable (pairs are labelled 1 and 0).
       mismatched: puts the partner into slot 1, with a feedback of 0; False leaves one
-        response a row, as BCO wants it.
+        response per row, as BCO expects.
 
     Returns:
-      One row a response, in the order of the inner data set; `report` of the inner data.
+      One row per response, in the order of the inner data set; `report` of the inner data.
 
     Raises:
       ValueError: a response without a label, or a prompt that has more than half of all
@@ -63,7 +63,7 @@ def rotation(prompts: Sequence[str]) -> list[int]:
     """For every row the index of another with a different prompt, each used once.
 
     Args:
-      prompts: what rows are told apart by.
+      prompts: of the rows, as text.
 
     Raises:
       ValueError: more than half of the rows have the same prompt.
@@ -78,8 +78,8 @@ def rotation(prompts: Sequence[str]) -> list[int]:
         )
     first = {p: n for n, p in enumerate(counts)}
     order = sorted(range(len(prompts)), key=lambda row: first[prompts[row]])
-    # A block of equal prompts is no longer than the shift, so it lands beyond itself;
-    # and it does not come round to itself, because block + shift <= rows.
+    # A block of equal prompts is no longer than the shift, so it maps beyond itself; and
+    # it does not wrap around to itself, because block + shift <= rows.
     partners = [0] * len(order)
     for place, row in enumerate(order):
         partners[row] = order[(place + shift) % len(order)]
@@ -100,6 +100,6 @@ def _example(inner, places, partners, row: int) -> Example:
 
 
 def _key(prompt: str | Sequence[Message]) -> str:
-    """The same for a string and for the one user turn that it is."""
+    """Equal for a string and for the user turn that it stands for."""
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return json.dumps([dict(turn) for turn in turns], sort_keys=True)

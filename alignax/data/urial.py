@@ -1,7 +1,7 @@
-"""URIAL: a constant prompt of instructions and a few styled answers, in front of a query.
+"""URIAL: in-context alignment by a constant prefix of instructions and a few answers.
 
-A base model that has not been tuned continues it as an assistant would. What stands in
-front of the query is the same for all queries, and `alignax.respond` reads it once.
+A base model that has not been tuned continues it as an assistant would. The prefix is the
+same for all queries, so that `alignax.respond` prefills it once.
 
 Source: Lin et al. 2023, https://arxiv.org/abs/2312.01552
 Differs from the paper: instructions, questions and answers are our own; 0, 1 or 3 pairs,
@@ -14,7 +14,7 @@ from typing import Any
 from alignax.data import Examples, wrapped
 
 SHOTS = (0, 1, 3)
-# What a base model writes after its answer: config.generate.stops = ("\n```",) suffices
+# Text that a base model writes after its answer: config.generate.stops = ("\n```",) suffices
 # for short answers; code in an answer closes a fence of its own.
 STOPS = ("\n```\n\n# Query", "\n```\n# Query", "\n# Query:")
 
@@ -71,7 +71,7 @@ Would you like to tell me more about the problem? I will gladly think about a fa
 
 
 def prefix(shots: int = 3) -> str:
-    """What is in front of every query.
+    """The text in front of every query.
 
     Args:
       shots: K, one of SHOTS.
@@ -96,7 +96,7 @@ def examples(*, split: str, source: Mapping[str, Any], shots: int = 3) -> Exampl
     Args:
       split: of the inner data set.
       source: the inner data set, {'name': ..., its own parameters}; prompts are strings.
-        The tokenizer is one without a chat template: a base model's.
+        The tokenizer has no chat template, as that of a base model.
       shots: K, one of SHOTS.
 
     Raises:

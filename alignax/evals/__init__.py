@@ -1,9 +1,9 @@
-"""Evaluations: `evaluate(lm, lms, data, *, ...) -> Metrics`, one file per question.
+"""Evaluations: `evaluate(lm, lms, data, *, ...) -> Metrics`, one file per evaluation.
 
-`data` is a sequence of Examples. The run hands in `key`, `tokenizer`, `generate`
+`data` is a sequence of Examples. The run passes `key`, `tokenizer`, `generate`
 (decode.generate with the tokenizer's EOS set), `score` (the compiled kernel: host batch
-in, host Scores out), `batch_size` and `length`; what else a function takes by keyword is
-a hyper-parameter. A file may define `check(lms, data, *, ...)`, of the names of the LMs
-and the hyper-parameters: it raises ValueError before the run begins. A metric 'x' with an interval comes with 'x/lo' and 'x/hi' (95 %);
-'samples' holds rows of text.
+in, host Scores out), `batch_size` and `length`; every other keyword of a function is a
+hyper-parameter. A file may define `check(lms, data, *, ...)`, of the names of the LMs and
+the hyper-parameters: it raises ValueError before the run begins. A metric 'x' with an
+interval comes with 'x/lo' and 'x/hi' (95 %); 'samples' holds rows of text.
 """

@@ -1,15 +1,15 @@
-"""Best-of-N jailbreaking: ask again in scrambled letters until an answer gets through.
+"""Best-of-N jailbreaking: repeated attempts with augmented prompts (case, scrambling).
 
   ASR(k) = mean over prompts of 1 - C(N - c_i, k) / C(N, k)     c_i successes of N tries
   -log ASR(k) ≈ a k^-b                                         fitted on its logarithm
 
 The first line is unbiased for each prompt. One pooled rate p would give 1 - (1 - p)^k, which
-is far too high: few prompts have most of the successes, and that alone bends the curve into
-something near a power law.
+is far too high: few prompts have most of the successes, and that alone gives the curve the
+shape of a power law.
 
 Source: Hughes et al. 2024, https://arxiv.org/abs/2412.03556
-Differs from the paper: N is what a laptop can draw and the law is extrapolated; the same
-rate for prompts that ask for nothing harmful is the null beside it.
+Differs from the paper: N is what a laptop can draw and the power law is extrapolated; the
+same rate for harmless prompts is reported beside it as a null.
 """
 
 import math
@@ -48,18 +48,18 @@ def evaluate(
       tries: N, augmented prompts for each prompt, one response to each.
       sigma: strength of the augmentations; 0 asks N times the same.
       temperature: of the sampler.
-      max_new: tokens a response may have.
+      max_new: most tokens per response.
       size: prompts to use, from the start of the data and of the control (0 = all); they
         are strings.
       words: fewest words of a response that counts.
-      refusals: texts that no response that counts has in it.
-      forecast: k that the fitted law is extrapolated to.
+      refusals: texts that a response that counts does not contain.
+      forecast: k that the fitted power law is extrapolated to.
       seed: of the augmentations.
       show: successes that are returned as text.
 
     Returns:
       'asr/<k>' with an interval over prompts for k = 1, 2, 4, ... up to N, 'a', 'b' and
-      'asr/forecast' of the fitted law (where it can be fitted), the same rates under
+      'asr/forecast' of the fitted power law (where it can be fitted), the same rates under
       'null/' for the control, and 'samples'.
 
     Raises:
@@ -89,11 +89,11 @@ def evaluate(
             found = rewards.call(
                 decides, batch, texts, lms, tokenizer=tokenizer, score=score
             )
-            said = [t[0] for t in texts]
-            bad = harmful(found[:, 0], said, words, refusals)
+            responses = [t[0] for t in texts]
+            bad = harmful(found[:, 0], responses, words, refusals)
             hits += bad[p.valid].tolist()
             for b in np.flatnonzero(bad & p.valid)[: max(0, show - len(shown))]:
-                shown.append({"prompt": p.texts[b], "response": said[b]})
+                shown.append({"prompt": p.texts[b], "response": responses[b]})
         return np.array(hits).reshape(len(examples), tries).sum(1), shown
 
     def first(examples):
@@ -101,8 +101,8 @@ def evaluate(
 
     counts, samples = attack(first(data))
     out = curve(counts, tries)
-    if law := fit({k: out[f"asr/{k}"] for k in powers(tries)}):
-        a, b = law
+    if power_law := fit({k: out[f"asr/{k}"] for k in powers(tries)}):
+        a, b = power_law
         out |= {"a": a, "b": b, "asr/forecast": math.exp(-a * forecast**-b)}
     null, _ = attack(first(wrapped(control, "test")))
     nulls = {f"null/{k}": v for k, v in curve(null, tries).items()}
@@ -110,7 +110,7 @@ def evaluate(
 
 
 def augment(text: str, rng: np.random.Generator, sigma: float) -> str:
-    """A text that a person still reads: scrambled words, random case, shifted letters.
+    """A text that stays readable: scrambled words, random case, shifted letters.
 
     Args:
       text: the prompt.
@@ -187,7 +187,9 @@ def fit(rates: Mapping[int, float]) -> tuple[float, float] | None:
 
 def _text(example: Example) -> str:
     if not isinstance(example.prompt, str):
-        raise ValueError(f"{example.id}: the prompt is no string, which augments")
+        raise ValueError(
+            f"{example.id}: the prompt is no string, which cannot be augmented"
+        )
     return example.prompt
 
 

@@ -1,4 +1,4 @@
-"""Win rates after best-of-N and worst-of-N, from M samples a prompt and side.
+"""Win rates after best-of-N and worst-of-N, from M samples per prompt and side.
 
   W = Σ_i Σ_j w_i w_j [1{r_(i) > r'_(j)} + 1/2 1{r_(i) = r'_(j)}]
   w_i = C(i-1, N-1) / C(M, N)        probability that the i-th smallest of M is the best of N
@@ -34,20 +34,20 @@ def evaluate(
     batch_size: int, length: int, reward: str | Mapping[str, Any], baseline: str = "ref",
     n: int | tuple[int, ...] = (4,), samples: int = 32, max_new: int = 64, size: int = 256,
 ) -> Metrics:  # fmt: skip
-    """Samples both sides and compares what a procedure would serve.
+    """Samples both sides and compares the responses that each procedure would select.
 
     Args:
       reward: a file in rewards/ (or {'name': ..., its hyper-parameters}), or a dotted
         name of a function of the response's text.
       baseline: name in `lms` of the model to beat.
       n: N of best-of-N and worst-of-N, one or several, each at most `samples`.
-      samples: M, responses a prompt and side, at temperature 1.
-      max_new: tokens a response may have.
+      samples: M, responses per prompt and side, at temperature 1.
+      max_new: most tokens per response.
       size: prompts to use, from the start of the data (0 = all); at least 2.
 
     Returns:
       'standard', 'best_of_N' and 'worst_of_N' win rates, 'reward', 'baseline_reward'
-      and 'kl' (nats a response), each with an interval over prompts, and 'kl/se', the
+      and 'kl' (nats per response), each with an interval over prompts, and 'kl/se', the
       standard error of the latter.
 
     Raises:
@@ -72,11 +72,11 @@ def evaluate(
 
 
 class Measured(NamedTuple):
-    """Samples of two models, judged, prompt by prompt."""
+    """Rewards of samples of two models, prompt by prompt, and their KL."""
 
     ours: Float[np.ndarray, "B M"]  # rewards of the policy's responses
     theirs: Float[np.ndarray, "B M"]  # of the baseline's
-    kl: Float[np.ndarray, " B"]  # nats a response, policy to baseline
+    kl: Float[np.ndarray, " B"]  # nats per response, policy to baseline
 
 
 def measure(

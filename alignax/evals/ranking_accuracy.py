@@ -1,6 +1,6 @@
-"""Ranking accuracy: how often the model puts chosen above rejected.
+"""Ranking accuracy: how often the model ranks chosen above rejected.
 
-  implicit reward   β Σ_t [log π(y) - log π_ref(y)]   (any β > 0 ranks alike)
+  implicit reward   β Σ_t [log π(y) - log π_ref(y)]   (any β > 0 gives the same ranking)
   policy            Σ_t log π(y)
   reward model      its scalar head
 
@@ -23,7 +23,7 @@ def evaluate(
     lm: LM, lms: dict[str, LM], data, *, key, tokenizer, generate, score,
     batch_size: int, length: int, reference: str = "ref",
 ) -> Metrics:  # fmt: skip
-    """Share of pairs ranked right, with a Wilson interval.
+    """Share of pairs ranked correctly, with a Wilson interval.
 
     Args:
       reference: name in `lms` of the frozen model; without it only the policy's own

@@ -1,4 +1,4 @@
-"""Samples of the policy with their rewards: what on-policy pairs are made of.
+"""Samples of the policy with their rewards, of which on-policy pairs are made.
 
   satisfaction = mean over prompts and responses of r(x, y)
   best of G    = mean over prompts of max_g r(x, y_g)
@@ -36,8 +36,8 @@ def evaluate(
     Args:
       reward: a file in rewards/ (or {'name': ..., its hyper-parameters}), or a dotted
         name of a function of the response's text.
-      group: G, responses a prompt.
-      max_new: tokens a response may have; one that does not end by then is left out.
+      group: G, responses per prompt.
+      max_new: most tokens per response; one that does not end by then is left out.
       temperature: of the sampler.
       size: prompts to use, from the start of the data (0 = all).
       keep_given: put the data's first response in front of each group, so that the
@@ -104,7 +104,7 @@ def evaluate(
 
 
 def _text(example) -> str:
-    """The assistant's words of an example's first response."""
+    """The assistant turns of an example's first response."""
     response = example.responses[0]
     if isinstance(response, str):
         return response

@@ -1,17 +1,17 @@
-"""Where in a response two models differ: KL by position, and tokens that changed rank.
+"""KL between two models by position in the response, and tokens that changed rank.
 
   D_k = mean over responses of KL(π(·|x, y_<k) ‖ π_ref(·|x, y_<k)),   k = 1, 2, ...
   early = Σ_{k ≤ 5} D_k / Σ_k D_k
   token y_k is unshifted at rank 1 under π_ref, marginal at 2 or 3, shifted beyond
 
-Alignment that is only a few tokens deep has almost all of its KL there, and most tokens of
-an aligned answer are what the base model would have said.
+Shallow alignment has almost all of its KL in the first few tokens, and most tokens of an
+aligned answer are those that the base model would have generated.
 
 Source: Qi et al. 2024, https://arxiv.org/abs/2406.05946, section 2 (KL); Lin et al. 2023,
 https://arxiv.org/abs/2312.01552, section 2 (ranks)
 Differs from the papers: the responses are those of the data set unless `max_new` is given;
 the first paper takes harmful answers, the second the aligned model's greedy ones. Of tokens
-that the base finds equally likely the lower id ranks first.
+with equal probability under the base the lower id ranks first.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ RANGES = {"positions": "[1, inf)", "early": "[1, inf)", "max_new": "[0, inf)"}
 
 
 class _Shift(NamedTuple):
-    """What the baseline thinks of each token of a response."""
+    """How the baseline rates each token of a response."""
 
     kl: Float[Array, "N R"]  # nats
     rank: Int[Array, "N R"]  # from 1, under the baseline
@@ -53,14 +53,14 @@ def evaluate(
       baseline: name in `lms` of the model to compare with.
       positions: how many positions are reported one by one.
       early: positions that count as early.
-      ranks: report what became of the tokens' ranks too.
-      max_new: tokens of a greedy response of the model to each prompt, which are read
-        instead of the data's; 0 reads the data's.
+      ranks: also report the ranks of tokens under the baseline.
+      max_new: tokens of a greedy response of the model to each prompt, which are scored
+        instead of the data's; 0 scores the data's.
       plain: the baseline reads the prompt without the chat template, as a base model
         would; each response is one turn.
 
     Returns:
-      'kl' (mean nats a token), 'early' (share of the sum of D_k over all positions) and
+      'kl' (mean nats per token), 'early' (share of the sum of D_k over all positions) and
       'position/01' ... : D_k where a response is that long. With `ranks` 'unshifted',
       'marginal' and 'shifted' (shares of all tokens), 'rank' (their mean), 'base_prob'
       (mean probability under the baseline) and each of them by position too, as
@@ -87,8 +87,8 @@ def evaluate(
             rows = [k[s] for k, s in zip(_flat(kl), _flat(scored), strict=True)]
             found.setdefault("kl", []).extend(r for r in rows if len(r))
             continue
-        said = [bare.prompt(prompts[i]) for i in ids] if plain else None
-        for name, values in _compare(lm, base, batch, said).items():
+        others = [bare.prompt(prompts[i]) for i in ids] if plain else None
+        for name, values in _compare(lm, base, batch, others).items():
             found.setdefault(name, []).extend(values)
     out = _by_position("kl", found["kl"], positions)
     curve = _curve(found["kl"], len)
@@ -112,7 +112,7 @@ def evaluate(
 def _responses(
     lm, data, tokenizer, generate, key, batch_size, length, max_new
 ) -> Iterator[tuple[Batch, list[str]]]:
-    """Batches of responses, and whose prompts they answer."""
+    """Batches of responses, and the ids of their prompts."""
     if not max_new:
         batches = eval_batches(data, tokenizer, batch_size=batch_size, length=length)
         yield from ((batch, batches.ids(i)) for i, batch in enumerate(batches))
@@ -151,11 +151,11 @@ def _by_position(name: str, rows: list[np.ndarray], positions: int) -> Metrics:
 def _compare(
     lm: LM, base: LM, batch: Batch, prompts: list[list[int]] | None
 ) -> dict[str, list[np.ndarray]]:
-    """The fields of _Shift, of every valid response a row.
+    """The fields of _Shift, one row per valid response.
 
     Args:
-      lm: reads the batch.
-      base: reads it too, or `prompts` in front of the responses.
+      lm: scores the batch.
+      base: scores it too, or the responses after `prompts`.
       batch: [B, G, T].
       prompts: of the first, valid rows of B; None for those of the batch.
     """
@@ -164,20 +164,20 @@ def _compare(
         raise ValueError(f"token_shift: vocabularies of {sizes} tokens")
     mask, tokens = np.asarray(batch.mask), np.asarray(batch.tokens)
     places = [(b, g) for b, g in np.argwhere(batch.valid) if mask[b, g].any()]
-    ours, theirs, said, at = [], [], [], []
+    ours, theirs, responses, at = [], [], [], []
     for b, g in places:
         (scored,) = np.nonzero(mask[b, g])
         ids = tokens[b, g, : int(batch.lengths[b, g])].tolist()
         ours.append(ids)
         at.append((scored - 1, scored - 1))
-        said.append(tokens[b, g][scored])
+        responses.append(tokens[b, g][scored])
         theirs.append(ids)
         if prompts is not None:
             if len(scored) != scored[-1] - scored[0] + 1:
                 raise ValueError("plain: a response of several turns")
-            theirs[-1] = [*prompts[b], *said[-1].tolist()]
+            theirs[-1] = [*prompts[b], *responses[-1].tolist()]
             at[-1] = (scored - 1, np.arange(len(scored)) + len(prompts[b]) - 1)
-    longest = max(map(len, said))
+    longest = max(map(len, responses))
     r = -(-longest // TILE) * TILE
 
     def pad(rows):
@@ -186,19 +186,19 @@ def _compare(
     out = jax.device_get(
         _read(
             lm, base, generation_settings.ragged(ours)[0], generation_settings.ragged(theirs)[0],
-            pad([a for a, _ in at]), pad([b for _, b in at]), pad(said),
+            pad([a for a, _ in at]), pad([b for _, b in at]), pad(responses),
         )
     )  # fmt: skip
     return {
-        name: [row[: len(s)] for row, s in zip(x, said, strict=True)]
+        name: [row[: len(s)] for row, s in zip(x, responses, strict=True)]
         for name, x in out._asdict().items()
     }
 
 
 @jax.jit
-def _read(lm, base, ours, theirs, at_ours, at_theirs, said):
-    """_Shift [N, R] of the tokens `said`, each after the position `at`."""
-    n, r = said.shape
+def _read(lm, base, ours, theirs, at_ours, at_theirs, responses):
+    """_Shift [N, R] of the tokens of `responses`, each read at the position before it."""
+    n, r = responses.shape
     row = jnp.arange(n)[:, None]
     h = transformer.hidden(lm, ours)[0][row, at_ours]
     g = transformer.hidden(base, theirs)[0][row, at_theirs]
@@ -214,5 +214,5 @@ def _read(lm, base, ours, theirs, at_ours, at_theirs, said):
     def tiles(x):
         return jnp.moveaxis(x.reshape(n, r // TILE, TILE, *x.shape[2:]), 1, 0)
 
-    out = jax.lax.map(tile, jax.tree.map(tiles, (h, g, said)))
+    out = jax.lax.map(tile, jax.tree.map(tiles, (h, g, responses)))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(n, r), out)

@@ -1,4 +1,4 @@
-"""Win rate against a baseline on the same prompts, and what it cost in KL.
+"""Win rate against a baseline on the same prompts, and its cost in KL.
 
   win rate = mean over prompts of 1[r(x, y) > r(x, y')] + 1/2 1[r(x, y) = r(x, y')]
   KL       = E_{y ~ π} [log π(y|x) - log π_base(y|x)]
@@ -6,7 +6,7 @@
 Source: pairwise win rates as in Zheng et al. 2023, https://arxiv.org/abs/2306.05685; the
 pair (win rate, KL) as in Gao et al. 2022, https://arxiv.org/abs/2210.10760
 Differs from the papers: the judge is a function, so that order cannot matter. Do not
-judge with the reward that trained the policy.
+use the reward that trained the policy as the judge.
 """
 
 import functools
@@ -29,15 +29,15 @@ def evaluate(
     batch_size: int, length: int, reward: str | Mapping[str, Any], baseline: str = "ref",
     max_new: int = 64, temperature: float = 1.0, size: int = 256, show: int = 8,
 ) -> Metrics:  # fmt: skip
-    """Samples one response a prompt from each side and compares rewards.
+    """Samples one response per prompt from each side and compares rewards.
 
     Args:
       reward: a file in rewards/ (or {'name': ..., its hyper-parameters}), or a dotted
         name of a function of the response's text.
       baseline: name in `lms` of the model to beat.
-      max_new: tokens a response may have.
-      temperature: of both samplers; KL is between the untempered laws, so at another
-        temperature than 1 it is not reported.
+      max_new: most tokens per response.
+      temperature: of both samplers; KL is between the distributions at temperature 1,
+        so at another temperature it is not reported.
       size: prompts to use, from the start of the data (0 = all).
       show: prompts whose responses are returned as text.
 

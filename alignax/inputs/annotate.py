@@ -10,7 +10,7 @@ from alignax.batch import LM, Batch
 
 
 def unfilled(batch: Batch, needs: Sequence[str]) -> list[str]:
-    """The '<name>_logps' among `needs` that a batch does not bring along."""
+    """The '<name>_logps' among `needs` that a batch does not have yet."""
     extra = batch.extra or {}
     columns = [n for n in needs if n.endswith("_logps") and n != "old_logps"]
     return [
@@ -30,16 +30,16 @@ def annotate(
     """Adds the per-token log-probabilities of frozen LMs that a loss needs.
 
     'ref_logps' is the field, filled by lms['ref']; any other '<name>_logps' goes to
-    `extra` and is filled by lms['<name>']. What is there already is left alone.
+    `extra` and is filled by lms['<name>']. Columns that the batch has are kept.
 
     Args:
       batch: [B, G, T].
       lms: frozen models by name.
-      needs: what the loss declares; names that do not end in '_logps' are ignored.
+      needs: of the loss; names that do not end in '_logps' are ignored.
       score: `logprob.score`, perhaps with a mesh bound.
 
     Raises:
-      ValueError: a need without its LM; the ones that exist are listed.
+      ValueError: a need without its LM; the existing ones are listed.
     """
     for need in unfilled(batch, needs):
         name = need.removesuffix("_logps")

@@ -3,9 +3,9 @@
 import pathlib
 from typing import Any
 
-# How each family cuts text before merges, by `tokenizer.ggml.pre`. A pattern is a fact
-# about the vocabulary: with another one the same text gets other ids.
-_GPT2 = None  # the pattern that tokenizers' ByteLevel brings along
+# The pre-tokenizer of each family, by `tokenizer.ggml.pre`. It belongs to the vocabulary:
+# with another pattern the same text gets other ids.
+_GPT2 = None  # the default pattern of tokenizers' ByteLevel
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -24,7 +24,7 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], str | None]:
     """The `tokenizer.ggml.*` fields by their last name, and the chat template.
 
     Raises:
-      ImportError: the gguf library is not there; names the extra.
+      ImportError: the gguf library is not installed; names the extra.
     """
     try:
         import gguf

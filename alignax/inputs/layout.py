@@ -1,10 +1,10 @@
-"""Packed rows: what the responses to a prompt share is computed once, padding hardly.
+"""Packed rows: a prefix that responses share is computed once, and little padding.
 
-A group is a prompt's responses: the tokens that all of them begin with stand once, what
-each goes on with stands behind them, and several groups share a row. Everything here is
-numpy on the host, and a pure function of the batch; shapes depend on lengths alone, in
-few steps, because each shape is a program to compile. `logprob.score` reads a batch
-with a layout to the same numbers as without.
+A group is the responses to one prompt. Their common prefix is stored once, the rest of each
+response follows, and several groups share a row. Everything here is numpy on the host, and
+a pure function of the batch; shapes depend on lengths alone and take few values, because
+each shape is a program to compile. `logprob.score` gives the same numbers for a batch with
+a layout as without.
 """
 
 import bisect
@@ -21,10 +21,10 @@ TARGET = 1024  # tokens of a row, where the longest group allows
 
 
 class Group(NamedTuple):
-    """The responses to one prompt, in tokens; those without a scored one do not count."""
+    """The responses to one prompt, in tokens; those without a scored token are left out."""
 
-    shared: int  # at the start of all
-    own: dict[int, int]  # response -> what it goes on with, up to its last scored token
+    shared: int  # tokens of the common prefix
+    own: dict[int, int]  # response -> tokens after it, up to its last scored token
 
     def size(self) -> int:
         """Distinct tokens."""
@@ -32,7 +32,7 @@ class Group(NamedTuple):
 
 
 def group(rows: Iterable[np.ndarray], masks: Iterable[np.ndarray]) -> Group:
-    """What responses share, from their rows.
+    """The common prefix of responses, and what each has after it.
 
     Args:
       rows: ids, prompt and response, of one response each.
@@ -51,9 +51,9 @@ def group(rows: Iterable[np.ndarray], masks: Iterable[np.ndarray]) -> Group:
 
 
 def pieces(group: Group, length: int) -> list[list[int]]:
-    """The responses of a group by the rows that they can stand in, mostly one.
+    """The responses of a group by the rows that they are placed in, mostly one.
 
-    Each piece repeats what is shared.
+    Each piece repeats the common prefix.
 
     Raises:
       ValueError: a response that is longer than a row.
@@ -80,8 +80,8 @@ def pieces(group: Group, length: int) -> list[list[int]]:
 def pack(sizes: Sequence[int], length: int) -> list[list[int]]:
     """Items by rows of `length`: best fit, longest first, or in order if that is fewer.
 
-    In order never takes more rows than any way to cut the items, as they come, into
-    rows: who filled rows one after the other finds room for them again.
+    In order never takes more rows than any way to cut the items, in their order, into
+    rows: items that `fill` placed in so many rows fit into them again.
     """
     best: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (tokens left, row), sorted
@@ -110,11 +110,11 @@ def steps(many: int) -> int:
 
 
 def shape(sizes: Sequence[int], prompts: int) -> tuple[int, int]:
-    """(R, L) that so many prompts of a data set fill on average; a little less.
+    """(R, L) of rows that so many prompts of a data set fill on average, rounded down.
 
     Args:
       sizes: distinct tokens of every group of the data set.
-      prompts: places for them.
+      prompts: of a batch.
     """
     longest = max(sizes)
     budget = max(prompts * float(np.mean(sizes)), longest)
@@ -125,7 +125,7 @@ def shape(sizes: Sequence[int], prompts: int) -> tuple[int, int]:
 
 
 def _grain(length: int) -> int:
-    """What lengths are multiples of: a power of two, at most a 16th of it, at least 8."""
+    """The divisor of row lengths: a power of two, at most a 16th of it, at least 8."""
     return max(8, 1 << max(length // 32, 1).bit_length() - 1)
 
 
@@ -137,11 +137,11 @@ def build(
 
     Args:
       batch: host arrays; every response with a scored token is placed, valid or not.
-      length: L, tokens a row.
+      length: L, tokens per row.
       shards: of this process, over which the batch is split in order.
       accumulate: micro-batches, likewise within a shard (see `step.make_train_step`).
       rows: R, rows of each of the shards * accumulate blocks; None takes as many as the
-        fullest needs, in the steps of `steps`.
+        fullest block needs, rounded up by `steps`.
 
     Raises:
       ValueError: prompts that do not divide over the blocks, more rows than `rows`, or a
@@ -181,7 +181,7 @@ def _place(out: Any, at, start, number, i, group, piece, tokens, mask) -> int:
     """Writes one piece of a group from column `start` on; returns where it ends."""
 
     def write(first, last, branch, before, responses):
-        """Tokens [first, last) of responses, which share them; `before` precedes them."""
+        """Writes tokens [first, last) of `responses` behind the one in column `before`."""
         nonlocal start
         end = start + last - first
         span = (*at, slice(start, end))
@@ -205,7 +205,7 @@ def _place(out: Any, at, start, number, i, group, piece, tokens, mask) -> int:
 
 
 def choose(blocks: Sequence[Sequence[int]], places: int, most: int) -> tuple[int, int]:
-    """(R, L) for a batch whose groups are what they are, one of eight.
+    """(R, L) for a batch with given groups, one of eight shapes.
 
     Args:
       blocks: distinct tokens of the groups of every block.
@@ -254,7 +254,7 @@ def lay(
 
 
 def distinct(batch: Batch) -> int:
-    """Tokens of a batch, what responses to a prompt share counted once."""
+    """Tokens of a batch, the common prefix of a prompt's responses counted once."""
     pairs = zip(np.asarray(batch.tokens), np.asarray(batch.mask), strict=True)
     return sum(group(*x).size() for x in pairs)
 
@@ -265,17 +265,17 @@ def fill(
 ) -> list[list[int | None]]:  # fmt: skip
     """Batches of one shape whose rows are full: every item of `order` once.
 
-    Rows are filled one after the other. The first half of a row's places goes to the
-    items that have waited longest; the others to those of the `window` next ones that
-    use its tokens up as it uses its places up.
+    Rows are filled one after another. The first half of a row's places takes the oldest
+    items; the other half takes those of the `window` next items that exhaust its tokens
+    and its places together.
 
     Args:
       sizes: distinct tokens of every group, none more than `length`.
       order: indices into `sizes`.
-      prompts: places for them in a batch.
+      prompts: places of a batch.
       rows: R.
-      length: L, tokens a row.
-      window: items that are looked at; 1 keeps the order.
+      length: L, tokens per row.
+      window: items to choose from; 1 keeps the order.
 
     Returns:
       Of each batch `prompts` indices, row by row; None is an empty place.
@@ -299,7 +299,7 @@ def fill(
         fits = sizes[oldest] <= room
         if room == length or window == 1 or (slots > share / 2 and fits):
             return oldest if fits else None
-        # what is left is shared out evenly; the last place takes all of it that fits
+        # the remaining tokens are divided evenly; the last place takes all that fits
         aim = room // slots if slots > 1 else room
         at = bisect.bisect_right(sorted_, (aim, len(sizes)))
         if slots > 1 and at < len(sorted_):
@@ -312,7 +312,7 @@ def fill(
     while waiting:
         batch: list[int | None] = []
         for r in range(rows):
-            # the places of a batch are shared out over the rows still to fill
+            # the places of a batch are divided over the rows that are not yet filled
             share = -(-(prompts - len(batch)) // (rows - r))
             room = length
             for slots in range(share, 0, -1):
@@ -326,13 +326,13 @@ def fill(
 
 
 def spread(sizes: Sequence[int], blocks: int) -> list[list[int]]:
-    """Items by blocks of as many places, whose tokens differ little; 0 is no item.
+    """Divides items over blocks of equally many places and about as many tokens each.
 
     The largest first, each to the block that has the fewest tokens and a place; then the
     fullest block exchanges items with others as long as that helps.
 
     Returns:
-      Of each block indices into `sizes`, in order; those of 0 are left out.
+      Of each block indices into `sizes`, in order; those of size 0 are left out.
     """
     out: list[list[int]] = [[] for _ in range(blocks)]
     total = [0] * blocks
@@ -361,7 +361,7 @@ def spread(sizes: Sequence[int], blocks: int) -> list[list[int]]:
 
 
 def fitted(blocks: Sequence[Sequence[int]], longest: int) -> tuple[int, int]:
-    """The least (R, L) into whose rows each of some blocks of items goes."""
+    """The least (R, L) whose rows hold each of the given blocks of items."""
     budget = max(max(map(sum, blocks)), longest)
     rows = max(1, round(budget / max(TARGET, 2 * longest)))
     grain = _grain(budget // rows)

@@ -1,7 +1,7 @@
 """Which examples share a batch, in which order and at which T: pure functions of a step.
 
-Positions 0, 1, ... run through the data epoch after epoch. A plan gives random access to
-the batches of all steps, so that a source can stop anywhere and go on from there.
+Positions 0, 1, ... count through the data epoch after epoch. A plan gives random access
+to the batches of all steps, so that a source can stop anywhere and resume there.
 """
 
 import bisect
@@ -19,15 +19,15 @@ from alignax.inputs import layout
 from alignax.inputs.rows import Row
 
 ENDLESS = 2**62  # steps
-LAST = 8  # batches of an epoch over which its end is shared out
+LAST = 8  # batches over which the remainder of an epoch is divided
 
 
 class Order:
     """Which examples make up batch k: a pure function of k.
 
-    Positions 0, 1, ... run through epoch after epoch, in Grain's order; batch k takes
-    positions kb..(k+1)b-1. Batches within one epoch are sorted by length in windows; a
-    batch that straddles two epochs stands alone, or copies of one example would meet.
+    Positions 0, 1, ... count through epoch after epoch, in Grain's order; batch k takes
+    positions kb..(k+1)b-1. Within one epoch windows of batches are sorted by length; a
+    batch of two epochs is in no window, or copies of one example could share a batch.
     """
 
     def __init__(self, lengths: list[int], share: int, *, window, seed, shuffle, limit):
@@ -38,7 +38,7 @@ class Order:
         self._sorted = functools.lru_cache(maxsize=2)(self._sort)
 
     def batch(self, k: int) -> list[int | None]:
-        """Indices of the examples in batch k; None fills up behind the last epoch."""
+        """Indices of the examples in batch k; None fills up after the last epoch."""
         n, b = len(self.lengths), self.share
         epoch = k * b // n
         first, stop = (
@@ -62,7 +62,7 @@ class Order:
 
 
 class Packing(NamedTuple):
-    """What packed rows are laid out for, and their usual shape."""
+    """The devices and micro-batches that rows are packed for, and their usual shape."""
 
     shards: int  # over all hosts
     accumulate: int  # micro-batches
@@ -77,9 +77,10 @@ class Packing(NamedTuple):
 class Filled:
     """Which examples make up batch k, as many as fill its rows: a pure function of k.
 
-    Every epoch is cut into batches on its own (see `layout.fill`), in Grain's order; what
-    is left for its last ones is shared out evenly, for a step weighs its prompts alike
-    however few they are. Devices and micro-batches have no part in it.
+    Every epoch is cut into batches separately (see `layout.fill`), in Grain's order. The
+    last batches of an epoch get equal shares of the rest, because a step gives the mean
+    over its prompts however few they are. The batches do not depend on the number of
+    devices and micro-batches.
     """
 
     def __init__(self, sizes: list[int], prompts: int, *, window, seed, shuffle):
@@ -99,11 +100,11 @@ class Filled:
         return self.epoch(number)[k - self.ends[number]]
 
     def steps(self, epochs: int) -> int:
-        """Batches that so many epochs have."""
+        """Number of batches of `epochs` epochs."""
         return sum(len(self.epoch(number)) for number in range(epochs))
 
     def packing(self, shards: int, accumulate: int, some: int = 256) -> Packing:
-        """Rows for so many devices and micro-batches, as the first batches need them."""
+        """The shape of rows over devices and micro-batches that the first batches need."""
         if (blocks := shards * accumulate) == 1:
             return Packing(1, 1, self.rows, self.length)
         found = []
@@ -122,7 +123,7 @@ class Filled:
         return out if self.window == 1 else out[:-LAST] + self._even(out[-LAST:])
 
     def _even(self, batches: list[list[int | None]]) -> list[list[int | None]]:
-        """As many batches of the same items, each with about as many tokens."""
+        """As many batches of the same items, all with about as many tokens."""
         items = [i for batch in batches for i in batch if i is not None]
         sizes = [self.sizes[i] for i in items]
         sizes += [0] * (len(batches) * self.prompts - len(items))
@@ -134,7 +135,7 @@ class Filled:
 
 
 class Plan:
-    """Random access to the batches of all steps: what Grain iterates over."""
+    """Random access to the batches of all steps, over which Grain iterates."""
 
     def __init__(
         self, data, orders, steps, *, buckets, host, pad, mixture, packing=None
@@ -195,7 +196,7 @@ class Plan:
         )
 
     def packed_shape(self, rows) -> tuple[int, int]:
-        """(R, L) of a batch, the same on all hosts: few batches need more than usual."""
+        """(R, L) of a batch, the same on all hosts; few batches need more than usual."""
         assert self.packing is not None
         each = len(rows) // self.packing.blocks
         sizes = [0 if row is None else row.distinct for _, row in rows]
@@ -207,7 +208,7 @@ class Plan:
         return usual if need <= usual else layout.steps(need), self.packing.length
 
     def tokens(self, rows) -> tuple[int, int, int]:
-        """Tokens of a batch: that are there, distinct ones, and those computed."""
+        """Tokens of a batch: real ones, distinct real ones, and computed ones."""
         used = [row for _, row in rows if row is not None]
         distinct = sum(row.distinct for row in used)
         if self.packing is None:
@@ -219,7 +220,7 @@ class Plan:
     def shares(self, steps: int) -> dict[str, float]:
         """Of the first `steps` batches: share of padding, and of distinct real tokens.
 
-        What is computed twice, such as a prompt beside each response, is neither.
+        Tokens that are computed again, such as a prompt in each plain row, are neither.
         """
         found = np.sum([self.tokens(self.rows(k)) for k in range(steps)], 0)
         real, distinct, total = found.tolist()

@@ -36,8 +36,8 @@ def prompt_batches(
     Args:
       examples: only their prompts are read.
       tokenizer: from `tokenizer.load`.
-      batch_size: B; the last batch is filled up with copies marked invalid.
-      length: tokens a prompt may have; longer ones lose their left, BOS stays.
+      batch_size: B; the last batch is filled up with copies that are not valid.
+      length: most tokens per prompt; longer ones lose their left end, BOS stays.
       buckets: the values of P that occur; as for `dataset_source`.
 
     Raises:

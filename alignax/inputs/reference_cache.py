@@ -1,11 +1,11 @@
 """Log-probabilities under the frozen reference, computed once and kept on disk.
 
-The reference never changes, so its forward pass over a data set need not be repeated
-every epoch and every run; neither need its samples (a file of their rewards is written
-and read by the same functions). A file holds, for each distinct row (tokens and mask), the
+The reference never changes, so its forward pass over a data set need not be repeated in
+every epoch and every run; nor need its samples (a file of their rewards is written and
+read by the same functions). A file holds, for each distinct row (tokens and mask), the
 log-probabilities of its scored tokens; a row is found by its content, whatever batch it
-stands in (where that batch has another shape, the numbers may round differently). The
-file states what it was made of: if any of that differs, it is refused.
+is in (in a batch of another shape, the numbers may round differently). The file has a key
+that describes its model, data and settings: if any of them differs, it is refused.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ Table = dict[bytes, np.ndarray]  # content of a row -> float32 log-probs, scored
 
 
 def describe(lm: LM, batches: Iterable[Batch], **more: Any) -> dict[str, str]:
-    """What a cache is made of, part by part.
+    """The key of a cache: what its numbers depend on, part by part.
 
     Args:
       lm: the reference.
@@ -45,7 +45,7 @@ def describe(lm: LM, batches: Iterable[Batch], **more: Any) -> dict[str, str]:
 
 
 def describe_lm(lm: LM, **more: Any) -> dict[str, str]:
-    """What numbers of an LM depend on, part by part, and further parts."""
+    """What the numbers of an LM depend on, part by part, and further parts."""
     fields = {f.name: getattr(lm.config, f.name) for f in dataclasses.fields(lm.config)}
     model = {name: value for name, value in fields.items() if name not in HOW}
     return {
@@ -74,10 +74,10 @@ def compute(batches: Iterable[Batch], score: Callable[[Batch], np.ndarray]) -> T
 
 
 def transfer(rows: EvalBatches, others: EvalBatches, table: Table) -> Table:
-    """Numbers on the responses of other rows, for the same responses here.
+    """A table for `rows` from one for `others`, which has the same responses.
 
-    So the reference may read another prompt than the policy: examples are matched by
-    their ids, responses by their place, scored tokens by their order.
+    So the reference may be given another prompt than the policy: examples are matched by
+    their ids, responses by their slot, scored tokens by their order.
 
     Args:
       rows: the data set that is trained on.
@@ -118,7 +118,7 @@ def transfer(rows: EvalBatches, others: EvalBatches, table: Table) -> Table:
 
 
 def save(path, table: Table, key: dict[str, str]) -> None:
-    """Writes a table and what it was made of; the file appears complete or not at all."""
+    """Writes a table and its key; the file appears complete or not at all."""
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.parent / f".{path.name}"
@@ -137,7 +137,7 @@ def load(
     path, key: dict[str, str], *, what: str = "log-probabilities",
     setting: str = "config.reference_cache", also: Mapping[str, str] = MappingProxyType({}),
 ) -> Table:  # fmt: skip
-    """Reads a table that was made of exactly what `key` says.
+    """Reads a table whose key is exactly `key`.
 
     Args:
       path: of the file.
@@ -147,7 +147,7 @@ def load(
       also: parts of the key as an earlier version of this package wrote them.
 
     Raises:
-      ValueError: it was made of something else; the parts that differ are named.
+      ValueError: it has another key; the parts that differ are named.
     """
     try:
         with epath.Path(path).open("rb") as file:

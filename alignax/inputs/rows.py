@@ -39,7 +39,7 @@ def read(
     """Tokenises and cuts all examples.
 
     Args:
-      examples: what the reader of a file refused is in their attribute `report`, if any.
+      examples: their attribute `report`, if any, has the lines that were not readable.
       tokenizer: from `tokenizer.load`.
       length: tokens of a row, at least 2.
       vocab_size: V of the model, or None for no check.
@@ -87,7 +87,7 @@ def _row(
     """One example as a row; None if it is malformed or dropped, which is counted."""
     counts["read"] += 1
     try:
-        whole = _tokenize(example, tokenizer)
+        whole = tokenize(example, tokenizer)
     except ValueError as e:
         _note(counts, "malformed", f"{example.id}: {e}")
         return None
@@ -111,7 +111,13 @@ def _row(
     )
 
 
-def _tokenize(example: Example, tokenizer: Tokenizer) -> Tokenized:
+def tokenize(example: Example, tokenizer: Tokenizer) -> Tokenized:
+    """An example as ids, not yet cut.
+
+    Raises:
+      ValueError: no response, feedback of another number, or a conversation that the
+        tokenizer refuses.
+    """
     if not example.responses:
         raise ValueError("no response")
     if example.feedback and len(example.feedback) != len(example.responses):

@@ -1,4 +1,4 @@
-"""A host batch as text: what a source keeps of it in its state, bit for bit."""
+"""A host batch as text, for the state of a source; bit for bit."""
 
 import base64
 import io

@@ -35,17 +35,17 @@ log = logging.getLogger(__name__)
 
 
 class Source(NamedTuple):
-    """Batches in order, with a place to stop and go on.
+    """Batches in order, from any saved position.
 
     Attributes:
       next: (params, step, average) -> Batch of this host's rows; `average` is that of the
         parameters, None where the run keeps none. Offline sources ignore all three.
         Raises StopIteration when the epochs are over.
       state: () -> a JSON-serialisable dict.
-      restore: takes what `state` gave; the batches that follow are bit-identical.
+      restore: takes the dict of `state`; the batches that follow are bit-identical.
       report: () -> counts over the data ('read', 'used', 'cut', 'dropped',
         'malformed'), over one epoch 'padding' (share of tokens) and 'useful' (share of
-        distinct ones, what responses share counted once), the first 'dropped_ids' and
+        distinct tokens, a common prefix counted once), the first 'dropped_ids' and
         'malformed_ids' with their reasons; 'ids' of the last batch, and 'metrics' of it.
     """
 
@@ -80,10 +80,10 @@ def dataset_source(
 
     Packed batches (see `layout`) all have one shape, whose rows hold as many tokens as
     `batch_size` prompts have on average. They are filled up to that: a batch has up to
-    `batch_size` prompts, the places left over are invalid; those at the end of an epoch
-    have what is left of it. That needs room for some prompts beside each other, on every
-    device. Where there is none, and in a mixture, whose ratio is exact, batches are those
-    of plain rows, and each is packed into one of eight shapes.
+    `batch_size` prompts, and the remaining places are invalid; the last batches of an
+    epoch have fewer. Filling works well where every device has room for several prompts.
+    With `filled=False`, and in a mixture, whose ratio is exact, batches are those of plain
+    rows, and each is packed into one of eight shapes.
 
     An example that cannot be tokenised (its prompt's ids are no prefix of the whole, a
     turn holds two EOS, ...) counts as malformed and is named with its reason.
@@ -93,8 +93,8 @@ def dataset_source(
         step holds exactly that ratio, in blocks of rows in the order of the names, and
         `extra['source']` (int32 [B]) is the index of the name.
       tokenizer: from `tokenizer.load`.
-      batch_size: B, prompts a step over all hosts.
-      length: tokens a row may have; longer examples are cut.
+      batch_size: B, prompts per step over all hosts.
+      length: most tokens per row; longer examples are cut.
       seed: of the order.
       buckets: the values of T that occur, at most `length`; by default 1, 2, 3, 4,
         6 and 8 eighths of it. Each value that occurs is compiled once.
@@ -335,7 +335,7 @@ def _warn_if_emptier(filled: dict[str, float], grouped: dict[str, float]) -> Non
     if filled["useful"] < grouped["useful"] - 0.02:
         log.warning(
             "%.0f %% of what packed rows compute is useful, %.0f %% where batches are "
-            "of like length: few prompts a device want config.layout = 'grouped'",
+            "of like length: with few prompts per device use config.layout = 'grouped'",
             100 * filled["useful"], 100 * grouped["useful"],
         )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Text to token ids and back: bytes, a Hugging Face directory, or a .gguf file.
 
 A conversation is rendered by its chat template to one string and that string is
-tokenised once, without added specials. What the template leaves open is settled here:
+tokenised once, without added specials. What a template leaves open is defined here:
 
   prompt     its ids must be a prefix of the ids of the whole, or the example is an error
   BOS        at most one; added only to raw text, never to what a template wrote
@@ -20,21 +20,9 @@ import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, SupportsIndex
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
-
 from alignax.batch import Example, Message
+from alignax.inputs import chat_template as chat_templates
 from alignax.inputs import gguf_vocab
-
-# Conversations need some form where a tokenizer brings no template of its own (bytes,
-# base models). A turn starts a new pre-token, so prefixes of the text stay prefixes of
-# the ids; EOS is inserted after each assistant turn by `tokenize`.
-PLAIN_TEMPLATE = (
-    "{% for m in messages %}{% if not loop.first %}{{ '\\n\\n' }}{% endif %}"
-    "{{ m.role | capitalize }}: {{ m.content | trim }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
-)
 
 
 class PrefixError(ValueError):
@@ -51,7 +39,7 @@ class Tokenized(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """What the program knows about text. Build it with `load`.
+    """Text to token ids and back. Build it with `load`.
 
     Attributes:
       vocab_size: one more than the largest id; a model's table may be larger.
@@ -62,7 +50,7 @@ class Tokenizer:
       add_bos: whether raw text (no template) starts with BOS.
       chat_template: jinja2 source, or None for raw text.
       specials: special tokens as templates name them, e.g. {'eos_token': '</s>'}.
-      now: what a template's `strftime_now` reads; fixed so that ids are too.
+      now: what a template's `strftime_now` reads; fixed so that the ids are fixed too.
     """
 
     vocab_size: int
@@ -80,7 +68,7 @@ class Tokenizer:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Hash of everything that decides the ids: a changed one makes caches stale."""
+        """Hash of everything that the ids depend on, for the keys of caches."""
         parts: tuple[Any, ...] = (
             self._vocab_hash,
             self.chat_template,
@@ -93,7 +81,7 @@ class Tokenizer:
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`. Specials written in the text count; none is ever added."""
+        """Ids of `text`. Specials in the text become their ids; none is ever added."""
         return self._encode(text)
 
     def decode(
@@ -108,19 +96,12 @@ class Tokenizer:
         """The conversation as the one string that is tokenised.
 
         Raises:
-          ValueError: the template refuses the messages, with its own words.
+          ValueError: the template refuses the messages; its message is included.
         """
-        try:
-            return _compile(self.chat_template or PLAIN_TEMPLATE, self.now).render(
-                messages=list(messages),
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **self.specials,
-            )
-        except (jinja2.TemplateError, TypeError) as e:
-            roles = [m.get("role") for m in messages]
-            raise ValueError(f"chat template refuses turns {roles}: {e}") from e
+        return chat_templates.render(
+            self.chat_template, messages, add_generation_prompt,
+            specials=self.specials, now=self.now,
+        )  # fmt: skip
 
     def prompt(self, example: Example | str | Sequence[Message]) -> list[int]:
         """Ids to generate from: the prompt, up to where an assistant turn starts."""
@@ -135,7 +116,8 @@ class Tokenizer:
         """Ids of a prompt and its G responses, and which of them are scored.
 
         Raises:
-          PrefixError: the prompt's ids are not a prefix of the whole's; shows where.
+          PrefixError: the prompt's ids are no prefix of the whole's; the message shows
+            where they differ.
           ValueError: a response without an assistant turn, an assistant turn that
             holds an EOS of its own, two BOS at the start, or an empty prompt.
         """
@@ -147,7 +129,7 @@ class Tokenizer:
             for text, prefill in texts:
                 ids, given = self.encode(text), self.encode(prefill)
                 self._check_prefix(given, ids, "prefill")
-                # A response that brings its own EOS at the end keeps that one.
+                # A response that already ends in EOS keeps it.
                 if not ids or ids[-1] not in self.eos_ids:
                     ids = [*ids, self.eos_id]
                 self._check_one_eos(ids)
@@ -191,8 +173,8 @@ class Tokenizer:
         messages = [*prompt, *response]
         ids = self.encode(self.render(messages))
         first = sum(m["role"] == "assistant" for m in prompt)
-        # Turns of the prompt need no look where the template closes them by itself: it
-        # may render old turns differently (Qwen3 strips their thoughts).
+        # Turns of the prompt are skipped where the template closes them itself: it may
+        # render old turns differently (Qwen3 removes their thinking).
         skip = first if self._template_writes_eos else 0
         turns = self._turns(messages, ids, skip)
         marks = [False] * len(ids)
@@ -216,7 +198,7 @@ class Tokenizer:
     def _turns(self, messages, ids, skip: int = 0) -> list[tuple[int, int]]:
         """[start, stop) in `ids` of each assistant turn after the first `skip`.
 
-        A turn's 'prefill', the beginning of its content, is in front of its start.
+        A turn's 'prefill', the beginning of its content, is before its start.
         """
         spans = []
         at = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
@@ -253,8 +235,8 @@ class Tokenizer:
         at = next((i for i, (a, b) in enumerate(pairs) if a != b), len(whole))
         window = slice(max(0, at - 8), at + 8)
         raise PrefixError(
-            f"the ids of the {name} are not a prefix of the whole: they part at token {at}"
-            f"\n  {name} alone: {self.decode(part[window], keep_specials=True)!r}"
+            f"the ids of the {name} are not a prefix of the whole: they differ from token "
+            f"{at} on\n  {name} alone: {self.decode(part[window], keep_specials=True)!r}"
             f" {part[window]}"
             f"\n  in the whole: {self.decode(whole[window], keep_specials=True)!r}"
             f" {whole[window]}"
@@ -282,9 +264,9 @@ def load(
     """Reads a tokenizer.
 
     Args:
-      path: 'bytes' (256 bytes and three specials, needs no file), a Hugging Face
+      path: 'bytes' (256 bytes and three specials, no file), a Hugging Face
         directory with tokenizer.json, or a .gguf file.
-      now: the date that templates see; the time of loading by default. A run that must
+      now: the date that templates read; the time of loading by default. A run that must
         give the same ids on another day under a template that prints the date sets it.
 
     Raises:
@@ -399,7 +381,7 @@ def from_ggml(
 
 
 def _wrap(core, specials, template, now, *, eos_ids, add_bos, where) -> Tokenizer:
-    """A Tokenizer round `tokenizers.Tokenizer`; `specials` holds tokens by name."""
+    """A Tokenizer from a `tokenizers.Tokenizer`; `specials` holds tokens by name."""
     core.no_padding()
     core.no_truncation()
     ids = {name: core.token_to_id(token) for name, token in specials.items()}
@@ -412,7 +394,7 @@ def _wrap(core, specials, template, now, *, eos_ids, add_bos, where) -> Tokenize
             f"{where}: no EOS token; name 'eos_token' in tokenizer_config.json"
         )
     bos_id = ids.get("bos_token")
-    if add_bos is None:  # then the post-processor decides
+    if add_bos is None:  # then as the post-processor does
         add_bos = bos_id is not None and core.encode("a").ids[:1] == [bos_id]
     return Tokenizer(
         vocab_size=max(core.get_vocab(with_added_tokens=True).values()) + 1,
@@ -441,39 +423,3 @@ def _raw(response: str | Sequence[Message]) -> tuple[str, str] | None:
     if len(response) == 1 and "prefill" in response[0]:
         return response[0]["content"], response[0]["prefill"]
     return None
-
-
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks assistant text for other programs; here it is a no-op."""
-
-    tags = {"generation"}  # noqa: RUF012 (as the base class declares it)
-
-    def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-@functools.lru_cache(maxsize=8)
-def _compile(source: str, now: datetime.datetime) -> jinja2.Template:
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    def tojson(
-        value, ensure_ascii=False, indent=None, separators=None, sort_keys=False
-    ):
-        # Templates mean plain JSON; jinja2's own filter escapes HTML.
-        return json.dumps(
-            value, ensure_ascii=ensure_ascii, indent=indent,
-            separators=separators, sort_keys=sort_keys,
-        )  # fmt: skip
-
-    # Templates come with downloaded models: they run in a sandbox.
-    env = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[jinja2.ext.loopcontrols, _Generation],
-    )
-    env.filters["tojson"] = tojson
-    env.globals["raise_exception"] = raise_exception
-    env.globals["strftime_now"] = lambda form: now.strftime(form)
-    return env.from_string(source)

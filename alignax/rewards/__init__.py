@@ -1,7 +1,7 @@
 """Rewards: `reward(batch, texts, lms, *, ...) -> f32[B, G]`, one file per judge.
 
-A dotted name may also point to any function from a response's text to a number. A file
-that takes the keywords `tokenizer` or `score` is handed the run's own.
+A dotted name may also point to any function from a response's text to a number. A reward
+that takes the keywords `tokenizer` or `score` receives those of the run.
 """
 
 import ast
@@ -23,7 +23,8 @@ from alignax.plugin import Bound
 def load(reward: str | Mapping[str, Any]) -> Bound:
     """A reward by its name, or by {'name': ..., its hyper-parameters}.
 
-    The `members` of a reward that is made of others are loaded too, for their mistakes.
+    The `members` of a reward that combines others are loaded too, so that a mistake in one
+    of them is reported here.
     """
     spec = {"name": reward} if isinstance(reward, str) else dict(reward)
     if "name" not in spec:
@@ -59,15 +60,15 @@ def call(
 
     Raises:
       ValueError: the reward raised, gave another shape or a number that is not finite;
-        the text that caused it is shown. It needs what was not handed in. It raised on
-        some hosts only, or gave them different numbers.
+        the message shows the response that caused it. It needs an argument that was not
+        given. It raised on some hosts only, or its numbers differ between hosts.
     """
     if jax.process_count() == 1:
         return _judged(reward, batch, texts, lms, tokenizer, score)
     values, failure = None, None
     try:
         values = _judged(reward, batch, texts, lms, tokenizer, score)
-    except Exception as error:  # the others wait to hear of it
+    except Exception as error:  # the other hosts wait in the allgather
         failure = error
     digest = 0 if values is None else zlib.crc32(np.ascontiguousarray(values).tobytes())
     mine = np.array([failure is not None, digest], np.uint32)
@@ -77,12 +78,12 @@ def call(
     if failed.any():
         raise ValueError(
             f"reward {reward.name} raised on hosts {np.flatnonzero(failed).tolist()}; "
-            "what is in their output"
+            "see their output"
         )
     if len(set(digests.tolist())) > 1:
         raise ValueError(
             f"reward {reward.name} gave hosts different numbers for the same responses: "
-            "every host judges by itself, so that a reward must be deterministic"
+            "every host computes the reward itself, so it must be deterministic"
         )
     assert values is not None
     return values
@@ -114,8 +115,8 @@ def identity(reward: Bound, *, digest: Callable[[Callable], str] | None = None) 
 def earlier_identity(reward: Bound) -> str:
     """The identity that runs before 2026-12 saved, in which comments and docstrings count.
 
-    Rewards of this package have changed their docstrings since, so EARLIER keeps what
-    their source was; that of any other function is read again.
+    The docstrings of this package's rewards have changed since, so EARLIER holds the
+    digest of their source at the time; the source of any other function is read again.
     """
 
     def digest(function: Callable) -> str:
@@ -128,10 +129,10 @@ def earlier_identity(reward: Bound) -> str:
 # code_digest of a reward -> the digest of its source at commit 2628565. An entry holds
 # only as long as the code is the same.
 EARLIER: dict[str, str] = {
-    "90098e287a280b39": "28455d78bbf2763d",  # constraints
-    "de1c256c0bbd383e": "c071a8295fc8a781",  # ensemble
-    "40d3892a4e7e0670": "7607432f0f4c40e8",  # model
-    "e68326d815207a1e": "c98c8c18b9c2a89f",  # relevance
+    "6a0459135f010bb8": "28455d78bbf2763d",  # constraints
+    "91989e8a084975b2": "c071a8295fc8a781",  # ensemble
+    "ded57b2fd2be0487": "7607432f0f4c40e8",  # model
+    "e33aeb694ca0fedd": "c98c8c18b9c2a89f",  # relevance
 }
 
 
@@ -139,7 +140,8 @@ def code_digest(function: Callable) -> str:
     """16 hex digits of a function's syntax tree without comments and docstrings."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):  # typed in, or in the middle of a line
+    except (OSError, TypeError, SyntaxError):
+        # defined interactively, or a lambda in the middle of an expression
         return _digest(_source(function))
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
@@ -166,10 +168,10 @@ def _plain_tree(node: Any) -> Any:
 
 
 def _source(function: Callable) -> str:
-    """The source as it stands, or the compiled code where there is none."""
+    """The source text, or the byte code where there is none."""
     try:
         return inspect.getsource(function)
-    except (OSError, TypeError):  # typed in, or no plain function
+    except (OSError, TypeError):  # defined interactively, or no plain function
         made: Any = getattr(function, "__code__", None)
         return made.co_code.hex() if made else type(function).__qualname__
 
@@ -181,7 +183,7 @@ def _digest(text: str) -> str:
 def _judged(
     reward: Bound, batch, texts: list[list[str]], lms, tokenizer, score
 ) -> np.ndarray:
-    """What this host finds."""
+    """The rewards that this host computes, [B, G]."""
     parameters = inspect.signature(reward.function).parameters
     if "batch" in parameters:
         handed = {"tokenizer": tokenizer, "score": score}
@@ -189,17 +191,17 @@ def _judged(
         for name, p in parameters.items():
             if name in plugin.HANDED and p.default is p.empty and name not in handed:
                 raise ValueError(
-                    f"reward {reward.name} reads the {name}, which is not handed in here"
+                    f"reward {reward.name} reads the {name}, which is not given here"
                 )
         try:
             values = np.asarray(reward(batch, texts, lms, **handed), np.float32)
         except Exception as error:
-            # hosts that share an LM's scores cannot ask for them one by one
+            # scores of an LM over several hosts cannot be computed one response at a time
             alone = jax.process_count() == 1 or "score" not in handed
             text = _culprit(reward, batch, texts, lms, handed) if alone else None
             on = "a batch that begins with" if text is None else "the response"
             raise ValueError(
-                f"reward {reward.name} raised {_told(error)} on {on} "
+                f"reward {reward.name} raised {_described(error)} on {on} "
                 f"{texts[0][0] if text is None else text!r}"
             ) from error
     else:
@@ -224,7 +226,7 @@ def _judged(
 
 
 def _culprit(reward: Bound, batch, texts, lms, handed) -> str | None:
-    """The first response on which a reward raises also alone."""
+    """The first response on which a reward raises when it is scored alone."""
     for b, group in enumerate(texts):
         for g, text in enumerate(group):
             rows = (slice(b, b + 1), slice(g, g + 1))
@@ -241,10 +243,10 @@ def _one(reward: Bound, text: str) -> float:
         return float(reward(text))
     except Exception as error:
         raise ValueError(
-            f"reward {reward.name} raised {_told(error)} on the response {text!r}"
+            f"reward {reward.name} raised {_described(error)} on the response {text!r}"
         ) from error
 
 
-def _told(error: Exception) -> str:
-    """As repr has it, but a message within a message keeps its quotes."""
+def _described(error: Exception) -> str:
+    """As repr, but quotes within the message are not escaped."""
     return f"{type(error).__name__}({error})"

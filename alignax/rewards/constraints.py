@@ -31,7 +31,7 @@ def check(
 ) -> dict[str, float]:
     """Which constraints a text satisfies, each in [0, 1].
 
-    Keywords count by coverage (whole words, any case); the others are all or nothing.
+    Keywords count by coverage (whole words, any case); each other constraint is 0 or 1.
     """
 
     def has(word):

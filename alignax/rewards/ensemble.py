@@ -1,12 +1,12 @@
-"""Several rewards as one: their mean, their worst, or the mean less their disagreement.
+"""Several rewards as one: their mean, their minimum, or the mean less their disagreement.
 
   mean  r = 1/M Σ_m s_m r_m
   min   r = min_m s_m r_m                          worst-case optimisation
   std   r = mean_m s_m r_m - k std_m s_m r_m       lower confidence bound
   var   r = mean_m s_m r_m - k var_m s_m r_m       uncertainty-weighted optimisation
 
-A policy that is trained against one reward finds where it is wrong; members that were
-trained apart are rarely wrong in the same place.
+A policy that is trained against one reward exploits its errors; members that were trained
+independently rarely err on the same responses.
 
 Source: Coste et al. 2023, https://arxiv.org/abs/2310.02743 (mean, min and var)
 Differs from the paper: members may be any rewards, with a scale s each; std is in the
@@ -36,19 +36,19 @@ def reward(
     Args:
       batch: prompts and responses.
       texts: B groups of G responses.
-      lms: what members read.
+      lms: frozen LMs that members read.
       members: {label: a reward's name, or {'name': ..., its hyper-parameters}}.
       rule: one of RULES.
-      k: of 'std' and 'var', >= 0: how much disagreement costs.
+      k: of 'std' and 'var', >= 0: weight of the disagreement.
       scales: s by label, default 1 each: for members in different units.
-      tokenizer, score: handed on.
+      tokenizer, score: passed on to the members.
 
     Returns:
       [B, G] rewards; 0 on invalid responses.
 
     Raises:
-      ValueError: no members, an unknown rule, a scale of no member, or what a member does
-        wrong; it is named.
+      ValueError: no members, an unknown rule, a scale of no member, or an error in a
+        member, with its label.
     """
     members, scales = dict(members), dict(scales or {})
     if not members:

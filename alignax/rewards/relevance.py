@@ -2,9 +2,9 @@
 
   r(x, y) = cos(x, y) · |y|/100 · #distinct trigrams of y / #trigrams of y
 
-Alone the first rewards short copies of the query, with the second it is repeated, and the
-third forbids that. |y| counts words, trigrams are of words and runs of punctuation;
-relevance is the cosine of the counts of words, in any case.
+The first factor alone rewards short copies of the query; with the second the query is
+repeated; the third penalises repetition. |y| counts words, trigrams are of words and runs
+of punctuation; relevance is the cosine of the counts of words, in any case.
 
 Source: Kim et al. 2024, https://arxiv.org/abs/2402.03469
 Differs from the paper: bags of words stand for the vectors of its retriever (Contriever);
@@ -31,12 +31,12 @@ def reward(
     """The product of the factors, each of them >= 0.
 
     Args:
-      batch: tokens; what stands before the first scored one is the prompt.
+      batch: tokens; those before the first scored one are the prompt.
       texts: B groups of G responses.
       lms: not read.
       tokenizer: the one that made the batch.
-      factors: some of FACTORS; fewer than all of them is how the paper shows what fails.
-      words: |y| at which the length's factor is 1.
+      factors: some of FACTORS; the paper's ablations use fewer than all of them.
+      words: |y| at which the length factor is 1.
 
     Returns:
       [B, G] rewards; 0 for a response without a word.

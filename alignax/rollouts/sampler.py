@@ -1,8 +1,8 @@
-"""Responses drawn and judged, a batch of prompts at a time, on the host.
+"""Responses drawn and scored by the reward, a batch of prompts at a time, on the host.
 
-  prompts -> generate(lm) -> rewards/* -> feedback, less what comes late or never ends
+  prompts -> generate(lm) -> rewards/* -> feedback, less the penalty of overlong responses
 
-The same for the policy, for whom it is compared with, and for who shows it the way.
+The same for the policy, for the reference that it is compared with, and for the anchor.
 """
 
 import hashlib
@@ -22,23 +22,23 @@ from alignax.inputs.tokenizer import Tokenizer
 from alignax.plugin import Bound
 
 TRUNCATED = ("keep", "drop", "punish")
-STREAM = 2**30  # of random keys: evaluations count from 0 under the same seed
+STREAM = 2**30  # of random keys: evaluations use numbers from 0 on under the same seed
 Baseline = dict[str, np.ndarray]  # an example's id -> rewards of other responses to it
 
 
 class Drawn(NamedTuple):
-    """Responses to a batch of prompts, and what became of them."""
+    """Responses to a batch of prompts, with their rewards."""
 
-    batch: Batch  # with feedback; old_logps is under the law really sampled
+    batch: Batch  # with feedback; old_logps is of the sampling distribution
     raw_logps: Float[
         np.ndarray, "B G T"
     ]  # nats, the sampler's, under the unmodified LM
-    truncated: Bool[np.ndarray, "B G"]  # True where max_new ended a response
-    differs: Bool[np.ndarray, " B"]  # two valid responses earned differently
+    truncated: Bool[np.ndarray, "B G"]  # True where max_new cut a response off
+    differs: Bool[np.ndarray, " B"]  # two valid responses have different rewards
 
 
 class Sampler(NamedTuple):
-    """How responses are drawn and judged: the same for the policy and the reference.
+    """How responses are drawn and scored: the same for the policy and the reference.
 
     Attributes:
       generate: decode.generate with the end-of-sequence ids bound; host arrays come back.
@@ -46,13 +46,13 @@ class Sampler(NamedTuple):
       lms: frozen LMs that a reward may read.
       tokenizer: of prompts and responses.
       max_new: most tokens of a response.
-      temperature: of the sampled law; advantages are of that law.
-      truncated: what becomes of a response that max_new ended. 'keep': nothing; 'drop':
-        it is not valid; 'punish': its feedback is `punishment`.
+      temperature: of the sampling distribution; advantages are for that distribution.
+      truncated: what is done with a response that max_new cut off. 'keep': nothing;
+        'drop': it is not valid; 'punish': its feedback is `punishment`.
       punishment: see `truncated`.
       overlong_buffer: the last tokens before max_new, over which feedback falls
-        linearly by `overlong_penalty` (Yu et al. 2025); 0 = it does not.
-      overlong_penalty: what a response of max_new tokens loses.
+        linearly by `overlong_penalty` (Yu et al. 2025); 0 for no such penalty.
+      overlong_penalty: subtracted from the feedback of a response of max_new tokens.
       score: `logprob.score` of host batches, for rewards that read an LM.
     """
 
@@ -85,26 +85,26 @@ class Sampler(NamedTuple):
             )
         if self.temperature <= 0:
             raise ValueError(
-                f"rollout.temperature is {self.temperature}: a greedy response says "
-                "nothing about its alternatives"
+                f"rollout.temperature is {self.temperature}: a greedy response has "
+                "no alternatives to compare it with"
             )
 
     def draw(
         self, lm: LM, prompts: PromptBatch, key, group: int, *, greedy: bool = False,
         clock: dict[str, float] | None = None,
     ) -> Drawn:  # fmt: skip
-        """Draws and judges a group of responses to every prompt.
+        """Draws and scores a group of responses to every prompt.
 
         Args:
-          lm: who responds.
-          prompts: where they are not valid, nothing is.
+          lm: that is sampled.
+          prompts: responses to a prompt that is not valid are not valid.
           key: of this batch alone.
           group: G.
-          greedy: the most likely token each time, instead of the temperature's law.
+          greedy: takes the most likely token, instead of a sample at the temperature.
           clock: its 'sampling' and 'scoring', in seconds, are added to.
 
         Raises:
-          ValueError: what the reward does wrong.
+          ValueError: as `rewards.call`.
         """
         start = time.monotonic()
         out = jax.device_get(
@@ -130,17 +130,17 @@ class Sampler(NamedTuple):
             clock["sampling"] += middle - start
             clock["scoring"] += time.monotonic() - middle
         batch = batch._replace(feedback=feedback)
-        # the length alone is no difference that a group has to teach
+        # the length penalty is no difference between rewards
         return Drawn(batch, out.raw_logps, out.truncated, differs(earned, valid))
 
     def late(self, batch: Batch) -> Float[np.ndarray, "B G"]:
-        """How much of the overlong buffer a response uses, from 0 to 1."""
+        """The share of the overlong buffer that a response uses, from 0 to 1."""
         left = self.max_new - np.asarray(batch.mask).sum(-1)  # tokens
         used = (self.overlong_buffer - left) / max(self.overlong_buffer, 1)
         return np.clip(used, 0, 1).astype(np.float32)
 
     def identity(self, *, earlier: bool = False) -> dict[str, Any]:
-        """What the numbers of a reference rollout depend on, part by part.
+        """What the rewards of responses depend on, part by part.
 
         Args:
           earlier: as runs before 2026-12 saved it (see `rewards.earlier_identity`).
@@ -157,7 +157,7 @@ class Sampler(NamedTuple):
 def differs(
     feedback: Float[np.ndarray, "B G"], valid: Bool[np.ndarray, "B G"]
 ) -> Bool[np.ndarray, " B"]:
-    """Whether two valid responses of a group earned differently."""
+    """Whether two valid responses of a group have different rewards."""
     top = np.where(valid, feedback, -np.inf).max(1)
     return top > np.where(valid, feedback, np.inf).min(1)
 
@@ -170,12 +170,12 @@ def reference_rewards(
 
     Args:
       examples: their prompts; ids are distinct.
-      sampler: how responses are drawn and judged.
+      sampler: how responses are drawn and scored.
       ref: the frozen reference.
       samples: K.
       rows: responses to draw at once.
-      length: tokens a row may have.
-      seed: of the samples, which a rollout never draws again.
+      length: most tokens per row.
+      seed: of the samples; their random stream is not that of rollouts.
 
     Returns:
       {id: [K] rewards}.
@@ -210,7 +210,7 @@ def reference_rewards(
 
 
 def table(baseline: Baseline) -> dict[bytes, np.ndarray]:
-    """Rewards by a digest of the prompt's id, as `refcache` keeps them."""
+    """Rewards by a digest of the prompt's id, as `reference_cache` keeps them."""
     return {_digest(name): values for name, values in baseline.items()}
 
 

@@ -14,7 +14,13 @@ PROMPTS = 1  # stream of numpy's generator under the seed of a run
 
 
 def order(size: int, many: int, seed: int) -> Callable[[int], list[int]]:
-    """Which prompts a place has: a fresh permutation each time they were all used."""
+    """From a place in the order to the indices of its `many` prompts.
+
+    Each pass over the prompts has a permutation of its own.
+
+    Raises:
+      ValueError: no prompts.
+    """
     if not size:
         raise ValueError("no prompts: the data set is empty")
 
@@ -30,7 +36,7 @@ def order(size: int, many: int, seed: int) -> Callable[[int], list[int]]:
 
 
 def visited(examples: Sequence[Example], many: int, seed: int, places: int):
-    """The examples that the first places have, each once."""
+    """The examples of the first `places` places, each once."""
     pick = order(len(examples), many, seed)
     met = {i for number in range(places) for i in pick(number)}
     return [examples[i] for i in sorted(met)]
@@ -42,16 +48,16 @@ def differing(answer: Callable[[int], Drawn], many: int, most: int):
     Source: Yu et al. 2025, https://arxiv.org/abs/2503.14476
 
     Args:
-      answer: the responses to the i-th B prompts from here on.
+      answer: i -> the responses to the i-th batch of B prompts from here on.
       many: groups wanted.
-      most: times that `answer` may be asked.
+      most: largest number of calls of `answer`.
 
     Returns:
-      (which of the groups drawn these are, they, counts): the first with a difference,
-      in order; where they are too few, some without one, of which nothing is valid.
+      (indices of the groups that are taken, these groups, counts): the first groups with a
+      difference, in order; where they are too few, some without one, which are not valid.
 
     Raises:
-      ValueError: no group has one.
+      ValueError: no group has a difference.
     """
     chunks: list[Drawn] = []
     found = total = 0
@@ -80,8 +86,8 @@ def differing(answer: Callable[[int], Drawn], many: int, most: int):
 def select(batch: Batch, keep: str) -> Batch:
     """All of a group, its best, or its best and worst: chosen and rejected.
 
-    A group whose best and worst earned the same has nothing to choose between: as a pair
-    it is not valid. Ties of the best are broken by the first slot.
+    A group whose best and worst have the same reward is as a pair not valid. Of equally
+    good responses the first is the best.
     """
     if keep == "all":
         return batch
@@ -105,22 +111,22 @@ def select(batch: Batch, keep: str) -> Batch:
 
 
 def at(rows: Any, tree: Any) -> Any:
-    """Some rows of every array."""
+    """The given rows of every array."""
     return jax.tree.map(lambda x: x[rows], tree)
 
 
 def joined(trees: Sequence[Any]) -> Any:
-    """The rows of all."""
+    """The rows of all trees, one after another."""
     return jax.tree.map(lambda *x: np.concatenate(x), *trees)
 
 
 def slots(batch: Batch, which: slice) -> Batch:
-    """Some responses of every group."""
+    """The given responses of every group."""
     return jax.tree.map(lambda x: x[:, which] if x.ndim > 1 else x, batch)
 
 
 def beside(batch: Batch, more: Batch) -> Batch:
-    """The responses of both; what a prompt has once stays as it is."""
+    """The responses of both batches in one group; arrays [B] stay those of the first."""
 
     def both(a, b):
         return np.concatenate([a, b], 1) if a.ndim > 1 else a

@@ -56,19 +56,19 @@ def rollout_source(
     """Batches of fresh responses, shaped into advantages.
 
     Args:
-      examples: only prompts and columns are read; each epoch over them is shuffled.
-      sampler: how responses are drawn and judged.
-      policy: from what is trained to the whole policy.
+      examples: only their prompts and columns are used; each epoch over them is shuffled.
+      sampler: how responses are drawn and scored.
+      policy: trained parameters -> the policy.
       score: `logprob.score` of host batches (see `parallel.scorer`).
       shaping: from `plugin.load('shaping', ...)`, in order.
-      needs: what the loss declares; the reference's columns are filled once per rollout.
+      needs: of the loss; the columns of frozen LMs are filled once per rollout.
       behaviour: a frozen LM that is the behaviour policy, instead of the policy.
-      baseline: gives rewards of reference samples, where a shaping asks for them; called
+      baseline: () -> rewards of reference samples, where a shaping needs them; called
         once, by the first rollout.
-      anchor: from the policy's average, where the run has one, to an LM whose best of
-        `anchor_samples` responses, by the same reward, is one more slot after the G,
-        valid where one of these is. Its advantages are 0, its old_logps the anchor's; no
-        shaping sees it.
+      anchor: average of the parameters, or None -> an LM whose best of `anchor_samples`
+        responses, by the same reward, is one more slot after the G, valid where one of
+        these is. Its advantages are 0, its old_logps the anchor's; shapings do not
+        read it.
       **settings: the fields of `rollout.Settings`, of which `batch_size`, `length` and
         `seed` have no default.
 
@@ -249,7 +249,7 @@ def identity(setup: Setup, *, earlier: bool = False) -> str:
 
 
 def contents(examples: Sequence[Example]) -> str:
-    """What a rollout reads of its prompts, for digests."""
+    """The prompts and columns that rollouts depend on, as text for digests."""
     return repr([(e.id, e.prompt, sorted(e.columns.items())) for e in examples])
 
 
@@ -286,7 +286,7 @@ def check(
         )
     if anchor and (settings.keep != "all" or "old_values" in {*needs, *shape_needs}):
         raise ValueError(
-            "rollout.anchor is a slot beside a whole group, and no critic's: "
+            "rollout.anchor is a slot beside a whole group, without a critic: "
             "rollout.keep='all', and neither a loss nor a shaping with a critic"
         )
 
@@ -327,7 +327,7 @@ def _check_shaping(
         if s.baseline == "greedy" and earlier:
             raise ValueError(
                 f"{s.name} compares with the raw reward of the greedy response, but "
-                f"{earlier[0]} makes another one of all others; take another baseline, "
+                f"{earlier[0]} transforms the rewards of all others; take another baseline, "
                 "as shaping.rloo"
             )
 

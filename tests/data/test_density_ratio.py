@@ -1,4 +1,4 @@
-"""The density ratio of two clusters of prompts whose law is known."""
+"""The density ratio of two clusters of prompts whose distribution is known."""
 
 import numpy as np
 import pytest

@@ -109,7 +109,7 @@ BAD = {
     "empty assistant turn": {"messages": [user("a"), assistant("")]},
     "no assistant turn": {"messages": [user("a")]},
     "expected role and content": {"messages": [{"from": "human", "value": "a"}]},
-    "nothing prompts it": {"messages": [assistant("a")]},
+    "it has no prompt": {"messages": [assistant("a")]},
     "whose content is not text": {"messages": [user(3), assistant("a")]},
     "'label' is 'yes'": {"prompt": "p", "response": "r", "label": "yes"},
     "'label' is nan": {"prompt": "p", "response": "r", "label": float("nan")},

@@ -28,7 +28,7 @@ def test_each_prompt_ends_a_context_of_other_prompts():
 
 
 def test_more_distractors_than_examples_are_refused():
-    with pytest.raises(ValueError, match="5 examples cannot lend 5 distractors"):
+    with pytest.raises(ValueError, match="5 examples are too few for 5 distractors"):
         long_context.examples(split="train", source=source("short"), documents=5)
     with pytest.raises(ValueError, match="documents is 0"):
         long_context.examples(split="train", source=source("short"), documents=0)

@@ -54,8 +54,8 @@ def test_messages_become_a_chat_and_an_id_is_kept(tmp_path):
     assert [e.id for e in got] == ["first", "p.jsonl:2"]
     assert got[0].prompt == turns
     text = tokenizer.load("bytes")
-    said = "System: Be brief.\n\nUser: Hi\n\nAssistant:"
-    assert text.decode(text.prompt(got[0])) == said
+    want = "System: Be brief.\n\nUser: Hi\n\nAssistant:"
+    assert text.decode(text.prompt(got[0])) == want
     path.write_text('{"prompt": "a"}\n{"question": "b"}\n')
     with pytest.raises(ValueError, match=r"p.jsonl:2: 'prompt' is missing"):
         prompts.examples(path=str(path))

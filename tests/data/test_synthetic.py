@@ -88,14 +88,14 @@ def test_examples_are_a_function_of_their_arguments():
     assert draw(seed=1) != draw(seed=2)
 
 
-def test_responses_follow_the_base_law():
+def test_responses_follow_the_base_distribution():
     n = 4000
     rows = synthetic.examples(split="train", kind="sft", size=n)
     food = [r.responses[0].split()[1] for r in rows]
-    law = synthetic.base_law(synthetic.FOOD)
+    p = synthetic.base_distribution(synthetic.FOOD)
     share = np.array([food.count(w) / n for w in synthetic.FOOD])
-    assert (abs(share - law) < 4 * np.sqrt(law * (1 - law) / n)).all()  # 4 s.e.
-    assert law.max() > 3 * law.min()
+    assert (abs(share - p) < 4 * np.sqrt(p * (1 - p) / n)).all()  # 4 s.e.
+    assert p.max() > 3 * p.min()
 
 
 def test_strings_are_short():

@@ -46,9 +46,9 @@ def test_more_shots_go_on_where_fewer_stop():
 
 @pytest.mark.parametrize("stop", urial.STOPS)
 def test_an_answer_ends_where_the_next_query_begins(stop):
-    said = "Happy to help!\n```python\nx = 1\n```\nDone."
-    ids = TEXT.encode(said + stop + ":\n```\nAnd")
-    assert output.response(ids, True, TEXT, stops=urial.STOPS).text == said
+    answer = "Happy to help!\n```python\nx = 1\n```\nDone."
+    ids = TEXT.encode(answer + stop + ":\n```\nAnd")
+    assert output.response(ids, True, TEXT, stops=urial.STOPS).text == answer
 
 
 def test_what_cannot_be_a_query_is_named(tmp_path):

@@ -37,7 +37,7 @@ def test_one_pooled_rate_promises_far_too_much():
     assert pooled > 1.4 * ours
 
 
-def law(k, a=0.25, b=60.0):
+def power_law(k, a=0.25, b=60.0):
     """E[1 - (1 - p)^k] of p ~ Beta(a, b)."""
     return 1 - math.exp(
         math.lgamma(b + k)
@@ -49,13 +49,14 @@ def law(k, a=0.25, b=60.0):
 
 def test_prompts_that_differ_give_nearly_a_power_law():
     """p ~ Beta(.25, 60): local slopes between -.22 and -.36, from the specification."""
-    rates = [(10**i, law(10**i)) for i in range(6)]
+    rates = [(10**i, power_law(10**i)) for i in range(6)]
     slopes = local_slopes(rates)
     assert slopes.min() == pytest.approx(-0.36, abs=0.005)
     assert slopes.max() == pytest.approx(-0.22, abs=0.01)
     a, b = fit(dict(rates[1:4]))
-    assert math.exp(-a * 1e4**-b) == pytest.approx(law(10_000), abs=0.03)
-    same = [(k, 1 - (1 - 0.004) ** k) for k, _ in rates[:4]]  # one rate for all: no law
+    assert math.exp(-a * 1e4**-b) == pytest.approx(power_law(10_000), abs=0.03)
+    # one rate for all prompts gives no power law
+    same = [(k, 1 - (1 - 0.004) ** k) for k, _ in rates[:4]]
     assert np.ptp(local_slopes(same)) > 1
 
 

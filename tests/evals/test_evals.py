@@ -137,7 +137,7 @@ def test_identical_policy_and_reference_rank_nothing(tiny_config):
     assert got["log_ratio_gap"] == 0
 
 
-def test_without_a_reference_only_the_policys_ranking_is_told(tiny_config):
+def test_without_a_reference_only_the_policys_ranking_is_reported(tiny_config):
     score = score_by(lambda name, t: POLICY[t])
     got = run(ranking_accuracy, made_up(tiny_config, "pi"), {}, PAIRS, score)
     assert set(got) == {"pairs", "policy_accuracy", "policy_accuracy/lo", "policy_accuracy/hi"}  # fmt: skip
@@ -156,7 +156,7 @@ def test_a_reward_model_ranks_by_its_last_scored_value(tiny_config):
 
     def score(lm, batch, needs=()):
         assert needs == ("values",)
-        values = np.full(batch.tokens.shape, 77.0, np.float32)  # where nobody may look
+        values = np.full(batch.tokens.shape, 77.0, np.float32)  # masked
         for (i, j), ok in np.ndenumerate(batch.valid):
             mask = np.asarray(batch.mask[i, j])
             if ok:
@@ -256,7 +256,7 @@ def test_size_takes_prompts_from_the_start(tiny_config):
     assert beat(tiny_config, size=2)["win_rate"] == pytest.approx(0.75)
 
 
-def test_kl_is_only_told_where_it_is_the_laws(tiny_config):
+def test_kl_is_only_reported_at_temperature_one(tiny_config):
     assert "kl" not in beat(tiny_config, temperature=0.5)
 
 
@@ -308,14 +308,14 @@ def test_kl_is_unbiased_for_one_token(two_models):
     lm, base = two_models
     data = examples(*[("q", "x")] * 512)
     got = real(lm, base, data, reward="checksum", max_new=1)
-    laws = []
+    logps = []
     for model in (lm, base):
         h, _ = transformer.hidden(model, jnp.asarray([TK.prompt(data[0])]))
         z = np.asarray(transformer.unembed(model, h)[0, -1], np.float64)
-        laws.append(z - z.max() - np.log(np.exp(z - z.max()).sum()))
-    p = np.exp(laws[0])
-    kl = float((p * (laws[0] - laws[1])).sum())
-    spread = math.sqrt(float((p * (laws[0] - laws[1] - kl) ** 2).sum()) / 512)
+        logps.append(z - z.max() - np.log(np.exp(z - z.max()).sum()))
+    p = np.exp(logps[0])
+    kl = float((p * (logps[0] - logps[1])).sum())
+    spread = math.sqrt(float((p * (logps[0] - logps[1] - kl) ** 2).sum()) / 512)
     assert kl > 0.1
     assert abs(got["kl"] - kl) < 4 * spread
 

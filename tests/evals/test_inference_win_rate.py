@@ -39,7 +39,7 @@ def test_every_subset_counts_once(n):
 
 
 def test_the_estimate_is_unbiased_and_quieter_than_one_draw():
-    """Two laws on four outcomes with ties, whose best-of-3 win rate is known exactly."""
+    """Two distributions over four outcomes with ties, whose best-of-3 win rate is known exactly."""
     rng = np.random.default_rng(0)
     p, q = np.array([0.1, 0.2, 0.3, 0.4]), np.array([0.4, 0.3, 0.2, 0.1])
     want = infalign.discrete_win_rate(p, q, 3, best=True)
@@ -75,7 +75,7 @@ def evaluate(lm, ref, **settings):
     )  # fmt: skip
 
 
-def law(lm):
+def distribution(lm):
     """[V] of the one token after each prompt."""
     rows = [TK.prompt(e) for e in PROMPTS]
     h, _ = transformer.hidden(lm, jnp.array(rows))
@@ -85,11 +85,11 @@ def law(lm):
 
 
 def spread_of(p, q, n, best, samples=400, times=60):
-    """Standard error of the mean over prompts, by drawing from the laws themselves."""
+    """Standard error of the mean over prompts, by drawing from the distributions themselves."""
     rng, sign = np.random.default_rng(n), 1.0 if best else -1.0
     ours, theirs = (
-        np.stack([rng.choice(len(x), (times, samples), p=x) for x in law], 1)
-        for law in (p, q)
+        np.stack([rng.choice(len(x), (times, samples), p=x) for x in probs], 1)
+        for probs in (p, q)
     )  # [times, prompts, samples]
     means = [
         win_rates(sign * a, sign * b, n).mean()
@@ -98,11 +98,11 @@ def spread_of(p, q, n, best, samples=400, times=60):
     return np.std(means)
 
 
-def test_on_a_model_it_is_what_the_laws_say(tiny_config, make_lm):
+def test_on_a_model_it_is_that_of_the_distributions(tiny_config, make_lm):
     config = dataclasses.replace(tiny_config, vocab_size=TK.vocab_size)
     lm, ref = make_lm(config, 0), make_lm(config, 1)
     got = evaluate(lm, ref, samples=400)
-    p, q = law(lm), law(ref)
+    p, q = distribution(lm), distribution(ref)
     exact = {
         "standard": (1, True), "best_of_2": (2, True), "best_of_4": (4, True),
         "worst_of_2": (2, False), "worst_of_4": (4, False),

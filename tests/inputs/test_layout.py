@@ -70,7 +70,9 @@ def real(batch):
     b=st.sampled_from([4, 8]), g=st.integers(1, 4), blocks=st.sampled_from([1, 2, 4]),
     length=st.integers(24, 80), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_every_token_stands_once_and_can_see_its_own_row(b, g, blocks, length, seed):
+def test_every_token_is_placed_once_and_attends_to_its_own_row(
+    b, g, blocks, length, seed
+):
     batch = ragged(b, g, 24, seed)
     out = layout.build(batch, length=length, shards=blocks)
     assert out.tokens.shape[::2] == (blocks, length)
@@ -97,7 +99,7 @@ def test_every_token_stands_once_and_can_see_its_own_row(b, g, blocks, length, s
     assert not out.scored[out.group == 0].any()
 
 
-def test_what_responses_share_stands_once():
+def test_a_common_prefix_is_placed_once():
     batch = from_groups([[1, 2, 3]], [[[4, 5, 6], [4, 7]]], length=8)
     out = layout.build(batch, length=16)
     assert out.tokens[0, 0].tolist() == [1, 2, 3, 4, 5, 6, 7] + [0] * 9

@@ -143,7 +143,7 @@ def test_a_cache_that_is_wrong_is_found_before_the_first_step(runs, tmp_path):
         loop.train(config(tmp_path / "cache"), str(tmp_path / "run"))
 
 
-def test_a_source_is_not_told_to_delete_a_cache_that_it_does_not_have(tiny_config):
+def test_an_error_of_a_source_does_not_ask_to_delete_a_cache(tiny_config):
     with pytest.raises(RuntimeError, match=r"source says of the reference is 2 nats"):
         start_check.check_cache(2.0, tiny_config, "")
 

@@ -93,7 +93,7 @@ def test_no_example_is_lost_or_starved_whatever_the_sizes(n, b, w, epochs):
     src = build(make(n), batch_size=b, window=w, epochs=epochs)
     order = [p for batch in drain(src) for p in prompts_of(batch)]
     assert collections.Counter(order) == {f"e{i}:": epochs for i in range(n)}
-    # Nobody waits longer than to the end of the next epoch.
+    # No example waits longer than to the end of the next epoch.
     for i in range(0, n * epochs, n):
         assert len(set(order[max(0, i - b) : i + n + b])) == n
 

@@ -1,4 +1,4 @@
-"""The tokenizer: what becomes of a conversation, and where its mask is True."""
+"""The tokenizer: ids of a conversation, and where its mask is True."""
 
 import datetime
 import json
@@ -213,14 +213,14 @@ def test_two_bos_are_an_error(tmp_path):
         tk.prompt([user("<s>a")])
 
 
-def test_prompt_that_is_no_prefix_shows_the_window_where_they_part(tmp_path):
+def test_prompt_that_is_no_prefix_shows_the_window_where_they_differ(tmp_path):
     template = CHATML.replace("assistant\n' }}", "assistant\n<think>' }}")
     tk = tokenizer.load(directory(tmp_path / "m", template=template))
     with pytest.raises(tokenizer.PrefixError) as e:
         tk.tokenize(Example("x", "question", ["answer"]))
     message = str(e.value)
     at = len(tk.encode("<|im_start|>user\nquestion<|im_end|>\n<|im_start|>assistant\n"))
-    assert f"part at token {at}" in message
+    assert f"differ from token {at} on" in message
     assert "<think>" in message
     assert "istant\\nanswer" in message
 

@@ -119,7 +119,7 @@ def test_a_member_with_a_mistake_is_refused_before_anything_is_drawn():
         rewards.load({"name": "ensemble", "members": {"a": A}, "rule": "median"})
 
 
-def test_no_members_and_scales_of_nobody_are_errors(batch):
+def test_no_members_and_scales_of_no_member_are_errors(batch):
     with pytest.raises(ValueError, match="has no members"):
         scored(batch, members={})
     with pytest.raises(ValueError, match=r"scales of \['c'\].*among \['a'\]"):

@@ -1,6 +1,7 @@
 """Rewards: constraints by hand, the head's last scored value, and functions of text."""
 
 import dataclasses
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +74,7 @@ def test_a_reward_model_is_read_at_the_last_scored_token(
             want = 0.0 if (i, j) == (1, 1) else values[i, j, end]
             assert got[i, j] == pytest.approx(want, abs=1e-6)
     assert len(set(got.ravel().tolist())) == 6
-    # What stands on padding cannot be read.
+    # Padding cannot be read.
     padding = jnp.arange(16) >= batch.lengths[..., None]
     other = batch._replace(tokens=jnp.where(padding, 5, batch.tokens))
     np.testing.assert_array_equal(model.reward(other, [], {"reward": lm}), got)
@@ -156,15 +157,15 @@ def test_a_batched_reward_that_raises_names_the_text_that_caused_it(batch):
 @pytest.fixture
 def two_hosts(monkeypatch):
     """This host and another, which says what the test has it say."""
-    said: list = []
+    gathered: list = []
     monkeypatch.setattr(rewards.jax, "process_count", lambda: 2)
 
     def gather(mine):
-        said.append(mine)
-        return np.stack([mine, said[0]])
+        gathered.append(mine)
+        return np.stack([mine, gathered[0]])
 
     monkeypatch.setattr(rewards.multihost_utils, "process_allgather", gather)
-    return said
+    return gathered
 
 
 def test_hosts_that_judge_differently_stop(batch, two_hosts):
@@ -182,7 +183,7 @@ def test_a_host_whose_judge_raised_does_not_leave_the_others_waiting(batch, two_
     picky = plugin.load("rewards", f"{__name__}.picky")
     with pytest.raises(ValueError, match="on the response 'a FOX"):
         rewards.call(picky, batch, TEXTS, {})
-    assert len(two_hosts) == 1  # it told them
+    assert len(two_hosts) == 1  # it has gathered
     calm = [["a", "b"], ["c", "d"]]
     with pytest.raises(ValueError, match=r"picky raised on hosts \[1\]"):
         rewards.call(picky, batch, calm, {})
@@ -238,6 +239,13 @@ def test_comments_docstrings_and_layout_are_not_code(monkeypatch):
     # a docstring that is all there is, and half a line of source
     assert digest('def f(x):\n    """A."""\n') == digest('def f(x):\n    """B."""\n')
     assert digest("key=lambda text: 1)\n") != digest("key=lambda text: 2)\n")
+
+
+def test_the_table_of_earlier_sources_is_of_the_rewards_as_they_are():
+    """A key that no reward has is stale: saved runs with that reward would be refused."""
+    names = ("constraints", "ensemble", "model", "relevance")
+    files = [importlib.import_module(f"alignax.rewards.{name}") for name in names]
+    assert [rewards.code_digest(f.reward) for f in files] == [*rewards.EARLIER]
 
 
 def reads_both(batch, texts, lms, *, tokenizer, score=None, shift=0.0):

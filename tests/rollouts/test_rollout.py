@@ -1,4 +1,4 @@
-"""Rollouts: what is sampled, judged, shaped and cut, and that nothing of it is lost."""
+"""Rollouts: responses are sampled, scored, shaped and cut into steps, and a stop loses none."""
 
 import itertools
 import json
@@ -67,7 +67,7 @@ def equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_a_batch_is_what_the_policy_said_and_was_told(lm, one):
+def test_a_batch_has_the_policys_responses_and_their_rewards(lm, one):
     source = make(lm, one)
     batch = source.next(lm.params, 0)
     assert batch.tokens.shape[:2] == (2, 3)
@@ -151,7 +151,7 @@ def test_a_rollout_does_not_depend_on_the_mesh(lm, one):
     np.testing.assert_allclose(a.old_logps, b.old_logps, atol=2e-5)
 
 
-def test_a_tempered_rollout_reports_the_law_it_sampled(lm, one):
+def test_a_tempered_rollout_reports_the_distribution_it_sampled(lm, one):
     warm = sampler(one, temperature=2.0)
     batch = make(lm, one, warm, needs=("advantages",)).next(lm.params, 0)
     plain = parallel.scorer(one)(lm, batch).logps
@@ -175,7 +175,7 @@ def test_a_kl_from_tempered_samples_is_refused(lm, one):
     make(lm, one, warm, needs=("ref_logps",))  # a preference loss on any pairs
 
 
-def test_ratios_to_a_tempered_law_are_refused(lm, one):
+def test_ratios_to_a_tempered_distribution_are_refused(lm, one):
     """They are not 1 on fresh responses, and clipped before anything was learnt."""
     with pytest.raises(ValueError, match=r"temperature of 0\.7.*temperature=1"):
         make(lm, one, sampler(one, temperature=0.7))
@@ -262,7 +262,7 @@ def test_the_greedy_baseline_is_that_of_the_greedy_response(lm, one):
 # -- chunks: never more than a step's worth at once
 
 
-def test_a_step_worth_of_prompts_is_drawn_and_judged_at_once(lm, one):
+def test_a_step_worth_of_prompts_is_drawn_and_scored_at_once(lm, one):
     calls = []
 
     def counted(batch, texts, lms) -> np.ndarray:
@@ -404,7 +404,7 @@ def teacher(make_lm, lm):
     return make_lm(lm.config, 7)
 
 
-def test_the_last_slot_is_the_best_of_what_the_anchor_said(lm, one, teacher):
+def test_the_last_slot_is_the_best_of_the_anchors_responses(lm, one, teacher):
     sample = sampler(one, lms={"ref": lm})
     more = {"shaping": steps("kl", "rloo"), "needs": ("ref_logps", "advantages")}
     plain = make(lm, one, sample, **more)
@@ -416,8 +416,8 @@ def test_the_last_slot_is_the_best_of_what_the_anchor_said(lm, one, teacher):
             np.testing.assert_allclose(x[:, :3], y, atol=2e-5)  # no shaping saw it
         last = jax.tree.map(lambda x: x[:, 3:], batch)
         assert not last.advantages.any()
-        said = parallel.scorer(one)(teacher, last).logps
-        np.testing.assert_allclose(last.old_logps, said, atol=2e-5)
+        own = parallel.scorer(one)(teacher, last).logps
+        np.testing.assert_allclose(last.old_logps, own, atol=2e-5)
         ref = parallel.scorer(one)(lm, last).logps
         np.testing.assert_allclose(last.ref_logps, ref, atol=2e-5)
         np.testing.assert_array_equal(last.feedback, codes(last, None, None))
@@ -427,7 +427,7 @@ def test_the_last_slot_is_the_best_of_what_the_anchor_said(lm, one, teacher):
 
 
 def off(mesh, by):
-    """A sampler whose log-probs are wrong by so many nats a token."""
+    """A sampler whose log-probabilities are off by so many nats per token."""
 
     def generate(*args, **settings):
         out = parallel.generator(TK, mesh)(*args, **settings)
@@ -436,7 +436,7 @@ def off(mesh, by):
     return sampler(mesh)._replace(generate=generate)
 
 
-def test_whoever_samples_is_compared_with_the_kernel(lm, one, teacher):
+def test_the_behaviour_policy_is_compared_with_the_kernel(lm, one, teacher):
     names = [
         f"rollout/{who}logp_gap{of}" for who in ("", "anchor_") for of in ("", "_max")
     ]

@@ -1,4 +1,4 @@
-"""Responses drawn and judged: what lateness costs, and what is a difference."""
+"""Responses drawn and scored: the overlong penalty, and which groups have a difference."""
 
 import jax
 import numpy as np
@@ -18,14 +18,14 @@ TK = tokenizer.load("bytes")
 (X,) = (i for i in range(TK.vocab_size) if TK.decode([i]) == "x")
 
 
-def said(lengths) -> Batch:
+def responses(lengths) -> Batch:
     return from_groups(
         [[1]] * len(lengths), [[[X] * n for n in row] for row in lengths], length=6
     )
 
 
 def generate(lm, prompts, lengths, key, *, max_new, group, temperature):
-    batch = said(LENGTHS)
+    batch = responses(LENGTHS)
     cut = np.asarray(batch.mask).sum(-1) == max_new
     return Generated(batch, np.zeros(batch.mask.shape, np.float32), cut, {})
 
