@@ -1,4 +1,6 @@
-"""What policy-gradient losses share: ratios to the law that sampled, and KL estimators.
+"""What policy-gradient losses share: importance ratios, surrogates, KL estimators.
+
+π_old is the behaviour policy, which sampled the responses.
 
 log ρ = log π(y_t) - log π_old(y_t),   l = log π(y_t) - log π_ref(y_t)
 """
@@ -10,12 +12,12 @@ from jaxtyping import Array, Float
 from alignax import masked
 from alignax.batch import Batch, Metrics, Number, Scores
 
-LARGEST = 20.0  # nats: e^20 is a ratio that only a broken run sees
+LARGEST = 20.0  # nats; a ratio of e^20 occurs only in a run that has diverged
 ESTIMATORS = ("k2", "k3", "k3+")
 
 
 def log_ratio(policy: Scores, batch: Batch) -> Float[Array, "B G T"]:
-    """log ρ in nats; 0 where nothing is scored.
+    """log ρ in nats; 0 on tokens that are not scored.
 
     Raises:
       ValueError: the batch is not of a rollout.
@@ -25,15 +27,14 @@ def log_ratio(policy: Scores, batch: Batch) -> Float[Array, "B G T"]:
             "Batch.old_logps or Batch.advantages is None: rollouts bring them "
             "(config.rollout.reward, config.shaping)"
         )
-    keep = batch.mask & batch.valid[..., None]
-    return jnp.where(keep, policy.logps - batch.old_logps, 0.0)
+    return jnp.where(masked.scored(batch), policy.logps - batch.old_logps, 0.0)
 
 
 def bounded(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
-    """x within ±LARGEST, with the slope of x: an exponent that stays finite.
+    """x clipped to ±LARGEST, with the gradient of x: an exponent that stays finite.
 
-    A clipped exponent would have no slope: the token that is furthest off, and should be
-    pushed hardest, would not be pushed at all.
+    A clipped exponent alone would have gradient 0, so that the tokens with the largest
+    ratios would not be corrected.
     """
     return x + jax.lax.stop_gradient(jnp.clip(x, -LARGEST, LARGEST) - x)
 
@@ -45,16 +46,44 @@ def surrogate(
     """min(ρ A, clip(ρ, 1 - low, 1 + high) A), and at least cap · A where A < 0."""
     rho = jnp.exp(bounded(log_rho))
     gain = jnp.minimum(rho * advantage, jnp.clip(rho, 1 - low, 1 + high) * advantage)
-    # 0 · inf is not a number, and an advantage of 0 is capped by nothing
+    # 0 · inf is NaN, so that an advantage of 0 must not meet an infinite cap
     bound = jnp.where(advantage < 0, cap, 1.0) * advantage
     return jnp.where(advantage < 0, jnp.maximum(gain, bound), gain)
+
+
+def clipped_surrogate(
+    policy: Scores,
+    batch: Batch,
+    low: Number,
+    high: Number,
+    cap: Number = float("inf"),
+) -> tuple[Float[Array, "B G T"], Metrics]:
+    """`surrogate` of every token, and the metrics of `report`.
+
+    Args:
+      policy: logps [B, G, T].
+      batch: old_logps, advantages, mask [B, G, T]; valid [B, G].
+      low, high: ε, bounds of a ratio below and above 1.
+      cap: c of dual clipping: where A < 0, a ratio counts as at most c.
+
+    Raises:
+      ValueError: the batch is not of a rollout.
+    """
+    log_rho, advantages = log_ratio(policy, batch), batch.advantages
+    assert advantages is not None  # log_ratio has raised otherwise
+    gain = surrogate(log_rho, advantages, low, high, cap)
+    return gain, report(log_rho, batch, low, high)
 
 
 def report(
     log_rho: Float[Array, "B G T"], batch: Batch, low: Number, high: Number
 ) -> Metrics:
-    """'ratio', 'clipped' (share of tokens beyond) and 'approx_kl' (k3, nats a token)."""
-    keep = batch.mask & batch.valid[..., None]
+    """Metrics of log ρ, means over a prompt's scored tokens.
+
+    They are 'ratio', 'clipped' (share of tokens with a ratio outside 1 - low .. 1 + high)
+    and 'approx_kl' (k3, nats per token).
+    """
+    keep = masked.scored(batch)
     rho = jnp.exp(bounded(log_rho))
     beyond = (rho > 1 + high) | (rho < 1 - low)
     return {
@@ -67,13 +96,14 @@ def report(
 def kl(policy: Scores, batch: Batch, estimator: str) -> Float[Array, "B G T"]:
     """An estimate of the next token's KL(π ‖ π_ref) at each sampled prefix, for a loss.
 
-    On samples of π, of the law of the next token: 'k2' = l²/2 has a biased value and the
-    gradient of KL(π ‖ π_ref); 'k3' = e^{-l} - 1 + l has an unbiased value and the gradient
-    of KL(π_ref ‖ π), another one; 'k3+' has the value of k3 and the gradient of k2. The
-    prefixes are not differentiated: summed over a response, the value is that of the
-    responses' KL, the gradient is not, because how a token changes what comes after it is
-    missing. 'k1' = l is refused: its expected gradient is zero; it belongs into the
-    reward (shaping/kl.py), which alone has the gradient of the responses' KL.
+    In expectation over tokens sampled from π: 'k2' = l²/2 has a biased value and the
+    gradient of KL(π ‖ π_ref). 'k3' = e^{-l} - 1 + l has an unbiased value, but the gradient
+    of the other divergence, KL(π_ref ‖ π). 'k3+' has the value of k3 and the gradient of
+    k2. Prefixes are not differentiated. Summed over a response, the value is that of the
+    KL between distributions of responses. The gradient is not: it lacks the effect of a
+    token on the distributions of later tokens. 'k1' = l is refused, because its expected
+    gradient is zero. As a part of the reward (shaping/kl.py), k1 does give the gradient of
+    the KL between distributions of responses.
 
     Source: Schulman 2020, http://joschu.net/blog/kl-approx.html
 
@@ -86,7 +116,7 @@ def kl(policy: Scores, batch: Batch, estimator: str) -> Float[Array, "B G T"]:
             f"KL estimator {estimator!r}{why if estimator == 'k1' else ''} is not one of "
             f"{', '.join(ESTIMATORS)}"
         )
-    keep = batch.mask & batch.valid[..., None]
+    keep = masked.scored(batch)
     log_ref = jnp.where(keep, policy.logps - masked.reference(batch), 0.0)
     k2, k3 = log_ref**2 / 2, jnp.expm1(bounded(-log_ref)) + log_ref
     straight = jax.lax.stop_gradient(k3 - k2) + k2

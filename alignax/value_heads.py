@@ -1,22 +1,23 @@
-"""What a scalar head means: its range, and what it should have said along a response."""
+"""Value heads: the range of a scalar head's value, and its targets along a response."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from alignax import masked
 from alignax.batch import Batch, Number
 
 
 def squash(x: Float[Array, "..."], centre: Number, radius: Number):
-    """centre + radius tanh(x / radius): a value that cannot leave centre ± radius.
+    """centre + radius tanh(x / radius): a value within centre ± radius.
 
-    The slope is 1 at 0, so an infinite radius is centre + x. Training and decoding squash
-    alike: a bound put on a head that was trained without one is another guide.
+    The slope at 0 is 1, and an infinite radius gives centre + x. Training and decoding must
+    use the same centre and radius: a bound that is added at decoding alone changes the
+    values that the head was trained to predict.
 
     Args:
-      x: what the head says.
-      centre: the value where it says 0, in the unit of the reward.
-      radius: above 0, inf leaves the head alone.
+      x: output of the scalar head.
+      centre: the value at x = 0, in the unit of the reward.
+      radius: above 0; inf applies no bound.
     """
     finite = jnp.isfinite(radius)
     r = jnp.where(finite, radius, 1.0)
@@ -24,14 +25,14 @@ def squash(x: Float[Array, "..."], centre: Number, radius: Number):
 
 
 def following(x: Float[Array, "B G T"], batch: Batch) -> Float[Array, "B G T"]:
-    """x at a response's next scored token; at its last one, the feedback."""
-    keep = batch.mask & batch.valid[..., None]
+    """x at the next scored token of the response; the feedback at its last scored token.
+
+    0 on tokens that are not scored.
+    """
 
     def back(after, at):
-        value, k = at
-        return jnp.where(k, value, after), jnp.where(k, after, 0.0)
+        value, keep = at
+        return jnp.where(keep, value, after), jnp.where(keep, after, 0.0)
 
-    steps = jax.tree.map(lambda a: jnp.moveaxis(a, -1, 0), (x, keep))
-    last = batch.feedback.astype(x.dtype)
-    _, out = jax.lax.scan(back, last, steps, reverse=True)
-    return jnp.moveaxis(out, 0, -1)
+    feedback = batch.feedback.astype(x.dtype)
+    return masked.reverse_scan(back, feedback, (x, masked.scored(batch)))

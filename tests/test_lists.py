@@ -1,5 +1,6 @@
 """What list losses share: orders, one log-sum, and what they report; numbers by hand."""
 
+import itertools
 import math
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from losses_lists import group
 
 from alignax import lists
+from alignax.batch import Batch
 
 NAN = float("nan")
 
@@ -144,8 +146,136 @@ def test_further_metrics_are_passed_on():
 def test_a_single_response_is_refused_by_the_name_of_the_loss():
     _, batch = group([-1.0], [1])
     message = (
-        r"mine ranks responses, .* one a prompt: use .*'groups'.*, or losses\.sft$"
+        r"mine ranks responses, .* one per prompt: use .*'groups'.*, or losses\.sft$"
     )
     with pytest.raises(ValueError, match=message):
         lists.check(batch, "mine ranks", "or losses.sft")
     lists.check(group([-1.0, 0.0], [1, 0])[1], "mine ranks")
+
+
+# -- terms that several losses share, against loops in float64
+
+EXACT = dict(rtol=1e-12, atol=1e-12)  # sums of at most some ten terms
+B, G = 8, 4
+
+
+@pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def ranked(seed=0):
+    """(batch, scores [B, G]): feedback with ties, some responses and one prompt invalid."""
+    rng = np.random.default_rng(seed)
+    valid = rng.random((B, G)) < 0.8
+    valid[0] = False
+    batch = Batch(
+        jnp.zeros((B, G, 3), jnp.int32), jnp.ones((B, G, 3), bool), jnp.full((B, G), 3),
+        jnp.asarray(rng.integers(0, 3, (B, G)) / 2), jnp.asarray(valid),
+    )  # fmt: skip
+    return batch, rng.normal(size=(B, G))
+
+
+def ordered(batch, b):
+    """Pairs (i, j) of prompt b with i above j."""
+    f, ok = np.asarray(batch.feedback)[b], np.asarray(batch.valid)[b]
+    return [
+        (i, j) for i in range(G) for j in range(G) if ok[i] and ok[j] and f[i] > f[j]
+    ]
+
+
+def best_score(batch, score, b):
+    """That of the first of the valid responses with the highest feedback."""
+    f, ok = np.asarray(batch.feedback)[b], np.asarray(batch.valid)[b]
+    own = [i for i in range(G) if ok[i]]
+    return score[b, max(own, key=lambda i: (f[i], -i))] if own else 0.0
+
+
+def test_the_nll_of_the_best_response(float64):
+    batch, score = ranked()
+    want = [-best_score(batch, score, b) for b in range(B)]
+    np.testing.assert_array_equal(lists.best_nll(jnp.asarray(score), batch), want)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.7])
+def test_the_hinge_asks_for_a_gap_of_every_ordered_pair(margin, float64):
+    batch, score = ranked()
+    asked = margin * lists.gaps(batch.feedback) if margin else 0.0
+    got, metrics = lists.hinge(batch, jnp.asarray(score), asked, 0.3)
+    f = np.asarray(batch.feedback)
+    for b in range(B):
+        pairs, s = ordered(batch, b), score[b]
+        short = [max(0, margin * (f[b, i] - f[b, j]) - s[i] + s[j]) for i, j in pairs]
+        nll = -best_score(batch, score, b)
+        assert float(got[b]) == pytest.approx(sum(short) + 0.3 * nll, abs=1e-12)
+        assert float(metrics["nll"][b]) == nll
+        right = [(np.sign(s[i] - s[j]) + 1) / 2 for i, j in pairs] or [0.5]
+        assert float(metrics["accuracy"][b]) == pytest.approx(np.mean(right))
+        gaps = [s[i] - s[j] for i, j in pairs] or [0.0]
+        assert float(metrics["margin"][b]) == pytest.approx(np.mean(gaps), abs=1e-12)
+
+
+def test_plackett_luce_is_the_probability_of_an_order(float64):
+    """Without ties: the values of all orders are probabilities that sum to 1."""
+    score = np.random.default_rng(0).normal(size=G)
+    total = 0.0
+    for order in itertools.permutations(range(G)):
+        batch = ranked()[0]
+        batch = batch._replace(
+            feedback=jnp.asarray([order], float), valid=jnp.ones((1, G), bool)
+        )
+        value, _ = lists.plackett_luce(batch, jnp.asarray(score[None]))
+        left, want = list(np.argsort(order)[::-1]), 1.0
+        while left:  # the best of those that are left is drawn first
+            weights = np.exp(score[left])
+            want *= weights[0] / weights.sum()
+            left = left[1:]
+        assert math.exp(-float(value[0])) == pytest.approx(want, rel=1e-12)
+        total += want
+    assert total == pytest.approx(1, rel=1e-12)
+
+
+def test_plackett_luce_never_compares_ties_or_invalid_responses(float64):
+    batch, score = ranked()
+    got, _ = lists.plackett_luce(batch, jnp.asarray(score))
+    for b in range(B):
+        below = [[j for i, j in ordered(batch, b) if i == k] for k in range(G)]
+        want = sum(
+            math.log(1 + sum(math.exp(score[b, i] - score[b, k]) for i in below[k]))
+            for k in range(G)
+        )
+        assert float(got[b]) == pytest.approx(want, abs=1e-12)
+
+
+@pytest.mark.parametrize("constraint", lists.CONSTRAINTS)
+def test_constrained_alignment_and_its_gradient(constraint, float64):
+    batch, score = ranked()
+    slack = 0.2
+
+    def total(s):
+        value = lists.constrained_alignment(s, lists.above(batch), constraint, slack)
+        return value.sum(), value
+
+    (_, value), grads = jax.value_and_grad(total, has_aux=True)(jnp.asarray(score))
+    for b in range(B):
+        pairs, s = ordered(batch, b), score[b]
+        boundary = {j: min(s[i] for i, k in pairs if k == j) - slack for _, j in pairs}
+        whole, slope = 1.0, np.zeros(G)
+        for i, j in pairs:
+            push = math.exp(s[j] - s[i])
+            whole += push
+            slope[i] -= push
+            slope[j] += 0 if constraint == "detached" else push
+            if constraint == "boundary":
+                pull = math.exp(2 * boundary[j] - s[i] - s[j])
+                whole += pull
+                slope[j] -= pull  # the target 2 B_j - s_i is a constant
+        assert float(value[b]) == pytest.approx(math.log(whole), abs=1e-12)
+        np.testing.assert_allclose(grads[b], slope / whole, **EXACT)
+
+
+def test_an_unknown_constraint_is_refused_by_the_name_of_the_loss():
+    with pytest.raises(ValueError, match=r"mine: .*'bound'; known: none, detached, bou"):
+        lists.check_constraint("bound", "mine")
+    lists.check_constraint("detached", "mine")

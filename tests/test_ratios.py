@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from alignax import ratios
-from alignax.batch import Scores, from_groups
+from alignax.batch import Batch, Scores, from_groups
 from alignax.shaping import kl as kl_in_the_reward
 
 V = 5
@@ -175,3 +175,52 @@ def test_log_ratios_are_zero_where_nothing_counts():
     keep = np.asarray(batch.mask & batch.valid[..., None])
     np.testing.assert_allclose(got[keep], 0.5, rtol=1e-5)
     assert (got[~keep] == 0).all()
+
+
+# -- the clipped surrogate, against a loop over tokens in float64
+
+
+@pytest.mark.parametrize("cap", [float("inf"), 1.5])
+def test_the_clipped_surrogate_and_its_metrics(cap):
+    rng = np.random.default_rng(0)
+    shape, low, high = (3, 2, 6), 0.2, 0.3
+    mask = np.zeros(shape, bool)
+    mask[..., 1:4] = True
+    valid = np.array([[True, True], [True, False], [False, False]])
+    old, log_rho, advantages = (
+        np.where(mask, x, 0) for x in rng.normal(scale=[[[[1.0]]], [[[0.5]]], [[[1.0]]]], size=(3, *shape))
+    )  # fmt: skip
+    with jax.enable_x64(True):
+        batch = Batch(
+            jnp.zeros(shape, jnp.int32), jnp.asarray(mask), jnp.full(shape[:2], 4),
+            jnp.zeros(shape[:2]), jnp.asarray(valid), old_logps=jnp.asarray(old),
+            advantages=jnp.asarray(advantages),
+        )  # fmt: skip
+        policy = Scores(jnp.asarray(old + log_rho))
+        gain, metrics = ratios.clipped_surrogate(policy, batch, low, high, cap)
+    want = {name: np.zeros(3) for name in ("ratio", "clipped", "approx_kl")}
+    assert metrics.keys() == want.keys()
+    for b in range(3):
+        kept = [
+            (g, t) for g, t in np.ndindex(2, 6) if mask[b, g, t] and valid[b, g]
+        ]  # fmt: skip
+        for g, t in kept:
+            x, a = log_rho[b, g, t], advantages[b, g, t]
+            rho = np.exp(x)
+            clipped = min(max(rho, 1 - low), 1 + high)
+            expected = min(rho * a, clipped * a)
+            if a < 0:
+                expected = max(expected, cap * a)
+            assert float(gain[b, g, t]) == pytest.approx(expected, rel=1e-12)
+            want["ratio"][b] += rho / len(kept)
+            want["clipped"][b] += (rho != clipped) / len(kept)
+            want["approx_kl"][b] += (rho - 1 - x) / len(kept)
+    for name, numbers in want.items():
+        np.testing.assert_allclose(metrics[name], numbers, rtol=1e-10, err_msg=name)
+    assert 0 < want["clipped"][0] < 1
+
+
+def test_no_surrogate_without_a_rollout():
+    batch, fill = every_token()
+    with pytest.raises(ValueError, match="rollouts bring them"):
+        ratios.clipped_surrogate(Scores(fill(np.log(PI))), batch, 0.2, 0.2)

@@ -13,16 +13,14 @@ Differs from the paper: the reference answer y_ref is the first positive of a pr
 weight λ = 1 and the default slack c = 0.1 are ours, the paper tunes c.
 """
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from alignax import lists
+from alignax import lists, masked
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps",)
 RANGES = {"slack": "[0, inf)", "lam": "[0, inf)"}
-CONSTRAINTS = ("none", "detached", "boundary")
+CONSTRAINTS = lists.CONSTRAINTS
 
 
 def loss(
@@ -51,24 +49,15 @@ def loss(
     Raises:
       ValueError: an unknown constraint, or a single response to each prompt.
     """
-    if constraint not in CONSTRAINTS:
-        raise ValueError(
-            f"aft: unknown constraint {constraint!r}; known: {', '.join(CONSTRAINTS)}"
-        )
+    lists.check_constraint(constraint, "aft")
     lists.check(batch, "aft compares", "or losses.sft")
     score = lists.mean_log_probs(policy, batch)
     positive = batch.valid & (batch.feedback > 0.5)
     negative = batch.valid & ~positive
     pair = positive[:, :, None] & negative[:, None, :]  # [b, p, n]
-    pushed = jax.lax.stop_gradient(score) if constraint == "detached" else score
-    terms = [pushed[:, None, :] - score[:, :, None]]
-    if constraint == "boundary":
-        boundary = jnp.where(positive, score, jnp.inf).min(-1, keepdims=True) - slack
-        rest = jax.lax.stop_gradient(2 * boundary - score)
-        terms.append(rest[:, :, None] - score[:, None, :])
-    value = lists.log1p_sum_exp(pair, *terms, axis=(1, 2))
+    value = lists.constrained_alignment(score, pair, constraint, slack)
     nll = -lists.first(score, positive)
-    below = jnp.where(negative, score, 0.0).sum(-1) / jnp.maximum(negative.sum(-1), 1)
+    below = masked.response_mean(score, negative)
     return lists.outcome(
         batch, value + lam * nll, pair, lists.gaps(score), score_negative=below, nll=nll
     )

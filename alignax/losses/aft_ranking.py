@@ -14,8 +14,6 @@ minimum. λ = 1 and the default slack c = 0.1 are ours. Ties are never compared;
 best responses the first is imitated.
 """
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from alignax import lists
@@ -23,7 +21,7 @@ from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps",)
 RANGES = {"slack": "[0, inf)", "lam": "[0, inf)"}
-CONSTRAINTS = ("none", "detached", "boundary")
+CONSTRAINTS = lists.CONSTRAINTS
 
 
 def loss(
@@ -51,20 +49,10 @@ def loss(
     Raises:
       ValueError: an unknown constraint, or a single response to each prompt.
     """
-    if constraint not in CONSTRAINTS:
-        raise ValueError(
-            f"aft_ranking: unknown constraint {constraint!r}; "
-            f"known: {', '.join(CONSTRAINTS)}"
-        )
+    lists.check_constraint(constraint, "aft_ranking")
     lists.check(batch, "aft_ranking ranks", "or losses.sft")
     score = lists.mean_log_probs(policy, batch)
     above = lists.above(batch)
-    better, worse = score[:, :, None], score[:, None, :]
-    pushed = jax.lax.stop_gradient(worse) if constraint == "detached" else worse
-    terms = [pushed - better]
-    if constraint == "boundary":
-        boundary = jnp.where(above, better, jnp.inf).min(1, keepdims=True) - slack
-        terms.append(jax.lax.stop_gradient(2 * boundary - better) - worse)
-    value = lists.log1p_sum_exp(above, *terms, axis=(1, 2))
-    nll = -lists.first(score, lists.best(batch))
-    return lists.outcome(batch, value + lam * nll, above, better - worse, nll=nll)
+    value = lists.constrained_alignment(score, above, constraint, slack)
+    nll = lists.best_nll(score, batch)
+    return lists.outcome(batch, value + lam * nll, above, lists.gaps(score), nll=nll)

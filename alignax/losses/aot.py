@@ -11,8 +11,6 @@ neither accumulation nor the number of devices changes the loss; TRL sorts each
 micro-batch of each device.
 """
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from alignax import pairs
@@ -38,20 +36,12 @@ def loss(
       As `pairs.outcome`, of implicit rewards; 'log_ratio_chosen' and
       'log_ratio_rejected' (nats), 'quantile_gap' (β times d).
     """
-    valid = batch.valid.all(-1)
     chosen, rejected = pairs.log_probs(policy, batch)
     ref_chosen, ref_rejected = pairs.ref_log_probs(batch)
     margin, ref_margin = chosen - rejected, ref_chosen - ref_rejected
-    # Invalid pairs rank last on both sides, where they only meet each other.
-    rank = jnp.argsort(jnp.argsort(jnp.where(valid, margin, jnp.inf)))
-    partner = jnp.sort(jnp.where(valid, ref_margin, jnp.inf))[rank]
-    gap = beta * (margin - jnp.where(valid, partner, 0.0))
-    value = -(1 - label_smoothing) * jax.nn.log_sigmoid(
-        gap
-    ) - label_smoothing * jax.nn.log_sigmoid(-gap)
-    log_ratios = chosen - ref_chosen, rejected - ref_rejected
-    return pairs.outcome(
-        batch, value, beta * log_ratios[0], beta * log_ratios[1],
-        log_ratio_chosen=log_ratios[0], log_ratio_rejected=log_ratios[1],
+    gap = beta * pairs.quantile_gap(margin, ref_margin, batch.valid.all(-1))
+    value = pairs.logistic(gap, label_smoothing)
+    return pairs.implicit_outcome(
+        batch, value, chosen - ref_chosen, rejected - ref_rejected, beta,
         quantile_gap=gap,
     )  # fmt: skip

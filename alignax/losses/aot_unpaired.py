@@ -12,8 +12,6 @@ neither accumulation nor the number of devices changes the loss; TRL sorts each
 micro-batch of each device.
 """
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from alignax import pairs
@@ -39,16 +37,9 @@ def loss(
       As `pairs.outcome`, of implicit rewards; 'log_ratio_chosen' and
       'log_ratio_rejected' (nats), 'quantile_gap' (β times d).
     """
-    valid = batch.valid.all(-1)
     chosen, rejected = pairs.log_ratios(policy, batch)
-    # Invalid pairs rank last on both sides, where they only meet each other.
-    rank = jnp.argsort(jnp.argsort(jnp.where(valid, chosen, jnp.inf)))
-    partner = jnp.sort(jnp.where(valid, rejected, jnp.inf))[rank]
-    gap = beta * (chosen - jnp.where(valid, partner, 0.0))
-    value = -(1 - label_smoothing) * jax.nn.log_sigmoid(
-        gap
-    ) - label_smoothing * jax.nn.log_sigmoid(-gap)
-    return pairs.outcome(
-        batch, value, beta * chosen, beta * rejected,
-        log_ratio_chosen=chosen, log_ratio_rejected=rejected, quantile_gap=gap,
-    )  # fmt: skip
+    gap = beta * pairs.quantile_gap(chosen, rejected, batch.valid.all(-1))
+    value = pairs.logistic(gap, label_smoothing)
+    return pairs.implicit_outcome(
+        batch, value, chosen, rejected, beta, quantile_gap=gap
+    )

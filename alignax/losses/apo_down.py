@@ -35,7 +35,4 @@ def loss(
     """
     chosen, rejected = pairs.log_ratios(policy, batch)
     value = jax.nn.sigmoid(beta * chosen) + jax.nn.sigmoid(beta * (rejected - chosen))
-    return pairs.outcome(
-        batch, value, beta * chosen, beta * rejected,
-        log_ratio_chosen=chosen, log_ratio_rejected=rejected,
-    )  # fmt: skip
+    return pairs.implicit_outcome(batch, value, chosen, rejected, beta)

@@ -48,7 +48,7 @@ def loss(
       a prompt's responses), 'shift' (δ), and scalars 'ema/desirable' and
       'ema/undesirable': the means over this batch, or the running mean where it has none.
     """
-    reward = beta * (policy.logps - masked.reference(batch)).sum(-1)
+    reward = beta * masked.log_ratios(policy, batch)
     shift = (ema["desirable"] + ema["undesirable"]) / 2
     desirable = batch.feedback > 0.5
     margin = jnp.where(desirable, reward - shift, shift - reward)
@@ -58,14 +58,14 @@ def loss(
         weight = jnp.where(desirable, 1.0, ratio)
 
     def mean(x):
-        return masked.per_prompt(x[..., None], batch.valid[..., None])
+        return masked.response_mean(x, batch.valid)
 
     def observed(name, label):
         mine = batch.valid & label
         return jnp.where(mine.any(), masked.mean(reward, mine), ema[name])
 
     return mean(-weight * jax.nn.log_sigmoid(margin)), {
-        "accuracy": mean((jnp.sign(margin) + 1) / 2),
+        "accuracy": mean(masked.accuracy(margin)),
         "margin": mean(margin),
         "shift": jnp.broadcast_to(shift, batch.valid.shape[:1]),
         "ema/desirable": observed("desirable", desirable),

@@ -35,10 +35,7 @@ def loss(
       As `pairs.outcome`, of implicit rewards; 'log_ratio_chosen' and
       'log_ratio_rejected' (nats).
     """
-    log_ratios = pairs.log_ratios(policy, batch)
-    chosen, rejected = beta * log_ratios[0], beta * log_ratios[1]
-    value = -jax.nn.log_sigmoid(chosen - delta) - jax.nn.log_sigmoid(delta - rejected)
-    return pairs.outcome(
-        batch, value, chosen, rejected,
-        log_ratio_chosen=log_ratios[0], log_ratio_rejected=log_ratios[1],
-    )  # fmt: skip
+    chosen, rejected = pairs.log_ratios(policy, batch)
+    good = jax.nn.log_sigmoid(beta * chosen - delta)
+    value = -good - jax.nn.log_sigmoid(delta - beta * rejected)
+    return pairs.implicit_outcome(batch, value, chosen, rejected, beta)

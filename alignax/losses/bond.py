@@ -17,7 +17,7 @@ step a rollout.
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from alignax import ratios
+from alignax import masked, ratios
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps", "old_logps", "advantages")
@@ -59,7 +59,7 @@ def loss(
             "BOND needs the anchor's best of N behind the policy's own responses, but the "
             "batch holds one response a prompt (config.rollout.anchor)"
         )
-    keep = batch.mask & batch.valid[..., None]
+    keep = masked.scored(batch)
     own = batch._replace(mask=batch.mask[:, :-1], valid=batch.valid[:, :-1])
     log_rho = ratios.log_ratio(policy, batch)[:, :-1]
     advantages = jnp.where(keep, batch.advantages, 0.0)[:, :-1]

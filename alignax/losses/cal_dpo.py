@@ -35,10 +35,6 @@ def loss(
       'log_ratio_rejected' (nats).
     """
     chosen, rejected = pairs.log_ratios(policy, batch)
-    target = 1 / (2 * beta)
-    calibration = (chosen - target) ** 2 + (rejected + target) ** 2
+    calibration = pairs.calibration_error(chosen, rejected, beta)
     value = -jax.nn.log_sigmoid(chosen - rejected) + calibration / 2
-    return pairs.outcome(
-        batch, value, beta * chosen, beta * rejected,
-        log_ratio_chosen=chosen, log_ratio_rejected=rejected,
-    )  # fmt: skip
+    return pairs.implicit_outcome(batch, value, chosen, rejected, beta)

@@ -40,6 +40,5 @@ def loss(
     log_rho = ratios.log_ratio(policy, batch)
     rho = jnp.clip(jnp.exp(ratios.bounded(log_rho)), 1 - clip_low, 1 + clip_high)
     gain = jax.lax.stop_gradient(rho) * batch.advantages * policy.logps
-    weights = masked.token_weights(batch, reduction)
     metrics = ratios.report(log_rho, batch, clip_low, clip_high)
-    return -(weights * gain).sum((1, 2)), metrics
+    return -masked.reduce_tokens(gain, batch, reduction), metrics

@@ -35,6 +35,6 @@ def loss(
       chosen response).
     """
     chosen, rejected = pairs.log_probs(policy, batch)
-    nll = -chosen / pairs.lengths(batch)[0]
+    nll = pairs.chosen_nll(policy, batch)
     value = -jax.nn.log_sigmoid(beta * (chosen - rejected)) + lam * nll
     return pairs.outcome(batch, value, beta * chosen, beta * rejected, nll=nll)

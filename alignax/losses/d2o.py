@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from alignax import lists
+from alignax import lists, masked
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps", "helpful_logps", "harmful_logps")
@@ -47,14 +47,13 @@ def loss(
     after = jnp.cumsum(batch.valid[:, ::-1], -1)[:, ::-1]  # valid ones from here on
     negative = batch.valid & (after == 1)
     sample = batch.valid & (after > 1)
-    samples = jnp.maximum(sample.sum(-1), 1)
     from_harmful = (policy.logps - batch.extra["harmful_logps"]).sum(-1)
     from_helpful = (policy.logps - batch.extra["helpful_logps"]).sum(-1)
-    own = jnp.where(sample, from_harmful, 0.0).sum(-1) / samples
+    own = masked.response_mean(from_harmful, sample)
     human = jnp.where(negative, from_helpful, 0.0).sum(-1)
     margin = beta * own - alpha * human
     return jnp.where(sample.any(-1), -jax.nn.log_sigmoid(margin), 0.0), {
-        "accuracy": (jnp.sign(margin) + 1) / 2,
+        "accuracy": masked.accuracy(margin),
         "margin": margin,
         "log_ratio_samples": own,
         "log_ratio_negative": human,

@@ -44,7 +44,4 @@ def loss(
     exponent = jax.nn.log_sigmoid(margin / tau) - margin
     logistic = -jax.nn.log_sigmoid(margin) * jax.nn.sigmoid(-margin / tau)
     value = logistic + jnp.exp(jnp.minimum(exponent, CEILING))
-    return pairs.outcome(
-        batch, value, beta * chosen, beta * rejected,
-        log_ratio_chosen=chosen, log_ratio_rejected=rejected,
-    )  # fmt: skip
+    return pairs.implicit_outcome(batch, value, chosen, rejected, beta)

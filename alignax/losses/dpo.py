@@ -8,7 +8,6 @@ conservative variant of Mitchell 2023, https://ericmitchell.ai/cdpo.pdf
 Differs from the paper: nothing.
 """
 
-import jax
 from jaxtyping import Array, Float
 
 from alignax import pairs
@@ -35,10 +34,5 @@ def loss(
     """
     chosen, rejected = pairs.log_ratios(policy, batch)
     margin = beta * (chosen - rejected)
-    value = -(1 - label_smoothing) * jax.nn.log_sigmoid(
-        margin
-    ) - label_smoothing * jax.nn.log_sigmoid(-margin)
-    return pairs.outcome(
-        batch, value, beta * chosen, beta * rejected,
-        log_ratio_chosen=chosen, log_ratio_rejected=rejected,
-    )  # fmt: skip
+    value = pairs.logistic(margin, label_smoothing)
+    return pairs.implicit_outcome(batch, value, chosen, rejected, beta)

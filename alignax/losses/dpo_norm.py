@@ -31,9 +31,10 @@ def loss(
       As `pairs.outcome`, of β times the mean log-ratios; 'log_ratio_chosen' and
       'log_ratio_rejected' (nats, sums).
     """
-    log_ratios, tokens = pairs.log_ratios(policy, batch), pairs.lengths(batch)
-    chosen = beta * log_ratios[0] / tokens[0]
-    rejected = beta * log_ratios[1] / tokens[1]
+    log_ratios = pairs.log_ratios(policy, batch)
+    chosen, rejected = pairs.per_token(
+        beta * log_ratios[0], beta * log_ratios[1], batch
+    )
     return pairs.outcome(
         batch, -jax.nn.log_sigmoid(chosen - rejected), chosen, rejected,
         log_ratio_chosen=log_ratios[0], log_ratio_rejected=log_ratios[1],

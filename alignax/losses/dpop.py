@@ -36,7 +36,6 @@ def loss(
     chosen, rejected = pairs.log_ratios(policy, batch)
     penalty = jax.nn.relu(-chosen)  # no slope at 0: the first step is DPO's
     margin = beta * (chosen - rejected - lam * penalty)
-    return pairs.outcome(
-        batch, -jax.nn.log_sigmoid(margin), beta * chosen, beta * rejected,
-        log_ratio_chosen=chosen, log_ratio_rejected=rejected, penalty=penalty,
-    )  # fmt: skip
+    return pairs.implicit_outcome(
+        batch, -jax.nn.log_sigmoid(margin), chosen, rejected, beta, penalty=penalty
+    )

@@ -41,7 +41,4 @@ def loss(
     right = jax.nn.log_sigmoid(margin) - jnp.log1p(-label_smoothing)
     wrong = jax.nn.log_sigmoid(-margin) - jnp.log(label_smoothing)
     value = jax.nn.sigmoid(margin) * right + jax.nn.sigmoid(-margin) * wrong
-    return pairs.outcome(
-        batch, value, beta * chosen, beta * rejected,
-        log_ratio_chosen=chosen, log_ratio_rejected=rejected,
-    )  # fmt: skip
+    return pairs.implicit_outcome(batch, value, chosen, rejected, beta)

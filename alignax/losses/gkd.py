@@ -33,11 +33,10 @@ def loss(
       [B] values and metrics 'kl' (policy to teacher) and 'forward_kl' (teacher to
       policy), mean nats per scored token of the prompt's responses.
     """
-    weights = masked.token_weights(batch, reduction)
     value = (1 - reverse) * policy.forward_kl + reverse * policy.kl
-    scored = batch.mask & batch.valid[..., None]
+    scored = masked.scored(batch)
     metrics = {
         "kl": masked.per_prompt(policy.kl, scored),
         "forward_kl": masked.per_prompt(policy.forward_kl, scored),
     }
-    return (weights * value).sum((1, 2)), metrics
+    return masked.reduce_tokens(value, batch, reduction), metrics

@@ -11,7 +11,6 @@ Differs from the paper: every response counts the same, not every token of a mic
 the share of forget rows in a step (config.mixture) also weighs the two terms.
 """
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from alignax import masked
@@ -37,14 +36,8 @@ def loss(
       'retain_nll' (nats per token): means over a prompt's forget or retain rows, 0
       without any.
     """
-    nll = -policy.logps.sum(-1) / jnp.maximum(batch.mask.sum(-1), 1)
-    forget = batch.valid & (batch.feedback <= 0.5)
-    retain = batch.valid & ~forget
-
-    def mean(x, rows):
-        return masked.per_prompt(x[..., None], rows[..., None])
-
-    return mean(jnp.where(forget, -nll, retain_weight * nll), batch.valid), {
-        "forget_nll": mean(nll, forget),
-        "retain_nll": mean(nll, retain),
-    }
+    nll = -masked.token_mean(policy.logps, batch)
+    return masked.forget_retain(
+        batch, -nll, retain_weight * nll,
+        forget={"forget_nll": nll}, retain={"retain_nll": nll},
+    )  # fmt: skip

@@ -40,9 +40,9 @@ def loss(
     """
     log_rho = ratios.log_ratio(policy, batch)
     weights = masked.token_weights(batch, reduction)
-    n = jnp.maximum(batch.mask.sum(-1), 1)
-    log_s = log_rho.sum(-1) / n
-    advantage = jnp.where(batch.mask, batch.advantages, 0.0).sum(-1) / n
+    log_s = masked.token_mean(log_rho, batch)
+    advantages = jnp.where(batch.mask, batch.advantages, 0.0)
+    advantage = masked.token_mean(advantages, batch)
     gain = ratios.surrogate(log_s, advantage, clip_low, clip_high, float("inf"))
     as_tokens = masked.spread(batch, log_s)
     metrics = ratios.report(as_tokens, batch, clip_low, clip_high)

@@ -34,8 +34,7 @@ def loss(
     """
     chosen, rejected = sums = pairs.log_ratios(policy, batch)
     if average:
-        tokens = pairs.lengths(batch)
-        chosen, rejected = chosen / tokens[0], rejected / tokens[1]
+        chosen, rejected = pairs.per_token(chosen, rejected, batch)
     value = (chosen - rejected - 1 / (2 * beta)) ** 2
     return pairs.outcome(
         batch, value, chosen, rejected,

@@ -61,7 +61,7 @@ def loss(
             f"kto got {group} responses a prompt, expected a labelled and a mismatched "
             "one: wrap the data in config.data.name='unpaired' with mismatched=True"
         )
-    log_ratio = (policy.logps - masked.reference(batch)).sum(-1)
+    log_ratio = masked.log_ratios(policy, batch)
     own, mismatched = log_ratio[:, 0], log_ratio[:, 1]
     z = jnp.maximum(masked.mean(mismatched, batch.valid[:, 1]), 0.0)
     z = jax.lax.stop_gradient(z)
@@ -70,7 +70,7 @@ def loss(
     weight = jnp.where(desirable, desirable_weight, undesirable_weight)
     value = weight * jax.nn.sigmoid(-margin)
     return jnp.where(batch.valid[:, 0], value, 0.0), {
-        "accuracy": (jnp.sign(margin) + 1) / 2,
+        "accuracy": masked.accuracy(margin),
         "margin": margin,
         "log_ratio": own,
         "kl": jnp.broadcast_to(z, own.shape),

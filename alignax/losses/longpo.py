@@ -45,6 +45,6 @@ def loss(
       ValueError: the batch does not hold two responses to each prompt.
     """
     chosen, rejected = pairs.log_ratios(policy, batch)
-    nll = -pairs.log_probs(policy, batch)[0] / pairs.lengths(batch)[0]
+    nll = pairs.chosen_nll(policy, batch)
     value = -lam * jax.nn.log_sigmoid(beta * (chosen - rejected)) + nll
     return pairs.outcome(batch, value, beta * chosen, beta * rejected, nll=nll)

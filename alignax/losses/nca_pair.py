@@ -32,11 +32,8 @@ def loss(
       As `pairs.outcome`, of implicit rewards; 'log_ratio_chosen' and
       'log_ratio_rejected' (nats).
     """
-    log_ratios = pairs.log_ratios(policy, batch)
-    chosen, rejected = beta * log_ratios[0], beta * log_ratios[1]
-    noise = jax.nn.log_sigmoid(-chosen) + jax.nn.log_sigmoid(-rejected)
-    value = -jax.nn.log_sigmoid(chosen) - noise / 2
-    return pairs.outcome(
-        batch, value, chosen, rejected,
-        log_ratio_chosen=log_ratios[0], log_ratio_rejected=log_ratios[1],
-    )  # fmt: skip
+    chosen, rejected = pairs.log_ratios(policy, batch)
+    rewards = beta * chosen, beta * rejected
+    noise = jax.nn.log_sigmoid(-rewards[0]) + jax.nn.log_sigmoid(-rewards[1])
+    value = -jax.nn.log_sigmoid(rewards[0]) - noise / 2
+    return pairs.implicit_outcome(batch, value, chosen, rejected, beta)

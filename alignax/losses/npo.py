@@ -13,7 +13,6 @@ the variant with a KL term instead is not here.
 """
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from alignax import masked
@@ -40,19 +39,12 @@ def loss(
       gradient, 2σ(β log-ratio)), 'forget_log_ratio' (nats) and 'retain_nll' (nats per
       token): means over a prompt's forget or retain rows, 0 without any.
     """
-    log_ratio = (policy.logps - masked.reference(batch)).sum(-1)
-    nll = -policy.logps.sum(-1) / jnp.maximum(batch.mask.sum(-1), 1)
-    forget = batch.valid & (batch.feedback <= 0.5)
-    retain = batch.valid & ~forget
-    value = jnp.where(
-        forget, 2 / beta * jax.nn.softplus(beta * log_ratio), retain_weight * nll
-    )
-
-    def mean(x, rows):
-        return masked.per_prompt(x[..., None], rows[..., None])
-
-    return mean(value, batch.valid), {
-        "forget_weight": mean(2 * jax.nn.sigmoid(beta * log_ratio), forget),
-        "forget_log_ratio": mean(log_ratio, forget),
-        "retain_nll": mean(nll, retain),
-    }
+    log_ratio = masked.log_ratios(policy, batch)
+    nll = -masked.token_mean(policy.logps, batch)
+    value = 2 / beta * jax.nn.softplus(beta * log_ratio)
+    weight = 2 * jax.nn.sigmoid(beta * log_ratio)
+    return masked.forget_retain(
+        batch, value, retain_weight * nll,
+        forget={"forget_weight": weight, "forget_log_ratio": log_ratio},
+        retain={"retain_nll": nll},
+    )  # fmt: skip

@@ -11,7 +11,6 @@ tokens, where the authors' code also counts padding.
 """
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from alignax import masked
@@ -38,19 +37,12 @@ def loss(
       gradient, 2σ(β log-ratio)), 'forget_log_ratio' (nats) and 'retain_kl' (nats per
       token): means over a prompt's forget or retain rows, 0 without any.
     """
-    log_ratio = (policy.logps - masked.reference(batch)).sum(-1)
-    kl = policy.forward_kl.sum(-1) / jnp.maximum(batch.mask.sum(-1), 1)
-    forget = batch.valid & (batch.feedback <= 0.5)
-    retain = batch.valid & ~forget
-    value = jnp.where(
-        forget, 2 / beta * jax.nn.softplus(beta * log_ratio), retain_weight * kl
-    )
-
-    def mean(x, rows):
-        return masked.per_prompt(x[..., None], rows[..., None])
-
-    return mean(value, batch.valid), {
-        "forget_weight": mean(2 * jax.nn.sigmoid(beta * log_ratio), forget),
-        "forget_log_ratio": mean(log_ratio, forget),
-        "retain_kl": mean(kl, retain),
-    }
+    log_ratio = masked.log_ratios(policy, batch)
+    kl = masked.token_mean(policy.forward_kl, batch)
+    value = 2 / beta * jax.nn.softplus(beta * log_ratio)
+    weight = 2 * jax.nn.sigmoid(beta * log_ratio)
+    return masked.forget_retain(
+        batch, value, retain_weight * kl,
+        forget={"forget_weight": weight, "forget_log_ratio": log_ratio},
+        retain={"retain_kl": kl},
+    )  # fmt: skip

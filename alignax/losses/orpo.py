@@ -42,8 +42,7 @@ def loss(
         mean = jnp.minimum(mean, CERTAIN)
         return mean - jax.nn.log1mexp(-mean)
 
-    log_probs, tokens = pairs.log_probs(policy, batch), pairs.lengths(batch)
-    means = log_probs[0] / tokens[0], log_probs[1] / tokens[1]
+    means = pairs.per_token(*pairs.log_probs(policy, batch), batch)
     chosen, rejected = log_odds(means[0]), log_odds(means[1])
     value = -means[0] - lam * jax.nn.log_sigmoid(chosen - rejected)
     return pairs.outcome(batch, value, chosen, rejected, nll=-means[0])

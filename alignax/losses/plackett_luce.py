@@ -34,7 +34,4 @@ def loss(
       ValueError: a single response to each prompt.
     """
     lists.check(batch, "plackett_luce orders")
-    reward = beta * (policy.logps - masked.reference(batch)).sum(-1)
-    above, gap = lists.above(batch), lists.gaps(reward)  # [b, k, i]: i below k
-    value = lists.log1p_sum_exp(above, -gap).sum(-1)
-    return lists.outcome(batch, value, above, gap)
+    return lists.plackett_luce(batch, beta * masked.log_ratios(policy, batch))

@@ -13,7 +13,6 @@ models alike, and these share the policy's tokenizer.
 import fnmatch
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from alignax import masked
@@ -48,13 +47,13 @@ def loss(
         raise ValueError(
             f"poft compares with aligned models, but the batch has no {NEEDS[1]!r}"
         )
-    length = jnp.maximum(batch.mask.sum(-1), 1)
-    score = policy.logps.sum(-1) / length
-    aligned = sum(batch.extra[name].sum(-1) for name in names) / len(names) / length
+    score = masked.token_mean(policy.logps, batch)
+    each = [masked.token_mean(batch.extra[name], batch) for name in names]
+    aligned = sum(each) / len(each)
     logit = beta * (score - aligned) + gamma
 
     def mean(x):
-        return masked.per_prompt(x[..., None], batch.valid[..., None])
+        return masked.response_mean(x, batch.valid)
 
     return mean(-jax.nn.log_sigmoid(logit)), {
         "gradient_weight": mean(jax.nn.sigmoid(-logit)),

@@ -45,8 +45,5 @@ def loss(
       [B] values, and metrics 'ratio', 'clipped' (share of tokens), 'approx_kl' (nats a
       token, to the law that sampled).
     """
-    log_rho = ratios.log_ratio(policy, batch)
-    gain = ratios.surrogate(log_rho, batch.advantages, clip_low, clip_high, cap)
-    weights = masked.token_weights(batch, reduction)
-    metrics = ratios.report(log_rho, batch, clip_low, clip_high)
-    return -(weights * gain).sum((1, 2)), metrics
+    gain, metrics = ratios.clipped_surrogate(policy, batch, clip_low, clip_high, cap)
+    return -masked.reduce_tokens(gain, batch, reduction), metrics

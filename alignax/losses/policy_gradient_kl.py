@@ -50,12 +50,7 @@ def loss(
     Raises:
       ValueError: an unknown estimator, k1 among them, or no ref_logps.
     """
-    log_rho = ratios.log_ratio(policy, batch)
-    gain = ratios.surrogate(
-        log_rho, batch.advantages, clip_low, clip_high, float("inf")
-    )
+    gain, metrics = ratios.clipped_surrogate(policy, batch, clip_low, clip_high)
     k = ratios.kl(policy, batch, estimator)
-    weights = masked.token_weights(batch, reduction)
-    metrics = ratios.report(log_rho, batch, clip_low, clip_high)
-    metrics["kl"] = masked.per_prompt(k, batch.mask & batch.valid[..., None])
-    return (weights * (beta * k - gain)).sum((1, 2)), metrics
+    metrics["kl"] = masked.per_prompt(k, masked.scored(batch))
+    return masked.reduce_tokens(beta * k - gain, batch, reduction), metrics

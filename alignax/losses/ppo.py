@@ -49,16 +49,14 @@ def loss(
     """
     if not batch.extra or "returns" not in batch.extra or policy.state_values is None:
         raise ValueError("PPO needs a critic and its returns: config.shaping.gae = {}")
-    log_rho = ratios.log_ratio(policy, batch)
-    gain = ratios.surrogate(log_rho, batch.advantages, clip, clip, float("inf"))
+    gain, metrics = ratios.clipped_surrogate(policy, batch, clip, clip)
     value, old = policy.state_values, batch.extra["old_values"]
     returns = batch.extra["returns"]
     near = old + jnp.clip(value - old, -value_clip, value_clip)
     error = jnp.maximum((value - returns) ** 2, (near - returns) ** 2)
-    weights = masked.token_weights(batch, reduction)
-    keep = batch.mask & batch.valid[..., None]
-    total = weights * (0.5 * value_weight * error - gain)
-    return total.sum((1, 2)), ratios.report(log_rho, batch, clip, clip) | {
+    total = 0.5 * value_weight * error - gain
+    keep = masked.scored(batch)
+    return masked.reduce_tokens(total, batch, reduction), metrics | {
         "value_error": masked.per_prompt((value - returns) ** 2, keep),
         "value": masked.per_prompt(value, keep),
     }

@@ -42,6 +42,6 @@ def loss(
     inverse = jnp.where(above, lists.gaps(batch.feedback), 0.0)  # 1/T_k^i
     own = score * inverse.max(-1)  # s_k/T_k^k
     rank = lists.log1p_sum_exp(above, score[:, None, :] * inverse - own[:, :, None])
-    nll = -lists.first(score, lists.best(batch))
+    nll = lists.best_nll(score, batch)
     value = rank.sum(-1) + lam * nll
     return lists.outcome(batch, value, above, lists.gaps(score), nll=nll)

@@ -38,7 +38,6 @@ def loss(
     chosen, rejected = pairs.log_ratios(policy, batch)
     longer, shorter = pairs.lengths(batch)
     margin = beta * (chosen - rejected) + alpha * (longer - shorter)
-    return pairs.outcome(
-        batch, -jax.nn.log_sigmoid(margin), beta * chosen, beta * rejected,
-        log_ratio_chosen=chosen, log_ratio_rejected=rejected,
-    )  # fmt: skip
+    return pairs.implicit_outcome(
+        batch, -jax.nn.log_sigmoid(margin), chosen, rejected, beta
+    )

@@ -10,8 +10,6 @@ that is what the feedback holds); of several best responses the first is imitate
 are never compared.
 """
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from alignax import lists
@@ -41,9 +39,4 @@ def loss(
     """
     lists.check(batch, "ranking compares", "or losses.sft")
     score = lists.mean_log_probs(policy, batch)
-    above, gap = lists.above(batch), lists.gaps(score)
-    asked = margin * lists.gaps(batch.feedback)
-    short = jnp.where(above, jax.nn.relu(asked - gap), 0.0)
-    nll = -lists.first(score, lists.best(batch))
-    value = short.sum((1, 2)) + lam * nll
-    return lists.outcome(batch, value, above, gap, nll=nll)
+    return lists.hinge(batch, score, margin * lists.gaps(batch.feedback), lam)

@@ -30,7 +30,4 @@ def loss(policy: Scores, batch: Batch) -> tuple[Float[Array, " B"], Metrics]:
       ValueError: a single response to each prompt.
     """
     lists.check(batch, "reward_plackett_luce orders", "or losses.reward_regression")
-    reward = masked.last(policy.values, batch.mask)
-    above, gap = lists.above(batch), lists.gaps(reward)  # [b, k, i]: i below k
-    value = lists.log1p_sum_exp(above, -gap).sum(-1)
-    return lists.outcome(batch, value, above, gap)
+    return lists.plackett_luce(batch, masked.last(policy.values, batch.mask))

@@ -27,9 +27,8 @@ def loss(policy: Scores, batch: Batch) -> tuple[Float[Array, " B"], Metrics]:
       prompt's valid responses.
     """
     reward = masked.last(policy.values, batch.mask)
-
-    def mean(x):
-        return masked.per_prompt(x[..., None], batch.valid[..., None])
-
     error = reward - batch.feedback
-    return mean(error**2), {"reward": mean(reward), "bias": mean(error)}
+    return masked.response_mean(error**2, batch.valid), {
+        "reward": masked.response_mean(reward, batch.valid),
+        "bias": masked.response_mean(error, batch.valid),
+    }

@@ -40,7 +40,6 @@ def loss(
     margin = beta * (chosen - rejected)
     kept, flipped = -jax.nn.log_sigmoid(margin), -jax.nn.log_sigmoid(-margin)
     value = (1 - label_smoothing) * kept - label_smoothing * flipped
-    return pairs.outcome(
-        batch, value / (1 - 2 * label_smoothing), beta * chosen, beta * rejected,
-        log_ratio_chosen=chosen, log_ratio_rejected=rejected,
-    )  # fmt: skip
+    return pairs.implicit_outcome(
+        batch, value / (1 - 2 * label_smoothing), chosen, rejected, beta
+    )

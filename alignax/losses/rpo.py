@@ -36,9 +36,6 @@ def loss(
       (nats) and 'nll' (nats per scored token of the chosen response).
     """
     chosen, rejected = pairs.log_ratios(policy, batch)
-    nll = -pairs.log_probs(policy, batch)[0] / pairs.lengths(batch)[0]
+    nll = pairs.chosen_nll(policy, batch)
     value = -jax.nn.log_sigmoid(beta * (chosen - rejected)) + alpha * nll
-    return pairs.outcome(
-        batch, value, beta * chosen, beta * rejected,
-        log_ratio_chosen=chosen, log_ratio_rejected=rejected, nll=nll,
-    )  # fmt: skip
+    return pairs.implicit_outcome(batch, value, chosen, rejected, beta, nll=nll)

@@ -9,8 +9,6 @@ that its weight does not depend on length or padding; of several best responses 
 is imitated, and ties are never compared.
 """
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from alignax import lists
@@ -39,8 +37,4 @@ def loss(
     """
     lists.check(batch, "rrhf ranks", "or losses.sft")
     score = lists.mean_log_probs(policy, batch)
-    above, gap = lists.above(batch), lists.gaps(score)
-    wrong = jnp.where(above, jax.nn.relu(-gap), 0.0)
-    nll = -lists.first(score, lists.best(batch))
-    value = wrong.sum((1, 2)) + lam * nll
-    return lists.outcome(batch, value, above, gap, nll=nll)
+    return lists.hinge(batch, score, 0.0, lam)

@@ -30,11 +30,10 @@ def loss(
       [B] values and metrics 'nll' (mean nats per scored token of the prompt's
       responses), 'log_prob' (nats per response).
     """
-    weights = masked.token_weights(batch, reduction)
-    scored = batch.mask & batch.valid[..., None]
+    scored = masked.scored(batch)
     total = jnp.where(scored, policy.logps, 0.0).sum((1, 2))
     metrics = {
         "nll": -masked.per_prompt(policy.logps, scored),
         "log_prob": total / jnp.maximum(batch.valid.sum(-1), 1),
     }
-    return -(weights * policy.logps).sum((1, 2)), metrics
+    return -masked.reduce_tokens(policy.logps, batch, reduction), metrics

@@ -10,7 +10,6 @@ so the share of forget rows in a step (config.mixture) also weighs the two terms
 """
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from alignax import masked
@@ -43,17 +42,9 @@ def loss(
       'retain_nll' (nats per token): means over a prompt's forget or retain rows, 0
       without any.
     """
-    score = policy.logps.sum(-1) / jnp.maximum(batch.mask.sum(-1), 1)
-    forget = batch.valid & (batch.feedback <= 0.5)
-    retain = batch.valid & ~forget
-    value = jnp.where(
-        forget, 2 / beta * jax.nn.softplus(beta * score + gamma), -retain_weight * score
-    )
-
-    def mean(x, rows):
-        return masked.per_prompt(x[..., None], rows[..., None])
-
-    return mean(value, batch.valid), {
-        "forget_nll": mean(-score, forget),
-        "retain_nll": mean(-score, retain),
-    }
+    nll = -masked.token_mean(policy.logps, batch)
+    value = 2 / beta * jax.nn.softplus(gamma - beta * nll)
+    return masked.forget_retain(
+        batch, value, retain_weight * nll,
+        forget={"forget_nll": nll}, retain={"retain_nll": nll},
+    )  # fmt: skip

@@ -33,8 +33,7 @@ def loss(
     Returns:
       As `pairs.outcome`, of rewards r.
     """
-    log_probs, tokens = pairs.log_probs(policy, batch), pairs.lengths(batch)
-    chosen = beta * log_probs[0] / tokens[0]
-    rejected = beta * log_probs[1] / tokens[1]
+    chosen, rejected = pairs.log_probs(policy, batch)
+    chosen, rejected = pairs.per_token(beta * chosen, beta * rejected, batch)
     value = -jax.nn.log_sigmoid(chosen - rejected - gamma)
     return pairs.outcome(batch, value, chosen, rejected)

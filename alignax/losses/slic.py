@@ -34,6 +34,6 @@ def loss(
       response).
     """
     chosen, rejected = pairs.log_probs(policy, batch)
-    nll = -chosen / pairs.lengths(batch)[0]
+    nll = pairs.chosen_nll(policy, batch)
     value = jax.nn.relu(delta - (chosen - rejected)) + lam * nll
     return pairs.outcome(batch, value, chosen, rejected, nll=nll)

@@ -33,9 +33,5 @@ def loss(
       'log_ratio_rejected' (nats).
     """
     chosen, rejected = pairs.log_ratios(policy, batch)
-    target = 1 / (2 * beta)
-    value = (chosen - target) ** 2 + (rejected + target) ** 2
-    return pairs.outcome(
-        batch, value, beta * chosen, beta * rejected,
-        log_ratio_chosen=chosen, log_ratio_rejected=rejected,
-    )  # fmt: skip
+    value = pairs.calibration_error(chosen, rejected, beta)
+    return pairs.implicit_outcome(batch, value, chosen, rejected, beta)

@@ -60,7 +60,7 @@ def loss(
     beta = jnp.where(position <= 1, beta_first, beta)
     behind = beta * (masked.reference(batch) - policy.logps)
     value = weights * 2 / beta * jax.nn.softplus(behind)
-    scored = batch.mask & batch.valid[..., None]
+    scored = masked.scored(batch)
     return value.sum((1, 2)), {
         "nll": -masked.per_prompt(policy.logps, scored),
         "gradient_weight": masked.per_prompt(2 * jax.nn.sigmoid(behind), scored),

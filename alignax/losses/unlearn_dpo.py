@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from alignax import pairs
+from alignax import masked, pairs
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps", "ref_logps")
@@ -41,14 +41,14 @@ def loss(
       ValueError: the batch does not hold two responses to each prompt.
     """
     refusal, answer = pairs.log_ratios(policy, batch)
-    nll = -policy.logps[:, 0].sum(-1) / pairs.lengths(batch)[0]
+    nll = pairs.chosen_nll(policy, batch)  # of slot 0
     forget = batch.valid[:, 1] & (batch.feedback[:, 1] <= 0.5)
     margin = beta * (refusal - answer)
     value = jnp.where(
         forget, -2 / beta * jax.nn.log_sigmoid(margin), retain_weight * nll
     )
     return jnp.where(batch.valid[:, 0], value, 0.0), {
-        "accuracy": jnp.where(forget, (jnp.sign(margin) + 1) / 2, 0.0),
+        "accuracy": jnp.where(forget, masked.accuracy(margin), 0.0),
         "margin": jnp.where(forget, margin, 0.0),
         "retain_nll": jnp.where(forget, 0.0, nll),
     }

@@ -43,9 +43,8 @@ def loss(
     """
     v = value_heads.squash(policy.values, centre, radius)
     error = (v - batch.feedback[..., None]) ** 2
-    keep = batch.mask & batch.valid[..., None]
-    weights = masked.token_weights(batch, reduction)
-    return 0.5 * (weights * error).sum((1, 2)), {
+    keep = masked.scored(batch)
+    return 0.5 * masked.reduce_tokens(error, batch, reduction), {
         "value": masked.per_prompt(v, keep),
         "value_error": masked.per_prompt(error, keep),
     }

@@ -50,10 +50,9 @@ def loss(
     """
     advantage = scale * (policy.logps - masked.reference(batch))
     error = (policy.state_values + advantage - batch.feedback[..., None]) ** 2
-    keep = batch.mask & batch.valid[..., None]
-    weights = masked.token_weights(batch, reduction)
-    total = weights * (0.5 * error + penalty * scale**2 * policy.forward_kl)
-    return total.sum((1, 2)), {
+    total = 0.5 * error + penalty * scale**2 * policy.forward_kl
+    keep = masked.scored(batch)
+    return masked.reduce_tokens(total, batch, reduction), {
         "value": masked.per_prompt(policy.state_values, keep),
         "value_error": masked.per_prompt(error, keep),
         "advantage": masked.per_prompt(advantage, keep),

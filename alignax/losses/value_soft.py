@@ -58,9 +58,8 @@ def loss(
     delta = gap / beta
     near = jnp.minimum(delta, limit)
     error = jnp.exp(near) * (1 + delta - near) - delta - 1
-    keep = batch.mask & batch.valid[..., None]
-    weights = masked.token_weights(batch, reduction)
-    return beta**2 * (weights * error).sum((1, 2)), {
+    keep = masked.scored(batch)
+    return beta**2 * masked.reduce_tokens(error, batch, reduction), {
         "value": masked.per_prompt(v, keep),
         "value_error": masked.per_prompt(gap**2, keep),
         "limited": masked.per_prompt(jnp.where(delta > limit, 1.0, 0.0), keep),

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from alignax import masked
 from alignax.batch import Batch, Scores
 
 NEEDS = ("logps", "collision")
@@ -26,7 +27,6 @@ def reweight(policy: Scores, batch: Batch) -> tuple[Scores, Batch, Float[Array, 
     Returns:
       The scores and the batch as they are, and the product of the responses' weights.
     """
-    lengths = jnp.maximum(batch.mask.sum(-1), 1)
-    log_weight = (policy.logps - policy.collision).sum(-1) / lengths
+    log_weight = masked.token_mean(policy.logps - policy.collision, batch)
     log_weight = jnp.where(batch.valid, log_weight, 0.0).sum(-1)
     return policy, batch, jax.lax.stop_gradient(jnp.exp(log_weight))

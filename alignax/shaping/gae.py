@@ -49,9 +49,9 @@ def shape(
             "Batch.extra['old_values'] is missing: rollouts bring it where the policy has "
             "a critic (config.model.value_head=True)"
         )
-    keep = batch.mask & batch.valid[..., None]
     values = batch.extra["old_values"]
-    return _scan(masked.token_rewards(batch), values, keep, gamma, lam)
+    rewards, keep = masked.token_rewards(batch), masked.scored(batch)
+    return _scan(rewards, values, keep, gamma, lam)
 
 
 @jax.jit
@@ -63,7 +63,5 @@ def _scan(rewards, values, keep, gamma, lam):
         carry = jnp.where(k, mine, advantage), jnp.where(k, v, value)
         return carry, jnp.where(k, mine, 0.0)
 
-    steps = jax.tree.map(lambda x: jnp.moveaxis(x, -1, 0), (rewards, values, keep))
     zero = jnp.zeros(rewards.shape[:-1], rewards.dtype)
-    _, advantages = jax.lax.scan(back, (zero, zero), steps, reverse=True)
-    return jnp.moveaxis(advantages, 0, -1)
+    return masked.reverse_scan(back, (zero, zero), (rewards, values, keep))

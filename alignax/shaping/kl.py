@@ -40,6 +40,7 @@ def shape(
     del baseline
     if batch.old_logps is None:
         raise ValueError("Batch.old_logps is None: only rollouts bring it")
-    keep = batch.mask & batch.valid[..., None]
-    ratio = jnp.where(keep, batch.old_logps - masked.reference(batch), 0.0)
+    ratio = jnp.where(
+        masked.scored(batch), batch.old_logps - masked.reference(batch), 0.0
+    )
     return masked.token_rewards(batch) - beta * ratio

@@ -28,5 +28,4 @@ def shape(
       [B, G, T] advantages, 0 where nothing is scored.
     """
     del baseline
-    keep = batch.mask & batch.valid[..., None]
-    return masked.whiten(masked.token_rewards(batch), keep, shift=shift)
+    return masked.whiten(masked.token_rewards(batch), masked.scored(batch), shift=shift)

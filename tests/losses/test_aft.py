@@ -69,7 +69,7 @@ def test_ragged_groups_are_those_of_the_oracle(make_batch, constraint):
 def test_an_unknown_constraint_and_a_single_response_are_errors():
     with pytest.raises(ValueError, match="'bound'; known: none, detached, boundary"):
         aft.loss(*group(SCORES, LABELS), constraint="bound")
-    with pytest.raises(ValueError, match=r"aft compares .* one a prompt: use"):
+    with pytest.raises(ValueError, match=r"aft compares .* one per prompt: use"):
         aft.loss(*group([-1.0], [1]))
 
 

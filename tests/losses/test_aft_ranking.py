@@ -64,5 +64,5 @@ def test_ragged_groups_are_those_of_the_oracle(make_batch, constraint):
 def test_an_unknown_constraint_and_a_single_response_are_errors():
     with pytest.raises(ValueError, match="'bound'; known: none, detached, boundary"):
         aft_ranking.loss(*group(SCORES, FEEDBACK), constraint="bound")
-    with pytest.raises(ValueError, match=r"aft_ranking ranks .* one a prompt: use"):
+    with pytest.raises(ValueError, match=r"aft_ranking ranks .* one per prompt: use"):
         aft_ranking.loss(*group([-1.0], [1]))

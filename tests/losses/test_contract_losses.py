@@ -87,7 +87,7 @@ def test_it_returns_finite_values_and_metrics_per_prompt(bound, make_batch):
     assert value.dtype == jnp.float32
     assert np.isfinite(value).all()
     for name, metric in metrics.items():
-        # what a running mean takes in may be one number; all else is one a prompt
+        # what a running mean takes in may be one number; all else is one per prompt
         shapes = [(B,), ()] if name.startswith("ema/") else [(B,)]
         assert metric.shape in shapes, name
         assert np.isfinite(metric).all(), name
@@ -320,6 +320,6 @@ def test_the_function_states_its_arguments(bound):
 
 
 def test_every_loss_has_its_own_tests(request):
-    folder = request.path.parent / "losses"
+    folder = request.path.parent
     missing = [n for n in NAMES if not (folder / f"test_{n}.py").exists()]
     assert not missing

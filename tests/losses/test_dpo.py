@@ -100,7 +100,7 @@ def test_a_pair_without_one_of_its_sides_costs_nothing(slot):
 def test_one_response_a_prompt_is_no_pair(make_batch):
     batch = make_batch(2, 1, 8)
     scores = Scores(jnp.zeros(batch.mask.shape))
-    with pytest.raises(ValueError, match="pairs got 1 responses a prompt"):
+    with pytest.raises(ValueError, match="pairs got 1 responses per prompt"):
         dpo.loss(scores, batch._replace(ref_logps=scores.logps))
 
 

@@ -40,5 +40,5 @@ def test_ragged_groups_are_those_of_the_oracle(make_batch):
 
 
 def test_a_single_response_is_no_ranking():
-    with pytest.raises(ValueError, match=r"pro ranks .* one a prompt: use"):
+    with pytest.raises(ValueError, match=r"pro ranks .* one per prompt: use"):
         pro.loss(*group([-1.0], [1]))

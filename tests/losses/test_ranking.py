@@ -35,5 +35,5 @@ def test_ragged_groups_are_those_of_the_oracle(make_batch):
 
 
 def test_a_single_response_is_no_ranking():
-    with pytest.raises(ValueError, match=r"ranking compares .* one a prompt: use"):
+    with pytest.raises(ValueError, match=r"ranking compares .* one per prompt: use"):
         ranking.loss(*group([-1.0], [1]))

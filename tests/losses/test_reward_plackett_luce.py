@@ -41,5 +41,5 @@ def test_random_orders_are_those_of_the_oracle(make_batch):
 
 
 def test_a_single_response_is_no_ranking():
-    with pytest.raises(ValueError, match=r"one a prompt: use .*reward_regression"):
+    with pytest.raises(ValueError, match=r"one per prompt: use .*reward_regression"):
         reward_plackett_luce.loss(*group([-1.0], [1]))

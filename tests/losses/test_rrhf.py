@@ -43,5 +43,5 @@ def test_ragged_groups_are_those_of_the_oracle(make_batch):
 
 
 def test_a_single_response_is_no_ranking():
-    with pytest.raises(ValueError, match=r"rrhf ranks .* one a prompt: use"):
+    with pytest.raises(ValueError, match=r"rrhf ranks .* one per prompt: use"):
         rrhf.loss(*group([-1.0], [1]))

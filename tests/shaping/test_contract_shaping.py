@@ -317,7 +317,7 @@ def test_the_function_states_its_arguments(bound):
 
 
 def test_every_shaping_has_its_own_tests(request):
-    folder = request.path.parent / "shaping"
+    folder = request.path.parent
     missing = [n for n in NAMES if not (folder / f"test_{n}.py").exists()]
     assert not missing
 
