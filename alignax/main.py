@@ -30,6 +30,10 @@ DEBUG = flags.DEFINE_bool(
 EXPLAIN = flags.DEFINE_bool(
     "explain", False, "Print parameters, shapes, specs and bytes, and exit."
 )
+SHOW = flags.DEFINE_bool(
+    "show", False, "Print the first rows of the data as the model gets them, and exit."
+)
+ROWS = flags.DEFINE_integer("rows", 3, "Of each data section: what --show prints.")
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Call jax.distributed.initialize (the launchers do)."
 )
@@ -50,17 +54,21 @@ def main(argv):
     from alignax.runs import hosts  # after the backend is set up
     from alignax.runs.checkpoint import CheckpointError
     from alignax.runs.preemption import Preempted, preemption
-    from alignax.training import explain, loop  # after the backend is set up
+    from alignax.training import explain, loop, show  # after the backend is set up
 
-    if not WORKDIR.value and not EXPLAIN.value:
+    looking = EXPLAIN.value or SHOW.value
+    if not WORKDIR.value and not looking:
         raise app.UsageError("--workdir is needed")
     try:
         if DISTRIBUTED.value:
             hosts.start()
-        if DISTRIBUTED.value and not EXPLAIN.value:
+        if DISTRIBUTED.value and not looking:
             hosts.check(CONFIG.value, str(WORKDIR.value))
         if EXPLAIN.value:
             print(explain.explain(CONFIG.value))
+            return
+        if SHOW.value:
+            print(show.show(CONFIG.value, ROWS.value))
             return
         if not CONFIG.value.get("prompts"):
             loop.train(CONFIG.value, str(WORKDIR.value))

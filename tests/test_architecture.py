@@ -72,7 +72,7 @@ LAYERS = (
     ("training",),
     ("respond",),
     ("preflight",),
-    ("api", "main", "plots", "frontier"),
+    ("api", "main", "plots", "frontier", "cli"),
 )
 ORDER = [room for layer in LAYERS for room in layer]
 TOP = {room for room in ORDER if not (PACKAGE / room).is_dir()} | {"__init__"}
@@ -117,7 +117,7 @@ def test_a_file_in_the_wrong_folder_is_found(tmp_path, monkeypatch):
 
 def test_what_lies_on_top_is_vocabulary_kernel_or_program():
     files = {p.stem for p in PACKAGE.glob("*.py")}
-    assert files <= TOP
+    assert files == TOP
     assert len(files) <= 16
     folders = {p.parent.name for p in PACKAGE.glob("*/__init__.py")}
     assert folders == set(FOLDERS)
@@ -235,8 +235,8 @@ NORMALISERS = {
     ("alignax/logprob.py", "token_logps", "logsumexp"),
     # a few verified positions, [N, K, V]: a sampler needs the whole row
     ("alignax/logprob.py", "rows", "log_softmax"),
-    # [N, V] of one decoding step: the law after the temperature
-    ("alignax/sampling/response_state.py", "law", "log_softmax"),
+    # [N, V] of one decoding step: the distribution after the temperature
+    ("alignax/sampling/response_state.py", "sampled_logps", "log_softmax"),
 }
 
 

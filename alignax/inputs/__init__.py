@@ -5,5 +5,6 @@ which of them are scored), rows (examples cut to a length, and counted), source 
 as batches), plan (which examples share a batch), layout (packed rows), prompts (prompts to
 generate from), annotate (columns that frozen LMs fill), reference_cache (log-probabilities
 of the reference, computed once), detokenize (a batch as readable text), serialisation (a
-batch in a checkpoint), gguf_vocab (the vocabulary of a .gguf file).
+batch in a checkpoint), gguf_vocab (the vocabulary of a .gguf file),
+tokenizer_files (a tokenizer as a Hugging Face folder).
 """

@@ -65,6 +65,8 @@ class Tokenizer:
     _encode: Callable[[str], list[int]]
     _decode: Callable[[list[int], bool], str]
     _vocab_hash: str
+    path: str = ""  # of the folder or file that it was read from
+    _definition: Callable[[], str] | None = None  # tokenizer.json, where it has one
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -409,6 +411,8 @@ def _wrap(core, specials, template, now, *, eos_ids, add_bos, where) -> Tokenize
         _encode=lambda text: core.encode(text, add_special_tokens=False).ids,
         _decode=lambda ids, keep: core.decode(ids, skip_special_tokens=not keep),
         _vocab_hash=hashlib.sha256(core.to_str().encode()).hexdigest(),
+        path=str(where),
+        _definition=core.to_str,
     )
 
 

@@ -4,7 +4,8 @@ import json
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ def save(
     path: str | pathlib.Path,
     *,
     tokenizer: str | pathlib.Path | None = None,
+    files: Mapping[str, bytes] = MappingProxyType({}),
     overwrite: bool = False,
     max_shard_bytes: int = 4 * 10**9,
 ) -> None:
@@ -37,6 +39,7 @@ def save(
       lm: parameters in float32 or bfloat16, written as they are.
       path: the directory to make; its parents are made too.
       tokenizer: a directory whose tokenizer files are copied along.
+      files: {name: content} of further files, e.g. from `inputs.tokenizer_files`.
       overwrite: replace a model directory that stands at `path`.
       max_shard_bytes: more than this becomes several files and an index.
 
@@ -67,6 +70,8 @@ def save(
         _write_json(new / "config.json", config)
         for file in copied:
             shutil.copy(file, new / file.name)
+        for name, content in files.items():
+            (new / name).write_bytes(content)
         if path.exists():
             path.rename(work / "old")
         new.rename(path)

@@ -1,0 +1,426 @@
+"""The public surface: `import alignax as ax` offers these functions; see each docstring.
+
+They are thin: strings become ids, and one call of the library does the work. Nothing else
+of the package is promised to outsiders.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+from ml_collections import ConfigDict
+
+from alignax import logprob
+from alignax.batch import LM, Batch, Example, Message, from_groups
+from alignax.inputs import tokenizer as tokenizers
+from alignax.inputs import tokenizer_files
+from alignax.inputs.tokenizer import Tokenizer
+from alignax.models import save as model_files
+from alignax.respond import output, responder
+from alignax.runs import model_paths
+from alignax.sampling import automaton, decode, drafts, generation_settings
+from alignax.sampling import speculate as speculation
+from alignax.sampling.decode import Generated
+from alignax.training import defaults, loading, loop
+from alignax.training.step import TrainState
+
+Text = str | Sequence[Message] | Sequence[int]  # a string, messages, or token ids
+BUCKET = 64  # tokens: rows are padded to a multiple of it, so that few shapes compile
+
+
+class Model(NamedTuple):
+    """A language model and its tokenizer."""
+
+    lm: LM
+    tokenizer: Tokenizer
+
+
+class Scored(NamedTuple):
+    """N responses as `score` reads them; a row is a prompt and its response.
+
+    Attributes:
+      logps: nats, of each scored token given all tokens before it; exactly 0 elsewhere,
+        so that `logps.sum(-1)` is log p(response | prompt).
+      mask: True on scored tokens: those of the assistant, their EOS included.
+      tokens: the text of each token of a row, special tokens included; N lists.
+      ids: the tokens; 0 behind the end of a row.
+      log_ratios: logps less those of the reference, nats; None without one.
+    """
+
+    logps: Float[np.ndarray, "N T"]
+    mask: Bool[np.ndarray, "N T"]
+    tokens: list[list[str]]
+    ids: Int[np.ndarray, "N T"]
+    log_ratios: Float[np.ndarray, "N T"] | None = None
+
+
+class Responses(NamedTuple):
+    """Responses to B prompts, G to each.
+
+    Attributes:
+      texts: B lists of G, the prefill in front, cut in front of a stop string.
+      finish: why each ended: 'eos', 'stop' or 'length'.
+      logps: nats, of each whole response under the unmodified model.
+      generated: ids, masks and log-probabilities of each token, and what it took.
+    """
+
+    texts: list[list[str]]
+    finish: list[list[str]]
+    logps: Float[np.ndarray, "B G"]
+    generated: Generated
+
+
+def load(path: str) -> Model:
+    """Reads a model and its tokenizer.
+
+    Args:
+      path: a Hugging Face folder, a .gguf file (needs `pip install alignax[gguf]`), a
+        folder of PEFT adapters, or the folder of a run (its 'best', too). Adapters are
+        merged into their base.
+
+    Returns:
+      Model; the parameters are in host memory, in the dtype in which they were saved.
+
+    Raises:
+      FileNotFoundError: no model, or no tokenizer, at the path.
+      ValueError: a file that is damaged, or of an unknown architecture.
+
+    Example:
+      model = ax.load("SmolLM2-135M-Instruct")
+      print(model.lm.config.num_layers, model.tokenizer.vocab_size)
+    """
+    found = model_paths.resolve(str(path))
+    lm = loading.load_lm(found)  # first: it says what is not there
+    return Model(lm, tokenizers.load(found.tokenizer or found.path))
+
+
+def save(model: Model, path: str, *, overwrite: bool = False) -> None:
+    """Writes a Hugging Face folder: weights, config, tokenizer and generation_config.
+
+    transformers loads it, and so does `load`. The folder appears complete or not at all.
+
+    Args:
+      model: its parameters are written in their dtype, float32 or bfloat16.
+      path: the folder to make.
+      overwrite: replace a model folder that stands there.
+
+    Raises:
+      FileExistsError: `path` exists and may not be replaced.
+      ValueError: no Hugging Face architecture has the config of the model.
+
+    Example:
+      model = ax.load("SmolLM2-135M-Instruct")
+      ax.save(model, "copy")
+      again = ax.load("copy")
+    """
+    files = tokenizer_files.files(model.tokenizer)
+    model_files.save(model.lm, path, files=files, overwrite=overwrite)
+
+
+def tokenizer(path: str) -> Tokenizer:
+    """Reads a tokenizer alone: of everything that `load` reads, or 'bytes'.
+
+    Raises:
+      FileNotFoundError: no tokenizer at the path.
+
+    Example:
+      text = ax.tokenizer("SmolLM2-135M-Instruct")
+      print(text.render([{"role": "user", "content": "Hello"}], add_generation_prompt=True))
+      print(text.encode("Hello"))
+    """
+    found = model_paths.resolve(str(path))
+    return tokenizers.load(found.tokenizer or found.path)
+
+
+def score(
+    model: Model,
+    prompts: Text | Sequence[Text],
+    responses: Text | Sequence[Text],
+    *,
+    ref: Model | None = None,
+) -> Scored:
+    """Log-probabilities of responses, token by token, as every loss of the package reads them.
+
+    Args:
+      model: what scores.
+      prompts: N prompts, or one: strings (one user turn), messages, or token ids.
+      responses: as many, each to the prompt of its place. Strings are assistant turns and
+        end in EOS; of messages the assistant's are scored.
+      ref: a reference whose tokenizer gives the same ids, for log-ratios.
+
+    Returns:
+      Scored, with T the longest row.
+
+    Raises:
+      ValueError: not as many responses as prompts; a row that is longer than the context
+        of the model; a conversation that the chat template refuses; a reference whose
+        tokenizer gives other ids.
+
+    Example:
+      model = ax.load("SmolLM2-135M-Instruct")
+      scored = ax.score(model, ["2 + 2 =", "2 + 2 ="], ["4", "5"])
+      print(scored.logps.sum(-1), scored.tokens[0])
+    """
+    prompts, responses = _several(prompts), _several(responses)
+    if len(prompts) != len(responses):
+        raise ValueError(
+            f"{len(prompts)} prompts and {len(responses)} responses; expected as many"
+        )
+    rows = [
+        _row(model.tokenizer, *pair) for pair in zip(prompts, responses, strict=True)
+    ]
+    sizes = [len(prompt) + len(response) for prompt, response, _ in rows]
+    _check_length(model.lm, sizes)
+    width = -(-max(sizes) // BUCKET) * BUCKET
+    batch = from_groups(
+        [prompt for prompt, _, _ in rows], [[response] for _, response, _ in rows],
+        length=width, scored=[[scored] for _, _, scored in rows],
+    )  # fmt: skip
+    longest = slice(max(sizes))
+    logps = np.asarray(_score(model.lm, batch).logps)[:, 0, longest]
+    ratios = None
+    if ref is not None:
+        _check_same_ids(rows, ref.tokenizer, prompts, responses)
+        ratios = logps - np.asarray(_score(ref.lm, batch).logps)[:, 0, longest]
+    tokens = [
+        [model.tokenizer.decode([i], keep_specials=True) for i in row[:size]]
+        for row, size in zip(batch.tokens[:, 0], sizes, strict=True)
+    ]
+    mask, ids = batch.mask[:, 0, longest], batch.tokens[:, 0, longest]
+    return Scored(logps, np.asarray(mask), tokens, np.asarray(ids), ratios)
+
+
+def generate(
+    model: Model,
+    prompts: Text | Sequence[Text],
+    *,
+    max_new: int = 256,
+    group: int = 1,
+    temperature: float = 1.0,
+    stops: Sequence[str] = (),
+    prefill: str = "",
+    seed: int = 0,
+    **settings: Any,
+) -> Responses:
+    """Samples responses to prompts.
+
+    Args:
+      model: what samples; it ends a response with any of its EOS ids.
+      prompts: B prompts, or one: strings (one user turn), messages, or token ids.
+      max_new: most tokens of a response.
+      group: G, responses per prompt.
+      temperature: 0 is greedy.
+      stops: strings in front of which a response is cut.
+      prefill: how every response begins: given, not sampled.
+      seed: of the samples.
+      **settings: all others of `sampling.decode.generate`: top_k, top_p, min_p,
+        repetition_penalty, logit_bias, grammar, guide, ...
+
+    Returns:
+      Responses.
+
+    Raises:
+      ValueError: a prompt that leaves no room for max_new tokens in the context, or a
+        setting out of its range.
+
+    Example:
+      model = ax.load("SmolLM2-135M-Instruct")
+      out = ax.generate(model, ["Name a colour."], max_new=16, group=2, temperature=0.7)
+      print(out.texts[0], out.logps[0])
+    """
+
+    def sample(tokens: Array, lengths: Array, **asked: Any) -> Generated:
+        key = jax.random.key(seed)
+        return decode.generate(model.lm, tokens, lengths, key, **asked)
+
+    asked = dict(settings, max_new=max_new, group=group, temperature=temperature)
+    return _respond(model, prompts, sample, stops, prefill, asked)
+
+
+def speculate(
+    model: Model,
+    draft: Model | LM | str,
+    prompts: Text | Sequence[Text],
+    *,
+    max_new: int = 256,
+    group: int = 1,
+    temperature: float = 1.0,
+    stops: Sequence[str] = (),
+    prefill: str = "",
+    seed: int = 0,
+    **settings: Any,
+) -> Responses:
+    """Samples from the distribution of `generate`, with fewer calls of the model.
+
+    A draft proposes a block of tokens, and one call of the model verifies it.
+
+    Args:
+      model: the target, whose distribution is sampled.
+      draft: a smaller model of the same vocabulary; 'ngram', which repeats what followed
+        the last tokens before; or 'layers:K', the first K layers of the model.
+      prompts, max_new, group, temperature, stops, prefill, seed: as for `generate`.
+      **settings: all others of `sampling.speculate.speculate`: draft_length, rule, guide,
+        mode, top_k, ...
+
+    Returns:
+      Responses; `generated.stats['tokens_per_target_call']` says what the draft saved.
+
+    Raises:
+      ValueError: as for `generate`; a draft with another vocabulary.
+
+    Example:
+      model = ax.load("SmolLM2-135M-Instruct")
+      out = ax.speculate(model, "ngram", "Repeat: one two three.", max_new=16)
+      print(out.texts[0][0], out.generated.stats["tokens_per_target_call"])
+    """
+    proposes: LM | drafts.Draft
+    if isinstance(draft, str):
+        responder.check_draft(draft, ())
+        proposes = responder.drafter(draft, {"target": model.lm})
+    else:
+        proposes = draft.lm if isinstance(draft, Model) else draft
+
+    def sample(tokens: Array, lengths: Array, **asked: Any) -> Generated:
+        key = jax.random.key(seed)
+        return speculation.speculate(model.lm, proposes, tokens, lengths, key, **asked)
+
+    asked = dict(settings, max_new=max_new, group=group, temperature=temperature)
+    return _respond(model, prompts, sample, stops, prefill, asked)
+
+
+def config(**changes: Any) -> ConfigDict:
+    """The config of a run: the defaults, with some keys changed.
+
+    Args:
+      **changes: keys of the config; a section takes a dict, whose other keys stay. See
+        `alignax/training/defaults.py` for every key.
+
+    Raises:
+      KeyError: a key that no run has; the nearest is named.
+      TypeError: a value of another type than the default's.
+
+    Example:
+      c = ax.config(num_steps=3, loss={"name": "dpo", "beta": 0.1}, lms={"ref": "init"})
+      c.optim.lr = 5e-7
+      print(c.batch_size, c.loss.beta)
+    """
+    c = defaults.get_config()
+    c.update(changes)
+    return c
+
+
+def train(config: ConfigDict, workdir: str) -> TrainState:
+    """Runs a config: checks it, trains, evaluates, and saves into a folder.
+
+    Called again on the same folder it goes on where it stopped; afterwards `load` reads
+    the folder.
+
+    Args:
+      config: from `config`, or from a file in configs/.
+      workdir: folder of the run: checkpoints, metrics, samples, curves.
+
+    Returns:
+      TrainState, as it was saved last.
+
+    Raises:
+      ValueError: a config that cannot run; the key and what it may be are named.
+      FloatingPointError: the loss is not a number.
+
+    Example:
+      data = {"name": "synthetic", "split": "train", "kind": "pairs", "size": 16}
+      c = ax.config(num_steps=2, batch_size=4, length=96, data=data)
+      c.update(loss={"name": "dpo"}, lms={"ref": "init"})
+      c.model.path = "SmolLM2-135M-Instruct"
+      ax.train(c, "runs/mine")
+      model = ax.load("runs/mine")
+    """
+    return loop.train(config, str(workdir))
+
+
+_score = jax.jit(logprob.score)
+
+
+def _several(texts: Any) -> list[Text]:
+    """A list of texts, also of one."""
+    if isinstance(texts, str):
+        return [texts]
+    texts = list(texts)
+    if texts and isinstance(texts[0], Mapping | int | np.integer):
+        return [texts]
+    if not texts:
+        raise ValueError("no prompt or no response: the list is empty")
+    return texts
+
+
+def _is_ids(text: Text) -> bool:
+    words = isinstance(text, str) or (len(text) and isinstance(text[0], Mapping))
+    return not words
+
+
+def _row(text: Tokenizer, prompt: Text, response: Text):
+    """(ids of the prompt, ids of the response, which of these are scored)."""
+    if _is_ids(prompt) != _is_ids(response):
+        raise ValueError("a prompt and its response are both ids, or both text")
+    if _is_ids(prompt):
+        return list(prompt), list(response), [True] * len(response)
+    example: Any = Example("", prompt, (response,))  # type: ignore[arg-type]
+    ids, responses, scored = text.tokenize(example)
+    return ids, responses[0], scored[0]
+
+
+def _check_same_ids(rows, text: Tokenizer, prompts, responses) -> None:
+    """Raises ValueError where the tokenizer of a reference gives other ids."""
+    for i, row in enumerate(rows):
+        if _row(text, prompts[i], responses[i]) != row:
+            raise ValueError(
+                f"row {i}: the tokenizer of the reference gives other ids than the model's"
+            )
+
+
+def _check_length(lm: LM, sizes: Sequence[int], what: str = "tokens") -> None:
+    if max(sizes) > lm.config.max_length:
+        raise ValueError(
+            f"row {int(np.argmax(sizes))} has {max(sizes)} {what}, beyond the context of "
+            f"the model, {lm.config.max_length}"
+        )
+
+
+def _respond(
+    model: Model, prompts: Any, sample: Callable[..., Generated], stops: Sequence[str],
+    prefill: str, asked: dict[str, Any],
+) -> Responses:  # fmt: skip
+    """Prompts as ids, a call of the sampler, and its responses as text."""
+    text, lm = model.tokenizer, model.lm
+    prompts = _several(prompts)
+    ids = [list(p) if _is_ids(p) else text.prompt(p) for p in prompts]
+    given = text.encode(prefill)
+    sizes = [len(i) + len(given) + asked["max_new"] for i in ids]
+    _check_length(lm, sizes, "tokens with max_new")
+    tokens, lengths = generation_settings.ragged(ids)
+    if stops:
+        pieces = responder.pieces(text, lm.config.vocab_size)
+        asked["stops"] = automaton.stop_strings(stops, pieces)
+    if given:
+        asked["prefill"] = np.repeat(np.array([given], np.int32), len(ids), 0)
+    asked.setdefault("eos_ids", sorted(text.eos_ids))
+    out = jax.device_get(sample(jnp.asarray(tokens), jnp.asarray(lengths), **asked))
+    batch: Batch = out.batch
+    found = [
+        [
+            output.response(
+                batch.tokens[b, g][batch.mask[b, g]].tolist(),
+                bool(out.truncated[b, g]), text, given=given, stops=stops,
+                min_new=int(asked.get("min_new") or 0),
+            )
+            for g in range(batch.mask.shape[1])
+        ]
+        for b in range(len(ids))
+    ]  # fmt: skip
+    return Responses(
+        [[r.text for r in group] for group in found],
+        [[r.finish for r in group] for group in found],
+        np.asarray(out.raw_logps).sum(-1), out,
+    )  # fmt: skip

@@ -1,0 +1,150 @@
+"""The keys that every run has, and their defaults. A config is a difference from this."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Defaults; sections that a method fills stay open, the rest is locked."""
+    c = ConfigDict()
+    c.seed = 0
+    c.num_steps = 0  # optimiser steps; 0 evaluates only
+    c.batch_size = 8  # prompts per step, over all hosts and micro-batches
+    c.accumulate = 1  # micro-batches per step; the gradient does not depend on it
+    c.length = 512  # tokens per row
+    c.buckets = ()  # the values of T that occur; () = length and its 1/2, 1/4, 1/8
+    # How tokens are laid out. packed: what the responses to a prompt share is computed
+    # once, and rows are filled from up to batch_size prompts; grouped: as packed, but
+    # batches hold batch_size prompts of like length, for few prompts a device; rows: one
+    # row per response.
+    c.layout = "packed"
+    c.mesh = (1, 1, 1)  # data, fsdp, model; one may be -1
+    c.average = 0.0  # decay of the parameters' exponential average; 0 keeps none
+    c.average_every = 1  # steps between two updates of the average
+    c.date = "2024-07-26"  # what a chat template that prints a date prints
+    c.tokenizer = ""  # 'bytes', a folder or a .gguf; '' = the one beside the weights
+
+    c.model = ConfigDict()
+    c.model.path = ""  # Hugging Face folder, .gguf, a run's folder, or 'stage:NAME'
+    c.model.sizes = ConfigDict()  # without a path: train from scratch at these sizes
+    c.model.value_head = False
+    c.model.dtype = "float32"  # of the computation
+    c.model.param_dtype = "float32"
+    c.model.remat = "none"  # none | block | dots
+    c.model.head_kernel = "xla"  # of log-probabilities: xla | pallas (TPUs)
+    c.model.attn_kernel = "xla"  # of attention: xla | splash (TPUs) | cudnn (GPUs)
+
+    c.lora = ConfigDict()  # adapters instead of all weights
+    c.lora.rank = 0  # 0 trains all weights
+    c.lora.alpha = 16.0
+    c.lora.targets = ("q", "k", "v", "o", "gate", "up", "down")
+    c.lora.rank_stabilised = False  # alpha / sqrt(rank) instead of alpha / rank
+
+    c.loss = ConfigDict()  # name, and the loss's own hyper-parameters
+    c.reweight = ConfigDict()  # {what weighs tokens or pairs: its hyper-parameters}
+    c.lms = (
+        ConfigDict()
+    )  # frozen models: name -> 'init' | 'average' | path | 'stage:NAME'
+    c.reference_cache = ""  # folder for log-probs of lms.ref, computed once; '' = none
+    c.reference_data = (
+        ConfigDict()
+    )  # what lms.ref reads instead: other prompts, same ids
+    c.data = ConfigDict()  # name, and the data set's own parameters
+    c.mixture = ConfigDict()  # instead of data: {part: {ratio, name, ...}}
+
+    c.rollout = ConfigDict()  # the policy's own responses, to the prompts of c.data
+    c.rollout.reward = ConfigDict()  # name, and its hyper-parameters; {} = no rollouts
+    c.rollout.group = 4  # responses a prompt
+    c.rollout.max_new = 64  # tokens of a response
+    c.rollout.temperature = 1.0
+    c.rollout.batches = 1  # optimiser steps that one pass over a rollout makes
+    c.rollout.epochs = 1  # passes over a rollout
+    c.rollout.keep = "all"  # of a group: all | best | best_worst
+    c.rollout.truncated = "keep"  # responses without an end: keep | drop | punish
+    c.rollout.punishment = 0.0  # their reward under 'punish'
+    c.rollout.overlong_buffer = 0  # last tokens of max_new, over which a reward falls
+    c.rollout.overlong_penalty = 1.0  # what it has lost at max_new
+    c.rollout.dynamic_sampling = False  # groups without a difference are replaced
+    c.rollout.max_draws = 8  # most prompts drawn for that, times those of a rollout
+    c.rollout.anchor = ""  # name in c.lms of who adds the best of some responses
+    c.rollout.anchor_samples = 2  # of which it is the best
+    c.rollout.policy = ""  # name in c.lms of who samples instead of the policy
+    c.rollout.reference_samples = 64  # of lms.ref a prompt, where a shaping asks
+    c.rollout.cache = ""  # folder for the rewards of those samples; '' = the run's
+    c.shaping = ConfigDict()  # {what makes advantages of rewards: hyper-parameters}
+
+    c.prompts = ConfigDict()  # a data set to respond to; {} trains and evaluates
+    c.decoder = ConfigDict()  # a file in decoders/ and its hyper-parameters
+    c.decoder.name = ""  # '' samples from the model itself
+    c.generate = ConfigDict()  # how c.prompts are answered: see decode.generate
+    c.generate.group = 1  # responses a prompt
+    c.generate.max_new = 256  # tokens of a response
+    c.generate.temperature = 1.0  # 0 is greedy
+    c.generate.top_k = 0  # 0 is off
+    c.generate.top_p = 1.0
+    c.generate.min_p = 0.0
+    c.generate.repetition_penalty = 1.0
+    c.generate.frequency_penalty = 0.0
+    c.generate.presence_penalty = 0.0
+    c.generate.logit_bias = ()  # pairs of an id and nats
+    c.generate.min_new = 0  # fewest tokens of a response
+    c.generate.stops = ()  # texts in front of which a response is cut
+    c.generate.prefill = ""  # how every response begins: given, not sampled
+    c.generate.forced = ""  # likewise, but scored
+    c.generate.candidates = 16  # tokens that a scalar guide judges
+    c.generate.draft = ""  # '' | name in c.lms | ngram | layers:K of the model itself
+    c.generate.draft_length = 4  # tokens of a draft
+    c.generate.rule = "block"  # that verifies it: block | token
+    c.generate.mode = ""  # how a guide is verified: see speculate; '' is its kind's
+    c.generate.guided_draft = False  # the draft is guided too
+    c.generate.reward = ConfigDict()  # name, and its hyper-parameters: scores, searches
+
+    c.optim = ConfigDict()
+    c.optim.name = "adamw"  # adamw | adafactor | lion
+    c.optim.lr = 1e-6
+    c.optim.schedule = "cosine"  # constant | linear | cosine
+    c.optim.warmup = 0  # steps
+    c.optim.final = 0.1  # last rate as a share of the peak
+    c.optim.clip = 1.0  # global gradient norm; 0 does not clip
+    c.optim.weight_decay = 0.0
+    c.optim.b1 = 0.9
+    c.optim.b2 = 0.999
+
+    c.evals = ConfigDict()  # {evaluation: its hyper-parameters}
+    c.eval_data = ConfigDict()  # name, and the data set's own parameters
+    c.eval_every = 0  # steps; 0 evaluates at the end only
+    c.eval_at_start = False
+    c.eval_batch_size = 0  # prompts; 0 = batch_size
+    c.best_metric = ""  # e.g. 'eval/ranking_accuracy/accuracy'; kept in WORKDIR/best
+    c.best_mode = "max"
+    c.patience = 0  # evaluations without a better one before the run stops; 0 = never
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 0  # steps; 0 saves at the end only
+    c.checkpoint.keep = 3
+    c.checkpoint.asynchronous = True
+    c.watchdog = ConfigDict()
+    c.watchdog.minutes = 30.0  # without a step, then every stack is written; 0 = never
+    c.watchdog.starts = 5  # in a row without a newer checkpoint; 0 = any number
+    c.log_every = 1
+    c.plots = True
+    c.profile = ()  # (first, last) step of a profiler window
+    c.wandb = False
+    c.lock()
+    for section in (
+        c.model.sizes,
+        c.loss,
+        c.reweight,
+        c.lms,
+        c.reference_data,
+        c.data,
+        c.mixture,
+        c.evals,
+        c.eval_data,
+        c.rollout.reward,
+        c.shaping,
+        c.prompts,
+        c.decoder,
+        c.generate.reward,
+    ):
+        section.unlock()
+    return c

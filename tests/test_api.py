@@ -1,0 +1,335 @@
+"""The public surface: what a notebook calls, on strings."""
+
+import ast
+import dataclasses
+import inspect
+import json
+import pathlib
+import re
+import statistics
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+import alignax as ax
+from alignax import api, logprob
+from alignax.batch import LM, from_groups
+from alignax.models import transformer
+
+NAME = "SmolLM2-135M-Instruct"  # what the examples load; here a small model
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}"
+    "{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>"
+    "{% endif %}"
+)
+CHAT = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.fixture(scope="module")
+def model(make_lm):
+    config = transformer.ModelConfig(
+        vocab_size=259, width=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8,
+        mlp_width=24, max_length=160, eos_ids=(257,),
+    )  # fmt: skip
+    return ax.Model(make_lm(config), ax.tokenizer("bytes"))
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    """A folder in which the examples of the docstrings find their model."""
+    path = tmp_path_factory.mktemp("api")
+    ax.save(model, str(path / NAME))
+    return path
+
+
+# -- names
+
+
+def test_every_public_name_is_there_and_is_no_submodule():
+    submodules = {p.stem for p in pathlib.Path(ax.__file__).parent.glob("*")}
+    assert {*ax.__all__} == {*ax.PUBLIC}
+    for name in ax.PUBLIC:
+        assert callable(getattr(ax, name))
+        assert name in dir(ax)
+        assert name not in submodules
+    assert ax.train is api.train
+    assert ax.Batch is logprob.Batch
+
+
+def test_what_a_type_checker_reads_is_what_there_is():
+    tree = ast.parse(pathlib.Path(ax.__file__).read_text())
+    (block,) = (n for n in tree.body if isinstance(n, ast.If))
+    listed = {a.name: n.module for n in block.body for a in n.names}
+    assert listed == ax.PUBLIC
+
+
+def test_a_misspelt_name_is_answered_with_the_nearest():
+    with pytest.raises(AttributeError, match=r"'laod'; did you mean 'load'\?"):
+        ax.laod  # noqa: B018
+    with pytest.raises(ImportError):
+        from alignax import laod  # noqa: F401
+
+
+@pytest.mark.slow
+def test_importing_alignax_is_quick_and_loads_nothing():
+    code = (
+        "import time; t = time.perf_counter(); import alignax; t = time.perf_counter() - t\n"
+        "import sys; print(t, *{'jax', 'numpy', 'flax', 'alignax.api'} & {*sys.modules})"
+    )
+    times = []
+    for _ in range(3):
+        out = subprocess.run(
+            [sys.executable, "-c", code], cwd=tiny.ROOT, env=tiny.environment(),
+            capture_output=True, text=True, check=True,
+        ).stdout.split()  # fmt: skip
+        assert out[1:] == []
+        times.append(float(out[0]))
+    assert statistics.median(times) < 0.2  # seconds
+
+
+FUNCTIONS = [n for n in ax.PUBLIC if inspect.isfunction(getattr(ax, n))]
+
+
+def example(name):
+    """The code below 'Example:' in a docstring."""
+    text = inspect.getdoc(getattr(ax, name))
+    return textwrap.dedent(re.search(r"^Example:\n((?:  .*\n?|\n)+)", text, re.M)[1])
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_example_of_a_docstring_runs(name, folder, tmp_path, monkeypatch):
+    (tmp_path / NAME).symlink_to(folder / NAME)
+    monkeypatch.chdir(tmp_path)
+    code = example(name)
+    assert re.search(rf"\bax\.{name}\(", code)
+    exec(code, {"ax": ax})
+
+
+# -- load and save
+
+
+def test_what_was_saved_loads_again(model, folder):
+    again = ax.load(str(folder / NAME))
+    jax.tree.map(np.testing.assert_array_equal, again.lm.params, model.lm.params)
+    assert again.lm.config == model.lm.config
+    text = "Grüße, 東京 \x00\t\n!"
+    assert again.tokenizer.encode(text) == model.tokenizer.encode(text)
+    assert again.tokenizer.eos_ids == model.tokenizer.eos_ids
+    assert again.tokenizer.bos_id == model.tokenizer.bos_id
+    assert again.tokenizer.pad_id == model.tokenizer.pad_id
+    ids = list(range(259))
+    assert again.tokenizer.decode(ids) == model.tokenizer.decode(ids)
+    with pytest.raises(FileExistsError):
+        ax.save(model, str(folder / NAME))
+
+
+def test_a_saved_folder_says_what_ends_a_response(folder):
+    found = json.loads((folder / NAME / "generation_config.json").read_text())
+    assert found == {"eos_token_id": [257], "pad_token_id": 258, "bos_token_id": 256}
+
+
+def test_files_of_a_hugging_face_tokenizer_are_copied(model, folder, tmp_path):
+    source = tmp_path / "source"
+    ax.save(model, str(source))
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    settings |= {"chat_template": TEMPLATE, "anything": [1, 2]}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    kept = {"temperature": 0.6, "eos_token_id": [257, 65]}
+    (source / "generation_config.json").write_text(json.dumps(kept))
+    chat = ax.load(str(source))
+    assert chat.tokenizer.eos_ids == {257, 65}
+    ax.save(chat, str(tmp_path / "copy"))
+    copied = json.loads((tmp_path / "copy" / "tokenizer_config.json").read_text())
+    assert copied == settings
+    generation = json.loads((tmp_path / "copy" / "generation_config.json").read_text())
+    assert generation["temperature"] == 0.6
+    assert generation["eos_token_id"] == [65, 257]
+    again = ax.tokenizer(str(tmp_path / "copy"))
+    assert again.fingerprint == chat.tokenizer.fingerprint
+
+
+def test_nothing_at_a_path_says_so(tmp_path):
+    for path in ("nothing", "nothing.gguf"):
+        with pytest.raises(FileNotFoundError, match=path):
+            ax.load(str(tmp_path / path))
+
+
+# -- score
+
+
+def test_scores_are_those_of_the_kernel_and_the_tokens_stand_beside_them(model):
+    scored = ax.score(model, ["ab", "c"], ["de", "fgh"])
+    assert scored.tokens == [[*"abde", "<eos>"], [*"cfgh", "<eos>"]]
+    np.testing.assert_array_equal(scored.mask, [[0, 0, 1, 1, 1], [0, 1, 1, 1, 1]])
+    batch = from_groups(
+        [[*b"ab"], [*b"c"]], [[[*b"de", 257]], [[*b"fgh", 257]]], length=5
+    )
+    want = np.asarray(logprob.score(model.lm, batch).logps)[:, 0]
+    # another width of the same rows: attention adds in another order
+    np.testing.assert_allclose(scored.logps, want, atol=1e-5)
+    assert (scored.logps[~scored.mask] == 0).all()
+    assert scored.log_ratios is None
+
+
+def test_one_prompt_needs_no_list_and_ids_are_taken_as_they_are(model):
+    one = ax.score(model, "ab", "de")
+    ids = ax.score(model, [*b"ab"], [*b"de", 257])
+    many = ax.score(model, [[*b"ab"]], [[*b"de", 257]])
+    for other in (ids, many):
+        np.testing.assert_array_equal(one.logps, other.logps)
+    assert one.logps.shape == (1, 5)
+
+
+def test_log_ratios_to_a_reference(model, make_lm):
+    ref = model._replace(lm=make_lm(model.lm.config, 1))
+    scored = ax.score(model, "ab", "de", ref=ref)
+    theirs = ax.score(ref, "ab", "de")
+    np.testing.assert_allclose(
+        scored.log_ratios, scored.logps - theirs.logps, atol=1e-6
+    )
+    assert np.abs(scored.log_ratios[scored.mask]).min() > 0
+    itself = ax.score(model, "ab", "de", ref=model)
+    assert (itself.log_ratios == 0).all()
+    text = dataclasses.replace(model.tokenizer, _encode=lambda s: [*s.upper().encode()])
+    with pytest.raises(ValueError, match="row 0: the tokenizer of the reference"):
+        ax.score(model, "ab", "de", ref=model._replace(tokenizer=text))
+
+
+def test_of_messages_the_assistants_are_scored(model, tmp_path):
+    ax.save(model, str(tmp_path / "chat"))
+    settings = json.loads((tmp_path / "chat" / "tokenizer_config.json").read_text())
+    settings["chat_template"] = TEMPLATE
+    (tmp_path / "chat" / "tokenizer_config.json").write_text(json.dumps(settings))
+    chat = ax.load(str(tmp_path / "chat"))
+    answer = [
+        {"role": "assistant", "content": "Yo"}, {"role": "user", "content": "?"},
+        {"role": "assistant", "content": "OK"},
+    ]  # fmt: skip
+    scored = ax.score(chat, CHAT, answer)
+    text = "".join(
+        f"[{t}]" if m else t
+        for t, m in zip(scored.tokens[0], scored.mask[0], strict=True)
+    )
+    assert text == "<user>Hi<assistant>[Y][o][<eos>]<user>?<assistant>[O][K][<eos>]"
+    same = ax.score(chat, [CHAT], [answer])
+    np.testing.assert_array_equal(same.logps, scored.logps)
+
+
+@pytest.mark.parametrize(
+    "prompts, responses, message",
+    [
+        (["a"], ["b", "c"], "1 prompts and 2 responses"),
+        (["a", "b"], "c", "2 prompts and 1 responses"),
+        ("a" * 100, "b" * 100, "201 tokens, beyond the context of the model, 160"),
+        ([1, 2], "c", "both ids, or both text"),
+        ([], [], "the list is empty"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(model, prompts, responses, message):
+    with pytest.raises(ValueError, match=message):
+        ax.score(model, prompts, responses)
+
+
+# -- generate and speculate
+
+
+def test_greedy_responses_are_the_likeliest_tokens(model):
+    out = ax.generate(model, ["ab", "c"], max_new=6, temperature=0)
+    assert [len(group) for group in out.texts] == [1, 1]
+    for prompt, (text,), (finish,) in zip(
+        ("ab", "c"), out.texts, out.finish, strict=True
+    ):
+        ids = [*prompt.encode()]
+        for _ in range(6):
+            h, _ = transformer.hidden(model.lm, jnp.array([ids]))
+            ids.append(int(transformer.unembed(model.lm, h)[0, -1].argmax()))
+            if ids[-1] == 257:
+                break
+        assert text == model.tokenizer.decode(ids[len(prompt) :])
+        assert finish == ("eos" if ids[-1] == 257 else "length")
+
+
+def test_a_response_is_a_function_of_the_seed(model):
+    one, same, other = (
+        ax.generate(model, "ab", max_new=8, group=3, seed=s) for s in (0, 0, 1)
+    )
+    assert one.texts == same.texts
+    assert one.texts != other.texts
+    assert len({*one.texts[0]}) > 1
+    again = ax.score(
+        model,
+        [[*b"ab"]] * 3,
+        [t[m].tolist() for t, m in zip(one.generated.batch.tokens[0], one.generated.batch.mask[0], strict=True)],
+    )  # fmt: skip
+    np.testing.assert_allclose(one.logps[0], again.logps.sum(-1), atol=1e-4)
+
+
+def test_a_prefill_is_in_front_and_a_stop_string_cuts(model):
+    free = ax.generate(model, "ab", max_new=12, temperature=0)
+    stop = free.texts[0][0][4:6]
+    cut = ax.generate(model, "ab", max_new=12, temperature=0, stops=[stop])
+    assert cut.texts[0][0] == free.texts[0][0].split(stop)[0]
+    assert cut.finish == [["stop"]]
+    given = ax.generate(model, "a", max_new=4, temperature=0, prefill="b")
+    longer = ax.generate(model, "ab", max_new=4, temperature=0)
+    assert given.texts[0][0] == "b" + longer.texts[0][0]
+
+
+@pytest.mark.parametrize("kind", ["model", "ngram", "layers:1"])
+def test_greedy_speculation_generates_the_same_text(model, make_lm, kind):
+    draft = kind
+    if kind == "model":
+        draft = model._replace(lm=make_lm(model.lm.config, 3))
+    want = ax.generate(model, ["ab", "abab"], max_new=10, temperature=0)
+    got = ax.speculate(model, draft, ["ab", "abab"], max_new=10, temperature=0)
+    assert got.texts == want.texts
+    assert got.generated.stats["tokens_per_target_call"] >= 1
+
+
+def test_what_cannot_be_generated_is_refused(model):
+    with pytest.raises(
+        ValueError, match=r"162 tokens with max_new, beyond the context"
+    ):
+        ax.generate(model, "ab", max_new=160)
+    with pytest.raises(ValueError, match=r"'layer:2' is not among"):
+        ax.speculate(model, "layer:2", "ab", max_new=4)
+    with pytest.raises(ValueError, match="expected 1 to"):
+        ax.generate(model, "ab", max_new=4, limits=9)
+
+
+# -- config and train
+
+
+def test_a_config_is_the_defaults_with_changes():
+    c = ax.config(num_steps=3, loss={"name": "dpo", "beta": 0.2}, optim={"lr": 1e-5})
+    assert (c.num_steps, c.loss.beta, c.optim.lr, c.optim.name) == (
+        3,
+        0.2,
+        1e-5,
+        "adamw",
+    )
+    with pytest.raises(KeyError, match="num_steps"):
+        ax.config(num_step=3)
+    with pytest.raises(TypeError, match="int"):
+        ax.config(num_steps="three")
+
+
+def test_adapters_need_no_key_of_another_run(model, tmp_path, make_lm):
+    """A run of adapters on a saved model loads as one merged model."""
+    ax.save(model, str(tmp_path / "base"))
+    data = {"name": "synthetic", "split": "train", "kind": "pairs", "size": 8}
+    c = ax.config(num_steps=1, batch_size=4, length=96, data=data, plots=False)
+    c.update(loss={"name": "dpo"}, lms={"ref": "init"}, lora={"rank": 2})
+    c.model.path = str(tmp_path / "base")
+    ax.train(c, str(tmp_path / "run"))
+    merged = ax.load(str(tmp_path / "run"))
+    assert isinstance(merged.lm, LM)
+    assert ax.tokenizer(str(tmp_path / "run")).encode("a") == [97]
+    scored = ax.score(merged, "ab", "de", ref=model)
+    assert np.abs(scored.log_ratios).max() < 1  # one step of a small rate
