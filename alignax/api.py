@@ -77,7 +77,7 @@ def load(path: str) -> Model:
     """Reads a model and its tokenizer.
 
     Args:
-      path: a Hugging Face folder, a .gguf file (needs `pip install alignax[gguf]`), a
+      path: a Hugging Face folder, a .gguf file, a
         folder of PEFT adapters, or the folder of a run (its 'best', too). Adapters are
         merged into their base.
 

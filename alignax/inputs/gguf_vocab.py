@@ -30,7 +30,7 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], str | None]:
         import gguf
     except ImportError as e:
         raise ImportError(
-            "a .gguf file needs the extra: pip install 'alignax[gguf]'"
+            "a .gguf file needs a package: pip install gguf"
         ) from e
     fields = gguf.GGUFReader(str(path)).fields
 

@@ -56,7 +56,7 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Reader]]:
         import gguf
     except ImportError as e:
         raise ImportError(
-            f"reading {path} needs the gguf package: pip install 'alignax[gguf]'"
+            f"reading {path} needs the gguf package: pip install gguf"
         ) from e
     try:
         file = gguf.GGUFReader(path)

@@ -29,7 +29,7 @@ def load(path: str | pathlib.Path, *, dtype: str = "float32") -> LM:
 
     Args:
       path: a directory with config.json and safetensors (one file, or shards with their
-        index), or a .gguf file (dequantised; needs `pip install alignax[gguf]`).
+        index), or a .gguf file (dequantised).
       dtype: 'float32' or 'bfloat16', of the parameters and of the computation.
 
     Returns:
