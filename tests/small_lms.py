@@ -39,7 +39,7 @@ def responses(out):
 
 
 def steps(out):
-    """(ids before it, token, log-probability under the law drawn from) of every token."""
+    """(ids before it, token, log-probability under the distribution drawn from) of every token."""
     for b, g, t in zip(*out.batch.mask.nonzero(), strict=True):
         ids = out.batch.tokens[b, g]
         yield ids[:t].tolist(), int(ids[t]), float(out.batch.old_logps[b, g, t])
@@ -60,7 +60,7 @@ def hidden(lm, ids):
     return np.asarray(h)[len(ids) - 1]
 
 
-def law(lm, ids):
+def distribution(lm, ids):
     """p(. | ids)."""
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), lm.params)
     table = params["embed"].T if lm.config.tied else params["head"]

@@ -1,4 +1,4 @@
-"""Sampling frequencies against the exact law, enumerated on a tiny vocabulary."""
+"""Sampling frequencies against the exact distribution, enumerated on a tiny vocabulary."""
 
 import dataclasses
 
@@ -51,34 +51,37 @@ def sample(lm, temperature, seed=0):
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_responses_follow_the_exact_law(lm, next_logits, temperature):
+def test_responses_follow_the_exact_distribution(lm, next_logits, temperature):
     for prompt, length, seen in zip(
         PROMPTS, LENGTHS, sample(lm, temperature), strict=True
     ):
-        law = decoding.law(
+        distribution = decoding.distribution(
             next_logits, prompt[:length].tolist(), max_new=NEW, eos_ids=EOS,
             temperature=temperature,
         )  # fmt: skip
-        assert len(law) == 85
-        assert sum(law.values()) == pytest.approx(1)
-        assert set(seen) <= set(law)
-        counts = [seen.count(response) for response in law]
+        assert len(distribution) == 85
+        assert sum(distribution.values()) == pytest.approx(1)
+        assert set(seen) <= set(distribution)
+        counts = [seen.count(response) for response in distribution]
         # a fixed seed: this fails one time in 10,000 drawings of the seed
-        assert chi_square.p_value(counts, np.array([*law.values()]) * GROUP) > 1e-4
+        assert (
+            chi_square.p_value(counts, np.array([*distribution.values()]) * GROUP)
+            > 1e-4
+        )
 
 
 def test_the_measure_sees_a_wrong_temperature(lm, next_logits):
     """The control: 10 % off is noticed with this many samples."""
-    law = decoding.law(
+    distribution = decoding.distribution(
         next_logits, [2, 3, 4], max_new=NEW, eos_ids=EOS, temperature=1.1
     )
     seen = sample(lm, 1.0)[0]
-    counts = [seen.count(response) for response in law]
-    assert chi_square.p_value(counts, np.array([*law.values()]) * GROUP) < 1e-4
+    counts = [seen.count(response) for response in distribution]
+    assert chi_square.p_value(counts, np.array([*distribution.values()]) * GROUP) < 1e-4
 
 
 def test_samples_of_a_group_are_independent(lm):
-    """The joint law of neighbours' first tokens is the product of their own laws."""
+    """The joint distribution of neighbours' first tokens is the product of their own distributions."""
     first = np.array([r[0] for r in sample(lm, 1.0, seed=1)[0]])
     table = np.zeros((5, 5))
     np.add.at(table, (first[0::2], first[1::2]), 1)

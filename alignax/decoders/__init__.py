@@ -1,1 +1,1 @@
-"""Ways to decode: one file each, a guide of the token law, a choice, or a search."""
+"""Decoding methods, one per file: a guide of the next token's distribution, or a search."""

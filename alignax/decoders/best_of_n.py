@@ -1,11 +1,11 @@
-"""Best of N: draw N responses, keep the one that the judge likes best.
+"""Best of N: draw N responses, keep the one with the best score of the judge.
 
   best   y = argmax_i r(y_i)        worst   y = argmin_i r(y_i)
   soft   y = y_i with probability exp(r(y_i) / lam) / Σ_j exp(r(y_j) / lam)
 
-With F(t) = P(r <= t) and F⁻(t) = P(r < t) under p, the best has the law
-p(y) (F^N - F⁻^N) / (F - F⁻) at t = r(y): ties are shared as p shares them. It is at most
-log N - (N - 1) / N nats from p (Beirami et al. 2024, https://arxiv.org/abs/2401.01879).
+With F(t) = P(r <= t) and F⁻(t) = P(r < t) under p, the best has the
+distribution p(y) (F^N - F⁻^N) / (F - F⁻) at t = r(y); ties are in proportion to p. Its KL
+divergence from p is at most log N - (N - 1) / N nats (Beirami et al. 2024, https://arxiv.org/abs/2401.01879).
 Soft: Verdun et al. 2025, https://arxiv.org/abs/2505.03156; the best as lam -> 0, p as
 lam -> ∞, and within log(1 + χ² / N) nats of p exp(r / lam) / Z.
 
@@ -48,11 +48,11 @@ def search(
     sampling: Mapping[str, Any] | None = None,
     reader: Reader = WHOLE,
 ) -> Generated:
-    """The best of n, the worst, or a soft best. *Exact*: the law above, for every n.
+    """The best of n, the worst, or a soft best. *Exact*: the distribution above, for every n.
 
     Args:
-      lm: what draws.
-      lms: not read.
+      lm: p, the policy.
+      lms: not used.
       prompts: ids [B, P], right-padded.
       lengths: real tokens of each prompt, [B].
       key: `jax.random.key`.
@@ -62,8 +62,8 @@ def search(
       eos_ids: end a response.
       n: N.
       select: one of SELECTS.
-      lam: temperature of the soft choice, in units of r; otherwise not read.
-      sampling: further settings of `decode.generate`, which make p.
+      lam: temperature of 'soft', in units of r.
+      sampling: further settings of `decode.generate`, which are a part of p.
       reader: of `decode.generate`.
 
     Returns:
@@ -71,7 +71,7 @@ def search(
       'tokens_sampled', 'judge_calls' (responses judged).
 
     Raises:
-      ValueError: an argument out of its range, no judge, or one that gives no [B, n].
+      ValueError: an argument out of its range, no judge, or scores that are not [B, n].
     """
     del lms
     if n < 1 or lam <= 0 or select not in SELECTS:

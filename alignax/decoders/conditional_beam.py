@@ -1,16 +1,17 @@
-"""Conditional beam search: the likeliest response among those with an attribute.
+"""Conditional beam search: the most likely response with an attribute.
 
 Yoshida 2024, https://arxiv.org/abs/2408.16241
 
   beams <- the best of  log p(y_<=t | x) + log P_phi(A | x, y_<=t)
   at the end  argmax  log p(y | x) + log P_phi(A | x, y)
 
-phi foretells of a beginning whether the completed response will have A, and of a complete
-one whether it has. By Bayes the sum is log p(y_<=t, A | x): the mode of the conditional
-law, where the mode of p may be an empty or a copied response whatever samples look like.
+P_phi is the probability that the completed response has A, given its beginning or all of
+it. By Bayes the sum is log p(y_<=t, A | x), so that the result is the mode of the
+conditional distribution. The mode of p itself may be an empty or a copied response, even
+if samples of p are good.
 
-Differs from the paper: phi is a judge that is handed in, not a classifier on the model's
-hidden states. The beam is DeAL's without a look-ahead, at lam = 1.
+Differs from the paper: P_phi is a judge, an argument, not a classifier on the model's hidden
+states. The beam search is `deal` without a look-ahead, at lam = 1.
 """
 
 from collections.abc import Sequence
@@ -42,18 +43,18 @@ def search(
     beams: int = 5,
     top_k: int = 10,
 ) -> Generated:
-    """A beam by log p(y, A). *Approximate*; the exact mode if the beam is wide enough.
+    """Beam search by log p(y, A). *Approximate*; the exact mode if the beam is wide enough.
 
     Args:
       lm: p.
-      lms: not read.
+      lms: not used.
       prompts: ids [B, P], right-padded.
       lengths: real tokens of each prompt, [B].
-      key: not read: nothing is random.
+      key: not used: nothing is random.
       max_new: most tokens of a response.
-      judge: P(A | x, y) in [0, 1], of beginnings and of complete responses. What it gives
-        0 is dropped, unless nothing is left.
-      temperature: not read: p is the model's own.
+      judge: P(A | x, y) in [0, 1], of beginnings and of complete responses. Candidates
+        with 0 are dropped, unless all have 0.
+      temperature: not used: p is the unmodified model.
       eos_ids: end a response.
       beams: hypotheses that are kept.
       top_k: candidates of each.
@@ -62,7 +63,7 @@ def search(
       Generated, G = 1; feedback is log p(y, A), old_logps are 0. stats as of `deal`.
 
     Raises:
-      ValueError: an argument out of its range, or a judge that gives no probabilities.
+      ValueError: an argument out of its range, or scores that are not probabilities.
     """
 
     def log_probability(batch):

@@ -1,13 +1,13 @@
-"""Contrastive decoding: what a weak model says as well counts against a token.
+"""Contrastive decoding: tokens that a weak model also finds likely are penalised.
 
   π*(v | s) ∝ p(v | s)^{1+b} / p_amateur(v | s)^b   where p(v | s) >= a max p(· | s)
 
-Li et al. 2022, https://arxiv.org/abs/2210.15097 (the best token by the ratio alone, which is
-b → ∞); with an exponent O'Brien and Lewis 2023, https://arxiv.org/abs/2309.09117; with the
-amateur as the draft that is verified, Yuan et al. 2023, https://arxiv.org/abs/2311.08981.
+Li et al. 2022, https://arxiv.org/abs/2210.15097 (the best token by the ratio alone, the
+limit b → ∞); with an exponent O'Brien and Lewis 2023, https://arxiv.org/abs/2309.09117; with the
+amateur as the draft, Yuan et al. 2023, https://arxiv.org/abs/2311.08981.
 
-Differs from the papers: p is the target after every warper, temperature included. Where
-Yuan et al. have the rows of their draft at hand, the amateur is read once more a block.
+Differs from the papers: p is the target after all logits processors, temperature included.
+Yuan et al. reuse the logits of the draft; here the amateur is called again per block.
 """
 
 import jax.numpy as jnp
@@ -37,12 +37,12 @@ def guide(
     Args:
       lms: has the amateur, which shares the target's vocabulary.
       amateur: its name; it is also the draft to speculate with.
-      weight: b; 0 only cuts what is implausible.
+      weight: b; 0 only removes implausible tokens.
       plausible: a, least share of the best token's probability.
-      amateur_temperature: of p_amateur; above 1 it counts against fewer tokens.
+      amateur_temperature: of p_amateur; above 1 fewer tokens are penalised.
 
     Returns:
-      A Guide whose state is the cache of the amateur.
+      A Guide whose state is the KV cache of the amateur.
 
     Raises:
       ValueError: a name that `lms` does not have.
@@ -60,6 +60,6 @@ def _update(models, numbers, caches, tokens, start, logits):
     weight, plausible, temperature = numbers
     (amateur,), after = guide_models.rows(models, caches, tokens, start, logits)
     keep = logits >= logits.max(-1, keepdims=True) + jnp.log(plausible)
-    # what normalises either law is the same for all tokens
+    # the normaliser of either distribution is the same for all tokens
     tilted = (1 + weight) * logits - weight * amateur / temperature
     return jnp.where(keep, tilted, -jnp.inf), after

@@ -3,17 +3,17 @@
   π*(v | s) ∝ p(v | s) e^{V(s v) / β}
 
 Mudgal et al. 2023, https://arxiv.org/abs/2310.17022 (λ = 1/β there). V was trained on
-rollouts of p; what it was trained on decides what is sampled:
+rollouts of p; its training objective determines what is sampled:
 
   losses/value_mean       V(s) = E[r | s]              CD-FUDGE
-  losses/value_bootstrap  the same, from its own next value: CD-Q
+  losses/value_bootstrap  the same, bootstrapped from its next value: CD-Q
   losses/value_soft       V(s) = β log E[e^{r/β} | s]   the product over a response is then
                           p(y) e^{r(y)/β} / Z itself; with a mean value it is not
   losses/value_q          Q(s, v) = V(s v) of every next token, from one call: a vector
-                          guide, Q = b(s) + c log(π / p), of which b(s) tilts nothing
+                          guide, Q = b(s) + c log(π / p), in which b(s) has no effect
 
-Differs from the paper: a mean value is what the paper has. A scalar head says V of one
-prefix a call: tokens beyond the engine's `candidates` best then have no probability.
+Differs from the paper: the paper has a mean value. A scalar head gives V of one prefix per
+call: tokens that are not among the `candidates` best have probability 0.
 """
 
 from alignax.batch import LM
@@ -38,23 +38,23 @@ def guide(
 ) -> Guide:
     """An *exact* guide: g(s, v) = V(s v) / beta, scalar or of all tokens at once.
 
-    Exact is the law token by token, given V, on the engine's best tokens if it is scalar.
-    That of whole responses is the tilt by their reward only if V is the soft value of the
-    same beta.
+    *Exact*: the distribution of each token, given V; of a scalar guide, on the best tokens.
+    The distribution of whole responses is p tilted by their reward only if V is the soft
+    value of the same beta.
 
     Args:
       lms: has the value model, which shares the target's vocabulary.
       values: its name.
-      head: 'scalar' reads its scalar head; 'q' the ratio of its law to the reference's.
-      beta: unit of V a nat; for a soft value, the one it was trained with.
-      centre, radius: of 'scalar': V = centre + radius tanh(head / radius), as it was
-        trained. A finite radius gives g the bounds (centre ± radius) / beta, which
-        verification by rejection needs.
-      reference: of 'q': name of the law that was rolled out.
-      scale: of 'q': as it was trained.
+      head: 'scalar' uses its scalar head; 'q' its log-probabilities minus the reference's.
+      beta: units of V per nat; for a soft value, the one of its training.
+      centre, radius: of 'scalar': V = centre + radius tanh(head / radius), as in
+        training. With a finite radius, g has the bounds (centre ± radius) / beta, which
+        rejection sampling needs.
+      reference: of 'q': name of the LM that made the rollouts.
+      scale: of 'q': as in training.
 
     Returns:
-      A Guide whose state is the cache of the value model, of 'q' also the reference's.
+      A Guide whose state is the KV cache of the value model, of 'q' also the reference's.
 
     Raises:
       ValueError: a name that `lms` does not have, another head, or an LM without one.

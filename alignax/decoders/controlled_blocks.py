@@ -4,12 +4,13 @@ Mudgal et al. 2023, https://arxiv.org/abs/2310.17022
 
   b_1 .. b_n ~ p(. | s), blocks of `block` tokens         s <- s b_i,  i = argmax V(s b_i)
 
-One block has the law of the best of n, at most log n - (n - 1) / n nats from p; as many
-blocks as tokens allow, at most so often that. One block as long as the response is the
-best of n; blocks of one token approach a greedy choice by V.
+Each block has the distribution of the best of n, at a KL divergence of at most
+log n - (n - 1) / n nats from p; the divergence of a response is at most that times the
+number of blocks. One block as long as the response is the best of n; blocks of one token
+approach a greedy choice by V.
 
-Differs from the paper: V is a judge that is handed in, and not a value head trained for
-it; the token-level rules are another file.
+Differs from the paper: V is a judge, an argument, not a value head trained for it. The
+token-level rules are in `controlled`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,11 +45,11 @@ def search(
     sampling: Mapping[str, Any] | None = None,
     reader: Reader = WHOLE,
 ) -> Generated:
-    """The best of n at every block. *Exact* as its own law alone, which is none's tilt.
+    """The best of n at every block. *Exact*: its own distribution, which is no tilt of p.
 
     Args:
       lm: p.
-      lms: not read.
+      lms: not used.
       prompts: ids [B, P], right-padded.
       lengths: real tokens of each prompt, [B].
       key: `jax.random.key`.
@@ -58,15 +59,15 @@ def search(
       eos_ids: end a response, and so a block.
       n: K of the paper.
       block: M, tokens of a block; at least max_new is the best of n.
-      sampling: further settings of `decode.generate` that have no memory.
+      sampling: further settings of `decode.generate` that do not depend on earlier tokens of the response.
       reader: of `decode.generate`.
 
     Returns:
       Generated, G = 1; feedback is V of the response, old_logps None. stats:
-      'tokens_sampled', 'judge_calls' (blocks judged), 'rounds' (blocks in a row).
+      'tokens_sampled', 'judge_calls' (blocks judged), 'rounds' (blocks per response, at most).
 
     Raises:
-      ValueError: an argument out of its range, or a judge that gives no [B, n].
+      ValueError: an argument out of its range, or scores that are not [B, n].
     """
     del lms
     if n < 1 or block < 1:
@@ -82,9 +83,7 @@ def search(
         )  # fmt: skip
         where = np.repeat(going, n, 1)
         scores = hypotheses.judged(judge, wide, where)
-        index = scores.argmax(1)[
-            :, None
-        ]  # of a response that is done, all are the same
+        index = scores.argmax(1)[:, None]  # all are equal of a response that is done
         h = hypotheses.take(wide, index)
         score = np.where(going, np.take_along_axis(scores, index, 1), score)
         drawn, calls, rounds = drawn + more, calls + int(where.sum()), rounds + 1

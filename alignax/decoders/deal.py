@@ -1,4 +1,4 @@
-"""DeAL: alignment as a search, by what each candidate token would lead to.
+"""DeAL: heuristic search with a look-ahead from each candidate token.
 
 Huang et al. 2024, https://arxiv.org/abs/2402.06147
 
@@ -6,13 +6,13 @@ Huang et al. 2024, https://arxiv.org/abs/2402.06147
   score(y v) = log p(y v | x) + lam h(y v ỹ)       ỹ: `lookahead` greedy tokens after y v
   beams <- the best of C;     at the end  argmax log p(y | x) + lam h(y)
 
-Differs from the paper: two ways to the same output with less work.
-* prune: lo <= h <= hi bounds every score. A candidate is looked ahead of only while what
-  is known does not settle which are best, likeliest first.
-* self_draft: the winner's look-ahead is a draft of what will win next. The candidates at
-  all of its positions are looked ahead of in one batch, and it stays as far as it is what
-  the search itself chooses there.
-A look-ahead ends where the response must. Ties go to the likelier candidate.
+Differs from the paper: two options give the same output with less work.
+* prune: lo <= h <= hi bounds every score. Look-aheads are computed, most likely candidate
+  first, only until it is certain which candidates are best.
+* self_draft: the look-ahead of the best candidate is a draft of the next choices. The
+  look-aheads at all of its positions are computed in one batch, and its tokens are kept
+  as far as the search itself chooses them.
+A look-ahead is not longer than the response may be. Ties go to the more likely candidate.
 """
 
 from collections.abc import Sequence
@@ -54,33 +54,33 @@ def search(
 ) -> Generated:
     """Heuristic search. *Exact*: `prune` and `self_draft` change no token of the output.
 
-    With lam = 0 and one beam it is greedy decoding. That the response has the best score
-    of all is not promised: the beam is narrow, and h of a look-ahead a guess.
+    With lam = 0 and one beam it is greedy decoding. The response need not have the best
+    score of all responses: the beam is narrow, and h of a look-ahead an estimate.
 
     Args:
-      lm: p, and what looks ahead.
-      lms: not read.
+      lm: p, also of the look-ahead.
+      lms: not used.
       prompts: ids [B, P], right-padded.
       lengths: real tokens of each prompt, [B].
-      key: not read: nothing is random.
+      key: not used: nothing is random.
       max_new: most tokens of a response.
       judge: h, of responses and of their beginnings.
-      temperature: not read: p is the model's own.
+      temperature: not used: p is the unmodified model.
       eos_ids: end a response.
       top_k: candidates of each beam.
-      lookahead: greedy tokens after a candidate; 0 judges it as it stands.
+      lookahead: greedy tokens after a candidate; 0 judges the candidate itself.
       lam: nats for one unit of h.
       beams: hypotheses that are kept.
-      prune: trust lo and hi.
-      self_draft: most tokens of the look-ahead that are taken as a draft; one beam only.
+      prune: use the bounds lo and hi.
+      self_draft: most tokens of the look-ahead that are used as a draft; one beam only.
       lo: h is never below it.
       hi: h is never above it.
 
     Returns:
       Generated, G = 1; feedback is log p + lam h of the response, old_logps are 0. stats:
-      'rollouts' (candidates looked ahead of and judged), 'judge_calls' (those and the
-      final ones), 'tokens_sampled' (in look-aheads), 'rounds' (choices that waited for
-      the one before), 'steps' (calls of the model that waited for the one before).
+      'rollouts' (candidates with a look-ahead, judged), 'judge_calls' (those and the final
+      ones), 'tokens_sampled' (in look-aheads), 'rounds' (sequential choices), 'steps'
+      (sequential calls of the model).
 
     Raises:
       ValueError: an argument out of its range, or h outside lo..hi where `prune`.
@@ -103,7 +103,7 @@ def search(
     )
 
     def look(h, where):
-        """lam h of hypotheses [B, K], and the tokens that their look-aheads begin with."""
+        """lam h of hypotheses [B, K], and the first tokens of their look-aheads."""
         far = h
         if lookahead:
             far, drawn = hypotheses.extend(
@@ -175,13 +175,13 @@ def _along(h: Hypotheses, draft, logps, eos_ids) -> tuple[Hypotheses, np.ndarray
 
 
 def _round(lm, h, logp, draft, top_k, eos_ids, choose):
-    """The next beams, some tokens on if the draft foretold what wins.
+    """The next beams, several tokens later if the draft agrees with the search.
 
     Args:
       h: beams [B, W].
       logp: [B, W] float64, -inf where there is none.
       draft: [B, D] ids, -1 is none; W = 1 unless D = 0.
-      choose: of (logps [B, S, C], candidates [B, S * C]): `contests.settle`.
+      choose: of (logps [B, S, C], candidates [B, S * C]): `pruning.settle`.
 
     Returns:
       The same three.
@@ -191,12 +191,12 @@ def _round(lm, h, logp, draft, top_k, eos_ids, choose):
     logps, ids = hypotheses.next_best(lm, prefixes, top_k)
     if many:  # the draft is greedy: its tokens are the first candidates
         prefixes, exist = _along(h, draft, logps[..., 0], eos_ids)
-        foretold = draft == ids[:, :-1, 0]
-        exist[:, 1:] &= np.logical_and.accumulate(foretold, 1)
+        agrees = draft == ids[:, :-1, 0]
+        exist[:, 1:] &= np.logical_and.accumulate(agrees, 1)
         steps = np.where(exist[:, 1:], logps[:, :-1, 0].astype(np.float64), -np.inf)
         logp = np.cumsum(np.concatenate([logp, steps], 1), 1)
     total = np.where(exist, logp, -np.inf)[..., None] + logps
-    total = total.reshape(n, many + 1, -1)  # [B, S, C] of each position's own contest
+    total = total.reshape(n, many + 1, -1)  # [B, S, C] candidates of each position
     order = np.argsort(-total, 2, kind="stable")
     total = np.take_along_axis(total, order, 2)
     c = total.shape[2]
@@ -207,9 +207,9 @@ def _round(lm, h, logp, draft, top_k, eos_ids, choose):
         np.isfinite(total).reshape(n, -1),
     )  # fmt: skip
     picked, alive, ahead = choose(total, candidates)  # [B, S, W], same, [B, S, W, D]
-    won = np.take_along_axis(token.reshape(n, -1, c), picked, 2)[..., 0]
-    goes_on = (won[:, :-1] == draft) & exist[:, w:]
-    stop = np.logical_and.accumulate(goes_on, 1).sum(1)  # drafts that won
+    chosen = np.take_along_axis(token.reshape(n, -1, c), picked, 2)[..., 0]
+    goes_on = (chosen[:, :-1] == draft) & exist[:, w:]
+    stop = np.logical_and.accumulate(goes_on, 1).sum(1)  # drafts that were chosen
     row = np.arange(n)
     index = stop[:, None] * c + picked[row, stop]
     new = np.where(alive, np.take_along_axis(total, picked, 2), -np.inf)[row, stop]

@@ -1,4 +1,4 @@
-"""Guided speculative inference: a small model drafts steps for a large one and a reward.
+"""Guided speculative inference: a small model drafts steps, tilted by a reward.
 
 Geuter, Mroueh and Alvarez-Melis 2025, https://arxiv.org/abs/2506.04118
 
@@ -6,8 +6,8 @@ Geuter, Mroueh and Alvarez-Melis 2025, https://arxiv.org/abs/2506.04118
   i ~ softmax(r̃ / beta);  keep y_i if r̃_i >= u
   otherwise  z_1 .. z_n ~ p(. | s),  j ~ softmax(r(s z) / beta),  keep z_j
 
-It is after p exp(r / beta) / Z of each step. As n grows, its law is not that but
-π*(y) (1[r̃(y) >= u] + π*(r̃ < u)): the threshold biases it for every n.
+The target is π* = p exp(r / beta) / Z of each step. As n grows, the distribution becomes
+π*(y) (1[r̃(y) >= u] + π*(r̃ < u)) instead: the threshold is a bias for every n.
 
 Differs from the paper: beta is the temperature of the tilt, 1 / beta of theirs. A step
 ends after `step` tokens or with one of `step_ids`.
@@ -50,7 +50,7 @@ def search(
     beta: float = 0.05,
     u: float = 0.5,
 ) -> Generated:
-    """Steps after p exp(r / beta). *Approximate*, for every n; see the module.
+    """Steps from about p exp(r / beta). *Approximate*, for every n; see the module.
 
     Args:
       lm: p.
@@ -63,7 +63,7 @@ def search(
       temperature: of both models, above 0.
       eos_ids: end a response.
       draft: its name.
-      n: drafts of a step, and draws of p where they are rejected.
+      n: drafts of a step, and samples of p if they are rejected.
       step: most tokens of a step; part of the shape.
       step_ids: end a step.
       beta: in units of r.
@@ -76,7 +76,7 @@ def search(
 
     Raises:
       ValueError: an argument out of its range, a draft that `lms` does not have or that
-        has another vocabulary, or a judge that gives no [B, n].
+        has another vocabulary, or scores that are not [B, n].
     """
     if n < 1 or step < 1 or beta <= 0 or temperature <= 0:
         raise ValueError(
@@ -137,7 +137,7 @@ def _log_ratio(lm, h: Hypotheses, wide: Hypotheses, step: int, temperature):
         lm, wide.tokens.reshape(b * n, t)[:, :width], begins.reshape(-1),
         wide.ends.reshape(-1), jnp.float32(temperature), step=min(step, h.max_new),
     )  # fmt: skip
-    return np.asarray(logps).reshape(b, n) - (wide.law * fresh).sum(-1)
+    return np.asarray(logps).reshape(b, n) - (wide.sampled_logps * fresh).sum(-1)
 
 
 @functools.partial(jax.jit, static_argnames="step")
@@ -147,10 +147,10 @@ def _step_logps(lm, tokens, begins, ends, temperature, *, step) -> Float[Array, 
     inside = jnp.minimum(at, tokens.shape[1] - 1)
     row = jnp.arange(tokens.shape[0])[:, None]
 
-    def place(x):  # one at a time: [N, step, V] never exists
+    def position(x):  # one at a time: [N, step, V] never exists
         return logprob.token_logps(transformer.unembed(lm, x[0]) / temperature, x[1])
 
     logps = jax.lax.map(
-        place, (h[row, inside - 1].swapaxes(0, 1), tokens[row, inside].T)
+        position, (h[row, inside - 1].swapaxes(0, 1), tokens[row, inside].T)
     )
     return jnp.where(at < ends[:, None], logps.T, 0.0).sum(-1)

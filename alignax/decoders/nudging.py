@@ -1,4 +1,4 @@
-"""Nudging: a small aligned model writes the tokens of which a large base is unsure.
+"""Nudging: a small aligned model gives the tokens where a large base is unsure.
 
   π*(v | s) = p_base(v | s)    if max p_base(· | s) >= γ
               p_nudge(v | s)   otherwise
@@ -6,10 +6,10 @@
 Fei et al. 2024, https://arxiv.org/abs/2410.09300 (γ = 0.4, greedy). The base is the target.
 
 Speculation with the nudging model as draft accepts every draft where the base is unsure,
-and 1 - TV(p_base, p_nudge) of them where it is sure: one call of the base a block.
+and a share 1 - TV(p_base, p_nudge) where it is sure, with one call of the base per round.
 
-Differs from the paper: token by token, where both models share a vocabulary; there whole
-words change hands, as text, and the first is always the nudging model's.
+Differs from the paper: token by token, for models that share a vocabulary. In the paper the
+models exchange whole words, as text, and the first is always the nudging model's.
 """
 
 import jax
@@ -30,20 +30,21 @@ def guide(
     gamma: float = 0.4,
     nudge_temperature: float = 1.0,
 ) -> Guide:
-    """An *exact* vector guide: its logits take the place of the target's where it nudges.
+    """An *exact* vector guide: its logits replace the target's where that is unsure.
 
-    Exact is the law above. The base's probabilities are those after every warper: its
-    temperature changes how sure it is, and what it forbids the other may not say.
+    *Exact*: the distribution above. The base's probabilities are after all logits
+    processors: the temperature changes how sure it is, and tokens that they exclude are
+    excluded for the nudging model too.
 
     Args:
       lms: has the nudging model, which shares the target's vocabulary.
       nudge: its name; it is also the draft to speculate with.
       gamma: γ; 0 is the target alone, anything above 1 the nudging model alone.
-      nudge_temperature: of the nudging model's law; that of the call, so that a draft of
-        it is accepted where it nudges.
+      nudge_temperature: of the nudging model; the same as of the call, if its drafts are to
+        be accepted where it nudges.
 
     Returns:
-      A Guide whose state is the cache of the nudging model.
+      A Guide whose state is the KV cache of the nudging model.
 
     Raises:
       ValueError: a name that `lms` does not have.

@@ -1,16 +1,15 @@
 """Nudging word by word: two models that share no vocabulary exchange text.
 
-  the nudging model says a few words; the first is taken, and more of them as long as
+  the nudging model writes a few words; the first is taken, and more of them while
       max p_base(· | text) < γ   and the base would not begin the next word itself
   the base goes on, greedily, up to its first token with max p_base < γ
-  and so on, until the nudging model says that it is done
+  and so on, until the nudging model ends the response
 
-Fei et al. 2024, https://arxiv.org/abs/2410.09300 (γ = 0.4). `decoders.nudging` is the law
+Fei et al. 2024, https://arxiv.org/abs/2410.09300 (γ = 0.4). `decoders.nudging` works
 token by token, for models that share a vocabulary.
 
-Differs from the paper: the last of several words may have been cut off by the number of
-tokens and is left for the next round; the prompt that the nudging model gets is the text
-that the base reads.
+Differs from the paper: the last of several words is left for the next round, because the
+limit of tokens may have cut it off; the nudging model gets the text of the base's prompt.
 """
 
 import re
@@ -32,12 +31,12 @@ from alignax.search import hypotheses
 RANGES = {
     "gamma": "[0, inf)", "chunk": "[1, inf)", "rounds": "[1, inf)", "repeats": "[1, inf)",
 }  # fmt: skip
-REPEATED = 30  # characters: a longer end that is said twice is said once
-KNOWN = 5  # words: a longer chunk of the base that was said before is dropped
+REPEATED = 30  # characters: a longer ending that is repeated is kept once
+KNOWN = 5  # words: a longer chunk of the base that repeats earlier text is dropped
 
 
-class Said(NamedTuple):
-    """What a model says next, greedily."""
+class Continuation(NamedTuple):
+    """Greedy next tokens of a model."""
 
     ids: list[int]
     probabilities: list[float]  # of each, which is the best one
@@ -63,29 +62,29 @@ def search(
     rounds: int = 150,
     repeats: int = 3,
 ) -> Generated:
-    """Nudging across tokenizers. *Approximate*: a loop on text, and no law of its own.
+    """Nudging across tokenizers. *Approximate*: greedy text, without a distribution of its own.
 
     Args:
       lm: the base.
       lms: has the nudging model.
       prompts: ids [B, P] of the base, right-padded.
       lengths: real tokens of each prompt, [B].
-      key: not read: nothing is random.
-      max_new: most tokens of a response, in the base's.
-      judge: not read.
-      temperature: not read: both are greedy.
-      eos_ids: end what either says; the base's do not end the response.
+      key: not used: nothing is random.
+      max_new: most tokens of a response, in the base's tokens.
+      judge: not used.
+      temperature: not used: both models are greedy.
+      eos_ids: end a chunk of either model; the base's do not end the response.
       tokenizer: the base's.
       nudge: name of the nudging model.
       nudge_tokenizer: a path of its tokenizer, with its chat template; '' is the base's.
-      gamma: γ; 0 still takes the first word of each round from the nudging model.
-      chunk: tokens that either says at a time.
+      gamma: γ; even at 0 the first word of each round is the nudging model's.
+      chunk: most tokens per call of either model.
       rounds: most of them.
-      repeats: the same words of the nudging model so many times running end the response.
+      repeats: the response ends if the nudging model gives the same words this often in a row.
 
     Returns:
       Generated, G = 1, in the base's tokens; old_logps is None. stats: 'tokens_sampled',
-      'judge_calls' (0), 'rounds' and 'nudged' (share of characters that were nudged).
+      'judge_calls' (0), 'rounds' and 'nudged' (share of the nudging model's characters).
 
     Raises:
       ValueError: an argument out of its range, no such model, or no tokenizer.
@@ -108,17 +107,17 @@ def search(
     ends = sorted(eos_ids), sorted(other.eos_ids if nudge_tokenizer else eos_ids)
     stats = {"tokens_sampled": 0, "judge_calls": 0, "rounds": 0, "nudged": 0.0}
 
-    def say(model, ids, eos) -> Said:
+    def continuation(model, ids, eos) -> Continuation:
         tokens, size = generation_settings.ragged([ids])
         out = decode.generate(
             model, tokens, size, key, max_new=chunk, temperature=0.0, eos_ids=eos
         )
         mask = np.asarray(out.batch.mask[0, 0])
-        said = np.asarray(out.batch.tokens[0, 0])[mask].tolist()
+        new = np.asarray(out.batch.tokens[0, 0])[mask].tolist()
         best = np.exp(np.asarray(out.raw_logps[0, 0])[mask]).tolist()
-        ended = bool(said) and said[-1] in eos
-        stats["tokens_sampled"] += len(said)
-        return Said(said[:-1] if ended else said, best[: len(said) - ended], ended)
+        ended = bool(new) and new[-1] in eos
+        stats["tokens_sampled"] += len(new)
+        return Continuation(new[:-1] if ended else new, best[: len(new) - ended], ended)
 
     def one(prompt: list[int]) -> tuple[str, bool]:
         """(the response, whether the nudging model ended it)."""
@@ -128,14 +127,16 @@ def search(
             if len(text.encode(answer)) >= max_new:
                 break
             stats["rounds"] += 1
-            from_nudge = say(lms[nudge], [*asked, *other.encode(answer)], ends[1])
+            from_nudge = continuation(
+                lms[nudge], [*asked, *other.encode(answer)], ends[1]
+            )
             words = after(other, answer, from_nudge.ids)
             if from_nudge.ended:
                 answer, nudged, ended = answer + words, nudged + len(words), True
                 break
             taken, base = nudges(
                 words,
-                lambda w, a=answer: say(lm, [*prompt, *text.encode(a + w)], ends[0]),
+                lambda w, a=answer: continuation(lm, [*prompt, *text.encode(a + w)], ends[0]),
                 lambda ids, a=answer: after(text, a, ids), gamma,
             )  # fmt: skip
             last = [*last[1:], taken]
@@ -152,32 +153,32 @@ def search(
                 whole = many == chunk and not base.ended
                 if not whole or len(text.encode(answer)) >= max_new:
                     break
-                base = say(lm, [*prompt, *text.encode(answer)], ends[0])
+                base = continuation(lm, [*prompt, *text.encode(answer)], ends[0])
         stats["nudged"] += nudged / max(len(answer), 1) / len(prompts)
         return once(answer), ended
 
     prompts, lengths = np.asarray(prompts), np.asarray(lengths)
     generation_settings.check_prompts(jnp.asarray(prompts), jnp.asarray(lengths))
-    asked, said, truncated = [], [], []
+    asked, responses, truncated = [], [], []
     for row, n in zip(prompts, lengths, strict=True):
         ids = row[:n].tolist()
         answer, ended = one(ids)
         response = [*text.encode(answer), *([ends[0][0]] if ended and ends[0] else [])]
         asked.append(ids)
-        said.append([response[:max_new] or [text.eos_id]])
+        responses.append([response[:max_new] or [text.eos_id]])
         truncated.append([not ended or len(response) > max_new])
-    batch = from_groups(asked, said, length=prompts.shape[1] + max_new)
+    batch = from_groups(asked, responses, length=prompts.shape[1] + max_new)
     raw = hypotheses.score(lm, jax.tree.map(jnp.asarray, batch)).logps
     return Generated(batch, raw, jnp.array(truncated), stats)
 
 
-def nudges(words: str, base, read, gamma: float) -> tuple[str, Said]:
-    """The words that are taken, and what the base says after them.
+def nudges(words: str, base, read, gamma: float) -> tuple[str, Continuation]:
+    """The words that are taken, and the base's continuation of them.
 
     Args:
       words: of the nudging model.
-      base: what it says after some of them.
-      read: the text of ids that the base says.
+      base: (some of the words) -> the base's continuation.
+      read: (ids of the base) -> their text.
       gamma: γ.
     """
     parts = re.findall(r"\s*\S+", words) or ([words] if words else [])
@@ -185,23 +186,23 @@ def nudges(words: str, base, read, gamma: float) -> tuple[str, Said]:
     taken = ""
     for i, part in enumerate(parts):
         taken += part
-        said = base(taken)
-        unsure = bool(said.ids) and said.probabilities[0] < gamma
+        next_tokens = base(taken)
+        unsure = bool(next_tokens.ids) and next_tokens.probabilities[0] < gamma
         following = parts[i + 1].strip() if i + 1 < len(parts) else ""
-        first = read(said.ids[:1]).strip() if said.ids else ""
+        first = read(next_tokens.ids[:1]).strip() if next_tokens.ids else ""
         if not unsure or (first and following.startswith(first)):
             break
-    return taken, said if taken else Said([], [], False)
+    return taken, next_tokens if taken else Continuation([], [], False)
 
 
 def after(tokens: Tokenizer, text: str, ids: Sequence[int]) -> str:
-    """What ids add to a text: some tokenizers drop the blank in front of a beginning."""
+    """The text that ids add to a text; some tokenizers drop a blank at the beginning."""
     before = tokens.encode(text)
     return tokens.decode([*before, *ids]).removeprefix(tokens.decode(before))
 
 
 def once(text: str) -> str:
-    """A text without the repetition of a long end."""
+    """A text without repetitions of a long ending."""
     for n in range(len(text) // 2, REPEATED - 1, -1):
         while len(text) >= 2 * n and text[-n:] == text[-2 * n : -n]:
             text = text[:-n]

@@ -4,12 +4,12 @@ A prompt has its documents between separators:
 
   prefix SEP document 1 SEP .. SEP document K SEP suffix
 
-What is in front of the first and behind the last has its order; `alignax.models.pine` has
-the attention. For a judge of two answers the prefix is the question, each answer is a
-document, and the suffix asks for what is in the better one, not for its number.
+Prefix and suffix keep their positions; the attention is in `alignax.models.pine`. For a
+judge of two answers the prefix is the question, each answer is a document, and the suffix
+asks for the contents of the better one, not for its number.
 
 Source: Wang et al. 2024, https://arxiv.org/abs/2407.01100
-Differs from the paper: as `models/pine.py`; prompts come several at a time.
+Differs from the paper: as `models/pine.py`; several prompts are one batch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -49,32 +49,31 @@ def search(
     group: int = 1,
     sampling: Mapping[str, Any] | None = None,
 ) -> Generated:
-    """Draws responses that no order of the documents changes. *Exact*, up to rounding.
+    """Samples responses that do not depend on the order of documents. *Exact*, up to rounding.
 
     Args:
-      lm: what draws; a model without windows.
-      lms: not read.
+      lm: the policy; a model without local attention.
+      lms: not used.
       prompts: ids [B, P], right-padded.
       lengths: real tokens of each prompt, [B].
       key: `jax.random.key`.
       max_new: most tokens of a response.
-      judge: not read.
-      temperature: of the law; 0 is greedy.
+      judge: not used.
+      temperature: of `generate`; 0 is greedy.
       eos_ids: end a response.
-      tokenizer: turns what is between separators into ids, each piece for itself.
-      separator: in front of the documents, between them and behind them; not read.
+      tokenizer: encodes the text between separators, each piece on its own.
+      separator: before, between and after the documents; not a part of the input.
       group: G, responses to each prompt.
-      sampling: further settings of `decode.generate`, but no prefill: that is a part of
-        the suffix.
+      sampling: further settings of `decode.generate`, but no prefill: add it to the suffix.
 
     Returns:
-      Generated. old_logps are under PINE, raw_logps under the policy as it is, which
-      reads the prompt as it is written, separators too. stats: those of `generate`,
+      Generated. old_logps are under PINE, raw_logps under the policy on the prompt as
+      written, with separators. stats: those of `generate`,
       'tokens_sampled' and 'judge_calls' (0).
 
     Raises:
       ValueError: an argument out of its range, no tokenizer, a prompt that has fewer than
-        two separators or whose text is not its ids, an empty document or suffix, or a
+        two separators or whose text has other ids, an empty document or suffix, or a
         model with local layers.
     """
     del lms, judge
@@ -95,13 +94,13 @@ def search(
 
 
 def reader(text: Tokenizer, prompts: Any, lengths: Any, separator: str) -> Reader:
-    """Reads these prompts by PINE, for `generate` and `speculate`. *Exact*.
+    """Prefill of these prompts by PINE, for `generate` and `speculate`. *Exact*.
 
-    A draft and the models of a guide read the prompts as they are written. A search may
-    draw whole responses by it, but not go on with one.
+    A draft and guide models read the prompts as written. A search may sample whole
+    responses with this reader, but not continue one.
 
     Args:
-      text: of the model.
+      text: tokenizer of the model.
       prompts: ids [B, P], right-padded.
       lengths: [B].
       separator: as in `search`.
@@ -114,7 +113,7 @@ def reader(text: Tokenizer, prompts: Any, lengths: Any, separator: str) -> Reade
     rows = [pieces(text, ids, separator=separator) for ids in asked]
     many = [sum(map(len, row)) for row in rows]
     count = 1 << (max(map(len, rows)) - 3).bit_length()
-    # pieces may have more ids than the whole
+    # the pieces together may have more ids than the prompt
     width = max(prompts.shape[1], 1 << (max(many) - 1).bit_length())
     laid = [pine.lay(p, d, s, width, count) for p, *d, s in rows]
     ids = jnp.stack([jnp.asarray(ids) for ids, _ in laid])
@@ -134,9 +133,9 @@ def reader(text: Tokenizer, prompts: Any, lengths: Any, separator: str) -> Reade
 class _State(NamedTuple):
     cache: pine.Cache  # each field [N, ...]
     layout: pine.Layout  # likewise
-    shift: Array  # [N] from a place in the row to one in the layout
+    shift: Array  # [N] from a position in the row to one in the layout
     size: Array  # [N] tokens of the prompt in the layout
-    last: Array  # [N] of which this is the last; in the row it may be another
+    last: Array  # [N] the last of them; in the row it may be another
 
 
 def _begin(ids, many, layouts, lm, prompts, lengths, slots):
@@ -186,4 +185,4 @@ def pieces(text: Tokenizer, ids: list[int], *, separator: str) -> list[list[int]
     return [prefix, *documents, suffix]
 
 
-check = pieces  # what the engine asks of every prompt before it reads weights
+check = pieces  # called on every prompt before weights are loaded

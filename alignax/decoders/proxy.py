@@ -1,14 +1,14 @@
-"""Proxy tuning: a large model tilted by the difference that tuning made to a small one.
+"""Proxy tuning: a large model, tilted by the change that tuning made to a small one.
 
   π*(v | s) ∝ p(v | s) (π_expert(v | s) / π_base(v | s))^weight
 
-Liu et al. 2024, https://arxiv.org/abs/2401.08565; the same law is the emulated
-fine-tuning of Mitchell et al. 2023, https://arxiv.org/abs/2310.12962, and, with the target
+Liu et al. 2024, https://arxiv.org/abs/2401.08565; the same distribution is
+the emulated fine-tuning of Mitchell et al. 2023, https://arxiv.org/abs/2310.12962, and, with the target
 its own base and a weight below or above 1, the realignment of Liu et al. 2024,
 https://arxiv.org/abs/2402.02992. The tilt is the implicit reward of a policy and its
-reference, over beta: both models are what DPO leaves behind.
+reference, over beta: DPO yields both models.
 
-Differs from the paper: log-probabilities are subtracted, not logits, which is the same law.
+Differs from the paper: log-probabilities are subtracted, not logits; the distribution is the same.
 """
 
 import jax.numpy as jnp
@@ -32,10 +32,10 @@ def guide(
       lms: has both models; they share the target's vocabulary.
       expert: name of the tuned one, which is also the draft to speculate with.
       base: name of what it was tuned from.
-      weight: 1 is proxy tuning; 0 leaves the target alone.
+      weight: 1 is proxy tuning; 0 does not change the target.
 
     Returns:
-      A Guide whose state is the caches of both models.
+      A Guide whose state is the KV caches of both models.
 
     Raises:
       ValueError: a name that `lms` does not have, or two vocabularies.

@@ -1,20 +1,20 @@
-"""RAIN: a frozen model aligns itself by evaluating and rewinding what it says.
+"""RAIN: a frozen model, aligned by tree search over its own partial responses.
 
 Li et al. 2023, https://arxiv.org/abs/2309.07124
 
-  search  a tree of sets of 1, 2, 4, 10, 10, .. tokens (`rewind`), whose leaves are rolled
-          out to the end of a clause and judged in [-1, 1]
-  say     the most visited set, keep its subtree, and search on
+  search  a tree of sets of 1, 2, 4, 10, 10, .. tokens (`tree_search`), whose leaves are
+          continued to the end of a clause and judged in [-1, 1]
+  emit    the most visited set, keep its subtree, and search on
 
-It rescues a model that is moderately harmful, and fails where harm dominates the prior:
-decisions are by visits, and visits follow the prior too.
+It helps a model that is moderately harmful, and fails where harmful tokens dominate the
+prior: decisions are by visits, and visits depend on the prior too.
 
 Differs from the paper: the constants are those of the authors' code where the two differ.
-The self-evaluation is a judge that is handed in, the mean of two votes with the options
-swapped there. Texts are compared by an embedder that is handed in, or by the mean of the
-model's final hidden states, where the paper has a sentence embedder: `alike` was made for
-that one. Masses of token sets are under the model itself, not under its top tokens. One
-that is added later is one more token or sample, with its mass beside the others'.
+The evaluation is a judge, an argument; in the paper, the mean of two votes of the model
+with the options swapped. Texts are compared by `embed`, or by the mean of the model's final
+hidden states; the paper has a sentence embedder, for which `alike` was chosen. Masses of
+token sets are under the full distribution, not that of the top tokens. A set that is added
+later is one more token or sample; its prior is its mass relative to the others'.
 """
 
 import itertools
@@ -68,40 +68,40 @@ def search(
     most: int = 20,
     spread: float = 0.03,
 ) -> Generated:
-    """Tree search with rewind. *Approximate*: what it says is a heuristic's choice.
+    """Tree search. *Approximate*: the response is a heuristic's choice.
 
     Args:
-      lm: proposes, rolls out, and compares texts if `embed` is None.
-      lms: not read.
+      lm: the policy, also of rollouts; its hidden states if `embed` is None.
+      lms: not used.
       prompts: ids [B, P], right-padded; one after the other, each with its own tree.
       lengths: real tokens of each prompt, [B].
       key: `jax.random.key`.
       max_new: most tokens of a response.
-      judge: evaluation in [-1, 1] of a response or its beginning; once for each text.
+      judge: evaluation in [-1, 1] of a response or its beginning; once per text.
       temperature: of rollouts.
       eos_ids: end a response.
       embed: batch [1, K, T] -> [1, K, D]: of the tokens where the mask is True.
-      clause_ids: end a rollout; a text that ends in one needs none.
-      sizes: tokens of a set at depth 0, 1, ..; the last one at all that are deeper.
-      sets: children of a leaf: its likeliest tokens, or of more than one token the greedy
-        set and samples.
-      top_k: samples are of this many tokens.
+      clause_ids: end a rollout; a text that ends in one has no rollout.
+      sizes: tokens of a set at depth 0, 1, ..; the last one at all greater depths.
+      sets: children of a leaf: its most likely tokens; of sets of several tokens, the greedy
+        one and samples.
+      top_k: of samples.
       heat: temperature of samples.
       rollout: most tokens of a rollout.
       exploration: c of PUCT.
       simulations: before a decision, counting those of the subtree that was kept.
-      extra: fewest new ones.
+      extra: fewest new simulations per decision.
       settled_visits: a decision is early if the best has more visits than this
       settled_value: and a higher value than this.
       uniform: share of the root's priors.
-      alike: cosine from which on a sibling hears of a value; above 1 is off.
-      share: of a visit that it hears.
+      alike: least cosine at which a sibling is updated with a value; above 1 is off.
+      share: of a visit, for such a sibling.
       most: children of a node, with those added later.
       spread: norm of the variance of children's embeddings, per token, below which one is
         added if all values are below 0.
 
     Returns:
-      Generated, G = 1; feedback is the judge's word on the response, old_logps None.
+      Generated, G = 1; feedback is the judge's score of the response, old_logps None.
       stats: 'tokens_sampled', 'judge_calls' (texts judged), 'simulations'.
 
     Raises:
@@ -120,7 +120,7 @@ def search(
     )  # fmt: skip
     stats = dict.fromkeys(("tokens_sampled", "judge_calls", "simulations"), 0)
     every = hypotheses.start(prompts, lengths, max_new)
-    said = []
+    responses = []
     for b in range(len(every.ends)):
         empty = hypotheses.prompt(every, b)
         world = _world(
@@ -130,15 +130,15 @@ def search(
         )  # fmt: skip
         text, many = tree_search.respond(world, rules)
         stats["simulations"] += many
-        said.append(_saying(empty, text, eos_ids))
-    h = hypotheses.concatenate(said, axis=0)
+        responses.append(_response(empty, text, eos_ids))
+    h = hypotheses.concatenate(responses, axis=0)
     h = hypotheses.with_logps(lm, h)
     scores = hypotheses.judged(judge, h, low=-1.0, high=1.0)
     stats["judge_calls"] += scores.size
     return hypotheses.generated(h, scores, stats)
 
 
-def _saying(empty: Hypotheses, text: Text, eos_ids) -> Hypotheses:
+def _response(empty: Hypotheses, text: Text, eos_ids) -> Hypotheses:
     """The response `text` [1, 1], without its log-probabilities."""
     tokens, first = empty.tokens.copy(), int(empty.starts[0, 0])
     tokens[0, 0, first : first + len(text)] = text
@@ -150,7 +150,7 @@ def _world(
     lm, empty, key, judge, embed, eos_ids, clause_ids, sizes, sets, top_k, heat,
     temperature, rollout, most, stats,
 ) -> tree_search.World:  # fmt: skip
-    """The questions of one tree, by calls of the engine whose shapes never change."""
+    """The functions of one tree, by calls of the sampler with constant shapes."""
     first, calls = int(empty.starts[0, 0]), itertools.count()
     judged: dict[Text, float] = {}
     heats = np.full((1, sets), heat)
@@ -158,7 +158,7 @@ def _world(
 
     def draw(text, **how):
         h, many = hypotheses.extend(
-            lm, _saying(empty, text, eos_ids), jax.random.fold_in(key, next(calls)),
+            lm, _response(empty, text, eos_ids), jax.random.fold_in(key, next(calls)),
             eos_ids=sorted(eos_ids), **how,
         )  # fmt: skip
         stats["tokens_sampled"] += many
@@ -167,9 +167,9 @@ def _world(
     def size_at(depth):
         return sizes[min(depth, len(sizes) - 1)]
 
-    def likeliest(text):
+    def most_likely(text):
         logps, ids = hypotheses.next_best(
-            lm, _saying(empty, text, eos_ids), max(sets, most)
+            lm, _response(empty, text, eos_ids), max(sets, most)
         )
         masses = np.exp(logps[0, 0].astype(np.float64))
         return [((int(i),), p) for i, p in zip(ids[0, 0], masses, strict=True)]
@@ -190,16 +190,16 @@ def _world(
     def propose(text, depth):
         size = size_at(depth)
         if size == 1:
-            return likeliest(text)[:sets]
+            return most_likely(text)[:sets]
         found = samples(text, size)
         (greedy, mass), others = found[0], [m for _, m in found[1:]]
-        if others:  # no set is so likely that the others are never tried
+        if others:  # bounded, so that the other sets are tried too
             mass = max(min(mass, sum(others)), max(others) + min(others))
         return [(greedy, mass), *found[1:]]
 
     def another(text, depth, known):
         size = size_at(depth)
-        found = likeliest(text) if size == 1 else samples(text, size)
+        found = most_likely(text) if size == 1 else samples(text, size)
         return next((x for x in found if x[0] not in known), None)
 
     def over(text):
@@ -213,7 +213,7 @@ def _world(
             )
             whole = tuple(h.tokens[0, 0, first : h.ends[0, 0]].tolist())
         if whole not in judged:
-            h = _saying(empty, whole, eos_ids)
+            h = _response(empty, whole, eos_ids)
             judged[whole] = float(hypotheses.judged(judge, h, low=-1.0, high=1.0)[0, 0])
             stats["judge_calls"] += 1
         return judged[whole], whole
@@ -221,7 +221,7 @@ def _world(
     def embeddings(text, begins):
         if not begins:
             return np.zeros((0, 1))
-        h = _saying(empty, text, eos_ids)
+        h = _response(empty, text, eos_ids)
         if embed is None:
             width = hypotheses.bucket(int(h.ends[0, 0]), h.tokens.shape[2])
             states = np.asarray(_states(lm, h.tokens[0, :, :width]))[0]

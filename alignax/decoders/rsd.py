@@ -1,14 +1,14 @@
-"""Reward-guided speculative decoding: a small model's step stays if the reward likes it.
+"""Reward-guided speculative decoding: a drafted step is kept if its reward is high.
 
 Liao et al. 2025, https://arxiv.org/abs/2501.19324
 
   y ~ p_draft(. | s);   keep y if r(s y) >= delta,  otherwise  z ~ p(. | s),  keep z
 
-A step has the law 1[r(y) >= delta] p_draft(y) + p_draft(r < delta) p(y), which is no tilt
-of p: the draft's favourites stay favourites.
+A step has the distribution 1[r(y) >= delta] p_draft(y) + p_draft(r < delta) p(y), which is
+no tilt of p: steps that the draft prefers stay more likely.
 
-Differs from the paper: the reward is whatever judge is handed in. A step ends after `step`
-tokens or with one of `step_ids` (an empty line, there).
+Differs from the paper: the reward is a judge, an argument. A step ends after `step` tokens or
+with one of `step_ids` (in the paper, an empty line).
 """
 
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ def search(
     step_ids: Sequence[int] = (),
     delta: float = 0.7,
 ) -> Generated:
-    """Steps of the draft, or of p. *Approximate*: it samples its own law, not a tilt of p.
+    """Steps of the draft, or of p. *Approximate*: its own distribution, not a tilt of p.
 
     Args:
       lm: p.
@@ -57,7 +57,7 @@ def search(
       draft: its name.
       step: most tokens of a step; part of the shape.
       step_ids: end a step.
-      delta: least r of a drafted step that stays; -inf is the draft alone, inf is p.
+      delta: least r of a drafted step that is kept; -inf is the draft alone, inf is p.
 
     Returns:
       Generated, G = 1; feedback is r of the response, old_logps None. stats: 'tokens_sampled',
@@ -66,7 +66,7 @@ def search(
 
     Raises:
       ValueError: an argument out of its range, a draft that `lms` does not have or that
-        has another vocabulary, or a judge that gives no [B, 1].
+        has another vocabulary, or scores that are not [B, 1].
     """
     if step < 1:
         raise ValueError(f"step={step}, expected at least 1")
@@ -87,7 +87,7 @@ def search(
         going = ~h.done
         drafted = grow(0, going)
         keep = going & (hypotheses.judged(judge, drafted, going) >= delta)
-        written = grow(1, going & ~keep)  # h is still what the draft went on from
+        written = grow(1, going & ~keep)  # from the same h as the draft
         h = hypotheses.put(hypotheses.put(h, one, drafted, keep), one, written, ~keep)
         steps, kept, rounds = (
             steps + int(going.sum()),

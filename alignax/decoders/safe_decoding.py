@@ -1,16 +1,16 @@
-"""SafeDecoding: over its first tokens, a response moves towards what a safer model says.
+"""SafeDecoding: the first tokens of a response are tilted towards a safer model.
 
   π*(v | s) ∝ max(p + α (p_expert - p), ε)(v | s)   on S(s), for the first m tokens
 
 S is the intersection of the k best tokens of both models, at the smallest k that leaves at
 least c of them.
 
-Xu et al. 2024, https://arxiv.org/abs/2402.08983 (α = 3, m = 2, c = 5). A jailbreak that is
-refused in its first words is refused; what follows is the target's own.
+Xu et al. 2024, https://arxiv.org/abs/2402.08983 (α = 3, m = 2, c = 5). If the first
+words refuse a jailbreak, the rest of the response does too; it is the target's own.
 
-Differs from the paper: p is the target after every warper, and what those forbid stays
-forbidden; the released code is greedy over the first m tokens whatever the sampling, here the
-engine's temperature says. ε is its floor for what would be negative.
+Differs from the paper: p is the target after all logits processors, and tokens that these
+exclude stay excluded. The released code is always greedy over the first m tokens; here the
+temperature of the call decides. ε is its floor for negative values.
 """
 
 import jax
@@ -37,7 +37,7 @@ def guide(
     common: int = 5,
     expert_temperature: float = 1.0,
 ) -> Guide:
-    """An *exact* vector guide: the law above, which is that of the method.
+    """An *exact* vector guide: the distribution above, which is that of the method.
 
     Args:
       lms: has the expert, which shares the target's vocabulary.
@@ -45,10 +45,10 @@ def guide(
       alpha: α; 0 is the target on S, 1 the expert on S.
       first: m, tokens of a response, after any prefill.
       common: c, fewest tokens of S.
-      expert_temperature: of the expert's law; that of the call, if both shall be alike.
+      expert_temperature: of the expert; usually the temperature of the call.
 
     Returns:
-      A Guide whose state is the cache of the expert and the lengths of the prompts.
+      A Guide whose state is the KV cache of the expert and the lengths of the prompts.
 
     Raises:
       ValueError: a name that `lms` does not have.
@@ -76,7 +76,7 @@ def _update(models, numbers, counts, state, tokens, start, logits):
     expert = jnp.where(forbidden, -jnp.inf, expert / temperature)
     p, p_expert = jax.nn.softmax(logits), jax.nn.softmax(expert)
     moved = jnp.log(jnp.maximum(p + alpha * (p_expert - p), FLOOR))
-    # a token is in the intersection at k as soon as k is above its worse rank
+    # a token is in the intersection at k if k is above its worse rank
     worse = jnp.maximum(_ranks(logits), _ranks(expert))
     last = jnp.minimum(common, logits.shape[-1]) - 1
     most = jnp.take(jnp.sort(worse, -1), last, -1)[..., None]
@@ -87,5 +87,5 @@ def _update(models, numbers, counts, state, tokens, start, logits):
 
 
 def _ranks(x):
-    """0 for the best; of equals the lower id is the better."""
+    """0 for the best; of equals the lower id ranks first."""
     return jnp.argsort(jnp.argsort(-x, -1, stable=True), -1)

@@ -1,13 +1,13 @@
-"""Speculative rejection: start with many responses, give up those that begin badly.
+"""Speculative rejection: start with many responses, stop those with low early scores.
 
 Sun et al. 2024, https://arxiv.org/abs/2410.20290
 
-  every `every` tokens:  keep { i : r(x, y_i,<t) >= quantile_reject(r) }, go on with those
+  every `every` tokens:  keep { i : r(x, y_i,<t) >= quantile_reject(r) }, continue those
   at the end:            argmax r(y_i) over the responses that were completed
 
 Differs from the paper: partial responses are judged every so many tokens, not whenever
-the memory is full. The quantile is over everything that was not given up; what is
-complete costs nothing more and stays a candidate whatever its rank.
+the memory is full. The quantile is over all responses that were not rejected; complete
+ones cost nothing more and are never rejected.
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,11 +45,11 @@ def search(
 ) -> Generated:
     """Best of n at a part of its cost. *Approximate*; with reject = 0 exactly best of n.
 
-    Approximate, because the judge's rank of a beginning is not that of its end.
+    Approximate, because the rank of a beginning may differ from that of the response.
 
     Args:
-      lm: what draws.
-      lms: not read.
+      lm: p, the policy.
+      lms: not used.
       prompts: ids [B, P], right-padded.
       lengths: real tokens of each prompt, [B].
       key: `jax.random.key`.
@@ -57,19 +57,19 @@ def search(
       judge: r, of complete responses and of their beginnings.
       temperature: of p.
       eos_ids: end a response.
-      n: responses to start with; their rows shrink by powers of two.
+      n: responses to start with; the number of rows shrinks by powers of two.
       every: tokens between two judgements.
-      reject: share that is given up at each.
-      sampling: further settings of `decode.generate` that have no memory.
+      reject: share that is rejected at each.
+      sampling: further settings of `decode.generate` that do not depend on earlier tokens of the response.
       reader: of `decode.generate`.
 
     Returns:
       Generated, G = 1; feedback is r of the response, old_logps None. stats:
       'tokens_sampled', 'judge_calls' (responses judged, each time), 'rejected',
-      'tokens_saved' (at most: had every rejected one gone on to max_new).
+      'tokens_saved' (an upper bound: as if every rejected one had max_new tokens).
 
     Raises:
-      ValueError: an argument out of its range, or a judge that gives no [B, G].
+      ValueError: an argument out of its range, or scores that are not [B, G].
     """
     del lms
     if n < 1 or every < 1 or not 0 <= reject < 1:
@@ -85,9 +85,9 @@ def search(
         )  # fmt: skip
 
     h, drawn = grow(hypotheses.start(prompts, lengths, max_new), 0, group=n)
-    part, mine = h, np.ones(h.ends.shape, bool)  # what the last step drew
+    part, mine = h, np.ones(h.ends.shape, bool)  # rows of the last step
     index = np.broadcast_to(np.arange(n), mine.shape)
-    alive = mine.copy()  # not given up
+    alive = mine.copy()  # not rejected
     scores = np.full(mine.shape, -np.inf)
     step = calls = saved = 0
     while True:

@@ -1,16 +1,16 @@
-"""Steering as a guide: what a push on the hidden states does to the next token.
+"""Steering as a guide: the tilt from adding a vector to the hidden states.
 
   π*(v | s) ∝ p(v | s) (p(v | s; h + r u) / p(v | s; h))^weight
 
-The same model is read twice, with u added to its residual stream after every layer and
-without. Where it is the target itself, unwarped, and weight = 1, the law is the steered
-model's own: it composes with other guides, with drafts and with verification, which see
-laws alone. `alignax.sampling.steering_vectors` reads u from pairs of texts.
+The same model is called twice, with u added to its residual stream after every layer and
+without. If it is the target itself, without logits processors, and weight = 1, this is the
+distribution of the steered model. As a guide it composes with other guides, drafts and
+verification. `alignax.sampling.steering_vectors` estimates u from pairs of texts.
 
 Zou et al. 2023, https://arxiv.org/abs/2310.01405; Wolf et al. 2024,
 https://arxiv.org/abs/2401.16332
-Differs from the papers: they steer the model, we tilt by what steering changes; at a
-temperature τ of the call the tilt is not divided by τ, unless weight = 1 / τ is given.
+Differs from the papers: they steer the model, here steering defines a tilt; at a temperature τ
+of the call the tilt is not divided by τ, unless weight = 1 / τ is given.
 """
 
 from typing import Any
@@ -44,17 +44,17 @@ def guide(
       model: its name.
       vectors: a path of [L, D] unit vectors as `numpy.save` writes them, the vectors, or
         'random': the control of any effect.
-      strength: r, the length of what is added to a hidden state, whatever its norm.
+      strength: r, the norm of the vector that is added to each hidden state.
       layers: which are steered, negative ones from the end; () is all.
-      weight: of the tilt; 0 leaves the target alone.
+      weight: of the tilt; 0 does not change the target.
       seed: of random vectors.
 
     Returns:
-      A Guide whose state is two caches, of the model steered and not.
+      A Guide whose state is two KV caches, of the model steered and not.
 
     Raises:
       ValueError: a name that `lms` does not have, vectors of another shape, or a layer
-        that is not there.
+        out of range.
     """
     models = guide_models.find(lms, model)
     push = strength * steering_vectors.load(vectors, *models, layers=layers, seed=seed)

@@ -1,25 +1,24 @@
-"""Transfer Q*: every candidate is tried out by a policy that is already aligned.
+"""Transfer Q*: values of candidate tokens, by rollouts of an aligned baseline.
 
   π_alg(v | s) ∝ π_BL(v | s) e^{TQ(s, v) / α}   on the k best tokens of π_BL
 
   direct    TQ(s, v) = E_{τ ~ ρ_BL(· | s v)} r(s v τ)
   indirect  TQ(s, v) = E_{τ ~ ρ_BL(· | s v)} [ω r] / E[ω],   ω = e^{(r - r_BL) / β}
-  released  argmax of logit + r / α, one rollout of 20 tokens a candidate
+  released  argmax of logit + r / α, one rollout of 20 tokens per candidate
 
-Chakraborty et al. 2024, https://arxiv.org/abs/2405.20495. ρ_BL is the law of whole
-responses of the baseline, which was aligned with the reward r_BL: with r itself (direct) or
+Chakraborty et al. 2024, https://arxiv.org/abs/2405.20495. ρ_BL is the
+distribution of whole responses of the baseline, which was aligned with the reward r_BL: with r itself (direct) or
 with another one (indirect, where the mean is that under ρ_r ∝ ρ_sft e^{r / β}).
 
-This is a search with a loop of its own, not a guide: rollouts have to be judged as text by
-host code, and inside the engine's compiled loop every token would wait for the host. A
-rollout's key is made of the key and of a hash of (prefix, v), so that TQ is a function: it
-is the same wherever and whenever a prefix is met.
+This is a search with a loop of its own, not a guide: host code judges rollouts as text, and
+in the compiled loop of `generate` every token would wait for the host. The key of a rollout
+is derived from the key and a hash of (prefix, v), so that TQ is a function of the prefix.
 
-Differs from the paper: it says r_BL, we read it off the baseline and the model it came
-from, r_BL / β = log ρ_BL / ρ_sft up to a constant that cancels. Which law its decoder tilts
-is not said; π_BL is what the released code tilts. That code samples as the checkpoint's own
-settings say: here it is `rollout_temperature`. Its indirect form has no E[ω] and the same
-reward model twice; it is not reproduced.
+Differs from the paper: r_BL is given in the paper; here it is computed from the baseline and
+the model it was tuned from, r_BL / β = log ρ_BL / ρ_sft up to a constant that cancels. The
+paper does not define the distribution that is tilted; the released code tilts π_BL. Its
+rollouts use the generation settings of the checkpoint, here `rollout_temperature`. Its
+indirect form has no E[ω] and the same reward model twice, and is not reproduced.
 """
 
 import zlib
@@ -65,37 +64,37 @@ def search(
     beta: float = 1.0,
     rollout_temperature: float = 1.0,
 ) -> Generated:
-    """*Approximate*: exact is the tilt by the means over `rollouts`, not by TQ itself.
+    """*Approximate*: the tilt is by means over `rollouts`, not by TQ itself.
 
-    e^{TQ / α} of a noisy TQ is too large on average; what is wrong with the law falls as
-    1 / rollouts.
+    e^{TQ / α} of a noisy TQ is too large on average; the error of the distribution falls
+    as 1 / rollouts.
 
     Args:
-      lm: the baseline π_BL, which is tilted and which rolls out.
+      lm: the baseline π_BL, which is tilted and makes the rollouts.
       lms: has the model that the baseline was tuned from, for 'indirect'.
       prompts: ids [B, P], right-padded.
       lengths: real tokens of each prompt, [B].
       key: `jax.random.key`.
       max_new: most tokens of a response.
-      judge: r, of responses that are complete or cut off by the horizon.
-      temperature: of π_BL, before the tilt; 0 takes the best. 'released' always does.
+      judge: r, of responses that are complete or cut at the horizon.
+      temperature: of π_BL, before the tilt; 0 is greedy, as 'released' always is.
       eos_ids: end a response.
       variant: one of VARIANTS.
       reference: name of the model that the baseline was tuned from.
       candidates: k.
       rollouts: of each candidate; 'released' makes one.
-      horizon: most tokens of a rollout; 0 is to the end of the response, or 20 of them
-        for 'released'.
-      alpha: α, in the unit of the reward a nat.
+      horizon: most tokens of a rollout; 0 is to the end of the response, or 20
+        tokens for 'released'.
+      alpha: α, units of reward per nat.
       beta: β of the weights of 'indirect'.
-      rollout_temperature: of the rollouts; 1 is ρ_BL, 0 the greedy one.
+      rollout_temperature: of the rollouts; 1 is ρ_BL, 0 is greedy.
 
     Returns:
-      Generated, G = 1; feedback is r of the response, old_logps are under the tilted law.
+      Generated, G = 1; feedback is r of the response, old_logps are under the tilted distribution.
       stats: 'tokens_sampled' (of rollouts and of responses), 'judge_calls' (texts judged).
 
     Raises:
-      ValueError: an argument out of its range, no judge or one that gives no numbers, or
+      ValueError: an argument out of its range, no judge or scores that are not numbers, or
         'indirect' without its reference.
     """
     if variant not in VARIANTS:
@@ -119,14 +118,14 @@ def search(
     horizon = min(horizon or max_new, max_new)
     roll_key, draw_key = jax.random.split(key)
     h = hypotheses.start(prompts, lengths, max_new)
-    law = np.zeros(h.tokens.shape, np.float32)
+    sampled_logps = np.zeros(h.tokens.shape, np.float32)
     stats = {"tokens_sampled": 0, "judge_calls": 0}
     for step in range(max_new):
         live = ~h.done
         if not live.any():
             break
         raw, best = (x[:, 0] for x in hypotheses.next_best(lm, h, candidates))  # [B, K]
-        tried, ratio, drawn = _try_out(
+        tried, ratio, drawn = _roll_out(
             lm, source, h, best, roll_key, rollouts, horizon, rollout_temperature, eos_ids
         )  # fmt: skip
         r = hypotheses.judged(judge, tried, np.broadcast_to(live, tried.ends.shape))
@@ -135,15 +134,15 @@ def search(
         score = raw / (1.0 if greedy else temperature) + q / alpha
         place, logp = _draw(jax.random.fold_in(draw_key, step), score, greedy)
         here = (np.arange(h.tokens.shape[2]) == h.ends[..., None]) & live[..., None]
-        law = np.where(here, logp[..., None], law)
+        sampled_logps = np.where(here, logp[..., None], sampled_logps)
         token, logp = (np.take_along_axis(x, place, 1) for x in (best, raw))
         h = hypotheses.append(h, token, logp, eos_ids, live)
         stats["tokens_sampled"] += drawn + int(live.sum())
         stats["judge_calls"] += int(live.sum()) * best.shape[1] * rollouts
     stats["judge_calls"] += len(h.ends)
     out = hypotheses.generated(h, hypotheses.judged(judge, h), stats)
-    drawn_from = jnp.asarray(law, jnp.float32)
-    return out._replace(batch=out.batch._replace(old_logps=drawn_from))
+    old_logps = jnp.asarray(sampled_logps, jnp.float32)
+    return out._replace(batch=out.batch._replace(old_logps=old_logps))
 
 
 def mean(rewards: np.ndarray, log_weights: np.ndarray | None = None) -> np.ndarray:
@@ -154,7 +153,7 @@ def mean(rewards: np.ndarray, log_weights: np.ndarray | None = None) -> np.ndarr
     return (w * rewards).sum(-1) / w.sum(-1)
 
 
-def _try_out(
+def _roll_out(
     lm: LM, source: LM | None, h: Hypotheses, best: np.ndarray, key: Array, rollouts: int,
     horizon: int, temperature: float, eos_ids: Sequence[int],
 ) -> tuple[Hypotheses, np.ndarray | None, int]:  # fmt: skip
@@ -165,7 +164,7 @@ def _try_out(
     wide = hypotheses.append(wide, best, np.zeros(best.shape), eos_ids, live)
     going = ~wide.done & live
     rows = wide.tokens.reshape(b * k, t)
-    # what has no room draws one token, which is not looked at
+    # a row without room draws one token, which is ignored
     room = np.where(going, np.minimum(horizon, wide.max_new - wide.sizes), 1)
     hashes = [
         zlib.crc32(row[:end].tobytes())
@@ -189,13 +188,13 @@ def _try_out(
         rolled: Any = fresh
         asked = hypotheses.as_batch(tried)._replace(mask=rolled)
         theirs = np.asarray(hypotheses.score(source, asked).logps, np.float64).sum(-1)
-        law = np.asarray(batch.old_logps, np.float64)[..., :t].reshape(b, -1, t)
-        ratio = (theirs - np.where(fresh, law, 0).sum(-1)).reshape(b, k, rollouts)
+        ours = np.asarray(batch.old_logps, np.float64)[..., :t].reshape(b, -1, t)
+        ratio = (theirs - np.where(fresh, ours, 0).sum(-1)).reshape(b, k, rollouts)
     return tried, ratio, int(fresh.sum())
 
 
 def _draw(key: Array, score: np.ndarray, greedy: bool) -> tuple[np.ndarray, np.ndarray]:
-    """A place in each row [B, 1] and its log-probability; the noise is the row's own."""
+    """An index in each row [B, 1] and its log-probability; each row has its own key."""
     if greedy:
         return score.argmax(1)[:, None], np.zeros((len(score), 1))
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(np.arange(len(score)))

@@ -1,7 +1,7 @@
 """Finite automata over tokens: what a grammar allows, and where a response stops.
 
-A row is in one state, 0 at first, and every token of the response moves it. Both uses
-are a table read at every step, inside the compiled loop.
+A row begins in state 0, and every token of the response changes its state. Grammars and
+stops are both table look-ups at every step, inside the compiled loop.
 """
 
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ from jaxtyping import Array, Bool, Int
 class Automaton(NamedTuple):
     """S states over a vocabulary of V tokens.
 
-    `flag[s, v]` is what the user of the automaton reads of token v in state s: a grammar,
-    that v is allowed; a stop, that v completes one of the strings.
+    `flag[s, v]` is about token v in state s. In a grammar it says that v is allowed; in a
+    stop, that v completes one of the strings.
     """
 
     next: Int[Array, "S V"] | Int[np.ndarray, "S V"]
@@ -23,16 +23,16 @@ class Automaton(NamedTuple):
 
 
 def stop_strings(strings: Sequence[str | bytes], pieces: Sequence[bytes]) -> Automaton:
-    """Stops at a string however it was cut into tokens: also inside or across them.
+    """Stops at a string, wherever token boundaries fall: also inside or across tokens.
 
     Args:
       strings: any of them stops; str is encoded in UTF-8.
-      pieces: the bytes that each id of the vocabulary adds to the text; b'' for special
-        tokens, which do not interrupt a string.
+      pieces: the bytes of each id of the vocabulary; b'' for special tokens, which do not
+        interrupt a string.
 
     Returns:
-      An Automaton; the token that completes a string is the last of the response, and may
-      have text beyond the string, which is the caller's to cut.
+      An Automaton. The token that completes a string is the last of the response. It may
+      have text after the string, which the caller has to cut.
 
     Raises:
       ValueError: no string, or an empty one.
@@ -83,7 +83,7 @@ def _aho_corasick(patterns: list[list[int]], alphabet: int):
     for symbol, child in children[0].items():
         delta[0, symbol] = child
         queue.append((child, 0))  # (state, longest proper suffix that is a state)
-    for node, suffix in queue:  # grows while it is walked: breadth first
+    for node, suffix in queue:  # grows while it is read: breadth first
         delta[node] = delta[suffix]
         final[node] |= final[suffix]
         for symbol, child in children[node].items():

@@ -1,4 +1,4 @@
-"""Where responses come from: prefill, then the whole decode in one jitted while-loop."""
+"""Sampling token by token: prefill, then all decoding steps in one jitted while-loop."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -17,13 +17,13 @@ from alignax.sampling.automaton import Automaton
 from alignax.sampling.guides import Guide
 from alignax.sampling.prefill import WHOLE, Reader
 from alignax.sampling.prefill import traced as traced_reader
-from alignax.sampling.response_state import Context, Rules
+from alignax.sampling.response_state import ResponseState, Rules
 
 
 class Generated(NamedTuple):
-    """What a sampler made: a Batch of prompts and responses, and how likely they were."""
+    """Sampled responses as a Batch, and their log-probabilities."""
 
-    batch: Batch  # [B, G, P + max_new]; old_logps is under the law really sampled
+    batch: Batch  # [B, G, P + max_new]; old_logps is under the sampling distribution
     raw_logps: Float[Array, "B G T"]  # nats, under the unmodified policy
     truncated: Bool[Array, "B G"]  # True where max_new ended a response, not EOS
     stats: dict[str, Any]  # 'steps' taken, 'ended': share of responses that end in EOS
@@ -58,30 +58,31 @@ def generate(
     guide: Guide | None = None,
     candidates: int = 16,
 ) -> Generated:
-    """Samples `group` responses to every prompt; they share one prefill. *Exact*.
+    """Samples `group` responses per prompt, which share one prefill. *Exact*.
 
-    Exact: token by token, the law that the settings name (`warpers` has their order), up
-    to float32. A second call with the same shapes and the same settings in use (whatever
-    their values) compiles nothing. A row's randomness comes from (key, row index) alone,
-    or from (key, its seed), so a response does not depend on its neighbours.
+    Exact: each token has the distribution that the settings define (`processors` has
+    their order), up to float32. A second call with the same shapes and the same settings
+    in use (whatever their values) compiles nothing. The randomness of a row depends on
+    (key, row index) alone, or on (key, its seed), not on the other rows.
 
     A setting "per row" is one number, [B], or [B, G].
 
     Args:
-      lm: the model. As `transformer.unstack` leaves it, a call spares a copy of it.
+      lm: the model. If `transformer.unstack` was applied, a call makes no copy of it.
       prompts: ids, right-padded.
       lengths: real tokens of each prompt, at least 1.
       key: `jax.random.key`.
       max_new: most tokens of a response, EOS included: the shape.
       group: G.
-      temperature: per row, of the sampled law, softmax(logits / temperature); 0 is greedy.
+      temperature: per row, of softmax(logits / temperature); 0 is greedy.
       eos_ids: any of them ends a response; it is part of the response and scored.
       top_k: per row; 0 is off.
       top_p: per row, in (0, 1].
       min_p: per row, in [0, 1]: least share of the best token's probability.
-      repetition_penalty: per row, above 0, of what prompt or response have; 1 is off.
-      frequency_penalty: per row, nats for each time the response has a token.
-      presence_penalty: per row, nats if it has it at all.
+      repetition_penalty: per row, above 0, for tokens of the prompt or the response; 1 is
+        off.
+      frequency_penalty: per row, nats for each occurrence in the response.
+      presence_penalty: per row, nats if the response has the token.
       logit_bias: {id: nats} for all rows, [V], or [B, V]; -inf forbids a token.
       min_new: per row, fewest tokens of a response, EOS included: until then EOS is
         masked, and a stop does not stop.
@@ -90,23 +91,23 @@ def generate(
       stops: from `automaton.stop_strings` or `stop_sequences`; the response ends with the
         token that completes one.
       grammar: tokens that are allowed in each state of the response.
-      prefill: ids [B, F], the beginning of the response: given, not scored, part of
-        the prompt as far as the Batch, penalties and max_new go. T grows by F.
+      prefill: ids [B, F], a given beginning of the response. It is not scored: for the
+        Batch, penalties and max_new it is a part of the prompt. T grows by F.
       prefill_lengths: real tokens of each prefill, [B]; default F.
       forced: ids [B, F], F <= max_new: the response's first tokens, -1 where it is free.
-        They are scored; under the law really sampled they are certain.
+        They are scored; in old_logps their probability is 1.
       seeds: integers [B]: row (b, g) draws from (key, seeds[b], g) wherever it stands.
-      reader: how the model reads; raw_logps are of what it makes of the prompts.
-      guide: tilts the law; of kind vector, or of kind scalar over the `candidates` best
-        tokens of each row (a top-k of its own, before the guide).
+      reader: how the model does the prefill; raw_logps are conditioned on it.
+      guide: tilts the distribution; of kind vector, or of kind scalar over the
+        `candidates` best tokens of each row (a second top-k, before the guide).
       candidates: see `guide`.
 
     Returns:
-      Generated, with T = P + F + max_new. Under greedy decoding old_logps is 0 (the law
-      is certain) and raw_logps is the policy's.
+      Generated, with T = P + F + max_new. Under greedy decoding old_logps is 0, and
+      raw_logps is the policy's.
 
     Raises:
-      ValueError: an argument out of its range; prompts that the reader cannot read; a
+      ValueError: an argument out of its range; prompts that the reader refuses; a
         mask that leaves a row no token; a guide that gives NaN.
     """
     request = generation_settings.parse(
@@ -122,15 +123,15 @@ def generate(
     if candidates < 1:
         raise ValueError(f"candidates={candidates}, expected at least 1")
     greedy = np.ndim(temperature) == 0 and temperature == 0
-    out, dead = _generate(
+    out, failed = _generate(
         lm, request, key, None if guide is None else guides.traced(guide),
         traced_reader(reader),
         max_new=max_new, group=group, greedy=bool(greedy),
         kind=None if guide is None else guide.kind,
         candidates=min(candidates, lm.config.vocab_size),
     )  # fmt: skip
-    if dead is not None and (dead := np.asarray(dead)).any():
-        at = dead.nonzero()[0].tolist()
+    if failed is not None and (failed := np.asarray(failed)).any():
+        at = failed.nonzero()[0].tolist()
         raise ValueError(
             f"rows {at} (prompt * group + slot) have no token to draw: the grammar or the "
             "logit bias masks all of them, or the guide gave NaN"
@@ -139,23 +140,23 @@ def generate(
 
 
 class Rows(NamedTuple):
-    """The N = B x G rows of a request before their first token."""
+    """The N = B x G rows of a call before their first token."""
 
     lengths: Array  # [N]
     tokens: Array  # [N, T]
     keys: Array  # [N]
     rules: Rules
-    context: Context
+    response: ResponseState
 
 
-def lay(
+def start_rows(
     request: generation_settings.Request,
     key: Array,
     size: int,
     max_new: int,
     group: int,
 ):
-    """Rows of a request; a row's key is its own whatever its neighbours."""
+    """Rows before their first token; the key of a row does not depend on other rows."""
     n = len(request.prompts) * group
     prompts, lengths = repeat((request.prompts, request.lengths), group)
     row = jnp.arange(n)
@@ -172,14 +173,18 @@ def lay(
 
 
 def read(lm: LM, h: Array, rules: Rules) -> tuple[Array, Array]:
-    """Log-probabilities [N, K, V] after h [N, K, D], and the logits to warp."""
+    """Log-probabilities [N, K, V] after h [N, K, D], and the logits to process."""
     logps = logprob.rows(lm, h)
-    if rules.warpers.repetition is None:
+    if rules.processors.repetition is None:
         return logps, logps
-    return logps, transformer.unembed(lm, h)  # it reads the sign of the model's own
+    return logps, transformer.unembed(
+        lm, h
+    )  # the penalty depends on the sign of the logits
 
 
-def result(tokens, lengths, ends, ended, raw, law, group: int, stats) -> Generated:
+def result(
+    tokens, lengths, ends, ended, raw, sampled_logps, group: int, stats
+) -> Generated:
     """Rows [N, ...] as Generated."""
     at = jnp.arange(tokens.shape[1])
     mask = (at >= lengths[:, None]) & (at < ends[:, None])
@@ -190,7 +195,8 @@ def result(tokens, lengths, ends, ended, raw, law, group: int, stats) -> Generat
     n = len(tokens)
     batch = Batch(
         split(tokens), split(mask), split(ends), split(jnp.zeros(n)),
-        split(jnp.ones(n, bool)), old_logps=None if law is None else split(law),
+        split(jnp.ones(n, bool)),
+        old_logps=None if sampled_logps is None else split(sampled_logps),
     )  # fmt: skip
     stats = {"ended": ended.mean(), **stats}
     return Generated(batch, split(raw), split(~ended), stats)
@@ -225,9 +231,9 @@ class _State(NamedTuple):
     cache: Any  # of the reader
     raw: Array  # [N, T] nats, under the unmodified policy
     sampled_logps: Array  # [N, T] nats
-    response: Context
+    response: ResponseState
     guide: Any  # before the last token
-    dead: Array | None  # [N] no token to draw
+    failed: Array | None  # [N] no token to draw
 
 
 class _Drawn(NamedTuple):
@@ -237,7 +243,7 @@ class _Drawn(NamedTuple):
     raw: Array  # [N] nats, under the unmodified policy
     sampled_logp: Array  # [N] nats
     guide: Any  # before the token
-    dead: Array | None  # [N]
+    failed: Array | None  # [N]
 
 
 @functools.partial(
@@ -246,18 +252,18 @@ class _Drawn(NamedTuple):
 def _generate(
     lm, request, key, guide, reader, *, max_new, group, greedy, kind, candidates
 ):
-    """One token of every row per step, until all are done: (Generated, dead [N])."""
+    """One token of every row per step, until all are done: (Generated, failed [N])."""
     prompts, lengths = request.prompts, request.lengths
     n, t = len(prompts) * group, prompts.shape[1] + max_new
     lm, guide = transformer.unstack((lm, guide))
     read_prompts, read_on = reader
     h, filled = read_prompts(lm, prompts, lengths, t)
     guide_state = repeat(guide[0](prompts, lengths, t), group) if kind else None
-    rows = lay(request, key, lm.config.vocab_size, max_new, group)
+    rows = start_rows(request, key, lm.config.vocab_size, max_new, group)
     rules = rows.rules
     if greedy:
-        w = rules.warpers._replace(temperature=jnp.float32(1.0))
-        rules = rules._replace(warpers=w)
+        w = rules.processors._replace(temperature=jnp.float32(1.0))
+        rules = rules._replace(processors=w)
     setup = _Setup(
         lm, read_on, guide, kind, candidates, greedy, rules, rows.keys, jnp.arange(n)
     )
@@ -265,7 +271,7 @@ def _generate(
     zeros = jnp.zeros((n, t), jnp.float32)
     start = _State(
         jnp.int32(0), rows.tokens, rows.lengths, no, no, repeat(h, group),
-        repeat(filled, group), zeros, zeros, rows.context, guide_state,
+        repeat(filled, group), zeros, zeros, rows.response, guide_state,
         no if kind or rules.masks else None,
     )  # fmt: skip
     s = jax.lax.while_loop(
@@ -276,7 +282,7 @@ def _generate(
         s.tokens, rows.lengths, s.ends, s.ended, s.raw, s.sampled_logps, group,
         {"steps": s.step},
     )  # fmt: skip
-    return out, s.dead
+    return out, s.failed
 
 
 def _step(setup: _Setup, s: _State) -> _State:
@@ -298,11 +304,11 @@ def _step(setup: _Setup, s: _State) -> _State:
     )
     ended = s.ended | (ended & ~s.done)
     done |= s.done
-    if x.dead is not None:
-        done |= x.dead
+    if x.failed is not None:
+        done |= x.failed
     return _State(
         s.step + 1, tokens, s.ends + ~s.done, done, ended, h, cache, raw,
-        sampled_logps, response, x.guide, x.dead,
+        sampled_logps, response, x.guide, x.failed,
     )  # fmt: skip
 
 
@@ -310,23 +316,25 @@ def _draw(setup: _Setup, s: _State) -> _Drawn:
     """The next token: the model, processors, guide, forced tokens, and the draw."""
     rules, row = setup.rules, setup.row
     logps, logits = (x[:, 0] for x in read(setup.lm, s.h, rules))
-    logits = response_state.warped(rules, s.response, logits)
-    guide, dead = None, None
+    logits = response_state.processed_logits(rules, s.response, logits)
+    guide, failed = None, None
     if setup.kind:
         logits, guide = _tilt(setup, s, logits)
-    if s.dead is not None:
+    if s.failed is not None:
         best = logits.max(-1)  # NaN if any is
-        dead = s.dead | (~s.done & ~jnp.isfinite(best))
+        failed = s.failed | (~s.done & ~jnp.isfinite(best))
     logits = response_state.force(rules, s.response, logits)
     if setup.greedy:
         token = jnp.argmax(logits, -1)
         sampled_logps = jnp.zeros_like(logps)
     else:
         keys = jax.vmap(jax.random.fold_in, (0, None))(setup.keys, s.step)
-        token, sampled_logps = response_state.draw(keys, logits, rules.warpers)
+        token, sampled_logps = response_state.draw(
+            keys, logits, rules.processors.temperature
+        )
     return _Drawn(
         token.astype(s.tokens.dtype), logps[row, token], sampled_logps[row, token],
-        guide, dead,
+        guide, failed,
     )  # fmt: skip
 
 

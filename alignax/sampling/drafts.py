@@ -1,10 +1,10 @@
-"""Drafts: who proposes the tokens that a target then verifies.
+"""Draft models: they propose the tokens that a target then verifies.
 
-Any proposal is right for `speculate` as long as its law q is the one that it was really
-drawn from; the nearer q is to the target's law, the more of it stays.
+`speculate` is exact for any proposal, as long as q is the distribution from which it was
+drawn. The closer q is to the target's distribution, the more drafted tokens are accepted.
 
-  model    a smaller LM: also the policy of a DPO pair, and `some_layers` of the target
-  ngram    what followed the last tokens where they last occurred; free
+  model    a smaller LM; also the policy of a DPO pair, or `some_layers` of the target
+  ngram    what followed the last tokens where they last occurred; calls no model
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from jaxtyping import Array, Int
 from alignax.batch import LM
 from alignax.models import transformer
 from alignax.sampling import decode, response_state
-from alignax.sampling.response_state import Context, Rules
+from alignax.sampling.response_state import ResponseState, Rules
 
 
 class Draft(NamedTuple):
@@ -28,8 +28,8 @@ class Draft(NamedTuple):
 
     Attributes:
       init: (prompts [B, P], lengths [B], length) -> state before the last token; B rows
-        first in every leaf. It is read by position: what lies beyond a row's last token
-        is never read, so nothing is taken back when proposals are.
+        first in every leaf. It is indexed by position: entries after a row's last token
+        are never read, so nothing is removed when proposals are rejected.
       propose: (state, Ask) -> (drafts [N, γ], q [N, γ, V], state).
       vocab_size: V.
     """
@@ -40,17 +40,17 @@ class Draft(NamedTuple):
 
 
 class Ask(NamedTuple):
-    """What a draft may read in a round.
+    """The inputs of a draft in a round.
 
     Attributes:
       tokens: [N, T].
       ends: [N], where the first proposal goes.
       keys: [N], of this round.
-      rules: the target's; a draft need not follow them, but stays longer if it does.
-      context: before the first proposal.
+      rules: the target's; a draft that follows them has more tokens accepted.
+      response: state before the first proposal.
       gamma: how many to propose.
       tilt: (state, token [N], position [N], logits [N, V]) -> (logits, state) of the
-        target's guide, where the draft is to be guided too.
+        target's guide, if the draft is guided too.
       guide: that guide's state before the last token.
     """
 
@@ -58,14 +58,14 @@ class Ask(NamedTuple):
     ends: Int[Array, " N"]
     keys: Array
     rules: Rules
-    context: Context
+    response: ResponseState
     gamma: int
     tilt: Callable[..., Any] | None = None
     guide: Any = None
 
 
 def model(lm: LM) -> Draft:
-    """An LM of the target's vocabulary, under the target's warpers."""
+    """An LM of the target's vocabulary, under the target's logits processors."""
     return Draft(Partial(_init, lm), Partial(_sample, lm), lm.config.vocab_size)
 
 
@@ -73,12 +73,12 @@ def ngram(vocab_size: int, longest: int = 3) -> Draft:
     """Prompt lookup: repeats what followed the longest earlier copy of the last tokens.
 
     Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding. Of equally long
-    copies the last counts; a copy that runs into the end goes on in its period; without a
-    copy of even one token, the last token is proposed.
+    copies the last is used. A copy that reaches the end is continued with its period.
+    Without a copy of even one token, the last token is proposed.
 
     Args:
       vocab_size: the target's.
-      longest: tokens of a copy that count, at least 1.
+      longest: most tokens of a copy that are compared, at least 1.
 
     Raises:
       ValueError: longest below 1.
@@ -93,9 +93,10 @@ def some_layers(lm: LM, keep: Sequence[int]) -> LM:
     """The LM of some of its own layers, in their order, with its last norm and head.
 
     The first few are an early exit (Elhoushi et al. 2024,
-    https://arxiv.org/abs/2404.16710), which proposes well where the target was trained to
-    exit early; all but a few work without training (Zhang et al. 2023,
-    https://arxiv.org/abs/2309.08168). It costs len(keep) / L of the target.
+    https://arxiv.org/abs/2404.16710), which is a good draft of a target that was trained
+    for it; all but a few layers work without training (Zhang et al. 2023,
+    https://arxiv.org/abs/2309.08168). The cost is len(keep) / L of the
+    target's.
 
     Raises:
       ValueError: no layer, or one outside 0 .. L - 1, or out of order.
@@ -128,28 +129,29 @@ def _init(lm, prompts, lengths, length):
 
 
 def _sample(lm, cache, ask):
-    rules, w = ask.rules, ask.rules.warpers
+    rules, temperature = ask.rules, ask.rules.processors.temperature
     live = jnp.ones(len(ask.ends), bool)
 
     def step(carry, i):
-        token, cache, said, guide = carry
+        token, cache, response, guide = carry
         position = ask.ends - 1 + i
         h, cache = transformer.hidden(
             lm, token[:, None], position[:, None], cache=cache
         )
-        logits = response_state.warped(rules, said, decode.read(lm, h, rules)[1][:, 0])
+        logits = decode.read(lm, h, rules)[1][:, 0]
+        logits = response_state.processed_logits(rules, response, logits)
         if ask.tilt is not None:
             logits, guide = ask.tilt(guide, token, position, logits)
-        logits = response_state.force(rules, said, logits)
+        logits = response_state.force(rules, response, logits)
         keys = jax.vmap(jax.random.fold_in, (0, None))(ask.keys, i)
-        new, law = response_state.draw(keys, logits, w)
+        new, logps = response_state.draw(keys, logits, temperature)
         new = new.astype(token.dtype)
-        said = response_state.advance(rules, said, new, live)[0]
-        return (new, cache, said, guide), (new, jnp.exp(law))
+        response = response_state.advance(rules, response, new, live)[0]
+        return (new, cache, response, guide), (new, jnp.exp(logps))
 
     last = ask.tokens[jnp.arange(len(live)), ask.ends - 1]
-    start = last, cache, ask.context, ask.guide
-    # once more than it proposes: the cache must have the last proposal if it stays
+    start = last, cache, ask.response, ask.guide
+    # one step more than proposals: the last one may be accepted, and must be in the cache
     (_, cache, _, _), (drafts, q) = jax.lax.scan(step, start, jnp.arange(ask.gamma + 1))
     return drafts[:-1].T, jnp.moveaxis(q[:-1], 0, 1), cache
 
@@ -171,7 +173,7 @@ def _lookup(static, state, ask):
     row = jnp.arange(n)[:, None]
     at, last = jnp.arange(t)[None], ask.ends[:, None] - 1
     same, length = jnp.ones((n, t), bool), jnp.zeros((n, t), jnp.int32)
-    for back in range(static.longest):  # how far a copy that ends here agrees
+    for back in range(static.longest):  # length of the copy that ends here
         have = (at >= back) & (at < last) & (last >= back)
         here = ask.tokens[row, jnp.maximum(at - back, 0)]
         want = ask.tokens[row, jnp.maximum(last - back, 0)]

@@ -1,4 +1,4 @@
-"""What a user asks of the sampler, checked on the host and made into arrays."""
+"""Generation settings of a call, checked on the host and converted to arrays."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,12 +10,12 @@ from jaxtyping import Array, Int
 
 from alignax.sampling.automaton import Automaton
 from alignax.sampling.prefill import WHOLE, Reader
-from alignax.sampling.processors import Warpers
+from alignax.sampling.processors import Processors
 from alignax.sampling.response_state import Rules
 
 
 class Request(NamedTuple):
-    """B prompts, what is asked of their N = B x G rows, and their seeds."""
+    """B prompts, the generation settings of their N = B x G rows, and their seeds."""
 
     prompts: Array  # [B, P], prefill included
     lengths: Array  # [B]
@@ -57,10 +57,10 @@ def parse(
       size: of the vocabulary.
       max_new: most tokens of a response.
       group: G.
-      temperature: the others are settings of `generate`.
+      temperature: this and all others as in `generate`.
 
     Raises:
-      ValueError: an argument out of its range, or prompts that the reader cannot read.
+      ValueError: an argument out of its range, or prompts that the reader refuses.
     """
     if max_new < 1 or group < 1:
         raise ValueError(
@@ -90,7 +90,7 @@ def parse(
     assert temperatures is not None
     if np.ndim(temperature) == 0:
         temperatures = jnp.float32(temperature)
-    warpers = Warpers(
+    processors = Processors(
         temperatures,
         row("repetition_penalty", repetition_penalty, tiny),
         row("frequency_penalty", frequency_penalty, -np.inf),
@@ -103,7 +103,7 @@ def parse(
     if not all(0 <= token < size for token in eos_ids):
         raise ValueError(f"eos_ids are {list(eos_ids)}, expected ids 0..{size - 1}")
     rules = Rules(
-        warpers, jnp.asarray(sorted(eos_ids), jnp.int32),
+        processors, jnp.asarray(sorted(eos_ids), jnp.int32),
         row("min_new", min_new, 0, max_new, np.int32),
         row("limits", limits, 1, max_new, np.int32),
         stops, grammar, forced_ids(forced, b, group, max_new, size),
@@ -119,13 +119,13 @@ def ragged(
     longest: int | None = None,
     shared: int = 0,
 ) -> tuple[Int[np.ndarray, "B P"], Int[np.ndarray, " B"]]:
-    """Lists of ids as `generate` takes them; P - shared is a power of two: few compiles.
+    """Lists of ids as padded arrays; P - shared is a power of two, for few compilations.
 
     Args:
       prompts: ids, at least one each.
       smallest: P - shared is at least this.
       longest: a prompt may not be longer; None = no bound.
-      shared: ids that all prompts begin with, and that a reader has read.
+      shared: ids that all prompts begin with, of which the prefill is already done.
 
     Raises:
       ValueError: no prompt, an empty one, or one that is too long; says which.
@@ -146,7 +146,7 @@ def ragged(
 
 
 def check_prompts(prompts: jax.Array, lengths: jax.Array) -> bool:
-    """Raises ValueError for a length that its row cannot have; whether it could look."""
+    """Raises ValueError for lengths out of range; False if their values are not known."""
     if isinstance(lengths, jax.core.Tracer) or not lengths.is_fully_addressable:
         return False
     sizes = np.asarray(lengths)

@@ -1,4 +1,4 @@
-"""LMs that a guide reads beside the target: found by name, cached, read block by block."""
+"""Guide models: LMs that a guide evaluates beside the target, with a KV cache each."""
 
 from typing import Any
 
@@ -16,12 +16,12 @@ def find(lms: dict[str, LM], *names: str, value_head: bool = False) -> tuple[LM,
     """LMs of one vocabulary.
 
     Args:
-      lms: what there is.
-      names: what is wanted.
-      value_head: they need a scalar head.
+      lms: by name.
+      names: those to return.
+      value_head: whether they need a scalar value head.
 
     Raises:
-      ValueError: a name that `lms` does not have, two vocabularies, or no scalar head.
+      ValueError: a name that `lms` does not have, two vocabularies, or no value head.
     """
     for name in names:
         if name not in lms:
@@ -35,8 +35,8 @@ def find(lms: dict[str, LM], *names: str, value_head: bool = False) -> tuple[LM,
 
 
 def init(models: tuple[LM, ...], tokens, lengths, length: int) -> Any:
-    """`Guide.init`: the caches of the models, with the prompts in them."""
-    del lengths  # of a prompt, padding is never attended
+    """`Guide.init`: the KV caches of the models after the prefill."""
+    del lengths  # padding is never attended
     rows = tokens.shape[0]
     return tuple(
         transformer.hidden(
@@ -61,7 +61,7 @@ def rows(models: tuple[LM, ...], caches, tokens, start, logits):
     """Log-probabilities [N, K, V] of the next token under each, and the caches.
 
     Raises:
-      ValueError: the target, whose `logits` they go with, has another vocabulary.
+      ValueError: the target, whose `logits` are given, has another vocabulary.
     """
     size = models[0].config.vocab_size
     if logits.shape[-1] != size:
@@ -73,7 +73,7 @@ def rows(models: tuple[LM, ...], caches, tokens, start, logits):
 
 
 def value(lm: LM, h: Float[Array, "N K D"]) -> Float[Array, "N K"]:
-    """The scalar head, in float32, as the kernel reads it."""
+    """The scalar value head, in float32, as in the kernel."""
     kernel = lm.params["value_head"]["kernel"].astype(jnp.float32)
     return jnp.einsum("nkd,d->nk", h.astype(jnp.float32), kernel, precision="highest")
 
@@ -85,8 +85,8 @@ def of_values(
 
     Args:
       lm: has a scalar head.
-      scale: nats a unit of value; any sign.
-      centre, radius: of `heads.squash`; a finite radius is what bounds g.
+      scale: nats per unit of value; any sign.
+      centre, radius: of `value_heads.squash`; g is bounded if the radius is finite.
     """
     ends = [scale * (centre + side * radius) if scale else 0.0 for side in (-1, 1)]
     numbers = tuple(map(jnp.float32, (scale, centre, radius)))
@@ -97,7 +97,7 @@ def of_values(
 
 
 def _values(models, numbers, caches, tokens, start, logits):
-    del logits  # a scalar guide knows prefixes alone
+    del logits  # a scalar guide depends on prefixes alone
     scale, centre, radius = numbers
     (h,), after = read(models, caches, tokens, start)
     return scale * value_heads.squash(value(models[0], h), centre, radius), after

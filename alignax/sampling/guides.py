@@ -1,16 +1,16 @@
-"""Guides: what tilts a law token by token, as a pair of pure functions.
+"""Guides: they tilt the distribution of each next token, as a pair of pure functions.
 
-  π*(v | s) ∝ p(v | s) exp(g(s, v))      with p after every warper, g in nats
+  π*(v | s) ∝ p(v | s) exp(g(s, v))      with p after all logits processors, g in nats
 
-A guide says g with a temperature of its own already inside. Three kinds, by what one
-call of it knows:
+A temperature of the guide is already a part of g. There are three kinds, by what one call
+returns:
 
   vector  g of every next token at every position: a difference of two LMs, a Q-head
   scalar  V of every prefix, and g(s, v) = V(s v): a value head, a reward of partial text
-  block   a number for a whole block of tokens
+  block   one number for a whole block of tokens
 
-Any of the functions may be `jax.tree_util.Partial(function, lms)`: its arguments are
-then arguments of the compiled program, and not constants in it.
+Each function may be a `jax.tree_util.Partial(function, lms)`: `lms` are then arguments of
+the compiled program, and not constants in it.
 """
 
 import math
@@ -32,18 +32,18 @@ def at_prefix(states: Any, accepted: Int[Array, " N"]) -> Any:
 
 
 def by_position(states: Any, accepted: Int[Array, " N"]) -> Any:
-    """For a state that is a cache: what lies beyond the prefix is never read."""
+    """The state itself: a KV cache, of which nothing after the prefix is ever read."""
     del accepted
     return states
 
 
 class Guide(NamedTuple):
-    """optax's pair, and what verification has to know of it.
+    """A pair of functions as in optax, and what verification reads.
 
     Attributes:
       init: (tokens [N, P], lengths [N], length) -> state, before the last token of
-        every prompt; a row will never have more than `length` tokens. Every leaf has N
-        rows first.
+        every prompt; no row gets more than `length` tokens. The first axis of every leaf
+        is N.
       update: (state, tokens [N, K], start [N], logits [N, K, V]) -> (out, states), where
         tokens stand at positions start .. start + K - 1. Of a vector, out is the logits
         [N, K, V] of the next token after each, tilted: -inf stays -inf. Of a scalar,
@@ -51,7 +51,7 @@ class Guide(NamedTuple):
         block, out is one number [N].
       kind: one of KINDS.
       lo: g is never below it.
-      hi: g is never above it. Rejection is exact only if this is true.
+      hi: g is never above it. Rejection sampling is exact only if this is true.
       keep: (states, accepted [N]) -> the state after that many of the K tokens: at_prefix
         for states that `update` gives as [N, K + 1, ...]; by_position for a cache.
     """
@@ -88,17 +88,17 @@ def step(
     start: Int[Array, " N"],
     logits: Float[Array, "N V"] | None,
 ) -> tuple[Array, Any]:
-    """One token further.
+    """The guide after one more token.
 
     Args:
       guide: init, update and keep.
       state: before the token.
-      token: it.
-      start: where it stands.
+      token: the token.
+      start: its position.
       logits: of the next token, for kind vector.
 
     Returns:
-      (what `update` gives for that place: the tilted logits, or a value; the state after).
+      (what `update` returns for that position, tilted logits or a value; the next state).
     """
     _, update, keep = guide
     given = None if logits is None else logits[:, None]
@@ -113,19 +113,19 @@ def over_best(
     logits: Float[Array, "N V"],
     candidates: int,
 ) -> Float[Array, "N V"]:
-    """The tilted law of a scalar guide over the best tokens; -inf off them.
+    """Logits tilted by a scalar guide on the best tokens; -inf for all others.
 
     Args:
       update: the guide's.
       state: before the next token.
-      start: where it stands.
-      logits: the law to tilt; of equal ones the lower id is the better.
-      candidates: how many of the best; a top-k of its own.
+      start: its position.
+      logits: to tilt; of equal ones the lower id ranks first.
+      candidates: how many of the best tokens; a second top-k.
     """
     n = len(logits)
     best, ids = jax.lax.top_k(logits, candidates)
     value = at_each(update, state, start, ids)
-    # -inf + NaN is NaN: only what may be drawn can be wrong
+    # -inf + NaN is NaN: a NaN matters only where a token may be drawn
     best = jnp.where(jnp.isneginf(best), best, best + value)
     return jnp.full_like(logits, -jnp.inf).at[jnp.arange(n)[:, None], ids].set(best)
 
@@ -136,7 +136,7 @@ def at_each(
     start: Int[Array, " N"],
     ids: Int[Array, "N K"],
 ) -> Float[Array, "N K"]:
-    """V of each row's prefix followed by each of K alternative tokens, in one call."""
+    """V [N, K] of each row's prefix with each of K alternative next tokens, in one call."""
     k = ids.shape[1]
     wide = jax.tree.map(lambda x: jnp.repeat(x, k, 0), state)
     value, _ = update(wide, ids.reshape(-1, 1), jnp.repeat(start, k), None)

@@ -1,8 +1,8 @@
-"""How a sampler reads with its target: the prompts once, then what was drawn.
+"""Prefill: how the target reads the prompts, and then the drawn tokens.
 
-WHOLE reads prompts from their first token. `after` a prefix that all prompts begin with
-reads what follows it. A method that changes how a prompt is read brings a Reader of its
-own; guides, drafts and every setting of `generate` hold over it as over the model.
+WHOLE does the prefill of whole prompts. `after` reuses the KV cache of a prefix that all
+prompts begin with. A method that changes the prefill has a Reader of its own; guides,
+drafts and every setting of `generate` work with any Reader.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,14 +20,14 @@ from alignax.models.transformer import Cache
 
 
 class Reader(NamedTuple):
-    """Two functions that are traced, and one that is not; a state has N or B in front.
+    """Prefill and decoding step of a target; the first axis of a state is B or N.
 
     Attributes:
-      begin: (lm, prompts [B, P], lengths [B], slots) -> (h [B, 1, D] after each prompt,
-        a state with room for rows of so many tokens).
-      step: (lm, state, tokens [N, K], positions [N, K]) -> (h [N, K, D], the state with
-        the tokens in it). Positions are places in the row; one may be written again.
-      check: (prompts, lengths) raises ValueError for prompts that it cannot read.
+      begin: prefill, traced: (lm, prompts [B, P], lengths [B], slots) -> (h [B, 1, D] after
+        each prompt, a state for rows of up to `slots` tokens).
+      step: traced: (lm, state, tokens [N, K], positions [N, K]) -> (h [N, K, D], the state
+        with the tokens). Positions are indices of the row; one may be written again.
+      check: on the host: (prompts, lengths) raises ValueError for prompts that it refuses.
     """
 
     begin: Callable[..., Any]
@@ -44,7 +44,7 @@ def traced(reader: Reader) -> tuple[Partial, Partial]:
 
 
 def last(h: Array, at: Array) -> Array:
-    """[B, 1, D] of h [B, T, D] at place `at` [B]."""
+    """[B, 1, D] of h [B, T, D] at position `at` [B]."""
     return jnp.take_along_axis(h, at[:, None, None], 1)
 
 
@@ -62,26 +62,27 @@ WHOLE = Reader(Partial(_begin), Partial(_step))
 
 
 def common(prompts: Sequence[Sequence[int]]) -> int:
-    """How many ids all prompts begin with; each keeps at least one of its own."""
+    """How many ids all prompts begin with; at least one id of each prompt is left."""
     if not len(prompts):
         return 0
-    rows = sorted(map(tuple, prompts))  # the first and the last differ first
+    rows = sorted(
+        map(tuple, prompts)
+    )  # the first and the last have the shortest common prefix
     most = min(map(len, rows)) - 1
     same = [a == b for a, b in zip(rows[0], rows[-1], strict=False)]
     return min(most, [*same, False].index(False))
 
 
 def after(lm: LM, ids: Sequence[int] | Int[np.ndarray, " S"]) -> Reader:
-    """Reads a prefix now, for prompts that begin with it. *Exact*, up to rounding.
+    """Prefill of a prefix now, for prompts that begin with it. *Exact*, up to rounding.
 
     Args:
-      lm: the one that will read the rest.
+      lm: the target.
       ids: the prefix.
 
     Returns:
-      Reader, which refuses a prompt that does not begin with the prefix or has nothing
-      behind it: as text it may be cut into other tokens than the beginning of a longer
-      one.
+      Reader. It refuses a prompt that does not begin with the prefix, or has nothing after
+      it. A text may begin with the prefix as a string, but not as tokens.
 
     Raises:
       ValueError: no ids.

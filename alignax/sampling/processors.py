@@ -1,14 +1,14 @@
-"""From the policy's logits to the law that is sampled, in one fixed order.
+"""Logits processors: from the policy's logits to the sampling distribution, in order.
 
   1  penalties: repetition, then frequency, then presence; logit bias
   2  temperature
   3  masks: the grammar, and EOS while a response is shorter than it has to be
-  4  top-k, then top-p, then min-p, each of what the one before left
+  4  top-k, then top-p, then min-p, each on the tokens that the one before kept
   5  the guide            (decode.py)
   6  renormalise          (decode.py)
 
-Another order is another law. Settings are arrays with one entry a row, so that one
-compiled program serves mixed requests; a setting that is None compiles to nothing.
+Another order is another distribution. Settings are arrays with one entry per row, so that
+one compiled program serves different settings; a setting that is None compiles to nothing.
 """
 
 from typing import NamedTuple
@@ -18,13 +18,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
-class Warpers(NamedTuple):
+class Processors(NamedTuple):
     """Settings of steps 1, 2 and 4."""
 
-    temperature: Float[Array, "*N"]  # one for all, or one a row; 0 is greedy
+    temperature: Float[Array, "*N"]  # one for all, or one per row; 0 is greedy
     repetition: Float[Array, " N"] | None = None  # 1 = off; of prompt and response
-    frequency: Float[Array, " N"] | None = None  # 0 = off; nats per time it was said
-    presence: Float[Array, " N"] | None = None  # 0 = off; nats if it was said
+    frequency: Float[Array, " N"] | None = None  # 0 = off; nats per occurrence
+    presence: Float[Array, " N"] | None = None  # 0 = off; nats if it occurs
     bias: Float[Array, "*N V"] | None = None  # nats; -inf forbids a token
     top_k: Int[Array, " N"] | None = None  # 0 = off
     top_p: Float[Array, " N"] | None = None  # 1 = off
@@ -32,64 +32,68 @@ class Warpers(NamedTuple):
 
     @property
     def counts(self) -> bool:
-        """Whether they read what the response has said so far."""
+        """Whether they depend on the tokens of the response."""
         return any(
             x is not None for x in (self.repetition, self.frequency, self.presence)
         )
 
 
-def warp(
+def process(
     logits: Float[Array, "N V"],
-    w: Warpers,
+    processors: Processors,
     *,
     counts: Int[Array, "N V"] | None = None,
     prompt: Bool[Array, "N V"] | None = None,
     allowed: Bool[Array, "N V"] | None = None,
 ) -> Float[Array, "N V"]:
-    """Steps 1 to 4. What they exclude is -inf; the rest is not normalised.
+    """Steps 1 to 4. Excluded tokens are -inf; the others are not normalised.
 
     Args:
-      logits: the model's own where there is a repetition penalty, which depends on
-        their sign; log-probabilities do as well without one.
-      w: settings.
-      counts: times that the response has each token, if `w.counts`.
+      logits: of the model. A repetition penalty depends on their sign; without one,
+        log-probabilities may be given instead.
+      processors: settings.
+      counts: occurrences of each token in the response, if `processors.counts`.
       prompt: whether the prompt has it, if there is a repetition penalty.
       allowed: False is masked.
     """
-    logits = penalise(logits, w, counts, prompt)
-    temperature = w.temperature
+    logits = penalise(logits, processors, counts, prompt)
+    temperature = processors.temperature
     if temperature.ndim:
         temperature = jnp.where(temperature > 0, temperature, 1.0)[:, None]
     logits = logits / temperature
     if allowed is not None:
         logits = jnp.where(allowed, logits, -jnp.inf)
-    return truncate(logits, w.top_k, w.top_p, w.min_p)
+    return truncate(logits, processors.top_k, processors.top_p, processors.min_p)
 
 
 def penalise(
     logits: Float[Array, "N V"],
-    w: Warpers,
+    processors: Processors,
     counts: Int[Array, "N V"] | None,
     prompt: Bool[Array, "N V"] | None,
 ) -> Float[Array, "N V"]:
-    """Step 1: Keskar et al. 2019 on prompt and response, the others on the response.
+    """Step 1: penalties and bias. Repetition counts the prompt too, the others do not.
 
-    https://arxiv.org/abs/1909.05858: a positive logit is divided by the penalty, a
-    negative one multiplied.
+    Repetition: Keskar et al. 2019, https://arxiv.org/abs/1909.05858: a positive logit is
+    divided by the penalty, a negative one multiplied.
     """
-    if w.repetition is not None:
+    if processors.repetition is not None:
         assert counts is not None
         assert prompt is not None
-        r = w.repetition[:, None]
+        r = processors.repetition[:, None]
         shrunk = jnp.where(logits > 0, logits / r, logits * r)
         logits = jnp.where(prompt | (counts > 0), shrunk, logits)
-    if w.frequency is not None:
+    if processors.frequency is not None:
         assert counts is not None
-        logits = logits - w.frequency[:, None] * counts
-    if w.presence is not None:
+        logits = logits - processors.frequency[:, None] * counts
+    if processors.presence is not None:
         assert counts is not None
-        logits = logits - w.presence[:, None] * (counts > 0)
-    return logits if w.bias is None else logits + jnp.broadcast_to(w.bias, logits.shape)
+        logits = logits - processors.presence[:, None] * (counts > 0)
+    return (
+        logits
+        if processors.bias is None
+        else logits + jnp.broadcast_to(processors.bias, logits.shape)
+    )
 
 
 def truncate(
@@ -98,10 +102,10 @@ def truncate(
     top_p: Float[Array, " N"] | None,
     min_p: Float[Array, " N"] | None,
 ) -> Float[Array, "N V"]:
-    """Step 4. Of equal logits the lower id ranks first; the best token always stays.
+    """Step 4. Of equal logits the lower id ranks first; the best token is always kept.
 
-    top-p keeps the fewest best tokens that together have at least that much of the mass
-    which top-k left; min-p keeps what is at least that share of the best one.
+    top-p keeps the smallest set of best tokens with at least this probability, among those
+    that top-k kept; min-p keeps tokens with at least this share of the best probability.
     """
     if top_k is None and top_p is None and min_p is None:
         return logits
@@ -114,7 +118,7 @@ def truncate(
         keep &= (rank < top_k[:, None]) | (top_k[:, None] == 0)
     if top_p is not None:
         p = jax.nn.softmax(jnp.where(keep, ranked, -jnp.inf), -1)
-        # the mass before a token: with p = 1 rounding must not cut the tail
+        # the mass before a token: at top_p = 1 rounding must not cut the tail
         keep &= (jnp.cumsum(p, -1) - p < top_p[:, None]) | (top_p[:, None] >= 1)
     if min_p is not None:
         keep &= jnp.exp(ranked - ranked[:, :1]) >= min_p[:, None]

@@ -1,10 +1,11 @@
-"""Speculative guided decoding: a draft proposes a block, one call of the target verifies.
+"""Speculative guided decoding: a draft proposes tokens, one call of the target verifies.
 
   draft x_1 .. x_γ ~ q     target call: p(· | s_0) .. p(· | s_γ)     guide call: the tilts
   guided.MODES on π* ∝ p exp(g): τ drafts stay, one token follows
 
-Rows accept as many as they do, each by itself. What the caches hold beyond a row's end
-is never read, and is overwritten when the row gets there: nothing is rolled back.
+Each row accepts its own number of drafts. Entries of the KV caches after a row's end are
+never read, and are overwritten later: nothing is rolled back. A round is in
+`speculation_round`.
 """
 
 import functools
@@ -35,7 +36,7 @@ from alignax.sampling.speculation_round import Block, Settings, Setup, State
 from alignax.sampling.verify import RULES
 
 TRIES = 10_000  # of one token under thin, or of one block: then it is an error
-UNNORMALISED = ("lazy", "thin", "block")  # π* is known up to its normaliser only
+UNNORMALISED = ("lazy", "thin", "block")  # the normaliser of π* is not known
 
 
 def speculate(
@@ -57,52 +58,52 @@ def speculate(
     rule: str = "block",
     **settings: Any,
 ) -> Generated:
-    """Draws from the law of `decode.generate` with the same settings. *Exact*.
+    """Samples from the distribution of `decode.generate` with the same settings. *Exact*.
 
-    Exact: the law, up to float32, whatever the draft; greedy, the tokens themselves
-    wherever the best two are further apart than the rounding of a call on one token and
-    of a call on several. Samples are others than `generate` draws from the same key. The
-    draft is under the same warpers. A row depends on (key, row index or its seed) alone,
-    unless draft lengths adapt.
+    Exact: the distribution, up to float32, for any draft. Greedy responses are those of
+    `generate`, unless the best two logits differ by less than the rounding error between
+    a call on one token and a call on several. Sampled responses differ from those that
+    `generate` draws from the same key. The draft uses the same logits processors. A row
+    depends on (key, row index or its seed) alone, unless draft lengths adapt.
 
     Args:
       lm: the target.
-      draft: proposes, of the same vocabulary: an LM, or one of `drafts`.
+      draft: an LM or one of `drafts`, of the same vocabulary.
       prompts: as in `generate`.
       lengths: likewise.
       key: likewise.
       max_new: likewise.
       group: likewise.
-      guide: of any kind. Of kind vector, its `update` gets the tokens of a block. Of kind
-        block, it gets [N, block_length] tokens, -1 where a response ended before, and the
-        law is that of whole blocks, p(block) exp(g(block)), renormalised.
+      guide: of any kind. Of kind vector, its `update` gets the tokens of a round. Of kind
+        block, it gets [N, block_length] tokens, -1 after the end of a response, and the
+        distribution is of whole blocks: p(block) exp(g(block)), renormalised.
       mode: how a guide is verified, one of `guided.MODES`; '' is the first of its kind.
-        topk is the law of `generate`. thin has all of the vocabulary for candidates, and
-        needs guide.hi; lazy needs lo and hi; neither of them is ever greedy.
-      guided_draft: tilts the proposals, too, where that is the guide of kind vector.
+        topk is the distribution of `generate`. thin has the whole vocabulary for
+        candidates, and needs guide.hi; lazy needs lo and hi; both refuse temperature 0.
+      guided_draft: whether the guide, of kind vector, also tilts the draft.
       candidates: how many of the best tokens a scalar guide may choose from; under thin,
         how many it scores at a time.
-      draft_length: γ; part of the shape. Several, all compiled into one program: the next
-        longer one when most rows kept all their drafts, else the next shorter one; the
-        first is the first.
+      draft_length: γ; part of the shape. If there are several, all are compiled into one
+        program. The first one given is used first; then the next longer one when most
+        rows accepted all their drafts, else the next shorter one.
       block_length: tokens that a guide of kind block judges at a time.
-      reader: of `generate`: how the target reads, not the draft.
-      rule: 'block' or 'token', of `verify`; lazy and thin decide token by token.
+      reader: of `generate`, for the target; the draft's prefill is not changed.
+      rule: 'block' or 'token', of `verify`; lazy and thin verify token by token.
       **settings: all others of `generate`: temperature, eos_ids, top_k, penalties,
         limits, stops, grammar, prefill, forced, seeds, ...
 
     Returns:
       Generated. stats has 'steps' (calls of the target), 'ended',
-      'tokens_per_target_call' (mean over rows and their calls), 'accepted' [max γ]: how
-      often the i-th draft stayed, of all calls, 'guide_scores_per_token' (prefixes or
-      blocks that the guide scored) and 'redraws_per_token' (tokens, or blocks, that it
-      refused). old_logps is None under lazy, thin and block: π* is then known up to its
-      normaliser only.
+      'tokens_per_target_call' (mean over rows and their calls), 'accepted' [max γ]: share
+      of calls in which the i-th draft was accepted, 'guide_scores_per_token' (prefixes or
+      blocks that the guide scored) and 'redraws_per_token' (tokens, or blocks, that were
+      rejected). old_logps is None under lazy, thin and block, where the normaliser of π*
+      is not known.
 
     Raises:
       ValueError: an argument out of its range, another vocabulary, a mode of another
         kind of guide, no token left to draw, or a guide that gives NaN, leaves its
-        bounds, or refuses everything.
+        bounds, or rejects everything.
     """
     gammas = (draft_length,) if isinstance(draft_length, int) else tuple(draft_length)
     if not gammas or min(gammas) < 1 or block_length < 1 or candidates < 1:
@@ -125,7 +126,7 @@ def speculate(
     request = generation_settings.parse(
         prompts, lengths, size, max_new=max_new, group=group, reader=reader, **settings
     )
-    cold = (np.asarray(request.rules.warpers.temperature) == 0).any()
+    cold = (np.asarray(request.rules.processors.temperature) == 0).any()
     if cold and mode in ("lazy", "thin"):
         raise ValueError(f"mode {mode!r} draws: temperature 0 needs topk or vector")
     order = sorted(set(gammas))
@@ -151,7 +152,7 @@ def _mode(guide: Guide | None, mode: str) -> str:
         if mode:
             raise ValueError(f"mode {mode!r} needs a guide")
         return ""
-    guides.traced(guide)  # its own complaints first
+    guides.traced(guide)  # its own checks first
     known = verify_guided.MODES[guide.kind]
     mode = mode or known[0]
     if mode not in known:
@@ -191,10 +192,12 @@ def _begin(
     lm, draft, guide = transformer.unstack((lm, draft, guide))
     (read_prompts, read_on), (init_draft, propose) = reader, draft
     filled = read_prompts(lm, prompts, request.lengths, slots)[1]
-    rows = decode.lay(request, key, lm.config.vocab_size, settings.max_new, group)
-    w = rows.rules.warpers
+    rows = decode.start_rows(
+        request, key, lm.config.vocab_size, settings.max_new, group
+    )
+    w = rows.rules.processors
     w = w._replace(temperature=jnp.broadcast_to(w.temperature, (n,)))
-    rules = rows.rules._replace(warpers=w)
+    rules = rows.rules._replace(processors=w)
     row = jnp.arange(n)
     lo, hi = bounds if guide else (-jnp.inf, jnp.inf)
     verify = verify_guided.judge(
@@ -213,11 +216,11 @@ def _begin(
 
     block = None
     if settings.mode == "block":
-        block = Block(rows.lengths, rows.context, none)
+        block = Block(rows.lengths, rows.response, none)
     start = State(
         jnp.int32(0), rows.tokens, rows.lengths, no, no,
         none if guide or rules.masks else None, decode.repeat(filled, group),
-        init(init_draft), init(guide[0]) if guide else None, rows.context, zeros,
+        init(init_draft), init(guide[0]) if guide else None, rows.response, zeros,
         None if settings.mode in UNNORMALISED else zeros, block, none,
         jnp.zeros(max(settings.gammas), jnp.int32), (jnp.int32(0), jnp.int32(0)),
         jnp.int32(settings.first),

@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from alignax.batch import LM
 from alignax.sampling import decode, drafts, guides, response_state, verify_guided
-from alignax.sampling.response_state import Context, Rules
+from alignax.sampling.response_state import ResponseState, Rules
 from alignax.sampling.verify_guided import Round, Verdict
 
 BLOCK_KEYS = 2**32 - 1  # never a round: the branch of keys that blocks are judged with
@@ -59,7 +59,7 @@ class Block(NamedTuple):
     """The current block of each row, under a guide of kind block."""
 
     begins: Array  # [N] where it begins
-    response: Context  # there
+    response: ResponseState  # there
     tries: Array  # [N] how often it was refused
 
 
@@ -75,7 +75,7 @@ class State(NamedTuple):
     cache: Any  # of the target's reader, before the last token
     draft: Any  # likewise
     guide: Any  # likewise; of kind block, before the block
-    response: Context
+    response: ResponseState
     raw: Array  # [N, T] nats, under the unmodified policy
     sampled_logps: Array | None  # [N, T] nats, or None where π* is not normalised
     block: Block | None
@@ -107,7 +107,7 @@ class Emitted(NamedTuple):
 
     tokens: Array  # [N, γ + 1]
     taken: Array  # [N, γ + 1] False: not part of the response
-    response: Context
+    response: ResponseState
     ends: Array  # [N]
     done: Array  # [N]
     ended: Array  # [N]
@@ -149,12 +149,14 @@ def call_target(setup: Setup, s: State, proposal: Proposal) -> Target:
     return Target(block, logps, _processed(setup, s.response, block, logits), cache)
 
 
-def _processed(setup: Setup, response: Context, tokens: Array, logits: Array) -> Array:
+def _processed(
+    setup: Setup, response: ResponseState, tokens: Array, logits: Array
+) -> Array:
     """Processed logits [N, K, V] of the token after each of K, and after `response`."""
 
     def step(response, x):
         token, z = x
-        out = response_state.warped(setup.rules, response, z)
+        out = response_state.processed_logits(setup.rules, response, z)
         after = response_state.advance(setup.rules, response, token, setup.row >= 0)[0]
         return after, out
 
@@ -176,14 +178,14 @@ def verify(
     )  # fmt: skip
 
 
-def _probabilities(setup: Setup, response: Context, logits: Array) -> Array:
+def _probabilities(setup: Setup, response: ResponseState, logits: Array) -> Array:
     """[N, K, V]; a forced token is certain, and at temperature 0 the best one is."""
     rules, k = setup.rules, logits.shape[1]
     new = response.new[:, None] + jnp.arange(k)
     logits = jax.vmap(
         lambda new, z: response_state.force(rules, response._replace(new=new), z), 1, 1
     )(new, logits)
-    return jnp.exp(response_state.law(logits, rules.warpers))
+    return jnp.exp(response_state.sampled_logps(logits, rules.processors.temperature))
 
 
 def emit(setup: Setup, s: State, proposal: Proposal, verdict: Verdict) -> Emitted:
@@ -236,7 +238,7 @@ def write(
     at_length = _next_length(setup, s, verdict.stays, len(at) - 1)
     sampled_logps = None
     if s.sampled_logps is not None:
-        sampled_logps = put(s.sampled_logps, jnp.log(of(verdict.law)))
+        sampled_logps = put(s.sampled_logps, jnp.log(of(verdict.probabilities)))
     return State(
         s.step + 1, put(s.tokens, emitted.tokens), emitted.ends, emitted.done,
         emitted.ended, emitted.fault, target.cache, proposal.state,

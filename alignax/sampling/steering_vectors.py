@@ -1,12 +1,12 @@
-"""Steering: a direction is read from hidden states and added to them.
+"""Steering vectors: directions estimated from hidden states, and added to them.
 
   v_l   first principal component of the differences h_l(x⁺) - h_l(x⁻), unit norm, with
         the sign that most pairs have;  h_l of the last token, after layer l
   h_l ← h_l + r v_l     at every position, through the `edit` of `transformer.hidden`
 
-Zou et al. 2023, https://arxiv.org/abs/2310.01405; what it costs: Wolf et al. 2024,
-https://arxiv.org/abs/2401.16332. The differences are taken both ways, so that their mean is
-0 and the direction that they share is not centred away.
+Zou et al. 2023, https://arxiv.org/abs/2310.01405; on its side
+effects, Wolf et al. 2024, https://arxiv.org/abs/2401.16332. The component is not centred:
+both signs of every difference are used, so that their mean is 0.
 """
 
 import pathlib
@@ -23,7 +23,7 @@ from alignax.batch import LM
 from alignax.models import transformer
 from alignax.sampling import generation_settings
 
-TILE = 16  # positions whose rows of logits exist at once
+TILE = 16  # positions whose logits are in memory at once
 
 
 @jax.jit
@@ -31,25 +31,25 @@ def states(
     lm: LM, tokens: Int[Array, "N T"], lengths: Int[Array, " N"]
 ) -> Float[Array, "N L D"]:
     """The residual stream after each layer, at the last token of each row."""
-    seen = []
+    recorded = []
     row = jnp.arange(tokens.shape[0])
 
-    def look(x, layer):
+    def record(x, layer):
         del layer
-        seen.append(x[row, lengths - 1].astype(jnp.float32))
+        recorded.append(x[row, lengths - 1].astype(jnp.float32))
         return x
 
-    transformer.hidden(transformer.unstack(lm), tokens, edit=look)
-    return jnp.stack(seen, 1)
+    transformer.hidden(transformer.unstack(lm), tokens, edit=record)
+    return jnp.stack(recorded, 1)
 
 
 def reading_vectors(
     positive: Float[np.ndarray, "N L D"], negative: Float[np.ndarray, "M L D"]
 ) -> Float[np.ndarray, "L D"]:
-    """A unit vector a layer, along which pairs differ most, towards the positive.
+    """A unit vector per layer along which pairs differ most, towards the positive.
 
     Args:
-      positive: states of texts that show what is read.
+      positive: states of texts that have the attribute.
       negative: states of their counterparts, as many.
 
     Raises:
@@ -62,7 +62,7 @@ def reading_vectors(
         )
     apart = np.moveaxis(positive - negative, 1, 0)  # [L, N, D]
     if not apart.any((1, 2)).all():
-        raise ValueError("the pairs do not differ: nothing is read")
+        raise ValueError("the pairs do not differ: there is no direction")
     vectors = np.linalg.svd(apart, full_matrices=False)[2][:, 0]  # [L, D]
     agree = np.einsum("lnd,ld->ln", apart, vectors) > 0
     sign = np.where(agree.mean(1) >= 0.5, 1.0, -1.0)
@@ -76,10 +76,10 @@ def fit(
     """`reading_vectors` of texts: `numpy.save` them for `decoders.steering`.
 
     Args:
-      lm: whose states are read.
-      positive: ids of texts that show what is read, each to its last token.
+      lm: the model of the states.
+      positive: ids of texts that have the attribute, each up to its last token.
       negative: ids of their counterparts.
-      batch_size: texts at once.
+      batch_size: texts per call.
     """
 
     def read(rows):
@@ -93,7 +93,7 @@ def fit(
 
 
 def random_vectors(layers: int, width: int, seed: int = 0) -> Float[np.ndarray, "L D"]:
-    """Unit vectors in no direction in particular: the control of any effect."""
+    """Random unit vectors: the control of any effect."""
     vectors = np.random.default_rng(seed).normal(size=(layers, width))
     return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(
         np.float32
@@ -103,16 +103,16 @@ def random_vectors(layers: int, width: int, seed: int = 0) -> Float[np.ndarray, 
 def load(
     vectors: Any, lm: LM, *, layers: Sequence[int] = (), seed: int = 0
 ) -> Float[Array, "L D"]:
-    """Vectors of an LM, 0 where it is not steered.
+    """Steering vectors of an LM, 0 at layers that are not steered.
 
     Args:
       vectors: a path of an array as `numpy.save` writes it, the array, or 'random'.
-      lm: whose they are.
+      lm: the model that is steered.
       layers: which are steered, negative ones from the end; () is all.
-      seed: of random ones.
+      seed: of random vectors.
 
     Raises:
-      ValueError: another shape, or a layer that is not there.
+      ValueError: another shape, or a layer out of range.
       OSError: no such file.
     """
     count, width = lm.config.num_layers, lm.config.width
@@ -158,8 +158,8 @@ def logps(
       vectors: from `load`.
       strength: r.
       tokens: prompts and responses, right-padded.
-      at: where the tokens of each response stand, filled up; R a multiple of TILE.
-      mask: bool [N, R], which of them are real.
+      at: positions of the tokens of each response, padded; R a multiple of TILE.
+      mask: bool [N, R], False is padding.
     """
     n, r = at.shape
     row = jnp.arange(n)[:, None]
@@ -173,5 +173,5 @@ def logps(
         return jnp.moveaxis(x.reshape(n, r // TILE, TILE, *x.shape[2:]), 1, 0)
 
     parts = (tiles(h[row, at - 1]), tiles(tokens[row, at]))
-    said = jnp.moveaxis(jax.lax.map(tile, parts), 0, 1).reshape(n, r)
-    return jnp.where(mask, said, 0.0).sum(-1)
+    token_logps = jnp.moveaxis(jax.lax.map(tile, parts), 0, 1).reshape(n, r)
+    return jnp.where(mask, token_logps, 0.0).sum(-1)

@@ -1,18 +1,19 @@
-"""How many drafted tokens stay, and what follows them: two *exact* rules.
+"""Verification of drafted tokens: two *exact* rules of speculative sampling.
 
 A draft x_1 .. x_γ was drawn from q(· | s_0) .. q(· | s_γ-1), s_i = s x_1 .. x_i; one call
 of the target gives p(· | s_0) .. p(· | s_γ). A rule turns them into a plan: the
-probability that exactly τ drafted tokens stay, and the law of the one token after them.
-Whoever draws from it draws from p, whatever q is: p may be a guided target, q any
-law as long as it is the one that the draft was really drawn from, warpers included.
+probability that exactly τ drafted tokens are accepted, and the distribution of the token
+after them. A draw from the plan is a draw from p, for any q. p may be a guided target; q
+has to be the distribution from which the draft was drawn, after all logits processors.
 
   token  (Leviathan et al. 2022, https://arxiv.org/abs/2211.17192)
-         x_i stays with probability min(1, p/q) if all before it do; at the first that
-         does not, the next token is from max(0, p - q), normalised
+         x_i is accepted with probability min(1, p/q) if all before it are; at the first
+         that is not, the next token is from max(0, p - q), normalised
   block  (Sun et al. 2024, https://arxiv.org/abs/2403.10444)
          P_i = min(1, P_i-1 p/q), A_i = Σ max(0, P_i p - q), h_i = A_i / (A_i + 1 - P_i),
-         h_γ = P_γ; τ is the last i whose coin of h_i falls right, and the next token is
-         from max(0, P_τ p - q), normalised. Keeps at least as many on average.
+         h_γ = P_γ; τ is the last i for which a draw of probability h_i succeeds, and the
+         next token is from max(0, P_τ p - q), normalised. On average it accepts at least
+         as many.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-TINY = 1e-9  # a residual of less mass than this is rounding: p and q are the same there
+TINY = 1e-9  # a residual of less mass is rounding: p and q are equal there
 
 
 def token(
@@ -35,13 +36,13 @@ def token(
       q: probabilities that the drafts were drawn from, at s_0 .. s_γ-1.
 
     Returns:
-      (stop, rows): stop[τ] is the probability that exactly τ drafts stay, rows[τ] the
-      law of the token after them.
+      (stop, rows): stop[τ] is the probability that exactly τ drafts are accepted, rows[τ]
+      the distribution of the token after them.
     """
     at = jnp.arange(drafts.shape[0])
     accept = jnp.minimum(1.0, _ratio(p[at, drafts], q[at, drafts]))
     one = jnp.ones(1, p.dtype)
-    reach = jnp.concatenate([one, jnp.cumprod(accept)])  # all before i stay
+    reach = jnp.concatenate([one, jnp.cumprod(accept)])  # all before i are accepted
     stop = reach * jnp.concatenate([1 - accept, one])
     return stop, jnp.concatenate([residual(p[:-1], q), p[-1:]])
 
@@ -62,11 +63,11 @@ def block(
     scaled = mass[:-1, None] * p[:-1]
     excess = jnp.maximum(scaled - q, 0).sum(-1)  # A_0 .. A_γ-1
     below = excess + 1 - mass[:-1]
-    # 0 / 0 is p = q after a block that is sure to stay: so is what follows it
+    # 0 / 0 is p = q after a block that is surely accepted: so is the next token
     h = jnp.where(below > 0, excess / jnp.where(below > 0, below, 1), 1.0)
     # rounded above 1 it would make stop negative, and a certain stop impossible
     h = jnp.minimum(1.0, jnp.concatenate([one, h[1:], mass[-1:]]))
-    later = jnp.cumprod((1 - h)[::-1])[::-1]  # no coin from i on falls right
+    later = jnp.cumprod((1 - h)[::-1])[::-1]  # no draw from i on succeeds
     stop = h * jnp.concatenate([later[1:], one])
     return stop, jnp.concatenate([residual(scaled, q, p[:-1]), p[-1:]])
 
@@ -85,14 +86,14 @@ def verify(
     """Draws from the plan of every row.
 
     Args:
-      keys: one a row, never used before: not even in a round that was rolled back.
+      keys: one per row, never used before, not even in a round that was rejected.
       drafts: see `token`, for N rows.
       p: likewise.
       q: likewise.
       rule: a name in RULES.
 
     Returns:
-      (how many drafts stay, the token after them, the plan's stop).
+      (how many drafts are accepted, the token after them, the plan's stop).
 
     Raises:
       ValueError: an unknown rule.
@@ -115,7 +116,7 @@ def _ratio(p, q):
 
 
 def residual(p: Array, q: Array, otherwise: Array | None = None) -> Array:
-    """max(0, p - q) [..., V], normalised; `otherwise` (p) where nothing is left of it."""
+    """max(0, p - q) [..., V], normalised; `otherwise` (p) where its mass is 0."""
     rest = jnp.maximum(p - q, 0)
     total = rest.sum(-1, keepdims=True)
     otherwise = p if otherwise is None else otherwise

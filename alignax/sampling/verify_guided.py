@@ -1,16 +1,17 @@
-"""What stays of a draft under a guide: how the tilted law π* ∝ p exp(g) is verified.
+"""Verification of drafts under a guide, against the tilted distribution π* ∝ p exp(g).
 
-One call of the target gave p at s_0 .. s_γ, one call of the guide what it knows of the
-same block. Every mode is *exact* in the law it names.
+One call of the target gives p at s_0 .. s_γ, one call of the guide evaluates the same
+block. Every mode is *exact* for its own distribution.
 
-  vector  g of all tokens is known: verify π* as it is
+  vector  g of all tokens is known: verify π* itself
   topk    of the `candidates` best tokens of p, scored in one wide call: verify π* on them
-  lazy    the same law and the token rule; Σ p exp(g) is only bounded, by lo <= g <= hi,
-          and candidates are scored until the coin's fall is certain
-  thin    speculation supplies v ~ p, which is kept with probability exp(g(v) - hi) and
-          else drawn again from the row of p: rejection sampling, on all of the vocabulary
+  lazy    the same distribution and the token rule; Σ p exp(g) is bounded by lo <= g <= hi,
+          and candidates are scored until the outcome of the coin is certain
+  thin    speculation supplies v ~ p, which is kept with probability exp(g(v) - hi), else
+          drawn again from p: rejection sampling, on the whole vocabulary
 
-topk and lazy know π* on the best tokens of p alone, thin never knows its normaliser.
+Under topk and lazy only the best tokens of p have probability; under thin the normaliser
+of π* is never computed.
 """
 
 import inspect
@@ -25,7 +26,7 @@ from alignax.sampling import guides
 from alignax.sampling.verify import residual, verify
 
 MODES = {"vector": ("vector",), "scalar": ("topk", "lazy", "thin"), "block": ("block",)}
-FAULTS = (  # what `fault` counts
+FAULTS = (  # messages, by the index that `fault` has
     "",
     "the guide gave NaN",
     "the guide left its bounds lo .. hi",
@@ -36,77 +37,77 @@ NAN, BOUNDS, TRIES, EMPTY = 1, 2, 3, 4
 
 
 class Round(NamedTuple):
-    """What is known when a round is to be verified."""
+    """The inputs of a verification."""
 
     keys: Array  # [N], never used before
     drafts: Int[Array, "N K"]
-    q: Float[Array, "N K V"]  # the law that they were drawn from
+    q: Float[Array, "N K V"]  # the distributions that they were drawn from
     block: Int[Array, "N K1"]  # the last token, and the drafts
-    start: Int[Array, " N"]  # where block[:, 0] stands
-    logits: Float[Array, "N K1 V"]  # the target's after each of them, warped
-    live: Any  # [N] False: of no interest
+    start: Int[Array, " N"]  # position of block[:, 0]
+    logits: Float[Array, "N K1 V"]  # the target's after each of them, processed
+    live: Any  # [N] False: the row is done
     state: Any  # the guide's, before block
-    law: Callable[..., Array]  # logits [N, K1, V] -> probabilities
+    probabilities: Callable[..., Array]  # of processed logits [N, K1, V]
 
 
 class Verdict(NamedTuple):
-    """What a round emits: `stays` drafts, and `after`."""
+    """The outcome: `stays` drafts are accepted, and `after` follows them."""
 
     stays: Int[Array, " N"]
     after: Int[Array, " N"]
-    law: Any  # [N, K1, V] probabilities of π*, or None where it is not known
+    probabilities: Any  # [N, K1, V] of π*, or None where they are not known
     state: Any  # the guide's, before `after`
-    fault: Int[Array, "N K1"]  # an index of FAULTS, for the token at each place
-    scored: Int[Array, " N"]  # prefixes that a guide had to score
+    fault: Int[Array, "N K1"]  # an index of FAULTS, for the token at each position
+    scored: Int[Array, " N"]  # prefixes that the guide scored
     redraws: Int[Array, " N"]
 
 
 def plain(r: Round, *, rule: str) -> Verdict:
     """No guide: π* = p."""
-    law = r.law(r.logits)
-    stays, after, _ = verify(r.keys, r.drafts, law, r.q, rule=rule)
+    p = r.probabilities(r.logits)
+    stays, after, _ = verify(r.keys, r.drafts, p, r.q, rule=rule)
     none = jnp.zeros_like(stays)
-    return Verdict(stays, after, law, None, _empty(r.logits), none, none)
+    return Verdict(stays, after, p, None, _empty(r.logits), none, none)
 
 
 def vector(r: Round, update, keep, *, rule: str) -> Verdict:
     """π* is known at every position."""
     logits, states = update(r.state, r.block, r.start, r.logits)
-    law = r.law(logits)
-    stays, after, _ = verify(r.keys, r.drafts, law, r.q, rule=rule)
+    target = r.probabilities(logits)
+    stays, after, _ = verify(r.keys, r.drafts, target, r.q, rule=rule)
     none = jnp.zeros_like(stays)
     fault = _empty(logits)
     scored = none + r.block.shape[1]
-    return Verdict(stays, after, law, keep(states, stays + 1), fault, scored, none)
+    return Verdict(stays, after, target, keep(states, stays + 1), fault, scored, none)
 
 
 def topk(r: Round, update, keep, *, rule: str, candidates: int) -> Verdict:
-    """π* on the best tokens of p, all of them scored."""
+    """π* on the best tokens of p, all of which are scored."""
     n, k1, v = r.logits.shape
     _, states = update(r.state, r.block, r.start, None)
     logits = guides.over_best(
         update, _every(states, keep, n, k1), _ahead(r.start, k1),
         r.logits.reshape(n * k1, v), candidates,
     ).reshape(n, k1, v)  # fmt: skip
-    law = r.law(logits)
-    stays, after, _ = verify(r.keys, r.drafts, law, r.q, rule=rule)
+    target = r.probabilities(logits)
+    stays, after, _ = verify(r.keys, r.drafts, target, r.q, rule=rule)
     none = jnp.zeros_like(stays)
     fault = _empty(logits)
     scored = none + k1 * (1 + candidates)
-    return Verdict(stays, after, law, keep(states, stays + 1), fault, scored, none)
+    return Verdict(stays, after, target, keep(states, stays + 1), fault, scored, none)
 
 
 def lazy(r: Round, update, keep, *, candidates: int, lo, hi) -> Verdict:
-    """As topk by the token rule; a candidate is scored only if a coin needs it.
+    """As topk with the token rule; a candidate is scored only if a coin depends on it.
 
-    The coin u falls right if u q Z < p exp(g), Z = Σ p exp(g) over the candidates. In
-    logarithms: exp(hi) need not be a float32.
+    The coin u accepts if u q Z < p exp(g), Z = Σ p exp(g) over the candidates. In
+    logarithms, because exp(hi) may overflow float32.
     """
     n, k = r.drafts.shape
     row, spot = jnp.arange(n), jnp.arange(k)
     values, states = update(r.state, r.block, r.start, None)
-    law = r.law(r.logits)
-    best, ids = jax.lax.top_k(law, candidates)
+    full = r.probabilities(r.logits)
+    best, ids = jax.lax.top_k(full, candidates)
     p = best / best.sum(-1, keepdims=True)
     g = values[:, 1:]
     drafted = ids[:, :k] == r.drafts[:, :, None]
@@ -117,7 +118,7 @@ def lazy(r: Round, update, keep, *, candidates: int, lo, hi) -> Verdict:
     coin = jnp.log(u) + jnp.log(r.q[row[:, None], spot, r.drafts])
 
     def decide(j, mass, weight):
-        """(accepted, rejected) for certain, when j candidates are scored."""
+        """(accepted, rejected) for certain, after j candidates are scored."""
         left = jnp.log(jnp.where(j < candidates, jnp.maximum(1 - mass, 0), 0))
         low, high = jnp.logaddexp(weight, left + lo), jnp.logaddexp(weight, left + hi)
         return coin + high < mine, coin + low >= mine
@@ -150,12 +151,12 @@ def lazy(r: Round, update, keep, *, candidates: int, lo, hi) -> Verdict:
     )
     accepted, _ = decide(j, mass, weight)
     stays = jnp.cumprod(accepted, -1).sum(-1)
-    # the token after them: every candidate of that one position
+    # the token after them: all candidates of this one position are scored
     at = stays + 1
     some = ids[row, stays]
     value = guides.at_each(update, keep(states, at), r.start + at, some)
     star = jax.nn.softmax(jnp.log(p[row, stays]) + value, -1)
-    whole = jnp.zeros_like(law[:, 0]).at[row[:, None], some].set(star)
+    whole = jnp.zeros_like(full[:, 0]).at[row[:, None], some].set(star)
     rest = residual(whole, r.q[row, jnp.minimum(stays, k - 1)])
     rest = jnp.where((stays < k)[:, None], rest, whole)
     after = jax.vmap(jax.random.categorical)(draw_key, jnp.log(rest))
@@ -169,12 +170,12 @@ def lazy(r: Round, update, keep, *, candidates: int, lo, hi) -> Verdict:
 def thin(r: Round, update, keep, *, candidates: int, hi, tries: int) -> Verdict:
     """Tokens of p, kept with probability exp(g - hi); `candidates` at a time.
 
-    Where p has only one token there is nothing to choose, and it is not tested.
+    Where p has only one token, that is taken without a test.
     """
     n, k = r.drafts.shape
     row, spot = jnp.arange(n), jnp.arange(k)
     values, states = update(r.state, r.block, r.start, None)
-    p = r.law(r.logits)
+    p = r.probabilities(r.logits)
     sure = (p > 0).sum(-1) == 1
     g = values[:, 1:]
     coin_key, draw_key = _split(r.keys, 2)
@@ -230,7 +231,7 @@ def judge(mode: str, guide: Any, **how: Any) -> Callable[[Round], Verdict]:
     Args:
       mode: of MODES; '' and 'block' do not tilt single tokens.
       guide: (init, update, keep), or None.
-      **how: rule, candidates, lo, hi, tries: what the mode needs of them is taken.
+      **how: rule, candidates, lo, hi, tries: the mode takes those that it needs.
     """
     tilted: dict[str, Callable[..., Verdict]] = {
         "vector": vector, "topk": topk, "lazy": lazy, "thin": thin,
@@ -254,18 +255,18 @@ def _every(states, keep, n, k):
 
 
 def _ahead(start, k):
-    """Where the token after each of them stands, [N * K]."""
+    """Positions [N * K] of the token after each of the first K tokens of a block."""
     return (start[:, None] + 1 + jnp.arange(k)).reshape(-1)
 
 
 def _empty(logits):
-    """Faults [N, K1] of laws that have no token to draw."""
+    """Faults [N, K1] of distributions without a token to draw."""
     best = logits.max(-1)  # NaN if any is
     return jnp.where(jnp.isnan(best), NAN, jnp.where(jnp.isfinite(best), 0, EMPTY))
 
 
 def _places(drafted, stays, last):
-    """Faults [N, K1] of the drafts that stay [N, K], and of the token after them [N]."""
+    """Faults [N, K1] of the accepted drafts [N, K], and of the token after them [N]."""
     at = jnp.arange(drafted.shape[1] + 1)
     stay = jnp.where(at[:-1] < stays[:, None], drafted, 0)
     wide = jnp.pad(stay, ((0, 0), (0, 1)))
@@ -273,7 +274,7 @@ def _places(drafted, stays, last):
 
 
 def fault_of(g: Array, lo: Array | float, hi: Array | float) -> Array:
-    """Faults of a guide's values against its bounds, with room for rounding."""
+    """Faults of a guide's values against its bounds, with a tolerance for rounding."""
     slack = 1e-4
     out = (g > hi + slack) | (g < lo - slack)
     return jnp.where(jnp.isnan(g), NAN, jnp.where(out, BOUNDS, 0))

@@ -1,8 +1,8 @@
 """Hypotheses: partial responses that a search extends, judges, and keeps or drops.
 
-On the host, in arrays whose width never changes; only the drawing of tokens is a compiled
-program. A response goes on where it was cut off by being the prompt of the next call, so
-that few shapes compile: those of B x G rows, a bucket of lengths and one block of tokens.
+On the host, in arrays of constant width; only the sampling of tokens is a compiled
+program. To continue a response, prompt and response become the prompt of the next call.
+Few shapes compile: those of B x G rows, a bucket of lengths and one block of tokens.
 """
 
 import functools
@@ -23,19 +23,19 @@ from alignax.sampling.prefill import WHOLE, Reader
 
 Judge = Callable[[Batch], Any]  # [B, G, T] of (partial) responses -> scores [B, G]
 STATELESS = ("top_k", "top_p", "min_p", "logit_bias", "repetition_penalty")
-BUCKET = 64  # shortest row that is compiled for, if T is not shorter
+BUCKET = 64  # least width of a compiled row, unless T is less
 
 
 class Hypotheses(NamedTuple):
-    """B prompts x G partial responses of T = P + max_new places, numpy arrays."""
+    """B prompts x G partial responses of T = P + max_new positions, numpy arrays."""
 
     tokens: np.ndarray  # [B, G, T] prompt, response so far, zeros
     starts: np.ndarray  # [B, G] where the response begins
     ends: np.ndarray  # [B, G] where its next token goes
-    ended: np.ndarray  # [B, G] it said EOS
+    ended: np.ndarray  # [B, G] by EOS
     max_new: int
     raw: np.ndarray  # [B, G, T] nats, under the policy; 0 outside the response
-    law: np.ndarray  # [B, G, T] nats, under what drew each token
+    sampled_logps: np.ndarray  # [B, G, T] nats, of the sampling distribution
 
     @property
     def sizes(self) -> np.ndarray:
@@ -44,7 +44,7 @@ class Hypotheses(NamedTuple):
 
     @property
     def done(self) -> np.ndarray:
-        """[B, G] ended, or as long as it may be."""
+        """[B, G] ended, or of max_new tokens."""
         return self.ended | (self.sizes >= self.max_new)
 
 
@@ -52,7 +52,7 @@ def start(prompts, lengths, max_new: int) -> Hypotheses:
     """One empty response [B, 1] to every prompt.
 
     Raises:
-      ValueError: max_new below 1, or a length that its row cannot have.
+      ValueError: max_new below 1, or a length out of range.
     """
     if max_new < 1:
         raise ValueError(f"max_new={max_new}, expected at least 1")
@@ -68,13 +68,13 @@ def start(prompts, lengths, max_new: int) -> Hypotheses:
 
 
 def rows_of(h: Hypotheses, change: Callable[[np.ndarray], np.ndarray]) -> Hypotheses:
-    """The same change of the axes B or G in every field."""
+    """`change` applied to every array; it may change the axes B and G."""
     fields: list[Any] = [change(x) if isinstance(x, np.ndarray) else x for x in h]
     return Hypotheses(*fields)
 
 
 def take(h: Hypotheses, index) -> Hypotheses:
-    """Hypotheses [B, K]: of every prompt, those that `index` [B, K] names."""
+    """Hypotheses [B, K]: those of each prompt at `index` [B, K]."""
     index = np.asarray(index)
     return rows_of(h, lambda x: x[np.arange(len(x))[:, None], index])
 
@@ -85,7 +85,7 @@ def prompt(h: Hypotheses, b: int) -> Hypotheses:
 
 
 def concatenate(parts: Sequence[Hypotheses], axis: int = 1) -> Hypotheses:
-    """Hypotheses of the same prompts side by side; of others below, with axis = 0."""
+    """More hypotheses of the same prompts (axis = 1), or of more prompts (axis = 0)."""
     fields: list[Any] = [
         np.concatenate(x, axis) if np.ndim(x[0]) else x[0]
         for x in zip(*parts, strict=True)
@@ -109,12 +109,12 @@ def put(h: Hypotheses, index, new: Hypotheses, where) -> Hypotheses:
 
 
 def append(h: Hypotheses, tokens, logps, eos_ids: Sequence[int], where) -> Hypotheses:
-    """One token more, chosen by the caller, where `where` [B, G].
+    """One more token, given by the caller, where `where` [B, G].
 
     Args:
       h: none of those rows is done.
       tokens: [B, G].
-      logps: [B, G], nats under the policy; under the law that chose it is certain.
+      logps: [B, G], nats under the policy; the token's `sampled_logps` is 0.
       eos_ids: end a response.
       where: bool [B, G].
     """
@@ -129,7 +129,7 @@ def append(h: Hypotheses, tokens, logps, eos_ids: Sequence[int], where) -> Hypot
 
 
 def bucket(longest: int, t: int) -> int:
-    """A width that few rows differ in: a power of two, or all of T."""
+    """A row width with few values, for few compilations: a power of two, or T."""
     return min(t, max(BUCKET, 1 << (longest - 1).bit_length()))
 
 
@@ -152,32 +152,32 @@ def extend(
     """Draws up to `tokens` more of every response, `group` times.
 
     Args:
-      lm: what draws them.
-      h: [B, G]; what is done stays as it is.
-      key: every call needs another.
-      tokens: of a block; part of the shape.
-      limit: fewer than that, which is not.
-      group: continuations of each, which share its prefill.
+      lm: the model.
+      h: [B, G]; those that are done do not change.
+      key: a different one for every call.
+      tokens: most new ones; part of the shape.
+      limit: a smaller maximum, which is not part of the shape.
+      group: continuations of each response, which share one prefill.
       temperature: of `generate`, one number, or [B * G, group].
       eos_ids: end a response.
       until: end this block, not the response.
-      active: [B, G] False stays as it is too.
-      seeds: [B, G], of `generate`: for rows that do not always stand in the same place.
-      sampling: further settings of `generate`, one value for all rows. Those that have a
-        memory of the response need every response to be empty.
+      active: [B, G], False: does not change either.
+      seeds: [B, G], of `generate`: for rows whose index is not always the same.
+      sampling: further settings of `generate`, one value for all rows. Those that
+        depend on earlier tokens of the response need every response to be empty.
       reader: of `generate`.
 
     Returns:
       Hypotheses [B, G * group], and how many tokens were drawn.
 
     Raises:
-      ValueError: a setting with a memory, for a response that has begun.
+      ValueError: a setting that depends on earlier tokens, for a response that has begun.
     """
     settings = dict(sampling or {})
-    memory = sorted(set(settings) - set(STATELESS))
-    if memory and (h.sizes > 0).any():
+    stateful = sorted(set(settings) - set(STATELESS))
+    if stateful and (h.sizes > 0).any():
         raise ValueError(
-            f"sampling has {memory}, which a response that goes on would forget; "
+            f"sampling has {stateful}, which depends on earlier tokens of the response; when it is continued, "
             f"expected only {', '.join(STATELESS)}"
         )
     b, g, t = h.tokens.shape
@@ -192,7 +192,7 @@ def extend(
     room = np.where(going, room, 1)
     out = generate(
         lm, h.tokens.reshape(b * g, t)[:, :width],
-        # a row that is not going on may be longer than the bucket: it draws one token
+        # a row that is not extended may be longer than the bucket: it draws one token
         np.minimum(h.ends, width).reshape(-1), key,
         max_new=tokens, group=group, temperature=temperature,
         eos_ids=(*eos_ids, *until), limits=room.reshape(-1),
@@ -216,7 +216,7 @@ def extend(
     stopped = ~np.asarray(out.truncated).reshape(going.shape) & ~paused
     return Hypotheses(
         words, wide.starts, ends, np.where(going, stopped, wide.ended), h.max_new,
-        merge(wide.raw, out.raw_logps), merge(wide.law, batch.old_logps),
+        merge(wide.raw, out.raw_logps), merge(wide.sampled_logps, batch.old_logps),
     ), int(fresh.sum())  # fmt: skip
 
 
@@ -228,9 +228,9 @@ def _best(lm, tokens, ends, *, k):
 
 
 def next_best(lm: LM, h: Hypotheses, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k likeliest next tokens: log-probabilities in nats and ids, both [B, G, k].
+    """The k most likely next tokens: log-probabilities in nats and ids, both [B, G, k].
 
-    Of the unmodified policy, likeliest first; of two as likely, the lower id.
+    Of the unmodified policy, most likely first; ties are in the order of ids.
     """
     b, g, t = h.tokens.shape
     width = bucket(int(h.ends.max()), t)
@@ -240,7 +240,7 @@ def next_best(lm: LM, h: Hypotheses, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def as_batch(h: Hypotheses, valid: np.ndarray | None = None) -> Batch:
-    """What a judge reads; an empty response, or one that is not `valid`, is not valid."""
+    """The Batch for a judge; empty responses, and those not `valid`, are not valid in it."""
     at = np.arange(h.tokens.shape[2])
     mask = (at >= h.starts[..., None]) & (at < h.ends[..., None])
     valid = (h.sizes > 0) & (True if valid is None else valid)
@@ -253,7 +253,7 @@ def as_batch(h: Hypotheses, valid: np.ndarray | None = None) -> Batch:
 def judged(
     judge: Judge | None, h: Hypotheses, valid: np.ndarray | None = None, **bounds: float
 ) -> np.ndarray:
-    """`scored` of hypotheses; 0 where not `valid`, whatever the judge said of it."""
+    """`scored` of hypotheses; 0 where not `valid`, whatever the judge returns there."""
     return scored(judge, as_batch(h, valid), **bounds)
 
 
@@ -294,7 +294,7 @@ def draft_of(lm: LM, lms: dict[str, LM], name: str) -> LM:
 
 
 def with_logps(lm: LM, h: Hypotheses) -> Hypotheses:
-    """With raw log-probabilities under `lm`, whoever drew the tokens."""
+    """With raw log-probabilities under `lm`, whichever model drew the tokens."""
     batch = as_batch(h)
     return h._replace(raw=np.asarray(score(lm, batch).logps))
 
@@ -305,14 +305,14 @@ score = jax.jit(logprob.score)
 def generated(
     h: Hypotheses, scores, stats: Mapping[str, Any], *, certain: bool = False
 ) -> Generated:
-    """The end of a search: hypotheses as `generate` gives responses.
+    """Hypotheses as the `Generated` that a search returns.
 
     Args:
       h: [B, G] responses to return.
       scores: [B, G], which become Batch.feedback.
-      stats: what it cost.
-      certain: nothing was drawn, and old_logps are 0; otherwise they are None, because
-        a choice among whole responses has no law of each token.
+      stats: counts of what the search did.
+      certain: nothing was sampled, and old_logps are 0. Otherwise they are None: a choice
+        among whole responses defines no distribution of each token.
     """
     batch = jax.tree.map(jnp.asarray, as_batch(h))._replace(
         feedback=jnp.asarray(scores, jnp.float32),

@@ -1,7 +1,7 @@
-"""Contests: the best candidates by log p + h, without finding out every h.
+"""Pruning of candidates: the best ones by log p + h, without computing every h.
 
-h costs a look-ahead, log p is known. If h lies in known bounds, so does every score, and
-a contest is settled as soon as no candidate that loses could still beat one that wins.
+log p is known, h costs a look-ahead. If h has known bounds, so has every score. The best
+candidates are known as soon as no other candidate can still have a better score.
 """
 
 from collections.abc import Callable
@@ -21,24 +21,25 @@ def settle(
     many: int,
     bounds: tuple[float, float] | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The best of every contest. *Exact*: bounds that are true change no winner.
+    """The best candidates of every set. *Exact*: true bounds do not change the result.
 
-    Of two with the same score, the likelier wins. One with the score -inf wins only where
-    all have it.
+    Ties go to the more likely candidate. One with the score -inf is among the best only if
+    all have that score.
 
     Args:
-      logps: [B, S, C] float64, of S contests a prompt between C candidates, likeliest
+      logps: [B, S, C] float64, of S sets per prompt with C candidates each, most likely
         first; -inf where there is none.
       candidates: [B, S * C].
-      look: of (hypotheses [B, K], where [B, K]): h [B, K], and `many` tokens that follow.
-      winners: W, of each contest.
+      look: the look-ahead, of (hypotheses [B, K], where [B, K]): h [B, K], and the `many`
+        tokens that follow.
+      winners: W, how many of each set.
       many: see `look`.
-      bounds: of h, finite; None looks at every candidate, otherwise `winners` at a time,
-        likeliest first.
+      bounds: of h, finite. None: h of every candidate is computed; otherwise of
+        `winners` candidates at a time, most likely first.
 
     Returns:
       Indices [B, S, W] of C, in order; which of them exist, [B, S, W]; the tokens that
-      follow them, [B, S, W, many], -1 where nobody looked.
+      follow them, [B, S, W, many], -1 without a look-ahead.
     """
     n, s, c = logps.shape
     winners = min(winners, c)
@@ -75,10 +76,10 @@ def settle(
 
 
 def _settled(lower, upper, best):
-    """[B, S, 1] whether `best` are the best, whatever lies between the bounds."""
+    """[B, S, 1] whether `best` are the best for all values within the bounds."""
     wins = np.zeros(lower.shape, bool)
     np.put_along_axis(wins, best, True, 2)
-    # of a tie the likelier was looked at first, and is among `best`
+    # of a tie the more likely one is evaluated first, and is among `best`
     beats = lower[..., :, None] >= upper[..., None, :]
     loses = ~wins[..., None, :]
     return (beats | ~(wins[..., :, None] & loses)).all((2, 3))[..., None]

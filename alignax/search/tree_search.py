@@ -1,11 +1,11 @@
-"""A search tree over sets of tokens that rewinds: PUCT, evaluated by the model itself.
+"""Tree search (PUCT) over sets of tokens, evaluated by the model itself.
 
   select  argmax  (q - min q) / (max q - min q) + c p sqrt(N of the parent) / (1 + n)
   expand  the leaf by sets of tokens, with priors p
-  backup  n += 1,  q += (v - q) / n    and to siblings that read alike, a share of v
+  backup  n += 1,  q += (v - q) / n    and a share of v to siblings of similar text
 
-Python on the host: the tree holds texts (tuples of ids), and asks four functions about
-them. Decisions are by visits, which follow the priors as well as the values.
+Python on the host: the tree holds texts (tuples of ids), and `World` has the functions
+that evaluate them. Decisions are by visits, which depend on priors as well as values.
 """
 
 import dataclasses
@@ -18,41 +18,45 @@ Text = tuple[int, ...]
 
 
 class World(NamedTuple):
-    """What the tree asks of texts, which are responses from their first token on."""
+    """The functions of the tree; a text is a response from its first token on."""
 
-    propose: Callable[[Text, int], list[tuple[Text, float]]]  # at a depth: sets, masses
-    another: Callable[[Text, int, list[Text]], tuple[Text, float] | None]  # not those
-    evaluate: Callable[[Text], tuple[float, Text]]  # v in [-1, 1], and what it read
-    embed: Callable[[Text, list[int]], np.ndarray]  # of the text from each place on
-    over: Callable[[Text], bool]  # nothing can follow
+    propose: Callable[
+        [Text, int], list[tuple[Text, float]]
+    ]  # (text, depth): sets, masses
+    another: Callable[
+        [Text, int, list[Text]], tuple[Text, float] | None
+    ]  # one that is not in the list
+    evaluate: Callable[[Text], tuple[float, Text]]  # v in [-1, 1], and the text judged
+    embed: Callable[[Text, list[int]], np.ndarray]  # of the text from each index on
+    over: Callable[[Text], bool]  # whether the response is complete
 
 
 class Rules(NamedTuple):
     """The constants; their defaults are those of the authors' code."""
 
     exploration: float = 2.0  # c
-    simulations: int = 50  # at a decision, counting those of the subtree that is kept
-    extra: int = 15  # fewest new ones
+    simulations: int = 50  # per decision, with those of the kept subtree
+    extra: int = 15  # fewest new simulations per decision
     settled_visits: int = 6  # with more than these, and
     settled_value: float = 0.8  # more than this, the decision is made early
     uniform: float = 0.25  # share of the root's priors
-    alike: float = 0.95  # cosine from which on a sibling hears of v
-    share: float = 0.2  # of a visit that it hears
+    alike: float = 0.95  # least cosine at which a sibling is updated with v
+    share: float = 0.2  # of a visit, for such a sibling
     most: int = 20  # children of a node
     spread: float = (
-        0.03  # per token: with less than this, and all values below 0, one more
+        0.03  # per token: a child is added below this, if all values are below 0
     )
 
 
 @dataclasses.dataclass
 class Node:
-    """A set of tokens after those of its parents."""
+    """A set of tokens that follows those of its parents."""
 
     tokens: Text
     mass: float
     depth: int
     prior: float = 0.0
-    n: float = 0.0  # visits, and shares of those of siblings
+    n: float = 0.0  # visits, and shares of visits of siblings
     visits: int = 0
     q: float = 0.0
     embedding: np.ndarray | None = None
@@ -60,7 +64,7 @@ class Node:
 
 
 def respond(world: World, rules: Rules) -> tuple[Text, int]:
-    """A response, decided set by set; and how many simulations it took."""
+    """A response, chosen set by set, and the number of simulations."""
     root, simulations = Node((), 1.0, 0), 0
     text: Text = ()
     bounds = [-1.0, 1.0]
@@ -79,14 +83,14 @@ def respond(world: World, rules: Rules) -> tuple[Text, int]:
 
 
 def decision(root: Node) -> Node:
-    """The child with the most visits; of two, the better."""
+    """The child with the most visits; of equals, the one with the best value."""
     return max(root.children, key=lambda child: (child.n, child.q))
 
 
 def simulate(
     root: Node, text: Text, bounds: list[float], world: World, rules: Rules
 ) -> None:
-    """One way down to a leaf, its value, and the way back."""
+    """Selects a leaf, evaluates and expands it, and updates the nodes of its path."""
     path, begins = [root], [len(text)]
     while path[-1].children:
         node = path[-1]
@@ -111,11 +115,11 @@ def simulate(
 def _select(node: Node, bounds: list[float], rules: Rules) -> Node:
     low, high = bounds
 
-    def appeal(child):
+    def puct(child):
         value = (child.q - low) / (high - low + 1e-5) if child.n else 0.0
         return value + rules.exploration * child.prior * node.n**0.5 / (1 + child.n)
 
-    return max(node.children, key=appeal)
+    return max(node.children, key=puct)
 
 
 def _backup(path, value, embeddings, bounds, rules):
@@ -131,11 +135,11 @@ def _backup(path, value, embeddings, bounds, rules):
                 continue
             cosine = _cosine(node.embedding, sibling.embedding)
             if cosine >= rules.alike:
-                heard = rules.share * cosine
-                sibling.q = (sibling.q * sibling.n + heard * value) / (
-                    sibling.n + heard
+                share = rules.share * cosine
+                sibling.q = (sibling.q * sibling.n + share * value) / (
+                    sibling.n + share
                 )
-                sibling.n += heard
+                sibling.n += share
         node.q += (value - node.q) / node.n
         bounds[:] = min(bounds[0], node.q), max(bounds[1], node.q)
 
@@ -145,14 +149,14 @@ def _cosine(a, b):
 
 
 def _mix(root: Node, rules: Rules) -> None:
-    """A root keeps every child in sight."""
+    """Mixes the priors of a root with the uniform distribution."""
     for child in root.children:
         even = 1 / len(root.children)
         child.prior = (1 - rules.uniform) * child.prior + rules.uniform * even
 
 
 def _add(node: Node, is_root: bool, text: Text, world: World, rules: Rules) -> None:
-    """One child more where all read alike and none is good."""
+    """Adds a child where all are similar and none has a positive value."""
     seen = [c.embedding for c in node.children if c.embedding is not None]
     if not 2 <= len(node.children) < rules.most or len(seen) < len(node.children):
         return

@@ -1,4 +1,4 @@
-"""ARGS against the plain twins: the law on every prefix, greedy and not."""
+"""ARGS against the plain twins: the distribution on every prefix, greedy and not."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from small_lms import (
     LENGTHS,
     PROMPTS,
     V,
-    law,
+    distribution,
     models,
     responses,
     run,
@@ -28,7 +28,7 @@ def lms(tiny_config, make_lm):
 
 def tilted(lms, ids, temperature=1.0, weight=W, k=K):
     """Scores of the k best tokens, -inf of the others."""
-    logps = np.log(law(lms["target"], ids)) / temperature
+    logps = np.log(distribution(lms["target"], ids)) / temperature
     best = np.argsort(-logps)[:k]
     out = np.full(V, -np.inf)
     out[best] = [logps[v] + weight * value(lms["reward"], [*ids, v]) for v in best]
@@ -36,7 +36,7 @@ def tilted(lms, ids, temperature=1.0, weight=W, k=K):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_the_law_is_the_tilted_one_on_the_best_tokens(lms, temperature):
+def test_the_distribution_is_the_tilted_one_on_the_best_tokens(lms, temperature):
     guide = args.guide(lms, weight=W)
     out = run(decode.generate, lms["target"], guide=guide, candidates=K,
               temperature=temperature)  # fmt: skip

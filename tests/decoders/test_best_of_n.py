@@ -1,4 +1,4 @@
-"""Best of N against its law, written down response by response in float64."""
+"""Best of N against its distribution, written down response by response in float64."""
 
 import dataclasses
 import itertools
@@ -34,7 +34,7 @@ def lm(tiny_config, make_lm):
 
 @pytest.fixture(scope="module")
 def base(lm):
-    return searching.law(searching.twin(lm), PROMPT, max_new=NEW, eos_ids=EOS)
+    return searching.distribution(searching.twin(lm), PROMPT, max_new=NEW, eos_ids=EOS)
 
 
 def run(lm, rows=MANY, prompt=PROMPT, **settings):
@@ -44,7 +44,7 @@ def run(lm, rows=MANY, prompt=PROMPT, **settings):
     return best_of_n.search(lm, {}, prompts, lengths, key, **settings)
 
 
-def test_the_best_and_the_worst_have_their_laws_with_ties(lm, base):
+def test_the_best_and_the_worst_have_their_distributions_with_ties(lm, base):
     """Four standard deviations of a χ² whose mean is its degrees of freedom."""
     best = searching.best(base, score, 4)
     worst = searching.best(base, lambda y: -score(y), 4)
@@ -61,7 +61,7 @@ def test_the_best_and_the_worst_have_their_laws_with_ties(lm, base):
     assert 4 * MANY < out.stats["tokens_sampled"] < 4 * MANY * NEW
 
 
-def test_the_law_wins_and_diverges_as_the_closed_forms_say(base):
+def test_the_distribution_wins_and_diverges_as_the_closed_forms_say(base):
     """No ties: N / (N + 1) and log N - (N - 1) / N, whose bound holds with atoms too."""
     even = dict.fromkeys(range(4000), 1 / 4000)
     for n, wins, kl in ((2, 0.667, 0.193), (4, 0.8, 0.636), (8, 0.889, 1.204)):
@@ -75,32 +75,35 @@ def test_the_law_wins_and_diverges_as_the_closed_forms_say(base):
         assert nats < math.log(n) - (n - 1) / n
 
 
-def test_soft_has_the_law_of_its_draws_and_its_two_limits(lm, base):
+def test_soft_has_the_distribution_of_its_draws_and_its_two_limits(lm, base):
     """Two draws: every pair of responses, and the softmax between them."""
-    lam, law = 0.7, dict.fromkeys(base, 0.0)
+    lam, distribution = 0.7, dict.fromkeys(base, 0.0)
     for y, p in base.items():
         for z, q in base.items():
-            law[y] += 2 * p * q / (1 + math.exp((score(z) - score(y)) / lam))
+            distribution[y] += 2 * p * q / (1 + math.exp((score(z) - score(y)) / lam))
     soft = dict(select="soft", n=2)
-    assert searching.surprise(searching.responses(run(lm, lam=lam, **soft)), law) < 4
+    assert (
+        searching.surprise(searching.responses(run(lm, lam=lam, **soft)), distribution)
+        < 4
+    )
     assert searching.surprise(searching.responses(run(lm, lam=1e6, **soft)), base) < 4
     cold = searching.responses(run(lm, lam=1e-6, **soft))
     assert searching.surprise(cold, searching.best(base, score, 2)) < 4
-    assert searching.surprise(cold, law) > 10
+    assert searching.surprise(cold, distribution) > 10
 
 
 @pytest.mark.parametrize("n", [2, 3])
-def test_soft_is_as_near_to_the_tilted_law_as_its_bound_says(base, n):
+def test_soft_is_as_near_to_the_tilted_distribution_as_its_bound_says(base, n):
     """KL(π* ‖ π_n) <= log(1 + χ²(π* ‖ p) / n), tuple by tuple."""
-    lam, law = 0.7, dict.fromkeys(base, 0.0)
+    lam, distribution = 0.7, dict.fromkeys(base, 0.0)
     for draws in itertools.product(base, repeat=n):
         weights = [math.exp(score(y) / lam) for y in draws]
         mass = math.prod(base[y] for y in draws) / sum(weights)
         for y, w in zip(draws, weights, strict=True):
-            law[y] += mass * w
+            distribution[y] += mass * w
     total = sum(p * math.exp(score(y) / lam) for y, p in base.items())
     star = {y: p * math.exp(score(y) / lam) / total for y, p in base.items()}
-    nats = sum(p * math.log(p / law[y]) for y, p in star.items())
+    nats = sum(p * math.log(p / distribution[y]) for y, p in star.items())
     chi2 = sum((p - base[y]) ** 2 / base[y] for y, p in star.items())
     assert 0 < nats <= math.log(1 + chi2 / n)
 
@@ -115,7 +118,7 @@ def test_one_draw_is_the_engine_and_its_settings_reach_it(lm):
     for name in ("tokens", "mask", "lengths"):
         got, want = getattr(one.batch, name), getattr(plain.batch, name)
         np.testing.assert_array_equal(got, want)
-    assert one.batch.old_logps is None  # a choice has no law of its tokens
+    assert one.batch.old_logps is None  # a choice has no distribution of its tokens
     # float32: the rows are padded to other widths
     np.testing.assert_allclose(one.raw_logps, plain.raw_logps, atol=1e-5)
     np.testing.assert_array_equal(one.truncated, plain.truncated)

@@ -26,12 +26,12 @@ def run(lm, judge, **settings):
     )
 
 
-def foretelling(laws, attribute):
+def foretelling(distributions, attribute):
     """P(A | x, y) itself, of every prompt: a judge that reads the prompt's row."""
     wholes, begins = [], []
-    for law in laws:
+    for distribution in distributions:
         whole, begin = {}, {}
-        for y, p in law.items():
+        for y, p in distribution.items():
             for n in range(1, len(y) + 1):
                 begin[y[:n]] = begin.get(y[:n], 0.0) + p
                 whole[y[:n]] = whole.get(y[:n], 0.0) + p * attribute(y)
@@ -50,32 +50,35 @@ def foretelling(laws, attribute):
     return judge
 
 
-def modes(laws, attribute):
-    return [max((p, y) for y, p in law.items() if attribute(y))[1] for law in laws]
+def modes(distributions, attribute):
+    return [
+        max((p, y) for y, p in distribution.items() if attribute(y))[1]
+        for distribution in distributions
+    ]
 
 
 @pytest.fixture(scope="module")
 def toy(config):
     """Ending at once is the likeliest response, though few responses are that one."""
     lm = searching.constant(config, [0.34, 0.31, 0.2, 0.15])
-    laws = [
-        searching.law(searching.twin(lm), x[:n], max_new=NEW, eos_ids=EOS)
+    distributions = [
+        searching.distribution(searching.twin(lm), x[:n], max_new=NEW, eos_ids=EOS)
         for x, n in zip(PROMPTS, LENGTHS, strict=True)
     ]
-    return lm, laws
+    return lm, distributions
 
 
 @pytest.mark.parametrize("beams", [1, 2, 6])
 def test_of_a_length_it_finds_the_mode_at_every_width(toy, beams):
-    lm, laws = toy
+    lm, distributions = toy
 
     def long(y):
         return len(y) == 4 and y[-1] == 0
 
-    out = run(lm, foretelling(laws, long), beams=beams)
+    out = run(lm, foretelling(distributions, long), beams=beams)
     check(out.batch)
-    assert searching.responses(out) == modes(laws, long) == [(1, 1, 1, 0)] * 2
-    want = np.log([law[1, 1, 1, 0] for law in laws])
+    assert searching.responses(out) == modes(distributions, long) == [(1, 1, 1, 0)] * 2
+    want = np.log([distribution[1, 1, 1, 0] for distribution in distributions])
     np.testing.assert_allclose(out.batch.feedback[:, 0], want, atol=1e-4)  # float32
 
 
@@ -89,22 +92,22 @@ def test_without_a_condition_the_mode_is_empty(toy, beams):
 def test_a_wide_beam_finds_the_mode_of_a_model_that_remembers(config, make_lm):
     """And every width has the attribute, with at most the mode's probability."""
     lm = make_lm(config, 5)
-    laws = [
-        searching.law(searching.twin(lm), x[:n], max_new=NEW, eos_ids=EOS)
+    distributions = [
+        searching.distribution(searching.twin(lm), x[:n], max_new=NEW, eos_ids=EOS)
         for x, n in zip(PROMPTS, LENGTHS, strict=True)
     ]
 
     def both(y):
         return 1 in y and 3 in y and y[-1] == 0
 
-    judge = foretelling(laws, both)
-    best = modes(laws, both)
+    judge = foretelling(distributions, both)
+    best = modes(distributions, both)
     assert searching.responses(run(lm, judge, beams=16)) == best
-    for y, law, mode in zip(
-        searching.responses(run(lm, judge, beams=1)), laws, best, strict=True
+    for y, distribution, mode in zip(
+        searching.responses(run(lm, judge, beams=1)), distributions, best, strict=True
     ):
         assert both(y)
-        assert law[y] <= law[mode]
+        assert distribution[y] <= distribution[mode]
     plain = run(lm, lambda batch: np.ones(batch.valid.shape), beams=16)
     assert not all(map(both, searching.responses(plain)))
 

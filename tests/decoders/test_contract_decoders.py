@@ -237,7 +237,7 @@ def made(name, **changes):
 
 
 def logits_of(kind, seed=0):
-    """Logits [N, K, V] as warpers leave them, with holes; None for a scalar guide."""
+    """Logits [N, K, V] after the logits processors, with holes; None for a scalar guide."""
     if kind != "vector":
         return None
     rng = np.random.default_rng(seed)
@@ -281,7 +281,7 @@ def test_the_walk_finds_the_decoders():
 
 
 @each_guide
-def test_the_law_sums_to_one_and_what_is_masked_stays_masked(name):
+def test_the_distribution_sums_to_one_and_what_is_masked_stays_masked(name):
     guide, out, _, _ = read(name)
     out = np.asarray(out)
     if guide.kind == "scalar":
@@ -293,10 +293,10 @@ def test_the_law_sums_to_one_and_what_is_masked_stays_masked(name):
     assert not np.isnan(out).any()
     assert not np.isposinf(out).any()
     assert np.isneginf(out[np.isneginf(logits_of("vector"))]).all()
-    law = np.exp(out.astype(np.float64) - out.max(-1, keepdims=True))
-    law /= law.sum(-1, keepdims=True)
-    np.testing.assert_allclose(law.sum(-1), 1, rtol=1e-12)
-    assert (law[:, :, 1] == 0).all()
+    distribution = np.exp(out.astype(np.float64) - out.max(-1, keepdims=True))
+    distribution /= distribution.sum(-1, keepdims=True)
+    np.testing.assert_allclose(distribution.sum(-1), 1, rtol=1e-12)
+    assert (distribution[:, :, 1] == 0).all()
 
 
 @each_guide
@@ -571,5 +571,5 @@ def test_a_decoder_says_whether_it_is_exact_and_states_its_source(name):
 
 @each
 def test_every_decoder_has_its_own_tests_and_its_variant_of_the_config(name, request):
-    assert (request.path.parent / "decoders" / f"test_{name}.py").exists()
+    assert (request.path.parent / f"test_{name}.py").exists()
     assert name in generate.METHODS

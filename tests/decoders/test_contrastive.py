@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from small_lms import law, models, responses, run, steps
+from small_lms import distribution, models, responses, run, steps
 
 from alignax.decoders import contrastive
 from alignax.sampling import decode
@@ -16,9 +16,9 @@ def lms(tiny_config, make_lm):
 
 def wanted(lms, ids, weight, plausible, temperature=1.0, amateur=1.0):
     """p^{1+b} / p_amateur^b in products, on the plausible."""
-    p = law(lms["target"], ids) ** (1 / temperature)
+    p = distribution(lms["target"], ids) ** (1 / temperature)
     p = p / p.sum()
-    q = law(lms["amateur"], ids) ** (1 / amateur)
+    q = distribution(lms["amateur"], ids) ** (1 / amateur)
     out = np.where(p >= plausible * p.max(), p ** (1 + weight) / q**weight, 0)
     return out / out.sum()
 
@@ -27,7 +27,7 @@ def wanted(lms, ids, weight, plausible, temperature=1.0, amateur=1.0):
     ("weight", "plausible", "amateur", "temperature"),
     [(0.8, 0.3, 1.0, 1.0), (2.0, 0.0, 1.0, 1.3), (0.8, 0.3, 0.5, 1.0)],
 )
-def test_the_law_is_the_contrast_on_the_plausible(
+def test_the_distribution_is_the_contrast_on_the_plausible(
     lms, weight, plausible, amateur, temperature
 ):
     guide = contrastive.guide(
@@ -53,7 +53,7 @@ def test_only_the_best_is_plausible_at_one(lms):
     guide = contrastive.guide(lms, weight=5.0, plausible=1.0)
     out = run(decode.generate, lms["target"], guide=guide)
     for ids, token, logp in steps(out):
-        assert token == law(lms["target"], ids).argmax()
+        assert token == distribution(lms["target"], ids).argmax()
         assert logp == pytest.approx(0, abs=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""Controlled decoding: the law of a token, its bounds, and what a soft value is for."""
+"""Controlled decoding: the distribution of a token, its bounds, and what a soft value is for."""
 
 import math
 
@@ -13,7 +13,7 @@ from small_lms import (
     NEW,
     PROMPTS,
     V,
-    law,
+    distribution,
     models,
     responses,
     run,
@@ -48,7 +48,7 @@ def squashed(x, centre, radius):
         dict(beta=0.5, centre=0.2, radius=1.5),
     ],
 )
-def test_the_law_is_the_target_times_the_exponential_of_the_value(lms, hyper):
+def test_the_distribution_is_the_target_times_the_exponential_of_the_value(lms, hyper):
     guide = controlled.guide(lms, **hyper)
     out = run(decode.generate, lms["target"], guide=guide, candidates=V)
     centre, radius = hyper.get("centre", 0.0), hyper.get("radius", math.inf)
@@ -56,7 +56,7 @@ def test_the_law_is_the_target_times_the_exponential_of_the_value(lms, hyper):
         values = [
             squashed(value(lms["value"], [*ids, v]), centre, radius) for v in range(V)
         ]
-        z = np.log(law(lms["target"], ids)) + np.array(values) / hyper["beta"]
+        z = np.log(distribution(lms["target"], ids)) + np.array(values) / hyper["beta"]
         assert logp == pytest.approx(np.log(softmax(z)[token]), abs=1e-4)
 
 
@@ -68,7 +68,7 @@ def test_a_q_of_all_tokens_tilts_them_in_one_call(lms):
     assert guide.kind == "vector"
     out = run(decode.generate, lms["target"], guide=guide)
     for ids, token, logp in steps(out):
-        p, q = law(lms["target"], ids), law(lms["value"], ids)
+        p, q = distribution(lms["target"], ids), distribution(lms["value"], ids)
         want = p * (q / p) ** (0.6 / 0.5)
         assert logp == pytest.approx(np.log(want[token] / want.sum()), abs=1e-4)
     with pytest.raises(ValueError, match="head='v' is not one of scalar, q"):
@@ -94,10 +94,10 @@ def test_its_bounds_let_a_draft_be_verified(lms):
 
         def tilted(ids):
             v = [squashed(value(lms["value"], [*ids, t]), 0.2, 1.0) for t in range(V)]
-            return np.log(law(lms["target"], ids)) + np.array(v) / 0.7
+            return np.log(distribution(lms["target"], ids)) + np.array(v) / 0.7
 
         prompt = PROMPTS[b, : LENGTHS[b]].tolist()
-        exact = decoding.law(tilted, prompt, max_new=NEW)
+        exact = decoding.distribution(tilted, prompt, max_new=NEW)
         counts = dict.fromkeys(exact, 0)
         for y in responses(out)[b]:
             counts[y] += 1
@@ -145,7 +145,7 @@ def test_bad_models_are_named(lms, tiny_lm):
 
 
 def decoded(world, v, beta):
-    """The law of whole responses under π*(v | s) ∝ p(v | s) e^{V(s v) / β}."""
+    """The distribution of whole responses under π*(v | s) ∝ p(v | s) e^{V(s v) / β}."""
     out = []
     for y in world.all:
         mass = 1.0

@@ -1,4 +1,4 @@
-"""Blockwise controlled decoding against its own law, block by block, in float64."""
+"""Blockwise controlled decoding against its own distribution, block by block, in float64."""
 
 import dataclasses
 import math
@@ -39,7 +39,7 @@ def run(lm, rows, search=controlled_blocks.search, **settings):
     return search(lm, {}, prompts, lengths, KEY, **settings)
 
 
-def law(next_logits, block, n):
+def distribution(next_logits, block, n):
     """The best of n blocks after every prefix; and the divergence of the first block."""
     out, first = {}, 0.0
 
@@ -49,7 +49,9 @@ def law(next_logits, block, n):
             out[y] = mass
             return
         many = min(block, NEW - len(y))
-        base = searching.law(next_logits, [*PROMPT, *y], max_new=many, eos_ids=EOS)
+        base = searching.distribution(
+            next_logits, [*PROMPT, *y], max_new=many, eos_ids=EOS
+        )
         best = searching.best(base, lambda b: score((*y, *b)), n)
         if not y:
             first = sum(p * math.log(p / base[b]) for b, p in best.items())
@@ -61,15 +63,17 @@ def law(next_logits, block, n):
 
 
 @pytest.mark.parametrize("block", [2, 3])
-def test_it_has_the_law_of_its_blocks(lm, next_logits, block):
+def test_it_has_the_distribution_of_its_blocks(lm, next_logits, block):
     """Of 3, the last one is short. Four standard deviations of a χ²."""
-    want, nats = law(next_logits, block, N)
+    want, nats = distribution(next_logits, block, N)
     assert 0 < nats <= math.log(N) - (N - 1) / N
     out = run(lm, 2000, block=block)
     check(out.batch)
     got = searching.responses(out)
     assert searching.surprise(got, want) < 4
-    whole, _ = law(next_logits, NEW, N)  # the test could tell it from the best of n
+    whole, _ = distribution(
+        next_logits, NEW, N
+    )  # the test could tell it from the best of n
     assert searching.surprise(got, whole) > 20
     np.testing.assert_array_equal(out.batch.feedback[:, 0], [score(y) for y in got])
     assert out.stats["rounds"] == 2

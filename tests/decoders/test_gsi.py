@@ -1,4 +1,4 @@
-"""GSI against the law that it samples, and against the tilted law that it does not."""
+"""GSI against the distribution that it samples, and against the tilted distribution that it does not."""
 
 import dataclasses
 import itertools
@@ -44,18 +44,18 @@ def run(models, rows, **settings):
     return gsi.search(target, {"draft": draft}, prompts, lengths, KEY, **settings)
 
 
-def softly(law, value, n):
+def softly(distribution, value, n):
     """{y: mass} of one of n draws picked by exp(value / BETA), tuple by tuple."""
-    out = dict.fromkeys(law, 0.0)
-    for draws in itertools.product(law, repeat=n):
+    out = dict.fromkeys(distribution, 0.0)
+    for draws in itertools.product(distribution, repeat=n):
         weights = [math.exp(value(y) / BETA) for y in draws]
-        mass = math.prod(law[y] for y in draws)
+        mass = math.prod(distribution[y] for y in draws)
         for y, w in zip(draws, weights, strict=True):
             out[y] += mass * w / sum(weights)
     return out
 
 
-def law(twins, step, u=U):
+def distribution(twins, step, u=U):
     out = {}
 
     def grow(y, mass):
@@ -63,7 +63,7 @@ def law(twins, step, u=U):
             out[y] = out.get(y, 0.0) + mass
             return
         settings = dict(max_new=min(step, NEW - len(y)), eos_ids=EOS, temperature=HEAT)
-        p, q = (searching.law(f, [*PROMPT, *y], **settings) for f in twins)
+        p, q = (searching.distribution(f, [*PROMPT, *y], **settings) for f in twins)
 
         def r(z):
             return score((*y, *z))
@@ -83,15 +83,15 @@ def law(twins, step, u=U):
 
 def tilt(twins, heat=HEAT):
     settings = dict(max_new=NEW, eos_ids=EOS, temperature=heat)
-    p = searching.law(twins[0], PROMPT, **settings)
+    p = searching.distribution(twins[0], PROMPT, **settings)
     weights = {y: m * math.exp(score(y) / BETA) for y, m in p.items()}
     return {y: w / sum(weights.values()) for y, w in weights.items()}
 
 
 @pytest.mark.parametrize("step", [1, 2])
-def test_it_has_its_own_law_and_not_the_tilted_one(models, twins, step):
-    """Four standard deviations of a χ²; the tilted law is at least .15 away."""
-    want = law(twins, step)
+def test_it_has_its_own_distribution_and_not_the_tilted_one(models, twins, step):
+    """Four standard deviations of a χ²; the tilted distribution is at least .15 away."""
+    want = distribution(twins, step)
     out = run(models, 3000, step=step)
     check(out.batch)
     got = searching.responses(out)
@@ -109,7 +109,7 @@ def test_many_drafts_do_not_undo_the_threshold(models, twins):
     """The limit π*(y) (1[r̃ >= u] + π*(r̃ < u)), which is not π*."""
     star = tilt(twins, heat=0.8)
     settings = dict(max_new=NEW, eos_ids=EOS, temperature=0.8)
-    p, q = (searching.law(f, PROMPT, **settings) for f in twins)
+    p, q = (searching.distribution(f, PROMPT, **settings) for f in twins)
     u = 0.9
     above = {y: score(y) + BETA * math.log(p[y] / q[y]) >= u for y in star}
     below = sum(m for y, m in star.items() if not above[y])
@@ -123,7 +123,7 @@ def test_many_drafts_do_not_undo_the_threshold(models, twins):
 
 def test_a_threshold_that_nothing_meets_leaves_the_target(models, twins):
     settings = dict(max_new=NEW, eos_ids=EOS, temperature=HEAT)
-    p = searching.law(twins[0], PROMPT, **settings)
+    p = searching.distribution(twins[0], PROMPT, **settings)
     out = run(models, 1500, u=1e9)
     assert out.stats["accepted"] == 0
     assert searching.surprise(searching.responses(out), softly(p, score, N)) < 4

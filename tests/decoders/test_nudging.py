@@ -9,7 +9,7 @@ from small_lms import (
     NEW,
     PROMPTS,
     V,
-    law,
+    distribution,
     models,
     responses,
     run,
@@ -30,17 +30,17 @@ def lms(tiny_config, make_lm):
 
 
 def wanted(lms, ids, gamma=GAMMA):
-    p = law(lms["base"], ids)
-    return p if p.max() >= gamma else law(lms["nudge"], ids)
+    p = distribution(lms["base"], ids)
+    return p if p.max() >= gamma else distribution(lms["nudge"], ids)
 
 
-def test_the_law_is_that_of_whoever_has_the_word(lms):
+def test_the_distribution_is_that_of_whoever_has_the_word(lms):
     guide = nudging.guide(lms, gamma=GAMMA)
     out = run(decode.generate, lms["base"], guide=guide)
     sure = set()
     for ids, token, logp in steps(out):
         assert logp == pytest.approx(np.log(wanted(lms, ids)[token]), abs=1e-4)
-        sure.add(law(lms["base"], ids).max() >= GAMMA)
+        sure.add(distribution(lms["base"], ids).max() >= GAMMA)
     assert sure == {True, False}
 
 
@@ -49,7 +49,7 @@ def test_without_threshold_it_is_the_base_and_above_one_the_nudging_model(lms):
         guide = nudging.guide(lms, gamma=gamma)
         out = run(decode.generate, lms["base"], guide=guide)
         for ids, token, logp in steps(out):
-            want = np.log(law(lms[name], ids)[token])
+            want = np.log(distribution(lms[name], ids)[token])
             assert logp == pytest.approx(want, abs=1e-4)
 
 
@@ -58,7 +58,7 @@ def test_the_more_it_asks_for_the_more_it_nudges(monkeypatch):
     rng = np.random.default_rng(0)
     logits = jnp.asarray(2 * rng.normal(size=(64, 1, V)), jnp.float32)
     said = jnp.full_like(logits, -np.log(V))
-    monkeypatch.setattr(nudging.companions, "rows", lambda *_: ([said], None))
+    monkeypatch.setattr(nudging.guide_models, "rows", lambda *_: ([said], None))
     before = np.zeros(64, bool)
     for gamma in np.linspace(0, 1.1, 23):
         numbers = jnp.float32(gamma), jnp.float32(1)
@@ -83,7 +83,7 @@ def test_greedy_with_the_nudging_model_as_draft_is_plain_nudging(lms, gamma):
         np.testing.assert_allclose(fast.stats["accepted"], 1, atol=1e-6)
 
 
-def test_responses_follow_the_exact_law_with_the_nudging_model_as_draft(lms):
+def test_responses_follow_the_exact_distribution_with_the_nudging_model_as_draft(lms):
     """Every response of three tokens; the first draft stays 1 - TV where base is sure."""
     many = 4096
     guide = nudging.guide(lms, gamma=GAMMA)
@@ -91,7 +91,9 @@ def test_responses_follow_the_exact_law_with_the_nudging_model_as_draft(lms):
               group=many)  # fmt: skip
     for b in range(2):
         prompt = PROMPTS[b, : LENGTHS[b]].tolist()
-        exact = decoding.law(lambda ids: np.log(wanted(lms, ids)), prompt, max_new=NEW)
+        exact = decoding.distribution(
+            lambda ids: np.log(wanted(lms, ids)), prompt, max_new=NEW
+        )
         counts = dict.fromkeys(exact, 0)
         for y in responses(out)[b]:
             counts[y] += 1
@@ -112,7 +114,7 @@ def test_what_the_base_may_not_say_nobody_says(lms):
     out = run(decode.generate, lms["base"], guide=guide,
               logit_bias={2: -np.inf})  # fmt: skip
     for ids, token, logp in steps(out):
-        q = law(lms["nudge"], ids)
+        q = distribution(lms["nudge"], ids)
         q[2] = 0
         assert token != 2
         assert logp == pytest.approx(np.log(q[token] / q.sum()), abs=1e-4)

@@ -94,13 +94,13 @@ def test_the_first_word_is_taken_even_from_a_base_that_is_never_unsure(talk):
 
 def test_no_more_words_are_taken_where_the_base_would_begin_the_next_one():
     taken, said = nudging_words.nudges(
-        "The answer is fine", lambda w: nudging_words.Said([97, 110], [0.2, 0.2], False),
+        "The answer is fine", lambda w: nudging_words.Continuation([97, 110], [0.2, 0.2], False),
         TK.decode, 0.4,
     )  # fmt: skip
     assert taken == "The"
     assert said.ids == [97, 110]
     taken, _ = nudging_words.nudges(
-        "The answer is fine", lambda w: nudging_words.Said([120], [0.2], False),
+        "The answer is fine", lambda w: nudging_words.Continuation([120], [0.2], False),
         TK.decode, 0.4,
     )  # fmt: skip
     assert taken == "The answer is"  # the last may have been cut off

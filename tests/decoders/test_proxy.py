@@ -42,7 +42,7 @@ def logps(lm, ids):
         return np.asarray(jax.nn.log_softmax(z))
 
 
-def test_the_law_is_the_tilted_one_on_every_prefix(lms):
+def test_the_distribution_is_the_tilted_one_on_every_prefix(lms):
     guide = proxy.guide(lms, weight=0.8)
     out = run(decode.generate, lms["target"], guide=guide)
     for b in range(2):

@@ -51,7 +51,7 @@ def world(lm, embed=None, judge=harmless, stats=None, **changes):
     )  # fmt: skip
 
 
-def test_harm_is_avoided_and_the_rest_of_the_law_kept(tiny_config):
+def test_harm_is_avoided_and_the_rest_of_the_distribution_kept(tiny_config):
     """Harmful at .3 a token: a response of six would be harmless at .12."""
     config = dataclasses.replace(tiny_config, vocab_size=V, num_layers=1, tied=False)
     lm = searching.constant(config, [0.1, 0.3, 0.2, 0.1, 0.3])
@@ -86,10 +86,10 @@ def test_sets_have_the_masses_of_the_model_and_the_greedy_one_is_kept_in_bounds(
     asked = world(lm, heat=50.0)  # any of the top tokens, but for the greedy set
 
     def mass(text, tokens):
-        law = searching.law(
+        distribution = searching.distribution(
             next_logits, [*PROMPTS[0], *text], max_new=len(tokens), eos_ids=EOS
         )
-        return law[tokens]
+        return distribution[tokens]
 
     ones = asked.propose((1,), 0)
     assert len(ones) == 4

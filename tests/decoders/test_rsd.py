@@ -1,4 +1,4 @@
-"""RSD against the law that it samples, and against the tilts that it does not."""
+"""RSD against the distribution that it samples, and against the tilts that it does not."""
 
 import dataclasses
 import math
@@ -42,7 +42,7 @@ def run(models, rows, **settings):
     return rsd.search(models[0], lms, prompts, lengths, jax.random.key(2), **settings)
 
 
-def law(twins, step):
+def distribution(twins, step):
     out = {}
 
     def grow(y, mass):
@@ -50,7 +50,7 @@ def law(twins, step):
             out[y] = out.get(y, 0.0) + mass
             return
         settings = dict(max_new=min(step, NEW - len(y)), eos_ids=EOS)
-        p, q = (searching.law(f, [*PROMPT, *y], **settings) for f in twins)
+        p, q = (searching.distribution(f, [*PROMPT, *y], **settings) for f in twins)
         good = {z: score((*y, *z)) >= DELTA for z in q}
         rejected = sum(m for z, m in q.items() if not good[z])
         for z in p:
@@ -61,11 +61,11 @@ def law(twins, step):
 
 
 @pytest.mark.parametrize("step", [1, 2])
-def test_it_has_its_own_law(models, twins, step):
+def test_it_has_its_own_distribution(models, twins, step):
     out = run(models, 3000, step=step)
     check(out.batch)
     got = searching.responses(out)
-    assert searching.surprise(got, law(twins, step)) < 4
+    assert searching.surprise(got, distribution(twins, step)) < 4
     np.testing.assert_allclose(
         out.batch.feedback[:, 0], [score(y) for y in got], rtol=1e-6
     )
@@ -76,8 +76,8 @@ def test_it_has_its_own_law(models, twins, step):
 
 def test_it_is_no_tilt_of_the_target(twins):
     """Of all p exp(r / beta) / Z the nearest is at least .3 away."""
-    p = searching.law(twins[0], PROMPT, max_new=NEW, eos_ids=EOS)
-    own, nearest = law(twins, NEW), 1.0
+    p = searching.distribution(twins[0], PROMPT, max_new=NEW, eos_ids=EOS)
+    own, nearest = distribution(twins, NEW), 1.0
     for beta in np.geomspace(0.05, 50, 60):
         w = {y: m * math.exp(score(y) / beta) for y, m in p.items()}
         tilted = {y: x / sum(w.values()) for y, x in w.items()}
@@ -86,7 +86,7 @@ def test_it_is_no_tilt_of_the_target(twins):
 
 
 def test_the_threshold_goes_from_the_draft_to_the_target(models, twins):
-    p, q = (searching.law(f, PROMPT, max_new=NEW, eos_ids=EOS) for f in twins)
+    p, q = (searching.distribution(f, PROMPT, max_new=NEW, eos_ids=EOS) for f in twins)
     draft = run(models, 1500, delta=-math.inf)
     target = run(models, 1500, delta=math.inf)
     assert searching.surprise(searching.responses(draft), q) < 4

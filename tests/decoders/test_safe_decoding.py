@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_lms import LENGTHS, V, law, models, responses, run, steps
+from small_lms import LENGTHS, V, distribution, models, responses, run, steps
 
 from alignax.decoders import safe_decoding
 from alignax.sampling import decode
@@ -26,7 +26,10 @@ def sample_space(p, q, common):
 
 
 def wanted(lms, ids, alpha, common, temperature=1.0):
-    p, q = (law(lms[name], ids) ** (1 / temperature) for name in ("target", "expert"))
+    p, q = (
+        distribution(lms[name], ids) ** (1 / temperature)
+        for name in ("target", "expert")
+    )
     p, q = p / p.sum(), q / q.sum()
     space = sample_space(p, q, common)
     moved = np.maximum(p + alpha * (q - p), 1e-8)
@@ -43,13 +46,13 @@ def test_the_first_tokens_move_and_the_others_do_not(lms, alpha, common, first):
     starts = {tuple(out.batch.tokens[b, 0, :n]): n for b, n in enumerate(LENGTHS)}
     for ids, token, logp in steps(out):
         (start,) = (n for s, n in starts.items() if tuple(ids[:n]) == s)
-        want = law(lms["target"], ids)
+        want = distribution(lms["target"], ids)
         if len(ids) - start < first:
             want = wanted(lms, ids, alpha, common)
         assert logp == pytest.approx(np.log(want[token]), abs=1e-4)
 
 
-def test_both_laws_may_have_the_temperature_of_the_call(lms):
+def test_both_distributions_may_have_the_temperature_of_the_call(lms):
     guide = safe_decoding.guide(lms, common=3, first=9, expert_temperature=0.7)
     out = run(decode.generate, lms["target"], guide=guide, temperature=0.7)
     for ids, token, logp in steps(out):
@@ -87,7 +90,7 @@ def test_what_is_forbidden_stays_so(lms):
 
 
 def test_greedy_with_the_expert_as_draft_is_plain_guided_greedy(lms):
-    """A block that the first tokens end in has both laws in it."""
+    """A block that the first tokens end in has both distributions in it."""
     guide = safe_decoding.guide(lms, common=3, first=1)
     plain = run(decode.generate, lms["target"], guide=guide, temperature=0.0)
     fast = run(speculate, lms["target"], lms["expert"], guide=guide, temperature=0.0,

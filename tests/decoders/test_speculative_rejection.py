@@ -34,7 +34,7 @@ def lm(tiny_config, make_lm):
 
 @pytest.fixture(scope="module")
 def base(lm):
-    return searching.law(searching.twin(lm), PROMPT, max_new=NEW, eos_ids=EOS)
+    return searching.distribution(searching.twin(lm), PROMPT, max_new=NEW, eos_ids=EOS)
 
 
 def run(lm, rows, search=speculative_rejection.search, judge=score, **settings):
@@ -44,7 +44,7 @@ def run(lm, rows, search=speculative_rejection.search, judge=score, **settings):
     return search(lm, {}, prompts, lengths, KEY, judge=judge, **settings)
 
 
-def test_without_rejection_it_has_the_law_of_the_best_of_n(lm, base):
+def test_without_rejection_it_has_the_distribution_of_the_best_of_n(lm, base):
     """In blocks of two tokens; a beginning's score is forgotten when it goes on."""
     out = run(lm, 2000, reject=0.0, every=2, judge=late)
     assert (
@@ -158,7 +158,7 @@ def test_bad_input_is_named(lm):
         ({"reject": 1.0}, r"reject=1\.0"),
         (
             {"sampling": {"presence_penalty": 1.0}, "every": 1},
-            "presence_penalty'.*forget",
+            "presence_penalty'.*earlier tokens",
         ),
     ):
         with pytest.raises(ValueError, match=message):

@@ -29,7 +29,7 @@ def steered(lm, ids, vectors, strength):
     return np.asarray(logprob.rows(lm, h[:, -1:]))[0, 0]
 
 
-def test_on_the_target_the_law_is_that_of_the_steered_model(lms):
+def test_on_the_target_the_distribution_is_that_of_the_steered_model(lms):
     vectors = steering_vectors.load("random", lms["target"], seed=2)
     guide = decoder.guide(lms, strength=1.5, seed=2)
     out = run(decode.generate, lms["target"], guide=guide)

@@ -1,4 +1,4 @@
-"""Transfer Q*: the law of a step against enumeration, its keys, and the paper's bounds."""
+"""Transfer Q*: the distribution of a step against enumeration, its keys, and the paper's bounds."""
 
 import itertools
 
@@ -11,7 +11,7 @@ from small_lms import (
     NEW,
     PROMPTS,
     V,
-    law,
+    distribution,
     models,
     responses,
     softmax,
@@ -59,7 +59,7 @@ def continuations(lm, ids, many):
     if not many:
         yield (), 1.0
         return
-    for v, p in enumerate(law(lm, ids)):
+    for v, p in enumerate(distribution(lm, ids)):
         for tail, rest in continuations(lm, [*ids, v], many - 1):
             yield (v, *tail), p * rest
 
@@ -74,7 +74,7 @@ def value(lms, start, ids, beta=None):
 
 
 @pytest.mark.parametrize(("variant", "beta"), [("direct", None), ("indirect", 0.7)])
-def test_many_rollouts_give_the_law_of_the_exact_value(lms, variant, beta):
+def test_many_rollouts_give_the_distribution_of_the_exact_value(lms, variant, beta):
     """TQ's error is that of a mean of 1500, at α = 1: some hundredths of a nat."""
     out = search(lms, rollouts=1500, variant=variant, beta=beta or 1.0)
     for b in range(2):
@@ -82,16 +82,18 @@ def test_many_rollouts_give_the_law_of_the_exact_value(lms, variant, beta):
         for t in range(start, start + NEW):
             ids = out.batch.tokens[b, 0, :t].tolist()
             q = [value(lms, start, [*ids, v], beta) for v in range(V)]
-            z = np.log(law(lms["base"], ids)) + np.array(q)
+            z = np.log(distribution(lms["base"], ids)) + np.array(q)
             want = np.log(softmax(z)[out.batch.tokens[b, 0, t]])
             assert out.batch.old_logps[b, 0, t] == pytest.approx(want, abs=0.15)
     direct = [value(lms, 3, [*PROMPTS[0], v]) for v in range(V)]
     indirect = [value(lms, 3, [*PROMPTS[0], v], 0.7) for v in range(V)]
-    assert np.ptp(np.array(direct) - indirect) > 0.3, "the two laws should differ"
+    assert np.ptp(np.array(direct) - indirect) > 0.3, (
+        "the two distributions should differ"
+    )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_where_nothing_is_left_to_chance_the_law_is_exact(lms, temperature):
+def test_where_nothing_is_left_to_chance_the_distribution_is_exact(lms, temperature):
     """The second and the third token; the third has nothing to gain."""
     out = search(lms, judge=of_two, rollouts=1, alpha=0.5, temperature=temperature,
                  candidates=3)  # fmt: skip
@@ -99,7 +101,7 @@ def test_where_nothing_is_left_to_chance_the_law_is_exact(lms, temperature):
         n = LENGTHS[b]
         for t in (n + 1, n + 2):
             ids = out.batch.tokens[b, 0, :t].tolist()
-            z = np.log(law(lms["base"], ids)) / temperature
+            z = np.log(distribution(lms["base"], ids)) / temperature
             best = np.argsort(-z)[:3]
             if t == n + 1:
                 z = z + REWARDS[ids[n], :, 0] / 0.5
@@ -114,7 +116,7 @@ def test_released_takes_the_best_of_logit_and_reward_after_one_rollout(lms):
     for b in range(2):
         n = LENGTHS[b]
         ids = out.batch.tokens[b, 0, : n + 1].tolist()
-        score = np.log(law(lms["base"], ids)) + REWARDS[ids[n], :, 0] / 0.5
+        score = np.log(distribution(lms["base"], ids)) + REWARDS[ids[n], :, 0] / 0.5
         assert out.batch.tokens[b, 0, n + 1] == score.argmax()
     judged = 2 * V * NEW + 2
     assert out.stats["judge_calls"] == judged  # one a candidate, and the responses
@@ -161,7 +163,7 @@ def test_eos_ends_a_candidate_and_a_response(lms):
     )  # no candidate leaves room for a rollout
     for ids, token, logp in steps(all_end):
         r = REWARDS[:, 0, 0]
-        z = np.log(law(lms["base"], ids)) + r
+        z = np.log(distribution(lms["base"], ids)) + r
         assert logp == pytest.approx(np.log(softmax(z)[token]), abs=1e-4)
 
 
@@ -210,7 +212,7 @@ DEPTH, WIDTH, ALPHA, BETA = 3, 3, 0.3, 0.5
 
 
 class World:
-    """A random law of sequences, its tilts by a reward, and what each is worth."""
+    """A random distribution of sequences, its tilts by a reward, and what each is worth."""
 
     def __init__(self, seed):
         rng = np.random.default_rng(seed)
@@ -239,7 +241,7 @@ class World:
                 yield s, row / row.sum(), q
 
     def decoded(self, p):
-        """The law of tilting p token by token by its own values."""
+        """The distribution of tilting p token by token by its own values."""
         out = np.ones_like(p)
         for s, row, q in self.rows(p):
             new = softmax(np.log(row) + q / ALPHA)
@@ -268,7 +270,7 @@ def test_the_values_are_in_order_and_the_gain_is_two_divergences():
 
 
 def test_what_it_may_lose_and_how_far_it_may_go():
-    """The value's gap to any other law; the divergence from where it started, r in [0, 1]."""
+    """The value's gap to any other distribution; the divergence from where it started, r in [0, 1]."""
     for seed in range(10):
         w = World(seed)
         base = w.tilted(w.r / BETA)

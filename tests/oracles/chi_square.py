@@ -1,4 +1,4 @@
-"""How surprising counts are under a law."""
+"""How surprising counts are under a distribution."""
 
 import numpy as np
 from scipy import stats

@@ -1,9 +1,9 @@
-"""The exact law of a sampler on a tiny vocabulary, by writing down every response."""
+"""The exact distribution of a sampler on a tiny vocabulary, by writing down every response."""
 
 import numpy as np
 
 
-def law(next_logits, prompt, *, max_new, eos_ids=(), temperature=1.0):
+def distribution(next_logits, prompt, *, max_new, eos_ids=(), temperature=1.0):
     """{response: probability} of every response that a sampler can give.
 
     Args:

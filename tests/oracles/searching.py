@@ -1,4 +1,4 @@
-"""What tests of searches share: exact laws of tiny models, and counts against them."""
+"""What tests of searches share: exact distributions of tiny models, and counts against them."""
 
 import collections
 
@@ -33,28 +33,28 @@ def twin(lm, length=16):
     return next_logits
 
 
-def constant(config, law):
-    """An LM whose next token has this law after any prefix: every weight 0 but two."""
+def constant(config, distribution):
+    """An LM whose next token has this distribution after any prefix: every weight 0 but two."""
     shapes = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
     params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     params["embed"] = jnp.ones_like(params["embed"])
     params["norm"]["scale"] = jnp.ones_like(params["norm"]["scale"])
-    logits = jnp.log(jnp.asarray(law)) / config.width
+    logits = jnp.log(jnp.asarray(distribution)) / config.width
     params["head"] = jnp.tile(logits, (config.width, 1))
     return LM(config, params)
 
 
-def law(next_logits, prompt, **settings):
-    """{response: probability}; `oracles.decoding.law` with numpy prompts."""
-    return decoding.law(next_logits, [int(x) for x in prompt], **settings)
+def distribution(next_logits, prompt, **settings):
+    """{response: probability}; `oracles.decoding.distribution` with numpy prompts."""
+    return decoding.distribution(next_logits, [int(x) for x in prompt], **settings)
 
 
-def best(law, score, n):
-    """The law of the best of n by `score`, with ties shared by the law itself."""
+def best(distribution, score, n):
+    """The distribution of the best of n by `score`, with ties shared by the distribution itself."""
     out = {}
-    for y, mass in law.items():
-        below = sum(m for z, m in law.items() if score(z) < score(y))
-        upto = below + sum(m for z, m in law.items() if score(z) == score(y))
+    for y, mass in distribution.items():
+        below = sum(m for z, m in distribution.items() if score(z) < score(y))
+        upto = below + sum(m for z, m in distribution.items() if score(z) == score(y))
         out[y] = mass * (upto**n - below**n) / (upto - below)
     return out
 
@@ -87,16 +87,16 @@ def by_response(score):
     return judge
 
 
-def surprise(samples, law):
-    """χ² of samples against a law, in standard deviations above its mean.
+def surprise(samples, distribution):
+    """χ² of samples against a distribution, in standard deviations above its mean.
 
     Responses that are expected less than five times share a cell.
     """
     counts = collections.Counter(samples)
-    assert set(counts) <= set(law), "a response that cannot be"
+    assert set(counts) <= set(distribution), "a response that cannot be"
     total = sum(counts.values())
-    expected = {y: total * mass for y, mass in law.items()}
-    assert abs(sum(law.values()) - 1) < 1e-9
+    expected = {y: total * mass for y, mass in distribution.items()}
+    assert abs(sum(distribution.values()) - 1) < 1e-9
     rare = [y for y, e in expected.items() if e < 5]
     cells = [(counts[y], e) for y, e in expected.items() if e >= 5]
     if rare:

@@ -1,4 +1,4 @@
-"""The exact law of speculative decoding, by walking every draft and every coin.
+"""The exact distribution of speculative decoding, by walking every draft and every coin.
 
 float64, dictionaries and loops. A model is a function: tuple of ids -> probabilities.
 `rule(drafts, s, p, q)` yields (probability, emitted tokens) of one round.
@@ -22,8 +22,8 @@ def stepwise(accept, residual, bonus):
             here = (*s, *drafts[:i])
             keep = accept(here, x)
             if keep < 1:
-                law = residual(here)
-                for v, share in enumerate(law):
+                distribution = residual(here)
+                for v, share in enumerate(distribution):
                     yield reach * (1 - keep) * share, (*drafts[:i], v)
             reach *= keep
         for v, share in enumerate(bonus((*s, *drafts))):
@@ -62,10 +62,10 @@ def block(drafts, s, p, q):
         if not weight:
             continue
         here = (*s, *drafts[:tau])
-        law = p(here)
+        distribution = p(here)
         if tau < gamma:
-            law = normalised(np.maximum(mass[tau] * law - q(here), 0))
-        for v, share in enumerate(law):
+            distribution = normalised(np.maximum(mass[tau] * distribution - q(here), 0))
+        for v, share in enumerate(distribution):
             yield weight * share, (*drafts[:tau], v)
 
 
@@ -78,7 +78,7 @@ def rounds(rule, s, p, q, gamma):
                 yield drawn * weight, emitted
 
 
-def law(one_round, length):
+def distribution(one_round, length):
     """{response of `length` tokens: probability}, of rounds until there are as many.
 
     Args:
@@ -99,8 +99,10 @@ def law(one_round, length):
 
 
 def plain(p, length):
-    """The law of sampling token by token."""
-    return law(lambda s: [(share, (v,)) for v, share in enumerate(p(s))], length)
+    """The distribution of sampling token by token."""
+    return distribution(
+        lambda s: [(share, (v,)) for v, share in enumerate(p(s))], length
+    )
 
 
 def distance(a, b):

@@ -66,11 +66,11 @@ def test_greedy_is_the_argmax_of_the_twin(change, tiny_config, make_lm):
     next_logits = twin(lm)
     got = responses(generate(lm, temperature=0.0, eos_ids=EOS))
     for prompt, length, (response,) in zip(PROMPTS, LENGTHS, got, strict=True):
-        law = decoding.law(
+        distribution = decoding.distribution(
             next_logits, prompt[:length].tolist(), max_new=NEW, eos_ids=EOS,
             temperature=0,
         )  # fmt: skip
-        assert list(law) == [response]
+        assert list(distribution) == [response]
 
 
 def test_each_ragged_row_is_that_prompt_decoded_alone(tiny_lm):
@@ -178,7 +178,7 @@ def test_raw_logps_are_those_of_the_kernel(tiny_lm, temperature):
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_old_logps_are_under_the_law_really_sampled(tiny_lm, temperature):
+def test_old_logps_are_under_the_distribution_really_sampled(tiny_lm, temperature):
     out, next_logits = generate(tiny_lm, temperature=temperature), twin(tiny_lm)
     for b, n in enumerate(LENGTHS):
         for t in range(n, n + NEW):

@@ -12,7 +12,7 @@ from oracles import transformer as oracle
 from alignax import logprob
 from alignax.models import transformer
 from alignax.sampling import decode, drafts, response_state, speculate
-from alignax.sampling.processors import Warpers
+from alignax.sampling.processors import Processors
 
 V, NEW, MANY = 5, 3, 8192
 PROMPTS, LENGTHS = np.array([[3, 1, 3], [2, 0, 0]]), np.array([3, 1])
@@ -34,8 +34,8 @@ def proposals(rows, gamma, longest):
     n = len(rows)
     ask = drafts.Ask(
         jnp.asarray(tokens), jnp.array([len(r) for r in rows]), jax.random.split(KEY, n),
-        response_state.Rules(Warpers(jnp.ones(n)), jnp.zeros(0, jnp.int32)),
-        response_state.Context(jnp.zeros(n, jnp.int32)), 0,
+        response_state.Rules(Processors(jnp.ones(n)), jnp.zeros(0, jnp.int32)),
+        response_state.ResponseState(jnp.zeros(n, jnp.int32)), 0,
     )  # fmt: skip
     propose = jax.jit(lambda ask: draft.propose((), ask._replace(gamma=gamma)))
     got, q, _ = propose(ask)
@@ -79,7 +79,7 @@ def test_ngram_agrees_with_a_search_by_hand():
 
 
 def test_the_target_does_not_mind_a_certain_draft(lm):
-    """Drawn responses keep their law; greedy ones are plain greedy's."""
+    """Drawn responses keep their distribution; greedy ones are plain greedy's."""
     out = speculate.speculate(
         lm, drafts.ngram(V, 2), PROMPTS, LENGTHS, KEY, max_new=NEW, draft_length=2,
         group=MANY, temperature=np.array([1.0, 0.8]),
@@ -95,12 +95,14 @@ def test_the_target_does_not_mind_a_certain_draft(lm):
                 padded[: len(ids)] = ids
                 return np.asarray(call(padded))[len(ids) - 1]
 
-            law = decoding.law(logits, prompt, max_new=NEW, temperature=(1.0, 0.8)[b])
-        counts = dict.fromkeys(law, 0)
+            distribution = decoding.distribution(
+                logits, prompt, max_new=NEW, temperature=(1.0, 0.8)[b]
+            )
+        counts = dict.fromkeys(distribution, 0)
         rows = zip(out.batch.tokens[b], out.batch.mask[b], strict=True)
         for t, m in rows:
             counts[tuple(np.asarray(t)[np.asarray(m)].tolist())] += 1
-        expected = np.array([*law.values()]) * MANY
+        expected = np.array([*distribution.values()]) * MANY
         assert chi_square.p_value([*counts.values()], expected) > 1e-4
 
     settings = dict(max_new=16, temperature=0.0)

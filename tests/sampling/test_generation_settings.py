@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.tree_util import Partial
+from oracles import next_token
 from oracles import transformer as oracle
-from oracles import warping
 
 from alignax.batch import check
 from alignax.sampling import decode, guides
@@ -106,7 +106,7 @@ MIXED = dict(
 
 
 @pytest.mark.parametrize("key", [0, 1])
-def test_all_settings_together_follow_the_law_in_float64(lm, next_logits, key):
+def test_all_settings_together_follow_the_distribution_in_float64(lm, next_logits, key):
     """Penalties, temperature, masks, truncations, guide, on every sampled prefix."""
     out = everything(lm, key=jax.random.key(key), **MIXED)
     check(out.batch)
@@ -119,7 +119,7 @@ def test_all_settings_together_follow_the_law_in_float64(lm, next_logits, key):
                 late = t + 1 - n >= MIXED["min_new"][b]
                 state = ids[-1] % 2 if t > n else 0
                 allowed = MIXED["grammar"].flag[state] & (late | (np.arange(V) != 7))
-                law = warping.law(
+                distribution = next_token.distribution(
                     next_logits(ids), prompt=ids[:n], response=ids[n:],
                     temperature=MIXED["temperature"][b], top_k=MIXED["top_k"][b],
                     top_p=MIXED["top_p"][b], min_p=MIXED["min_p"][b],
@@ -130,9 +130,9 @@ def test_all_settings_together_follow_the_law_in_float64(lm, next_logits, key):
                     tilt=TABLE[sum(ids) % 3],
                 )  # fmt: skip
                 token = out.batch.tokens[b, g, t]
-                assert law[token] > 0
+                assert distribution[token] > 0
                 got = out.batch.old_logps[b, g, t]
-                assert got == pytest.approx(np.log(law[token]), abs=1e-4)
+                assert got == pytest.approx(np.log(distribution[token]), abs=1e-4)
                 z = next_logits(ids)
                 raw = z[token] - np.log(np.exp(z).sum())
                 assert out.raw_logps[b, g, t] == pytest.approx(raw, abs=1e-4)
@@ -282,9 +282,9 @@ def test_a_scalar_guide_tilts_the_best_tokens_by_their_values(lm, next_logits):
         for t in range(LENGTHS[b], LENGTHS[b] + NEW):
             ids = tokens[b, 0, :t].tolist()
             tilt = [1.5 * TABLE[(sum(ids) + v) % 3, v] for v in range(V)]
-            law = warping.law(next_logits(ids), top_k=4, tilt=tilt)
+            distribution = next_token.distribution(next_logits(ids), top_k=4, tilt=tilt)
             got = float(out.batch.old_logps[b, 0, t])
-            assert got == pytest.approx(np.log(law[tokens[b, 0, t]]), abs=1e-4)
+            assert got == pytest.approx(np.log(distribution[tokens[b, 0, t]]), abs=1e-4)
 
 
 BAD = {

@@ -1,12 +1,12 @@
-"""Warpers against lists in float64, and the order that makes them one law."""
+"""Processors against lists in float64, and the order that makes them one distribution."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import warping
+from oracles import next_token
 
-from alignax.sampling.processors import Warpers, truncate, warp
+from alignax.sampling.processors import Processors, process, truncate
 
 N, V = 24, 9
 RNG = np.random.default_rng(0)
@@ -20,7 +20,7 @@ SETTINGS = dict(
     min_p=RNG.uniform(0, 0.4, N), bias=RNG.normal(size=(N, V)),
 )  # fmt: skip
 ALLOWED = RNG.random((N, V)) < 0.8
-jitted = jax.jit(warp)
+jitted = jax.jit(process)
 
 
 def array(x):
@@ -28,7 +28,7 @@ def array(x):
 
 
 def run(settings, allowed=None):
-    w = Warpers(**{k: array(v) for k, v in settings.items()})
+    w = Processors(**{k: array(v) for k, v in settings.items()})
     counts = np.array([np.bincount(r, minlength=V) for r in RESPONSES], np.int32)
     prompt = np.array([np.isin(range(V), p) for p in PROMPTS])
     z = jitted(
@@ -41,7 +41,7 @@ def run(settings, allowed=None):
 def want(settings, allowed=None):
     return np.array(
         [
-            warping.law(
+            next_token.distribution(
                 LOGITS[i], prompt=PROMPTS[i], response=RESPONSES[i],
                 allowed=None if allowed is None else allowed[i],
                 **{k: v[i] for k, v in settings.items()},
@@ -51,14 +51,14 @@ def want(settings, allowed=None):
     )  # fmt: skip
 
 
-def test_all_of_them_together_are_the_law_in_float64():
+def test_all_of_them_together_are_the_distribution_in_float64():
     got, expected = run(SETTINGS, ALLOWED), want(SETTINGS, ALLOWED)
     np.testing.assert_array_equal(got > 0, expected > 0)
     np.testing.assert_allclose(got, expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("name", sorted(SETTINGS))
-def test_each_alone_is_the_law_in_float64_and_does_something(name):
+def test_each_alone_is_the_distribution_in_float64_and_does_something(name):
     ones = {"temperature": np.ones(N)}
     one = ones | {name: SETTINGS[name]}
     got = run(one)
@@ -99,5 +99,5 @@ def test_top_p_of_one_keeps_the_whole_tail():
 
 def test_greedy_rows_keep_their_logits():
     settings = {"temperature": np.where(np.arange(N) % 2, 1.0, 0.0)}
-    w = Warpers(array(settings["temperature"]))
-    np.testing.assert_array_equal(warp(array(LOGITS), w), array(LOGITS))
+    w = Processors(array(settings["temperature"]))
+    np.testing.assert_array_equal(process(array(LOGITS), w), array(LOGITS))

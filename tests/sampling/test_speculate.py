@@ -1,4 +1,4 @@
-"""Speculation through real models: the tokens of greedy, and the law of sampling."""
+"""Speculation through real models: the tokens of greedy, and the distribution of sampling."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.tree_util import Partial
-from oracles import chi_square, decoding, warping
+from oracles import chi_square, decoding, next_token
 from oracles import transformer as oracle
 
 from alignax import logprob
@@ -113,7 +113,9 @@ def test_a_target_that_drafts_for_itself_is_always_right(lms):
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])
-def test_responses_follow_the_exact_law_of_the_guided_target(lms, next_logits, rule):
+def test_responses_follow_the_exact_distribution_of_the_guided_target(
+    lms, next_logits, rule
+):
     """Every response of up to 4 tokens, top-k before the guide, two temperatures."""
     new, many = 4, 8192
     temperature = np.array([1.0, 0.6, 1.5])
@@ -125,21 +127,23 @@ def test_responses_follow_the_exact_law_of_the_guided_target(lms, next_logits, r
         prompt = PROMPTS[b, : LENGTHS[b]].tolist()
 
         def logits(ids, b=b):
-            law = warping.law(
+            distribution = next_token.distribution(
                 next_logits(ids), temperature=temperature[b], top_k=4,
                 tilt=TABLE[sum(ids) % 3],
             )  # fmt: skip
             with np.errstate(divide="ignore"):
-                return np.log(law)
+                return np.log(distribution)
 
-        law = decoding.law(logits, prompt, max_new=new, eos_ids=EOS)
-        law = {y: mass for y, mass in law.items() if mass}
-        counts = dict.fromkeys(law, 0)
+        distribution = decoding.distribution(logits, prompt, max_new=new, eos_ids=EOS)
+        distribution = {y: mass for y, mass in distribution.items() if mass}
+        counts = dict.fromkeys(distribution, 0)
         for y in responses(out)[b]:
             counts[y] += 1
         # a fixed seed: this fails one time in 10,000 drawings of the seed
         assert (
-            chi_square.p_value([*counts.values()], np.array([*law.values()]) * many)
+            chi_square.p_value(
+                [*counts.values()], np.array([*distribution.values()]) * many
+            )
             > 1e-4
         )
 
@@ -153,12 +157,12 @@ def test_both_log_probabilities_are_what_they_say(lms, next_logits):
         for g in range(2):
             for t in range(LENGTHS[b], out.batch.lengths[b, g]):
                 ids = out.batch.tokens[b, g, :t].tolist()
-                law = warping.law(
+                distribution = next_token.distribution(
                     next_logits(ids), temperature=temperature[b], top_k=4,
                     tilt=TABLE[sum(ids) % 3],
                 )  # fmt: skip
                 got = out.batch.old_logps[b, g, t]
-                want = np.log(law[out.batch.tokens[b, g, t]])
+                want = np.log(distribution[out.batch.tokens[b, g, t]])
                 assert got == pytest.approx(want, abs=1e-4)
     off = ~out.batch.mask
     assert not out.batch.old_logps[off].any()
@@ -215,24 +219,24 @@ def test_every_setting_of_generate_holds_inside_blocks(lms):
 
 
 def test_what_was_said_counts_along_the_draft(lms, next_logits):
-    """Penalties, grammar and stops depend on the draft: the law of drawn responses."""
+    """Penalties, grammar and stops depend on the draft: the distribution of drawn responses."""
     new, many = 3, 8192
     names = ("repetition_penalty", "presence_penalty", "stops", "grammar")
     out = guess(lms, group=many, max_new=new, draft_length=2, eos_ids=EOS, min_new=2,
                 **{k: ALL[k] for k in names})  # fmt: skip
     for b in range(3):
         prompt = PROMPTS[b, : LENGTHS[b]].tolist()
-        law = {}
+        distribution = {}
 
-        def grow(said, mass, b=b, prompt=prompt, law=law):
+        def grow(said, mass, b=b, prompt=prompt, distribution=distribution):
             over = said[-2:] in ((3, 1), (3, 4)) and len(said) >= 2
             if len(said) == new or (said and said[-1] == 0) or over:
-                law[said] = mass
+                distribution[said] = mass
                 return
             state = int(bool(said) and said[-1] == 4)
             allowed = ALL["grammar"].flag[state].copy()
             allowed[0] &= len(said) >= 1
-            p = warping.law(
+            p = next_token.distribution(
                 next_logits([*prompt, *said]), prompt=prompt, response=said,
                 repetition=ALL["repetition_penalty"][b], allowed=allowed,
                 presence=ALL["presence_penalty"][b],
@@ -243,10 +247,10 @@ def test_what_was_said_counts_along_the_draft(lms, next_logits):
                     grow((*said, v), mass * p[v])
 
         grow((), 1.0)
-        counts = dict.fromkeys(law, 0)
+        counts = dict.fromkeys(distribution, 0)
         for y in responses(out)[b]:
             counts[y] += 1
-        expected = np.array([*law.values()]) * many
+        expected = np.array([*distribution.values()]) * many
         assert chi_square.p_value([*counts.values()], expected) > 1e-4
 
 
@@ -272,13 +276,15 @@ def test_a_state_without_an_exit_that_is_never_entered_does_no_harm(
 
         def logits(ids):
             with np.errstate(divide="ignore"):
-                return np.log(warping.law(next_logits(ids), allowed=table[0]))
+                return np.log(
+                    next_token.distribution(next_logits(ids), allowed=table[0])
+                )
 
-        law = decoding.law(logits, prompt, max_new=2, **ends)
-        counts = {y: 0 for y, mass in law.items() if mass}
+        distribution = decoding.distribution(logits, prompt, max_new=2, **ends)
+        counts = {y: 0 for y, mass in distribution.items() if mass}
         for y in responses(out)[b]:
             counts[y] += 1
-        expected = np.array([law[y] for y in counts]) * many
+        expected = np.array([distribution[y] for y in counts]) * many
         assert chi_square.p_value([*counts.values()], expected) > 1e-4
 
 

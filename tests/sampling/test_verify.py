@@ -1,4 +1,4 @@
-"""Speculation on tables: the law of every response, in the oracle and in JAX."""
+"""Speculation on tables: the distribution of every response, in the oracle and in JAX."""
 
 import functools
 import itertools
@@ -38,8 +38,10 @@ class World:
         )
 
 
-def oracle_law(rule, world, gamma=GAMMA):
-    return spec.law(lambda s: spec.rounds(rule, s, world.star, world.q, gamma), T)
+def oracle_distribution(rule, world, gamma=GAMMA):
+    return spec.distribution(
+        lambda s: spec.rounds(rule, s, world.star, world.q, gamma), T
+    )
 
 
 @pytest.mark.parametrize("guided_draft", [False, True])
@@ -48,7 +50,7 @@ def oracle_law(rule, world, gamma=GAMMA):
 def test_the_oracle_is_exact(name, gamma, guided_draft):
     world = World(0, guided_draft)
     rule = spec.token(world.star, world.q) if name == "token" else spec.block
-    got = oracle_law(rule, world, gamma)
+    got = oracle_distribution(rule, world, gamma)
     assert sum(got.values()) == pytest.approx(1, abs=1e-12)
     assert spec.distance(got, spec.plain(world.star, T)) < 1e-12
 
@@ -85,7 +87,7 @@ def wrong(name, w):
 def test_a_wrong_rule_is_seen(name):
     world = World(0)
     off = spec.distance(
-        oracle_law(wrong(name, world), world), spec.plain(world.star, T)
+        oracle_distribution(wrong(name, world), world), spec.plain(world.star, T)
     )
     assert off > 0.03
 
@@ -120,12 +122,13 @@ def test_the_plans_of_jax_are_exact(name, guided_draft, x64):
     prefixes = [s for n in range(T) for s in itertools.product(range(V), repeat=n)]
     cells, drawn, stop, rows = plans(name, world, GAMMA, prefixes, x64)
     rounds = {s: [] for s in prefixes}
-    for (s, d), mass, plan, laws in zip(cells, drawn, stop, rows, strict=True):
+    for (s, d), mass, plan, distributions in zip(cells, drawn, stop, rows, strict=True):
         for tau in range(GAMMA + 1):
             rounds[s] += [
-                (mass * plan[tau] * laws[tau][v], (*d[:tau], v)) for v in range(V)
+                (mass * plan[tau] * distributions[tau][v], (*d[:tau], v))
+                for v in range(V)
             ]
-    got = spec.law(rounds.__getitem__, T)
+    got = spec.distribution(rounds.__getitem__, T)
     bound = 1e-12 if x64 else 1e-5
     assert abs(sum(got.values()) - 1) < bound
     assert spec.distance(got, spec.plain(world.star, T)) < bound
@@ -144,7 +147,7 @@ def test_block_keeps_at_least_as_many_and_sometimes_more():
 
 
 @pytest.mark.parametrize("name", ["token", "block"])
-def test_the_first_draft_stays_as_often_as_the_laws_overlap(name):
+def test_the_first_draft_stays_as_often_as_the_distributions_overlap(name):
     """1 - TV(p, q), with one draft."""
     for seed in range(5):
         world = World(seed)
@@ -164,7 +167,7 @@ def test_tokens_of_a_round_at_a_fixed_acceptance():
 
 
 @pytest.mark.parametrize("name", ["token", "block"])
-def test_equal_laws_keep_every_draft(name):
+def test_equal_distributions_keep_every_draft(name):
     p = jnp.array([[0.5, 0.5, 0.0]] * 3)
     stop, rows = verify.RULES[name](jnp.array([0, 1]), p, p[:2])
     np.testing.assert_allclose(stop, [0, 0, 1])
@@ -244,7 +247,11 @@ def in_step(worlds, length, resample):
 
 def test_rows_may_advance_together_if_they_keep_what_they_accepted():
     worlds, length = (World(2), World(3)), 2
-    laws = [spec.plain(w.star, length) for w in worlds]
-    want = {(y, z): laws[0][y] * laws[1][z] for y in laws[0] for z in laws[1]}
+    distributions = [spec.plain(w.star, length) for w in worlds]
+    want = {
+        (y, z): distributions[0][y] * distributions[1][z]
+        for y in distributions[0]
+        for z in distributions[1]
+    }
     assert spec.distance(in_step(worlds, length, False), want) < 1e-12
     assert spec.distance(in_step(worlds, length, True), want) > 0.03

@@ -1,4 +1,4 @@
-"""Every way to verify a guided target, through real models: the law, and what it costs."""
+"""Every way to verify a guided target, through real models: the distribution, and what it costs."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.tree_util import Partial
-from oracles import chi_square, decoding, warping
+from oracles import chi_square, decoding, next_token
 from oracles import transformer as oracle
 
 from alignax.batch import check
@@ -98,27 +98,27 @@ def tilt(ids, table=VALUES):
     return table[sum(ids) % 3]
 
 
-def fits(out, b, law):
-    """The share of seeds that would be further from the law than this one."""
-    counts = dict.fromkeys((y for y, mass in law.items() if mass), 0)
+def fits(out, b, distribution):
+    """The share of seeds that would be further from the distribution than this one."""
+    counts = dict.fromkeys((y for y, mass in distribution.items() if mass), 0)
     for t, m in zip(out.batch.tokens[b], out.batch.mask[b], strict=True):
         counts[tuple(t[m].tolist())] += 1
-    expected = np.array([law[y] for y in counts]) * MANY
+    expected = np.array([distribution[y] for y in counts]) * MANY
     return chi_square.p_value([*counts.values()], expected)
 
 
 def tilted(target, b, top_k=0, new=NEW):
     def logits(ids):
-        law = warping.law(target(ids), top_k=top_k, tilt=tilt(ids))
+        distribution = next_token.distribution(target(ids), top_k=top_k, tilt=tilt(ids))
         with np.errstate(divide="ignore"):
-            return np.log(law)
+            return np.log(distribution)
 
     prompt = PROMPTS[b, : LENGTHS[b]].tolist()
-    return decoding.law(logits, prompt, max_new=new, eos_ids=EOS)
+    return decoding.distribution(logits, prompt, max_new=new, eos_ids=EOS)
 
 
 @pytest.mark.parametrize("mode", ["topk", "lazy"])
-def test_the_best_candidates_are_drawn_by_their_tilted_law(lms, target, mode):
+def test_the_best_candidates_are_drawn_by_their_tilted_distribution(lms, target, mode):
     out = run(lms, guide=guide("scalar"), mode=mode, candidates=3, group=MANY)
     for b in range(2):
         assert fits(out, b, tilted(target, b, top_k=3)) > 1e-4
@@ -128,7 +128,7 @@ def test_the_best_candidates_are_drawn_by_their_tilted_law(lms, target, mode):
     assert scores == pytest.approx(every) if mode == "topk" else scores < 0.75 * every
 
 
-def test_thinning_draws_the_tilted_law_of_the_whole_vocabulary(lms, target):
+def test_thinning_draws_the_tilted_distribution_of_the_whole_vocabulary(lms, target):
     loose = guide("scalar", lo=-np.inf, hi=HI + 0.3)
     out = run(lms, guide=loose, mode="thin", candidates=2, group=MANY)
     for b in range(2):
@@ -142,7 +142,7 @@ def blocks(target, b, length, table=VALUES):
 
     def whole(prompt, many):
         """{block: p}, of `many` tokens or up to EOS."""
-        return decoding.law(target, list(prompt), max_new=many, eos_ids=EOS)
+        return decoding.distribution(target, list(prompt), max_new=many, eos_ids=EOS)
 
     def reward(prompt, y):
         states = np.cumsum([sum(prompt), *y])[:-1] % 3
@@ -165,13 +165,13 @@ def blocks(target, b, length, table=VALUES):
     return out
 
 
-def test_whole_blocks_are_drawn_by_their_tilted_law(lms, target):
+def test_whole_blocks_are_drawn_by_their_tilted_distribution(lms, target):
     """Blocks of two tokens, the last of one."""
     out = run(lms, guide=guide("block"), block_length=2, group=MANY // 2)
     for b in range(2):
-        law = blocks(target, b, 2)
-        assert sum(law.values()) == pytest.approx(1)
-        assert fits(out, b, law) > 1e-4
+        distribution = blocks(target, b, 2)
+        assert sum(distribution.values()) == pytest.approx(1)
+        assert fits(out, b, distribution) > 1e-4
     assert out.stats["redraws_per_token"] > 0.3
     off = ~out.batch.mask
     assert not out.raw_logps[off].any()
@@ -206,7 +206,7 @@ def test_greedy_over_candidates_says_what_generate_says(lms):
     np.testing.assert_array_equal(fast.batch.lengths, plain.batch.lengths)
 
 
-def test_the_first_draft_stays_as_often_as_the_laws_overlap(lms, target):
+def test_the_first_draft_stays_as_often_as_the_distributions_overlap(lms, target):
     """1 - TV(π*, q), within 4 standard errors."""
     out = run(lms, guide=guide("vector"), max_new=1, draft_length=1, rule="token",
               group=MANY)  # fmt: skip
@@ -216,8 +216,8 @@ def test_the_first_draft_stays_as_often_as_the_laws_overlap(lms, target):
         with jax.enable_x64(True):
             params = oracle.float64(lms[1].params)
             z = np.asarray(oracle.logits(lms[1].config, params, np.array(prompt)))[-1]
-        p = warping.law(target(prompt), tilt=tilt(prompt))
-        overlap.append(np.minimum(p, warping.law(z)).sum())
+        p = next_token.distribution(target(prompt), tilt=tilt(prompt))
+        overlap.append(np.minimum(p, next_token.distribution(z)).sum())
     rate = np.mean(overlap)
     error = np.sqrt(rate * (1 - rate) / (2 * MANY))
     assert out.stats["accepted"][0] == pytest.approx(rate, abs=4 * error)

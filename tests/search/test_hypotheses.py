@@ -53,7 +53,7 @@ def test_blocks_make_a_response_with_the_log_probabilities_of_the_policy(lm):
     batch = check(hypotheses.as_batch(h))
     want = logprob.score(lm, batch).logps
     np.testing.assert_allclose(h.raw, want, atol=1e-5)
-    np.testing.assert_allclose(h.law, want, atol=1e-5)
+    np.testing.assert_allclose(h.sampled_logps, want, atol=1e-5)
     last = np.take_along_axis(h.tokens, h.ends[..., None] - 1, 2)[..., 0]
     np.testing.assert_array_equal(h.ended, last == 0)
     assert 0 < h.ended.sum() < h.ended.size
@@ -123,9 +123,9 @@ def test_hypotheses_are_taken_put_and_laid_side_by_side(lm):
     same(hypotheses.concatenate(parts, axis=0), h)
 
 
-def test_a_setting_with_a_memory_is_refused_once_a_response_has_begun(lm):
+def test_a_setting_that_reads_earlier_tokens_is_refused_once_a_response_has_begun(lm):
     h, _ = extend(lm, begin(), sampling={"presence_penalty": 1.0, "top_k": 3})
-    with pytest.raises(ValueError, match=r"\['presence_penalty'\].*would forget"):
+    with pytest.raises(ValueError, match=r"\['presence_penalty'\].*earlier tokens"):
         extend(lm, h, sampling={"presence_penalty": 1.0, "top_k": 3})
     extend(lm, h, sampling={"top_k": 3})
 

@@ -9,10 +9,10 @@ DEPTH, HARM = 5, 0
 
 
 def world(harmful, seed, wrong):
-    """A law of independent tokens, judged as the text stands by a noisy evaluator."""
+    """A distribution of independent tokens, judged as the text stands by a noisy evaluator."""
     rng = np.random.default_rng(seed)
-    law = np.array([harmful] + [(1 - harmful) / 3] * 3)
-    order = np.argsort(-law, kind="stable")
+    distribution = np.array([harmful] + [(1 - harmful) / 3] * 3)
+    order = np.argsort(-distribution, kind="stable")
     asked = [0]
 
     def evaluate(text):
@@ -25,7 +25,7 @@ def world(harmful, seed, wrong):
         return np.stack(words) if words else np.zeros((0, 4))
 
     return tree_search.World(
-        lambda text, depth: [((int(i),), law[i]) for i in order],
+        lambda text, depth: [((int(i),), distribution[i]) for i in order],
         lambda text, depth, known: None,
         evaluate, embed, lambda text: len(text) >= DEPTH,
     ), asked  # fmt: skip

@@ -1,9 +1,9 @@
-"""The law of one next token after every warper: lists and float64, one row at a time."""
+"""The distribution of one next token after all logits processors: lists and float64, one row at a time."""
 
 import numpy as np
 
 
-def law(
+def distribution(
     logits, *, prompt=(), response=(), temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,
     repetition=1.0, frequency=0.0, presence=0.0, bias=None, allowed=None, tilt=None,
 ):  # fmt: skip
