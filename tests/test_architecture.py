@@ -163,7 +163,8 @@ def test_models_know_only_the_batch(path):
 LONG = {
     ("alignax/decoders/nudging_words.py", "search"): "reads as its paper's algorithm",
     ("alignax/decoders/deal.py", "search"): "reads as its paper's algorithm",
-    # to be divided
+    ("alignax/training/defaults.py", "get_config"): "the table of keys",
+
 }
 MOST_LINES = 80
 

@@ -5,10 +5,13 @@ vocabulary) the check stands where they are read.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from alignax import plugin, shaping
 from alignax.plugin import Bound
-from alignax.training import loading, optim
+from alignax.rollouts import rollout, source
+from alignax.rollouts.sampler import Sampler
+from alignax.training import loading, on_policy, optim
 from alignax.training.plugins import Plugins, bind
 
 # What only the policy's own responses bring: a loss that needs one of these needs rollouts.
@@ -160,9 +163,8 @@ def check_rollout(config, plugins: Plugins) -> None:
     if not config.num_steps:
         return
     if config.mixture:
-        raise ValueError(
-            "rollouts take config.data, without reference_cache or reference_data"
-        )
+        raise ValueError("rollouts take config.data, not a mixture")
+    assert plugins.reward is not None
     if "advantages" in loss.needs and not steps:
         raise ValueError(f"loss {loss.name!r} needs advantages: set config.shaping")
     if steps and sum(s.stage == "advantage" for s in steps) != 1:
@@ -182,6 +184,14 @@ def check_rollout(config, plugins: Plugins) -> None:
         raise ValueError(f"loss {loss.name!r} needs returns: config.shaping.gae = {{}}")
     check_required(config, loss, steps)
     check_rollout_lms(config, steps)
+    of_reference = any(s.baseline in shaping.OF_REFERENCE for s in steps)
+    unused: Any = None  # the settings alone are checked
+    source.check(
+        Sampler(unused, plugins.reward, {}, unused, **on_policy.sampling(config)),
+        rollout.Settings(**on_policy.settings(config)), steps, loss.needs,
+        on_policy=config.rollout.temperature == 1 and not config.rollout.policy,
+        reference=of_reference, anchor=bool(config.rollout.anchor),
+    )  # fmt: skip
 
 
 def check_rollout_lms(config, steps: Sequence[Bound]) -> None:
@@ -210,23 +220,23 @@ def check_rollout_lms(config, steps: Sequence[Bound]) -> None:
 
 
 def check_required(config, loss: plugin.Bound, steps: Sequence[plugin.Bound]) -> None:
-    """Raises ValueError for rollouts that are not those a loss is made for.
+    """The rollouts are those that the loss was derived for, as its REQUIRES says.
 
-    The loss's REQUIRES says what a key of the config has to be: a number or a name, one of
-    several, or, where that has a dot, what another key is.
+    REQUIRES maps a key of the config to its value, to a tuple of possible values, or, if
+    the value has a dot, to the name of another key that has the same value.
     """
-    said = {f"loss.{k}": v for k, v in loss.hyper.items()}
-    said |= {f"rollout.{k}": v for k, v in config.rollout.items()}
-    said |= {f"{s.name}.{k}": v for s in steps for k, v in s.hyper.items()}
+    values = {f"loss.{k}": v for k, v in loss.hyper.items()}
+    values |= {f"rollout.{k}": v for k, v in config.rollout.items()}
+    values |= {f"{s.name}.{k}": v for s in steps for k, v in s.hyper.items()}
     for key, what in loss.requires.items():
         other = isinstance(what, str) and "." in what
-        want = said[what] if other else what
+        want = values[what] if other else what
         allowed = want if isinstance(want, tuple) else (want,)
-        if said.get(key) not in allowed:
+        if values.get(key) not in allowed:
             expected = " or ".join(
                 f"{x:g}" if isinstance(x, float) else str(x) for x in allowed
             )
             raise ValueError(
-                f"loss {loss.name!r}: {key} is {said.get(key, 'absent')}, expected {expected}"
+                f"loss {loss.name!r}: {key} is {values.get(key, 'absent')}, expected {expected}"
                 + f", which is {what}" * other
             )

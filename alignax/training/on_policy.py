@@ -1,4 +1,4 @@
-"""From a config to batches of the policy's own responses; what rollouts ask of a config.
+"""From a config to batches of the policy's own responses.
 
 The sections `rollout` and `shaping` become the arguments of `rollout.rollout_source`.
 """
@@ -50,27 +50,39 @@ def rollouts(
     grid = sharding.grid(config.layout, config.accumulate, mesh)
     score = parallel.scorer(mesh, packed=grid is not None)
     judged = sampler.Sampler(
-        parallel.generator(text, mesh), plugins.reward, lms, text,
-        max_new=config.rollout.max_new, temperature=config.rollout.temperature,
-        truncated=config.rollout.truncated, punishment=config.rollout.punishment,
-        overlong_buffer=config.rollout.overlong_buffer,
-        overlong_penalty=config.rollout.overlong_penalty, score=score,
+        parallel.generator(text, mesh), plugins.reward, lms, text, score=score,
+        **sampling(config),
     )  # fmt: skip
     baseline = None
     if any(s.baseline in shaping.OF_REFERENCE for s in steps):
         baseline = reference_rewards(config, examples, judged, workdir)
     return rollouts_source.rollout_source(
         examples, judged, policy=lambda params: assemble(params, lms), score=score,
-        shaping=steps, batch_size=config.batch_size,
-        length=config.length, seed=config.seed, group=config.rollout.group,
-        batches=config.rollout.batches, epochs=config.rollout.epochs,
-        keep=config.rollout.keep, needs=loss.needs, baseline=baseline,
+        shaping=steps, needs=loss.needs, baseline=baseline,
         behaviour=lms[behaviour] if behaviour else None,
-        dynamic_sampling=config.rollout.dynamic_sampling,
-        max_draws=config.rollout.max_draws, anchor=anchor if shown else None,
-        anchor_samples=config.rollout.anchor_samples,
-        host=(jax.process_index(), jax.process_count()), grid=grid,
+        anchor=anchor if shown else None, grid=grid,
+        host=(jax.process_index(), jax.process_count()), **settings(config),
     )  # fmt: skip
+
+
+def sampling(config) -> dict[str, Any]:
+    """The keywords of `Sampler` that a config decides."""
+    names = (
+        "max_new", "temperature", "truncated", "punishment", "overlong_buffer",
+        "overlong_penalty",
+    )  # fmt: skip
+    return {name: config.rollout[name] for name in names}
+
+
+def settings(config) -> dict[str, Any]:
+    """The fields of `rollout.Settings` that a config decides."""
+    names = (
+        "group", "batches", "epochs", "keep", "dynamic_sampling", "max_draws",
+        "anchor_samples",
+    )  # fmt: skip
+    own = {name: config.rollout[name] for name in names}
+    of_run = {name: config[name] for name in ("batch_size", "length", "seed")}
+    return {**of_run, **own}
 
 
 def reference_rewards(
@@ -78,8 +90,8 @@ def reference_rewards(
 ) -> Callable[[], sampler.Baseline]:
     """What gives rewards of reference samples of every prompt the run may meet.
 
-    They are drawn when they are first asked for, and kept for whoever asks again: another
-    run with the same folder, or this one when it goes on.
+    They are sampled when they are first needed, and saved: another run with the same
+    folder, or this one when it resumes, reads them.
 
     Raises:
       ValueError: what is kept there is of something else.
@@ -88,7 +100,7 @@ def reference_rewards(
     places = -(-config.num_steps // (batches * config.rollout.epochs)) * batches
     places *= config.rollout.max_draws if config.rollout.dynamic_sampling else 1
     some = selection.visited(examples, config.batch_size, config.seed, places)
-    settings = {
+    sizes = {
         "samples": config.rollout.reference_samples, "length": config.length,
         "rows": config.batch_size * config.rollout.group, "seed": config.seed,
     }  # fmt: skip
@@ -100,7 +112,7 @@ def reference_rewards(
         if name not in ("ref", "base")
     }
     key = reference_cache.describe_lm(
-        ref, data=prompts.hexdigest()[:16], **settings, **judged.identity(), **others
+        ref, data=prompts.hexdigest()[:16], **sizes, **judged.identity(), **others
     )
     folder = checkpoint.absolute(config.rollout.cache or workdir)
     path = folder / "reference_rewards.npz"
@@ -113,7 +125,7 @@ def reference_rewards(
     def baseline() -> sampler.Baseline:
         if kept is not None:
             return kept
-        found = sampler.reference_rewards(some, judged, ref, **settings)
+        found = sampler.reference_rewards(some, judged, ref, **sizes)
         if jax.process_index() == 0:
             reference_cache.save(path, sampler.table(found), key)
         return found

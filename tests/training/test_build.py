@@ -11,7 +11,7 @@ from alignax.inputs import tokenizer
 from alignax.inputs.annotate import annotate
 from alignax.models import load, save, sharding, transformer
 from alignax.runs import checkpoint
-from alignax.training import build, loading, loop, optim, parallel
+from alignax.training import build, checks, loading, loop, optim, parallel
 
 
 def refuse(tmp_path, message, config, error=(ValueError, OSError)):
@@ -148,6 +148,16 @@ BAD = {
     ),
 }  # fmt: skip
 
+NEEDS_FILES = (  # or devices: found where these are read
+    "unknown data", "unknown parameter of the data",
+    "unknown parameter of the evaluation data", "responses beyond the context",
+    "batch that the mesh does not divide", "batch that micro-batches do not divide",
+    "evaluation batch that the mesh does not divide", "more devices than there are",
+    "two sizes of a mesh", "unknown size", "no tokenizer", "rows longer than the context",
+    "tokenizer larger than the model", "unknown remat", "a frozen model that is not there",
+    "a ratio that the batch cannot hold",
+)  # fmt: skip
+
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_config_is_refused(tmp_path, case):
@@ -236,3 +246,15 @@ def test_a_loss_may_read_any_number_of_frozen_models(tmp_path):
     _, metrics = run.loss(*jax.tree.map(jnp.asarray, (policy, batch)))
     margin = policy.logps.sum((1, 2)) / batch.mask.sum((1, 2)) - (one + other) / 2
     np.testing.assert_allclose(metrics["margin"], margin, rtol=1e-4, atol=1e-5)
+
+
+# -- the checks of a config
+
+
+@pytest.mark.parametrize("case", [c for c in BAD if c not in NEEDS_FILES])
+def test_a_config_alone_shows_what_is_wrong_with_it(case):
+    """Most mistakes are found without devices, weights or data."""
+    changes, message = BAD[case]
+    changes = dict(changes)
+    with pytest.raises(ValueError, match=message):
+        checks.check(tiny.config(changes.pop("kind", "sft"), **changes))
