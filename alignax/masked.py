@@ -35,8 +35,8 @@ def token_weights(
     'sequence': every response has the same weight, shared equally by its tokens.
     'constant': every token has weight 1 / length, whatever the length of its response.
 
-    Under gradient accumulation `alignax/training/gradient.py` computes the weights once for the
-    whole step and passes them in `extra['token_weights']`; these are returned unchanged.
+    Under gradient accumulation `alignax/training/gradient.py` computes the weights once for
+    the whole step and passes them in `extra['token_weights']`; these are returned unchanged.
 
     Args:
       batch: mask [B, G, T] and valid [B, G] are read.

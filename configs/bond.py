@@ -6,7 +6,7 @@ Command: python -m alignax.main --config configs/bond.py --workdir runs/bond
   --config.data.path=pairs.jsonl.gz
 Differs from the paper: the anchor is the frozen reference (BOND, not its iterated J-BOND),
 with leave-one-out baselines. The reward's N is rollout.anchor_samples, and its KL strength
-is 1: at another the optimum is not the best-of-N law, and it is refused.
+is 1: at another strength the optimum is not the best-of-N distribution, and it is refused.
 """
 
 from configs import ctrl_bon

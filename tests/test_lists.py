@@ -276,6 +276,8 @@ def test_constrained_alignment_and_its_gradient(constraint, float64):
 
 
 def test_an_unknown_constraint_is_refused_by_the_name_of_the_loss():
-    with pytest.raises(ValueError, match=r"mine: .*'bound'; known: none, detached, bou"):
+    with pytest.raises(
+        ValueError, match=r"mine: .*'bound'; known: none, detached, bou"
+    ):
         lists.check_constraint("bound", "mine")
     lists.check_constraint("detached", "mine")

@@ -47,7 +47,7 @@ def estimated(estimator):
     return jax.value_and_grad(value)(jnp.float32(THETA))
 
 
-def test_the_two_kls_and_their_gradients_are_told_apart():
+def test_the_two_kls_and_their_gradients_differ():
     assert abs(REVERSE - FORWARD) > 0.05
     assert np.abs(REVERSE_SLOPE - FORWARD_SLOPE).max() > 0.05
 
@@ -82,7 +82,7 @@ def test_k1_in_the_reward_is_unbiased_and_in_the_loss_it_is_refused():
 
 @pytest.mark.parametrize("estimator", ["k2", "k3+"])
 def test_in_a_loss_the_gradient_is_not_that_of_the_responses_kl(estimator):
-    """Two tokens of two; the second's law is near the reference after a, far after b.
+    """Two tokens of two; the second's distribution is near the reference after a, far after b.
 
     The responses' KL(π ‖ π_ref) is the mean over the first token of its own log-ratio plus
     the KL after it: its gradient by the first token's logits has both, the loss's only the
@@ -92,7 +92,7 @@ def test_in_a_loss_the_gradient_is_not_that_of_the_responses_kl(estimator):
     ref = np.array([0.5, 0.5])
     batch = from_groups([[0]], [[[i, j] for i in range(2) for j in range(2)]], length=4)
     batch = jax.tree.map(jnp.asarray, batch)
-    law = jnp.float32((first[:, None] * after).ravel())
+    probs = jnp.float32((first[:, None] * after).ravel())
 
     def place(logps):
         rows = [[logps[i], np.log(after[i, j])] for i in range(2) for j in range(2)]
@@ -107,12 +107,12 @@ def test_in_a_loss_the_gradient_is_not_that_of_the_responses_kl(estimator):
 
     def in_the_loss(x):
         policy = Scores(place(jax.nn.log_softmax(x)))
-        return (law * ratios.kl(policy, batch, estimator).sum((0, 2))).sum()
+        return (probs * ratios.kl(policy, batch, estimator).sum((0, 2))).sum()
 
     def in_the_reward(x):
         paid = kl_in_the_reward.shape(batch, None, beta=1.0).sum(-1)[0]
         scores = place(jax.nn.log_softmax(x)).sum(-1)[0]
-        return -(law * paid * scores).sum()
+        return -(probs * paid * scores).sum()
 
     step = np.log(first / ref)
     behind = (after * np.log(after / ref)).sum(1)

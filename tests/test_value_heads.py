@@ -1,4 +1,4 @@
-"""What a scalar head means: its range, and the value after each token's."""
+"""Values of a scalar head: their range, and the value after each token's."""
 
 import jax
 import jax.numpy as jnp

@@ -1,8 +1,12 @@
 """Losses: one file per method, `loss(policy: Scores, batch: Batch, *, ...)`.
 
-A loss returns per-prompt values f32[B] and per-prompt metrics f32[B]; `train.py` takes
-the mean over prompts that have a valid response. Module constants say what it reads:
-NEEDS (Scores and Batch fields to fill), COUPLED (True if prompts of a step depend on
-each other), EMA ({name: initial}, running means it receives as `ema=`), RANGES
-({hyper-parameter: interval, such as '(0, inf)'}).
+A loss returns values f32[B] and metrics f32[B], one number per prompt.
+`alignax/training/gradient.py` takes the mean over the prompts that have a valid response.
+Module constants declare what the loss reads: NEEDS (fields of Scores and Batch to fill),
+COUPLED (True if the prompts of a step depend on each other), EMA ({name: initial}, running
+means that the loss receives as `ema=`), RANGES ({hyper-parameter: interval, such as
+'(0, inf)'}) and REQUIRES ({option: value}, what a config of rollouts must set).
+
+Terms that several losses share are in `alignax/masked.py` (sums and means), `pairs.py`
+(chosen and rejected), `lists.py` (rankings), `ratios.py` (rollouts) and `value_heads.py`.
 """

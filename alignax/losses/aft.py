@@ -1,16 +1,16 @@
-"""Alignment fine-tuning: right answers above wrong ones, which are kept within reach.
+"""Alignment fine-tuning: right answers score above wrong ones, down to a boundary.
 
   s   = 1/|y| Σ_t log π(y),   B = min_p s_p - c,   T_p = 2B - s_p (a constant)
   L   = log [1 + Σ_p Σ_n (exp(s_n - s_p) + exp(T_p - s_n))] - λ s_ref
 
-p runs over positives, n over negatives. Each pair is at rest where s_n = B: above it a
-negative is pushed down, below it up again. `constraint` says how negatives are kept:
-'boundary' as above; 'detached' drops the second exponential and the gradient of s_n in
-the first; 'none' only drops the second exponential.
+p runs over positives, n over negatives. The gradient of s_n vanishes at s_n = B: it lowers
+a negative above the boundary and raises one below. Options of `constraint`: 'boundary' is
+the equation above; 'detached' drops the second exponential and the gradient of s_n in the
+first; 'none' only drops the second exponential.
 
 Source: Wang et al. 2023, https://arxiv.org/abs/2309.02144
 Differs from the paper: the reference answer y_ref is the first positive of a prompt; the
-weight λ = 1 and the default slack c = 0.1 are ours, the paper tunes c.
+weight λ = 1 and the default slack c = 0.1 are ours; the paper tunes c.
 """
 
 from jaxtyping import Array, Float
@@ -47,7 +47,7 @@ def loss(
       likewise.
 
     Raises:
-      ValueError: an unknown constraint, or a single response to each prompt.
+      ValueError: an unknown constraint, or a single response per prompt.
     """
     lists.check_constraint(constraint, "aft")
     lists.check(batch, "aft compares", "or losses.sft")

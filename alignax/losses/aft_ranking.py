@@ -1,11 +1,11 @@
-"""Alignment fine-tuning on rankings: each response keeps its own boundary.
+"""Alignment fine-tuning on rankings: each response has its own boundary.
 
   s   = 1/|y| Σ_t log π(y),   B_j = min_{i above j} s_i - c,   T_ij = 2 B_j - s_i (constant)
   L   = log [1 + Σ_{i above j} (exp(s_j - s_i) + exp(T_ij - s_j))] - λ s_best
 
-`constraint` is that of `aft`: 'boundary' as above; 'detached' drops the second exponential
-and the gradient of s_j in the first; 'none' only drops the second exponential. With two
-levels of feedback the two losses are one.
+Options of `constraint`, as in `aft`: 'boundary' is the equation above; 'detached' drops the
+second exponential and the gradient of s_j in the first; 'none' only drops the second
+exponential. On labels, where a prompt has both, the loss equals `aft`.
 
 Source: Wang et al. 2023, https://arxiv.org/abs/2309.02144
 Differs from the paper: B_j carries the binary boundary over to rankings, as the least
@@ -47,7 +47,7 @@ def loss(
       likewise.
 
     Raises:
-      ValueError: an unknown constraint, or a single response to each prompt.
+      ValueError: an unknown constraint, or a single response per prompt.
     """
     lists.check_constraint(constraint, "aft_ranking")
     lists.check(batch, "aft_ranking ranks", "or losses.sft")

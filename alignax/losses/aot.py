@@ -1,11 +1,11 @@
-"""Alignment via optimal transport, paired: the margins dominate as a distribution.
+"""Alignment via optimal transport, paired: stochastic dominance of the policy's margins.
 
   Δ = log π(y⁺) - log π(y⁻), Δ_ref likewise;  Δ₍ᵢ₎ the i-th smallest of the batch
   d = Δ₍ᵢ₎ - Δ_ref₍ᵢ₎,  i the rank of this pair's Δ
   L = -(1-ε) log σ(βd) - ε log σ(-βd)
 
 Source: Melnyk et al. 2024, https://arxiv.org/abs/2406.05882
-Differs from the paper: of its convex penalties only the logistic one; hard sorting.
+Differs from the paper: only the logistic one of its convex penalties; hard sorting.
 Differs from TRL: the order statistics are those of the whole optimiser step, so that
 neither accumulation nor the number of devices changes the loss; TRL sorts each
 micro-batch of each device.
@@ -28,7 +28,7 @@ def loss(
 
     Args:
       policy: logps [B, 2, T]; slot 0 chosen, slot 1 rejected.
-      batch: ref_logps [B, 2, T], valid [B, 2]; a pair lacking a valid side has no rank.
+      batch: ref_logps [B, 2, T], valid [B, 2]; a pair without two valid sides has no rank.
       beta: KL strength, > 0.
       label_smoothing: ε, probability that a label is flipped, in [0, 0.5).
 

@@ -1,11 +1,11 @@
-"""Alignment via optimal transport, unpaired: chosen rewards dominate rejected ones.
+"""Alignment via optimal transport, unpaired: stochastic dominance of chosen rewards.
 
   ρ = Σ_t log π/π_ref;  ρ₍ᵢ₎ the i-th smallest of the batch
   d = ρ⁺₍ᵢ₎ - ρ⁻₍ᵢ₎,  i the rank of this pair's ρ⁺
   L = -(1-ε) log σ(βd) - ε log σ(-βd)
 
 Source: Melnyk et al. 2024, https://arxiv.org/abs/2406.05882
-Differs from the paper: of its convex penalties only the logistic one; hard sorting;
+Differs from the paper: only the logistic one of its convex penalties; hard sorting;
 there are as many chosen as rejected responses.
 Differs from TRL: the order statistics are those of the whole optimiser step, so that
 neither accumulation nor the number of devices changes the loss; TRL sorts each
@@ -29,7 +29,7 @@ def loss(
 
     Args:
       policy: logps [B, 2, T]; slot 0 chosen, slot 1 rejected, of any prompt.
-      batch: ref_logps [B, 2, T], valid [B, 2]; a pair lacking a valid side has no rank.
+      batch: ref_logps [B, 2, T], valid [B, 2]; a pair without two valid sides has no rank.
       beta: KL strength, > 0.
       label_smoothing: ε, probability that a label is flipped, in [0, 0.5).
 

@@ -1,9 +1,9 @@
-"""APO-down: both likelihoods fall, the rejected one further.
+"""APO-down: lowers both likelihoods, that of the rejected response further.
 
   r = β Σ_t log π/π_ref
   L = σ(r⁺) + 1 - σ(r⁺ - r⁻)
 
-For chosen responses that are worse than what the model says by itself.
+For data whose chosen responses are worse than the model's own.
 
 Source: D'Oosterlinck et al. 2024, https://arxiv.org/abs/2408.06266, equation 8
 Differs from the paper: nothing.

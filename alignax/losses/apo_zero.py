@@ -1,9 +1,9 @@
-"""APO-zero: chosen up, rejected down, each anchored at the reference.
+"""APO-zero: raises the chosen and lowers the rejected likelihood, each from the reference.
 
   r = β Σ_t log π/π_ref
   L = 1 - σ(r⁺) + σ(r⁻)
 
-For chosen responses that are better than what the model says by itself.
+For data whose chosen responses are better than the model's own.
 
 Source: D'Oosterlinck et al. 2024, https://arxiv.org/abs/2408.06266, equation 7
 Differs from the paper: nothing.

@@ -1,16 +1,17 @@
-"""Binary classifier optimisation: is a response good, from its implicit reward alone?
+"""Binary classifier optimisation: the implicit reward is the logit of a response's label.
 
   r = β Σ_t log π(y)/π_ref(y),   δ = ½ (mean of desirable r + mean of undesirable r)
   L = -log σ(r - δ) if y is desirable,   -w(x) log σ(δ - r) if it is not
 
-δ is the shift that brings this closest to DPO. w(x) = p/(1 - p), p the probability that a
-prompt like x comes from the desirable half, makes up for labels that depend on prompts.
+δ is the shift at which this bound on the DPO loss is tightest. w(x) = p/(1 - p), p the
+probability that a prompt like x comes from the desirable half, corrects for a distribution
+of prompts that depends on the label.
 
 Source: Jung et al. 2024, https://arxiv.org/abs/2404.04656
-Differs from the paper: responses of both labels share one mean, so a class counts by its
-size. δ is half the sum of two running means, of steps before this one.
-Differs from TRL: δ forgets, and balances the classes; there it is the mean of all rewards
-since the start of the run. It is part of the checkpoint.
+Differs from the paper: responses of both labels share one mean, so a class is weighted by
+its size. δ is half the sum of two running means, over earlier steps.
+Differs from TRL: δ is an exponential mean that weighs both classes equally; there it is the
+mean of all rewards since the start of the run. Its two means are part of the checkpoint.
 """
 
 import jax
@@ -23,7 +24,7 @@ from alignax.batch import Batch, Metrics, Number, Scores
 NEEDS = ("logps", "ref_logps")
 RANGES = {"beta": "(0, inf)"}
 EMA = {"desirable": 0.0, "undesirable": 0.0}
-COUPLED = True  # the running means take in the class means of the whole step
+COUPLED = True  # the running means are updated by class means over the whole step
 
 
 def loss(
@@ -46,7 +47,7 @@ def loss(
       [B] values in nats, and metrics 'accuracy' (share of responses on the right side of
       δ, ties count half), 'margin' (r - δ, negated for undesirable responses; means over
       a prompt's responses), 'shift' (δ), and scalars 'ema/desirable' and
-      'ema/undesirable': the means over this batch, or the running mean where it has none.
+      'ema/undesirable': the means over this batch, or the running mean if a class is absent.
     """
     reward = beta * masked.log_ratios(policy, batch)
     shift = (ema["desirable"] + ema["undesirable"]) / 2

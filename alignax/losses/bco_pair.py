@@ -3,11 +3,11 @@
   r = β Σ_t log π/π_ref
   L = -log σ(r⁺ - δ) - log σ(-(r⁻ - δ))
 
-It bounds the DPO loss from above, whatever δ is.
+It is an upper bound of the DPO loss for every δ.
 
 Source: Jung et al. 2024, https://arxiv.org/abs/2404.04656
-Differs from the paper: δ is a constant, 0 by default; its running mean of rewards, and
-responses without a partner, are `bco`'s.
+Differs from the paper: δ is a constant, 0 by default. `bco` has its running mean of
+rewards, and responses without a partner.
 """
 
 import jax
@@ -23,7 +23,7 @@ RANGES = {"beta": "(0, inf)"}
 def loss(
     policy: Scores, batch: Batch, *, beta: Number = 0.01, delta: Number = 0.0
 ) -> tuple[Float[Array, " B"], Metrics]:
-    """Cross-entropies of calling the chosen response good and the rejected one bad.
+    """Cross-entropies of labelling the chosen response good and the rejected one bad.
 
     Args:
       policy: logps [B, 2, T]; slot 0 chosen, slot 1 rejected.

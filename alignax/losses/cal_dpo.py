@@ -3,8 +3,7 @@
   ρ = Σ_t log π/π_ref
   L = -log σ(ρ⁺ - ρ⁻) + ½ [(ρ⁺ - 1/(2β))² + (ρ⁻ + 1/(2β))²]
 
-The contrastive term has no β; at its own optimum the calibration makes βρ⁺ = ½ and
-βρ⁻ = -½.
+The contrastive term has no β. The calibration term alone is least at βρ⁺ = ½, βρ⁻ = -½.
 
 Source: Xiao et al. 2024, https://arxiv.org/abs/2412.14516
 Differs from the paper: nothing; the weight ½ is that of the authors' code.

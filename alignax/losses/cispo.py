@@ -1,9 +1,9 @@
-"""CISPO: the clipped ratio is a weight without a gradient, so no token loses its own.
+"""CISPO: the clipped ratio is a constant weight, so that clipped tokens keep a gradient.
 
   L = -Σ_t w_t sg[clip(ρ_t, 1 - ε_low, 1 + ε_high)] A_t log π(y_t)
 
 Source: MiniMax 2025, https://arxiv.org/abs/2506.13585
-Differs from the paper: nothing; ε_low = 1 leaves small ratios alone, as there.
+Differs from the paper: nothing; ε_low = 1 does not clip small ratios, as there.
 """
 
 import jax
@@ -34,8 +34,8 @@ def loss(
       reduction: 'token', 'sequence' or 'constant', as in `masked.token_weights`.
 
     Returns:
-      [B] values, and metrics 'ratio', 'clipped' (share of tokens), 'approx_kl' (nats a
-      token, to the law that sampled).
+      [B] values, and metrics 'ratio', 'clipped' (share of tokens), 'approx_kl' (nats per
+      token, to the behaviour policy).
     """
     log_rho = ratios.log_ratio(policy, batch)
     rho = jnp.clip(jnp.exp(ratios.bounded(log_rho)), 1 - clip_low, 1 + clip_high)

@@ -5,8 +5,8 @@
 
 Source: Xu et al. 2024, https://arxiv.org/abs/2401.08417
 Differs from the paper: the likelihood is a mean over the tokens of the response.
-Differs from TRL: which averages it over the tokens of a micro-batch, which accumulation
-changes; here each response counts the same.
+Differs from TRL: TRL averages it over the tokens of a micro-batch, so that accumulation
+changes the loss; here each response has the same weight.
 """
 
 import jax

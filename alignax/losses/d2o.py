@@ -1,14 +1,14 @@
-"""D²O: learning from human negatives alone, against the policy's own samples.
+"""D²O: human negatives alone are compared with the policy's own samples.
 
   h = β/K Σ_i log π(y_i)/π⁻(y_i) - α log π(y⁻)/π⁺(y⁻)
   L = -log σ(h)
 
 π⁻ is a harmful and π⁺ a helpful reference; both may be the same frozen model. By convexity
-L is at most the mean of the K losses of single pairs; K = 1 with one reference is DPO.
+L is at most the mean of the K losses of single pairs. K = 1 with one reference is DPO.
 
 Source: Duan et al. 2024, https://arxiv.org/abs/2403.03419
-Differs from the paper: the samples y_i are those of the data; sampling them anew from the
-policy is the source's business.
+Differs from the paper: the samples y_i are those of the data; the loss does not sample from
+the policy.
 """
 
 import jax
@@ -31,7 +31,7 @@ def loss(
       policy: logps [B, K+1, T]; the negative is the last valid response of a prompt, the
         valid ones before it are its samples, so K may differ from prompt to prompt.
       batch: valid [B, K+1]; extra 'helpful_logps' and 'harmful_logps' [B, K+1, T]. A
-        prompt whose negative is not to be used must be invalid as a whole.
+        prompt whose negative must not be used has no valid response.
       beta: KL strength on the samples, > 0.
       alpha: KL strength on the negative, > 0.
 
@@ -41,7 +41,7 @@ def loss(
       and 'log_ratio_negative' (nats).
 
     Raises:
-      ValueError: a single response to each prompt.
+      ValueError: a single response per prompt.
     """
     lists.check(batch, "d2o compares", "the samples first and the negative last")
     after = jnp.cumsum(batch.valid[:, ::-1], -1)[:, ::-1]  # valid ones from here on

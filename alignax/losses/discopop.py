@@ -1,14 +1,14 @@
-"""DiscoPOP: the log-ratio modulated loss, found by a language model.
+"""DiscoPOP: the log-ratio modulated loss, which a language model proposed.
 
   z = β [log-ratio(y⁺) - log-ratio(y⁻)], each Σ_t log π/π_ref;  m = σ(z/τ)
   L = (1-m) · -log σ(z) + m · e⁻ᶻ
 
-Not convex: between the logistic loss on the left and the exponential one on the right
-there is a bump near z = 0.
+The loss is not convex: it has a local maximum near z = 0, between the logistic loss on the
+left and the exponential loss on the right.
 
 Source: Lu et al. 2024, https://arxiv.org/abs/2406.08414
-Differs from the paper: m e⁻ᶻ is one exponential, whose exponent is at most 80; only a
-τ > 1 could exceed it.
+Differs from the paper: m e⁻ᶻ is computed as one exponential, whose exponent is clipped at
+80; it can exceed 80 for τ > 1 alone.
 """
 
 import jax
@@ -26,13 +26,13 @@ CEILING = 80.0  # float32 overflows at e^88
 def loss(
     policy: Scores, batch: Batch, *, beta: Number = 0.05, tau: Number = 0.05
 ) -> tuple[Float[Array, " B"], Metrics]:
-    """Blend of the logistic and the exponential loss by the sign of the margin.
+    """Logistic and exponential loss, mixed by the sign of the margin.
 
     Args:
       policy: logps [B, 2, T]; slot 0 chosen, slot 1 rejected.
       batch: ref_logps [B, 2, T], valid [B, 2].
       beta: KL strength, > 0.
-      tau: margin over which the blend turns, > 0.
+      tau: scale of the margin over which the mixture weight changes, > 0.
 
     Returns:
       As `pairs.outcome`, of implicit rewards; 'log_ratio_chosen' and

@@ -25,7 +25,7 @@ def loss(
     Args:
       policy: logps [B, 2, T]; slot 0 chosen, slot 1 rejected.
       batch: ref_logps [B, 2, T], mask [B, 2, T], valid [B, 2].
-      beta: KL strength, > 0; about the length of a response larger than DPO's.
+      beta: KL strength, > 0; larger than DPO's by about the length of a response.
 
     Returns:
       As `pairs.outcome`, of β times the mean log-ratios; 'log_ratio_chosen' and

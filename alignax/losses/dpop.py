@@ -1,11 +1,11 @@
-"""DPO-Positive: DPO that pays for making the chosen response less likely.
+"""DPO-Positive: DPO with a penalty on making the chosen response less likely.
 
   ρ = Σ_t log π/π_ref
   L = -log σ(β [ρ⁺ - ρ⁻ - λ max(0, -ρ⁺)])
 
 Source: Pal et al. 2024 (Smaug), https://arxiv.org/abs/2402.13228
-Differs from the paper: nothing. At ρ⁺ = 0, where training starts, the penalty has no
-slope.
+Differs from the paper: nothing. At ρ⁺ = 0, where training starts, the gradient of the
+penalty is 0.
 """
 
 import jax
@@ -21,7 +21,7 @@ RANGES = {"beta": "(0, inf)", "lam": "[0, inf)"}
 def loss(
     policy: Scores, batch: Batch, *, beta: Number = 0.3, lam: Number = 50.0
 ) -> tuple[Float[Array, " B"], Metrics]:
-    """Logistic loss with a penalty inside for a chosen log-ratio below 0.
+    """Logistic loss of a margin less a penalty for a chosen log-ratio below 0.
 
     Args:
       policy: logps [B, 2, T]; slot 0 chosen, slot 1 rejected.
@@ -34,7 +34,7 @@ def loss(
       and 'penalty' (nats).
     """
     chosen, rejected = pairs.log_ratios(policy, batch)
-    penalty = jax.nn.relu(-chosen)  # no slope at 0: the first step is DPO's
+    penalty = jax.nn.relu(-chosen)  # gradient 0 at 0: the first step is DPO's
     margin = beta * (chosen - rejected - lam * penalty)
     return pairs.implicit_outcome(
         batch, -jax.nn.log_sigmoid(margin), chosen, rejected, beta, penalty=penalty

@@ -3,7 +3,7 @@
   h = log-ratio(y⁺) - log-ratio(y⁻), each Σ_t log π/π_ref;  q = σ(βh)
   L = q log(q / (1-ε)) + (1-q) log((1-q) / ε)
 
-DPO is the same pair of Bernoulli laws with the KL the other way round.
+DPO is the other KL divergence between the same two Bernoulli distributions.
 
 Source: Ji et al. 2024, https://arxiv.org/abs/2402.00856, equation 16 with K = 2
 Differs from the paper: nothing.

@@ -1,4 +1,4 @@
-"""f-DPO: DPO under another divergence from the reference than the reverse KL.
+"""f-DPO: DPO regularised by another divergence from the reference than the reverse KL.
 
   ρ = Σ_t log π/π_ref;  s = f'(e^ρ) up to a constant
   L = -log σ(β (s⁺ - s⁻))
@@ -10,8 +10,8 @@
   alpha          (u^(α-1) - 1) / (α-1)     (e^((α-1)ρ) - 1) / (α-1)
 
 Source: Wang et al. 2023, https://arxiv.org/abs/2309.16240
-Differs from the paper: its α is 1 - α here, as in TRL; either way the ends of [0, 1]
-are the two KLs. Exponents are at most CEILING: beyond, a side has no gradient.
+Differs from the paper: its α is 1 - α here, as in TRL; α = 0 and α = 1 are the two KLs in
+either convention. Exponents are clipped at CEILING, beyond which a side has no gradient.
 Differs from TRL: its 'alpha_divergence' is clipped at 80 and its 'forward_kl' not at all.
 """
 
@@ -36,7 +36,7 @@ def loss(
     divergence: str = "alpha",
     alpha: Number = 0.5,
 ) -> tuple[Float[Array, " B"], Metrics]:
-    """Logistic loss on the difference of rewards that a divergence implies.
+    """Logistic loss on the difference of the rewards implied by a divergence.
 
     Args:
       policy: logps [B, 2, T]; slot 0 chosen, slot 1 rejected.

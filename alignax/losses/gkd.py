@@ -1,12 +1,12 @@
-"""Distillation: the exact KL to a frozen teacher, one way, the other, or a mix.
+"""Distillation: the exact forward or reverse KL to a frozen teacher, or a mixture of both.
 
   L = Σ_t w_t [(1-λ) KL(π_teacher ‖ π) + λ KL(π ‖ π_teacher)]
 
 Source: Agarwal et al. 2023 (GKD), https://arxiv.org/abs/2306.13649; λ = 0 is word-level
 distillation (Kim & Rush 2016, https://arxiv.org/abs/1606.07947)
-Differs from the paper: a mix of the two KLs, not of the two laws (a Jensen-Shannon
-divergence); whose responses are scored is the data's choice, not the loss's.
-Differs from TRL: every response token counts, whatever its micro-batch.
+Differs from the paper: a mixture of the two KLs, not of the two distributions (which would
+be a Jensen-Shannon divergence); the data decide whose responses are scored.
+Differs from TRL: all response tokens of a step have the same weight, in every micro-batch.
 """
 
 from jaxtyping import Array, Float

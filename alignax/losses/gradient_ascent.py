@@ -1,14 +1,14 @@
-"""Gradient ascent: unlearning that makes the forgotten rows ever less likely.
+"""Gradient ascent: unlearning by maximising the negative log-likelihood of forget rows.
 
   forget: L = 1/|y| Σ_t log π(y)
   retain: L = -c/|y| Σ_t log π(y)
 
-With c = 0 it is plain gradient ascent; it has no minimum, which is why NPO exists.
+With c = 0 it is plain gradient ascent. It is not bounded below; NPO is.
 
 Source: the baselines of Zhang et al. 2024, https://arxiv.org/abs/2404.05868, and of TOFU
 (Maini et al. 2024), https://arxiv.org/abs/2401.06121, where c = 1 is gradient difference
-Differs from the paper: every response counts the same, not every token of a micro-batch;
-the share of forget rows in a step (config.mixture) also weighs the two terms.
+Differs from the paper: every response has the same weight, not every token of a batch; the
+share of forget rows in a step (config.mixture) also weighs the two terms.
 """
 
 from jaxtyping import Array, Float
@@ -23,7 +23,7 @@ RANGES = {"retain_weight": "[0, inf)"}
 def loss(
     policy: Scores, batch: Batch, *, retain_weight: Number = 1.0
 ) -> tuple[Float[Array, " B"], Metrics]:
-    """Likelihood, with a minus on retain rows.
+    """Mean log-probability of forget rows, and its negative on retain rows.
 
     Args:
       policy: logps [B, G, T].

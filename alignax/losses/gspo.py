@@ -1,4 +1,4 @@
-"""GSPO: one ratio a response, because one reward a response.
+"""GSPO: one importance ratio per response, as there is one reward per response.
 
   L = -Σ_i w_i min(s_i A_i, clip(s_i, 1 - ε_low, 1 + ε_high) A_i)
   s_i = exp( 1/|y_i| Σ_t log [π(y_t) / π_old(y_t)] ),   A_i = mean_t A_t
@@ -30,13 +30,13 @@ def loss(
     Args:
       policy: logps [B, G, T].
       batch: old_logps, advantages, mask [B, G, T]; valid [B, G].
-      clip_low, clip_high: ε, how far a response's ratio is followed below and above 1.
-      reduction: 'sequence' counts responses the same; 'token' and 'constant', as in
-        `masked.token_weights`, by their length.
+      clip_low, clip_high: ε, clipping range of a response's ratio below and above 1.
+      reduction: 'sequence' gives each response the same weight; 'token' and 'constant', as
+        in `masked.token_weights`, weigh a response by its length.
 
     Returns:
       [B] values, and metrics 'ratio', 'clipped' (share of tokens whose response is
-      beyond) and 'approx_kl' (k3 of the ratio, nats a token).
+      outside the range) and 'approx_kl' (k3 of the ratio, nats per token).
     """
     log_rho = ratios.log_ratio(policy, batch)
     weights = masked.token_weights(batch, reduction)

@@ -21,12 +21,12 @@ RANGES = {"beta": "(0, inf)"}
 def loss(
     policy: Scores, batch: Batch, *, beta: Number = 0.05
 ) -> tuple[Float[Array, " B"], Metrics]:
-    """How far the margin of implicit rewards is short of 1.
+    """1 minus the margin of implicit rewards, at least 0.
 
     Args:
       policy: logps [B, 2, T]; slot 0 chosen, slot 1 rejected.
       batch: ref_logps [B, 2, T], valid [B, 2].
-      beta: reward per nat of log-ratio, > 0; 1/β is the margin asked for, in nats.
+      beta: reward per nat of log-ratio, > 0; 1/β is the target margin, in nats.
 
     Returns:
       As `pairs.outcome`, of implicit rewards; 'log_ratio_chosen' and

@@ -1,4 +1,4 @@
-"""Identity preference optimisation: the margin is pulled to a finite target.
+"""Identity preference optimisation: squared distance of the margin from a finite target.
 
   h = log-ratio(y⁺)/|y⁺| - log-ratio(y⁻)/|y⁻|, each Σ_t log π/π_ref
   L = (h - 1/(2β))²

@@ -1,9 +1,9 @@
-"""Kahneman-Tversky optimisation: single responses, each good or bad on its own.
+"""Kahneman-Tversky optimisation: single responses with a binary label each.
 
   ρ = Σ_t log π(y)/π_ref(y),   z = max(0, mean over prompts of ρ of a mismatched response)
   L = λ_D σ(-β (ρ - z)) if y is desirable,   λ_U σ(β (ρ - z)) if it is not
 
-z estimates the KL from the reference, from answers to other prompts; it has no gradient.
+z estimates the KL to the reference, from answers to other prompts; it has no gradient.
 
 Source: Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306
 Differs from the paper: nothing.
@@ -35,7 +35,7 @@ def loss(
     desirable_weight: Number = 1.0,
     undesirable_weight: Number = 1.0,
 ) -> tuple[Float[Array, " B"], Metrics]:
-    """How far a response is on the wrong side of the step's KL, through a sigmoid.
+    """Sigmoid of β times the distance of the log-ratio from z, on the wrong side of z.
 
     Args:
       policy: logps [B, 2, T]; slot 0 the labelled response, slot 1 a mismatched one,
@@ -53,7 +53,7 @@ def loss(
       responses), 'log_ratio' (ρ, nats) and 'kl' (z, nats).
 
     Raises:
-      ValueError: the batch does not hold two responses to each prompt.
+      ValueError: the batch does not hold two responses per prompt.
     """
     group = batch.tokens.shape[1]
     if group != 2:

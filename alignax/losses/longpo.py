@@ -1,14 +1,14 @@
-"""LongPO: a long context is to be answered as the short one in it already is.
+"""LongPO: preferences under a short context are transferred to the long context around it.
 
   h = [log π(y⁺|x_L) - log π_ref(y⁺|x_S)] - [log π(y⁻|x_L) - log π_ref(y⁻|x_S)]
   L = -λ log σ(βh) - 1/|y⁺| Σ_t log π(y⁺|x_L)
 
-x_S is the part of the long context x_L that the question is about; y⁺ was sampled under
-x_S and y⁻ under x_L. The tokens of the batch are those under x_L; `config.reference_data`
-names the same examples under x_S, which the reference reads instead.
+x_S is the part of the long context x_L that the question is about. y⁺ was sampled given
+x_S, y⁻ given x_L. The batch holds the responses after x_L. `config.reference_data` names
+the same examples after x_S, on which the reference's log-probabilities are computed.
 
 Source: Chen et al. 2025, https://arxiv.org/abs/2502.13922
-Differs from the paper: the likelihood term is a mean over the response's tokens, its
+Differs from the paper: the likelihood term is a mean over the response's tokens; the
 context is not scored.
 """
 
@@ -29,7 +29,7 @@ def loss(
     beta: Number = 0.01,
     lam: Number = 0.01,
 ) -> tuple[Float[Array, " B"], Metrics]:
-    """DPO with a reference that reads the short context, and the likelihood of chosen.
+    """DPO with a reference given the short context, plus the NLL of the chosen response.
 
     Args:
       policy: logps [B, 2, T] under the long context; slot 0 chosen, slot 1 rejected.
@@ -42,7 +42,7 @@ def loss(
       As `pairs.outcome`, of implicit rewards; 'nll' (of chosen, nats per token).
 
     Raises:
-      ValueError: the batch does not hold two responses to each prompt.
+      ValueError: the batch does not hold two responses per prompt.
     """
     chosen, rejected = pairs.log_ratios(policy, batch)
     nll = pairs.chosen_nll(policy, batch)

@@ -1,11 +1,11 @@
-"""NCA on pairs: noise-contrastive alignment, which holds the chosen likelihood up.
+"""NCA on pairs: noise-contrastive alignment, which keeps the chosen likelihood high.
 
   r = β Σ_t log π/π_ref
   L = -log σ(r⁺) - ½ log σ(-r⁺) - ½ log σ(-r⁻)
 
 Source: Chen et al. 2024, https://arxiv.org/abs/2402.05369
-Differs from the paper: its K responses with explicit rewards are two here, with all the
-reward on the chosen one.
+Differs from the paper: its K responses with explicit rewards are two here, and the chosen
+one has all of the reward.
 """
 
 import jax

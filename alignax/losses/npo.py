@@ -1,4 +1,4 @@
-"""Negative preference optimisation: forgetting that slows down as it succeeds.
+"""Negative preference optimisation: unlearning whose gradient vanishes as it succeeds.
 
   forget: L = 2/β log [1 + (π(y)/π_ref(y))^β]
   retain: L = -c/|y| Σ_t log π(y)
@@ -7,9 +7,9 @@ The gradient on a forget row is that of gradient ascent times 2σ(β log π/π_r
 at the reference and vanishes as the row is forgotten; small β is gradient ascent.
 
 Source: Zhang et al. 2024, https://arxiv.org/abs/2404.05868
-Differs from the paper: every response counts the same, so the share of forget rows in a
+Differs from the paper: every response has the same weight, so the share of forget rows in a
 step (config.mixture; 1:1 in the paper) also weighs the two terms. The retain term is NLL;
-the variant with a KL term instead is not here.
+losses.npo_kl has the variant with a KL term.
 """
 
 import jax
@@ -25,7 +25,7 @@ RANGES = {"beta": "(0, inf)", "retain_weight": "[0, inf)"}
 def loss(
     policy: Scores, batch: Batch, *, beta: Number = 0.1, retain_weight: Number = 1.0
 ) -> tuple[Float[Array, " B"], Metrics]:
-    """DPO without the chosen side on forget rows, likelihood on retain rows.
+    """DPO without the chosen side on forget rows, NLL on retain rows.
 
     Args:
       policy: logps [B, G, T].

@@ -1,9 +1,9 @@
-"""NPO that keeps the rest by its KL to the reference instead of by likelihood.
+"""NPO whose retain term is the KL to the reference instead of the likelihood.
 
   forget: L = 2/β log [1 + (π(y)/π_ref(y))^β]
   retain: L = c/|y| Σ_t KL(π_ref(·|x, y_<t) ‖ π(·|x, y_<t))
 
-Small β is gradient ascent with the same term (GA + KL).
+For small β it is gradient ascent with the same retain term (GA + KL).
 
 Source: Zhang et al. 2024, https://arxiv.org/abs/2404.05868
 Differs from the paper: as losses.npo; the KL is a mean over each response's scored

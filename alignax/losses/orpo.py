@@ -5,10 +5,10 @@
 
 Source: Hong et al. 2024, https://arxiv.org/abs/2403.07691
 Differs from the paper: the likelihood is that of the response alone; the authors' code
-scores the prompt too. A mean log-prob within float32's rounding of 0 counts as that
-rounding, where the odds are still finite.
+scores the prompt too. A mean log-probability is at most CERTAIN, where the odds are still
+finite.
 Differs from TRL: likewise, and TRL averages the likelihood over the tokens of a
-micro-batch, which accumulation changes; here each response counts the same.
+micro-batch, so that accumulation changes the loss; here each response has the same weight.
 """
 
 import jax
@@ -20,7 +20,7 @@ from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps",)
 RANGES = {"lam": "[0, inf)"}
-CERTAIN = -1.2e-7  # nats; float32 cannot tell log-probs above from 0
+CERTAIN = -1.2e-7  # nats; in float32, exp of a number closer to 0 is 1
 
 
 def loss(

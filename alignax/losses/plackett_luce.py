@@ -4,8 +4,8 @@
   L   = Σ_k log [1 + Σ_{i below k} exp(r_i - r_k)]
 
 Source: Rafailov et al. 2023, appendix A.3, https://arxiv.org/abs/2305.18290
-Differs from the paper: a response is compared with those of strictly lower feedback
-only. Without ties that is the paper's likelihood; tied responses are never compared.
+Differs from the paper: a response is only compared with those of strictly lower feedback.
+Without ties this is the paper's likelihood; tied responses are never compared.
 """
 
 from jaxtyping import Array, Float
@@ -31,7 +31,7 @@ def loss(
       As `lists.outcome`, of implicit rewards; values in nats, 0 where nothing is ordered.
 
     Raises:
-      ValueError: a single response to each prompt.
+      ValueError: a single response per prompt.
     """
     lists.check(batch, "plackett_luce orders")
     return lists.plackett_luce(batch, beta * masked.log_ratios(policy, batch))

@@ -1,13 +1,13 @@
-"""PoFT: fine-tuning that asks to be more likely than aligned models find the same data.
+"""PoFT: the policy's likelihood of the data is preferred to that of aligned models.
 
   L = -log σ(β [m_π(y) - 1/M Σ_j m_j(y)] + γ),   m = 1/|y| Σ_t log p(y)
 
-Its gradient is that of fine-tuning, weighed by σ(-·): data that the aligned models find
-unlikely are soon outdone and stop counting.
+Its gradient is that of fine-tuning times σ(-·), so that data which are unlikely under the
+aligned models soon have little weight.
 
 Source: Fan et al. 2024, https://arxiv.org/abs/2412.12865
-Differs from the paper: only response tokens are scored, by the policy and by the M aligned
-models alike, and these share the policy's tokenizer.
+Differs from the paper: only response tokens are scored, under the policy and under the M
+aligned models, which share the policy's tokenizer.
 """
 
 import fnmatch
@@ -18,21 +18,21 @@ from jaxtyping import Array, Float
 from alignax import masked
 from alignax.batch import Batch, Metrics, Number, Scores
 
-NEEDS = ("logps", "aligned*_logps")  # of every frozen LM whose name begins so
+NEEDS = ("logps", "aligned*_logps")  # of every frozen LM named 'aligned*'
 RANGES = {"beta": "(0, inf)"}
 
 
 def loss(
     policy: Scores, batch: Batch, *, beta: Number = 1.0, gamma: Number = 0.0
 ) -> tuple[Float[Array, " B"], Metrics]:
-    """Bradley-Terry between the policy and the mean of M frozen models.
+    """Bradley-Terry loss between the policy and the mean of M frozen models.
 
     Args:
       policy: logps [B, G, T]; every response is data to learn from (usually G=1).
       batch: mask [B, G, T], valid [B, G]; extra [B, G, T] of each of the M >= 1 models:
         'aligned_logps', or any other column called 'aligned*_logps'.
       beta: scale of the difference of mean log-probabilities, > 0.
-      gamma: added to the logit; below 0 it asks for more than the aligned models.
+      gamma: added to the logit; below 0 the target likelihood is above the aligned models'.
 
     Returns:
       [B] values in nats, means over a prompt's responses, and metrics 'gradient_weight'

@@ -1,17 +1,18 @@
-"""Policy gradient with clipped ratios: REINFORCE, GRPO, Dr. GRPO and DAPO by numbers.
+"""Policy gradient with clipped ratios: REINFORCE, GRPO, Dr. GRPO and DAPO.
 
   L = -Σ_t w_t min(ρ_t A_t, clip(ρ_t, 1 - ε_low, 1 + ε_high) A_t),   ρ_t = π(y_t)/π_old(y_t)
 
-On fresh responses ρ = 1 and the gradient is REINFORCE's, -Σ w_t A_t ∇log π(y_t). The
-weights w are those of a mean over tokens of the whole step (DAPO, which clips at .2 and
-.28), over each response and then over responses (GRPO), or over a constant length (Dr.
-GRPO). With the KL in the loss: policy_gradient_kl; in the reward: shaping/kl.
+At the first step on a rollout ρ = 1 and the gradient is REINFORCE's,
+-Σ w_t A_t ∇log π(y_t). The weights w are those of a mean over all tokens of the step (DAPO,
+which clips at .2 and .28), over each response and then over responses (GRPO), or over a
+constant length (Dr. GRPO). The KL to the reference is in the loss in policy_gradient_kl, in
+the reward with shaping/kl.
 
 Source: Williams 1992, https://doi.org/10.1007/BF00992696; Schulman et al. 2017,
 https://arxiv.org/abs/1707.06347; Shao et al. 2024, https://arxiv.org/abs/2402.03300; Liu
 et al. 2025, https://arxiv.org/abs/2503.20783; Yu et al. 2025,
 https://arxiv.org/abs/2503.14476
-Differs from the papers: nothing; which of them it is, the numbers say.
+Differs from the papers: nothing; the hyper-parameters select the method.
 """
 
 from jaxtyping import Array, Float
@@ -37,13 +38,13 @@ def loss(
     Args:
       policy: logps [B, G, T].
       batch: old_logps, advantages, mask [B, G, T]; valid [B, G].
-      clip_low, clip_high: ε, how far a ratio is followed below and above 1.
+      clip_low, clip_high: ε, clipping range of a ratio below and above 1.
       cap: c of dual clipping: where A < 0, ρ counts as at most c > 1.
       reduction: 'token', 'sequence' or 'constant', as in `masked.token_weights`.
 
     Returns:
-      [B] values, and metrics 'ratio', 'clipped' (share of tokens), 'approx_kl' (nats a
-      token, to the law that sampled).
+      [B] values, and metrics 'ratio', 'clipped' (share of tokens), 'approx_kl' (nats per
+      token, to the behaviour policy).
     """
     gain, metrics = ratios.clipped_surrogate(policy, batch, clip_low, clip_high, cap)
     return -masked.reduce_tokens(gain, batch, reduction), metrics

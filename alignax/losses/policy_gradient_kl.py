@@ -1,12 +1,14 @@
-"""Clipped policy gradient with the KL to the reference in the loss, as GRPO has it.
+"""Clipped policy gradient with the KL to the reference in the loss, as in GRPO.
 
   L = Σ_t w_t [β k(l_t) - min(ρ_t A_t, clip(ρ_t, 1 - ε_low, 1 + ε_high) A_t)]
   l_t = log π(y_t) - log π_ref(y_t)
 
-The estimator k is explicit, because their gradients are not those of one quantity: see
-`ratios.kl`. k1 is refused. None has the gradient of the responses' KL(π ‖ π_ref): a token
-does not pay for where it leads, only for its own law at the prefixes that were sampled.
-What is exact at a KL strength (a tabulated optimum) needs the penalty of shaping/kl.py.
+The estimator k must be chosen, because the estimators have gradients of different
+quantities: see `ratios.kl`. k1 is refused. No estimator in a loss has the gradient of
+KL(π ‖ π_ref) between distributions of responses: the loss is the KL of next-token
+distributions at the sampled prefixes, and the effect of a token on later prefixes is
+missing. A method that depends on the exact KL strength (a tabulated optimum) needs the
+penalty of shaping/kl.py.
 
 Source: Shao et al. 2024, https://arxiv.org/abs/2402.03300 (k3)
 Differs from the paper: the default is k3+, the value of k3 with the gradient of the
@@ -39,16 +41,16 @@ def loss(
       policy: logps [B, G, T].
       batch: old_logps, advantages, ref_logps, mask [B, G, T]; valid [B, G].
       beta: strength of the KL, > 0.
-      clip_low, clip_high: ε, how far a ratio is followed below and above 1.
+      clip_low, clip_high: ε, clipping range of a ratio below and above 1.
       estimator: of the KL: 'k2', 'k3' or 'k3+'.
       reduction: 'token', 'sequence' or 'constant', as in `masked.token_weights`.
 
     Returns:
-      [B] values, and metrics 'ratio', 'clipped' (share of tokens), 'approx_kl' (nats a
-      token, to the law that sampled), 'kl' (nats a token, to the reference).
+      [B] values, and metrics 'ratio', 'clipped' (share of tokens), 'approx_kl' (nats per
+      token, to the behaviour policy), 'kl' (nats per token, to the reference).
 
     Raises:
-      ValueError: an unknown estimator, k1 among them, or no ref_logps.
+      ValueError: k1 or an unknown estimator, or no ref_logps.
     """
     gain, metrics = ratios.clipped_surrogate(policy, batch, clip_low, clip_high)
     k = ratios.kl(policy, batch, estimator)

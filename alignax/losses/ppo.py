@@ -35,13 +35,13 @@ def loss(
       policy: logps, state_values [B, G, T].
       batch: old_logps, advantages, mask [B, G, T]; extra 'old_values' and 'returns'
         [B, G, T]; valid [B, G].
-      clip: ε, how far a ratio is followed from 1.
-      value_clip: ε_v, how far a value is followed from the old one, in reward.
+      clip: ε, clipping range of a ratio around 1.
+      value_clip: ε_v, clipping range of a value around the old one, in units of the reward.
       value_weight: c, >= 0.
       reduction: 'token', 'sequence' or 'constant', as in `masked.token_weights`.
 
     Returns:
-      [B] values, and metrics 'ratio', 'clipped' (share of tokens), 'approx_kl' (nats a
+      [B] values, and metrics 'ratio', 'clipped' (share of tokens), 'approx_kl' (nats per
       token), 'value_error' (mean square) and 'value' (mean).
 
     Raises:

@@ -1,4 +1,4 @@
-"""Preference ranking optimisation: a ranking whose temperatures are gaps of reward.
+"""Preference ranking optimisation: a list loss with inverse temperatures from reward gaps.
 
   s_i = 1/|y_i| Σ_t log π(y_i),   1/T_k^i = f_k - f_i,   1/T_k^k = max_{i below k} 1/T_k^i
   L   = Σ_k log [1 + Σ_{i below k} exp(s_i/T_k^i - s_k/T_k^k)] - λ s_best
@@ -34,7 +34,7 @@ def loss(
       likewise.
 
     Raises:
-      ValueError: a single response to each prompt.
+      ValueError: a single response per prompt.
     """
     lists.check(batch, "pro ranks", "or losses.sft")
     score = lists.mean_log_probs(policy, batch)

@@ -3,8 +3,8 @@
   h = log-ratio(y⁺) - log-ratio(y⁻), each Σ_t log π/π_ref
   L = -log σ(βh + α (|y⁺| - |y⁻|))
 
-The policy is the best one for the reward less α a token: where the labels favour
-length, the length term explains them and h need not.
+The optimal policy is that of the reward less α per token. Where the labels favour longer
+responses, the length term accounts for it instead of h.
 
 Source: Park et al. 2024, https://arxiv.org/abs/2403.19159
 Differs from the paper: nothing.
@@ -23,13 +23,13 @@ RANGES = {"beta": "(0, inf)", "alpha": "[0, inf)"}
 def loss(
     policy: Scores, batch: Batch, *, beta: Number = 0.1, alpha: Number = 0.01
 ) -> tuple[Float[Array, " B"], Metrics]:
-    """Logistic loss on implicit rewards plus what length is worth.
+    """Logistic loss on implicit rewards plus α times the difference of lengths.
 
     Args:
       policy: logps [B, 2, T]; slot 0 chosen, slot 1 rejected.
       batch: ref_logps [B, 2, T], mask [B, 2, T], valid [B, 2].
       beta: KL strength, > 0.
-      alpha: reward per token that the policy shall not pursue, >= 0; 0 is DPO.
+      alpha: reward per token that is attributed to length, >= 0; 0 is DPO.
 
     Returns:
       As `pairs.outcome`, of implicit rewards (without the length term);

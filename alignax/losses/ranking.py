@@ -1,13 +1,12 @@
-"""ACT's ranking loss: a gap in constraint satisfaction asks for a gap in likelihood.
+"""ACT's ranking loss: a hinge whose margin grows with the gap in constraint satisfaction.
 
   s_i = 1/|y_i| Σ_t log π(y_i)
   L   = Σ_{f_i > f_j} max(0, s_j - s_i + m (f_i - f_j)) - λ s_best
 
 Source: Wang et al. 2024, https://arxiv.org/abs/2403.06326
-Differs from the paper: m and λ are not stated there as numbers to reuse, so the defaults
-are ours. The margin grows with the gap of the feedback (a satisfaction rate, or a rank if
-that is what the feedback holds); of several best responses the first is imitated, and ties
-are never compared.
+Differs from the paper: it states no numbers for m and λ, so the defaults are ours. The
+margin grows with the gap of the feedback (a satisfaction rate, or a rank, depending on the
+data); of several best responses the first is imitated, and ties are never compared.
 """
 
 from jaxtyping import Array, Float
@@ -27,7 +26,7 @@ def loss(
     Args:
       policy: logps [B, G, T], G >= 2.
       batch: mask [B, G, T], feedback [B, G] (higher is better), valid [B, G].
-      margin: nats per token asked for a unit of feedback, >= 0; 0 is RRHF.
+      margin: m, nats per token per unit of feedback, >= 0; 0 is RRHF.
       lam: λ, weight of the best response's mean nats per token, >= 0.
 
     Returns:
@@ -35,7 +34,7 @@ def loss(
       likewise.
 
     Raises:
-      ValueError: a single response to each prompt.
+      ValueError: a single response per prompt.
     """
     lists.check(batch, "ranking compares", "or losses.sft")
     score = lists.mean_log_probs(policy, batch)

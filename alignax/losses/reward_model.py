@@ -5,8 +5,8 @@
 Source: Ouyang et al. 2022, https://arxiv.org/abs/2203.02155 (pairwise loss); the margin
 is Llama 2's, https://arxiv.org/abs/2307.09288; the centring term is Eisenstein et al.'s,
 https://arxiv.org/abs/2312.09244
-Differs from the paper: the reward is the scalar head on the last *scored* token, found
-from the mask, so that neither padding nor template tokens after EOS can be read.
+Differs from the paper: the reward is the scalar head on the last *scored* token of the
+mask, so that neither padding nor template tokens after EOS are read.
 """
 
 import jax
@@ -27,8 +27,8 @@ def loss(
     Args:
       policy: values [B, 2, T]; slot 0 chosen, slot 1 rejected.
       batch: mask [B, 2, T], valid [B, 2].
-      margin: how far apart rewards must be, >= 0.
-      centring: weight of the squared sum, >= 0; pins the free additive constant.
+      margin: m, subtracted from the difference of rewards, >= 0.
+      centring: c, weight of the squared sum, >= 0; it fixes the free additive constant.
 
     Returns:
       As `pairs.outcome`, of rewards; 'reward_chosen' and 'reward_rejected'.

@@ -4,8 +4,8 @@
 
 Source: Zhu et al. 2023 (K-wise comparisons), https://arxiv.org/abs/2301.11270; with two
 responses it is the pairwise loss of `reward_model`
-Differs from the paper: a response is compared with those of strictly lower feedback
-only. Without ties that is the paper's likelihood; tied responses are never compared.
+Differs from the paper: a response is only compared with those of strictly lower feedback.
+Without ties this is the paper's likelihood; tied responses are never compared.
 """
 
 from jaxtyping import Array, Float
@@ -27,7 +27,7 @@ def loss(policy: Scores, batch: Batch) -> tuple[Float[Array, " B"], Metrics]:
       As `lists.outcome`, of rewards; values in nats, 0 where nothing is ordered.
 
     Raises:
-      ValueError: a single response to each prompt.
+      ValueError: a single response per prompt.
     """
     lists.check(batch, "reward_plackett_luce orders", "or losses.reward_regression")
     return lists.plackett_luce(batch, masked.last(policy.values, batch.mask))

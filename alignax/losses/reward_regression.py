@@ -1,10 +1,10 @@
-"""Reward regression: the scalar head predicts the feedback itself.
+"""Reward regression: the scalar head predicts the feedback.
 
   L = 1/G Σ_i (r_i - f_i)²
 
 Source: Wang et al. 2024 (HelpSteer2), https://arxiv.org/abs/2406.08673
 Differs from the paper: one attribute, not five; the reward is the scalar head on the last
-*scored* token. Every prompt counts the same, however many responses it has.
+*scored* token. Every prompt has the same weight, whatever its number of responses.
 """
 
 from jaxtyping import Array, Float

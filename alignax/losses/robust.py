@@ -1,4 +1,4 @@
-"""Robust DPO: DPO when a known share of the labels is flipped.
+"""Robust DPO: an unbiased DPO loss when a known share of the labels is flipped.
 
   h = log-ratio(y⁺) - log-ratio(y⁻), each Σ_t log π/π_ref
   L = [-(1-ε) log σ(βh) + ε log σ(-βh)] / (1 - 2ε)

@@ -4,10 +4,10 @@
   L = -log σ(βh) - α log π(y⁺) / |y⁺|
 
 Source: Pang et al. 2024 (iterative RPO), https://arxiv.org/abs/2404.19733, with α = 1; Liu
-et al. 2024, https://arxiv.org/abs/2405.16436, reach it from pessimism, with α = 0.005
+et al. 2024, https://arxiv.org/abs/2405.16436, derive it from pessimism, with α = 0.005
 Differs from the paper: the loss of one iteration, on the pairs of the data.
 Differs from TRL: loss_type=['sigmoid', 'sft'] averages the likelihood over the tokens of
-a micro-batch, which accumulation changes; here each response counts the same.
+a micro-batch, so accumulation changes the loss; here each response has the same weight.
 """
 
 import jax

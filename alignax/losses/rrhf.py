@@ -1,4 +1,4 @@
-"""RRHF: responses are ranked by their mean log-probability, the best one is imitated.
+"""RRHF: ranks responses by their mean log-probability and imitates the best one.
 
   s_i = 1/|y_i| Σ_t log π(y_i)
   L   = Σ_{f_i > f_j} max(0, s_j - s_i) - λ s_best
@@ -6,7 +6,7 @@
 Source: Yuan et al. 2023, https://arxiv.org/abs/2304.05302 (λ = 1)
 Differs from the paper: the imitation term is a mean over the best response's tokens, so
 that its weight does not depend on length or padding; of several best responses the first
-is imitated, and ties are never compared.
+is imitated, and ties are never compared. It is losses.ranking at margin 0.
 """
 
 from jaxtyping import Array, Float
@@ -33,7 +33,7 @@ def loss(
       likewise.
 
     Raises:
-      ValueError: a single response to each prompt.
+      ValueError: a single response per prompt.
     """
     lists.check(batch, "rrhf ranks", "or losses.sft")
     score = lists.mean_log_probs(policy, batch)

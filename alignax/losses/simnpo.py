@@ -5,8 +5,8 @@
 
 Source: Fan et al. 2024, https://arxiv.org/abs/2410.07163
 Differs from the paper: the forget term has weight 1 and the retain term c, so their ratio
-is as there for c = 1/0.1375 on the 5 % forget set of TOFU; every response counts the same,
-so the share of forget rows in a step (config.mixture) also weighs the two terms.
+is as there for c = 1/0.1375 on the 5 % forget set of TOFU; every response has the same
+weight, so the share of forget rows in a step (config.mixture) also weighs the two terms.
 """
 
 import jax
@@ -27,14 +27,14 @@ def loss(
     gamma: Number = 0.0,
     retain_weight: Number = 1.0,
 ) -> tuple[Float[Array, " B"], Metrics]:
-    """A bounded push on forget rows, likelihood on retain rows.
+    """Softplus of the mean log-probability on forget rows, NLL on retain rows.
 
     Args:
       policy: logps [B, G, T].
       batch: mask [B, G, T]; feedback [B, G], <= 0.5 on forget rows and > 0.5 on retain
         rows; valid [B, G].
       beta: inverse temperature of the mean log-probability, > 0.
-      gamma: how much further a forget row is pushed, >= 0.
+      gamma: γ, added to the logit of a forget row, >= 0.
       retain_weight: weight c of a retain row's mean nats per token, >= 0.
 
     Returns:

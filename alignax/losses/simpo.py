@@ -1,4 +1,4 @@
-"""SimPO: length-normalised rewards without a reference, kept apart by a margin.
+"""SimPO: length-normalised rewards without a reference, with a target margin.
 
   r = β log π(y) / |y|
   L = -log σ(r⁺ - r⁻ - γ)
@@ -28,7 +28,7 @@ def loss(
       policy: logps [B, 2, T]; slot 0 chosen, slot 1 rejected.
       batch: mask [B, 2, T], valid [B, 2].
       beta: reward per nat, > 0.
-      gamma: γ, the margin of rewards asked for, >= 0 (the paper's γ, not its γ/β).
+      gamma: γ, the target margin of rewards, >= 0 (the paper's γ, not its γ/β).
 
     Returns:
       As `pairs.outcome`, of rewards r.

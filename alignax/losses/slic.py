@@ -4,8 +4,8 @@
   L = max(0, δ - Δ) - λ log π(y⁺) / |y⁺|
 
 Source: Zhao et al. 2023, https://arxiv.org/abs/2305.10425
-Differs from the paper: the likelihood is that of the chosen response, where the paper has
-a separate target of supervised fine-tuning, and a mean over its tokens.
+Differs from the paper: the likelihood is that of the chosen response and a mean over its
+tokens; the paper has a separate target of supervised fine-tuning.
 """
 
 import jax
@@ -21,12 +21,12 @@ RANGES = {"delta": "[0, inf)", "lam": "[0, inf)"}
 def loss(
     policy: Scores, batch: Batch, *, delta: Number = 1.0, lam: Number = 0.5
 ) -> tuple[Float[Array, " B"], Metrics]:
-    """How far the difference of log-probs is short of δ, plus the chosen response's NLL.
+    """Hinge on the difference of log-probs at margin δ, plus the chosen response's NLL.
 
     Args:
       policy: logps [B, 2, T]; slot 0 chosen, slot 1 rejected.
       batch: mask [B, 2, T], valid [B, 2].
-      delta: δ, the margin asked for, nats, >= 0.
+      delta: δ, the target margin, nats, >= 0.
       lam: λ, weight of the negative log-likelihood, >= 0.
 
     Returns:

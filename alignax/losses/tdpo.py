@@ -1,4 +1,4 @@
-"""Token-level DPO: the sequence KL of the rejected side is held to that of the chosen.
+"""Token-level DPO: a penalty keeps the rejected side's sequence KL near the chosen side's.
 
   D(y) = Σ_t KL(π_ref(·|x, y_<t) ‖ π(·|x, y_<t))
   L = -log σ(β [h - α (D(y⁻) - sg D(y⁺))]),   h = log-ratio(y⁺) - log-ratio(y⁻)
@@ -37,7 +37,7 @@ def loss(
 
     Returns:
       As `pairs.outcome`, of implicit rewards (the accuracy and the margin are those of h);
-      'kl_chosen' and 'kl_rejected' (nats a response).
+      'kl_chosen' and 'kl_rejected' (nats per response).
     """
     chosen, rejected = pairs.log_ratios(policy, batch)
     kl_chosen, kl_rejected = pairs.sides(policy.forward_kl.sum(-1), batch)

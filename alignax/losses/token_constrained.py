@@ -1,12 +1,12 @@
-"""Constrained fine-tuning: an aligned model stays as it is in its first tokens.
+"""Constrained fine-tuning: keeps an aligned model's distribution of the first tokens.
 
   L   = Σ_t w_t 2/β_t log [1 + (π_ref(y_t)/π(y_t))^β_t]
   β_t = 0.5 for t = 1,   2 for t = 2..5,   0.1 for t > 5
 
-π_ref is the aligned model that the run starts from, t counts scored tokens from 1. The
-gradient is that of fine-tuning times 2σ(β_t log π_ref/π): 1 at the start, vanishing once
-the policy says y_t more readily than the aligned model. Small β_t is fine-tuning, large
-β_t forbids to move.
+π_ref is the aligned model that the run starts from; t counts scored tokens from 1. The
+gradient is that of fine-tuning times 2σ(β_t log π_ref/π), which is 1 at the start and
+vanishes once y_t is more likely under the policy than under the aligned model. Small β_t is
+fine-tuning; large β_t keeps the policy at the aligned model.
 
 Source: Qi et al. 2024, https://arxiv.org/abs/2406.05946
 Differs from the paper: the loss itself is differentiated; the authors' code multiplies the

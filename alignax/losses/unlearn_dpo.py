@@ -4,8 +4,8 @@
   retain: L = -c/|y| Σ_t log π(y)
 
 Source: a baseline of Zhang et al. 2024, https://arxiv.org/abs/2404.05868
-Differs from the paper: every prompt counts the same, so the share of forget rows in a step
-(config.mixture; 1:1 in the paper) also weighs the two terms.
+Differs from the paper: every prompt has the same weight, so the share of forget rows in a
+step (config.mixture; 1:1 in the paper) also weighs the two terms.
 """
 
 import jax
@@ -22,7 +22,7 @@ RANGES = {"beta": "(0, inf)", "retain_weight": "[0, inf)"}
 def loss(
     policy: Scores, batch: Batch, *, beta: Number = 0.1, retain_weight: Number = 1.0
 ) -> tuple[Float[Array, " B"], Metrics]:
-    """DPO on forget prompts, likelihood of slot 0 on retain prompts.
+    """DPO on forget prompts, NLL of slot 0 on retain prompts.
 
     Args:
       policy: logps [B, 2, T]. A forget prompt has a refusal in slot 0 and the answer to
@@ -38,7 +38,7 @@ def loss(
       'retain_nll' (nats per token), 0 on forget prompts.
 
     Raises:
-      ValueError: the batch does not hold two responses to each prompt.
+      ValueError: the batch does not hold two responses per prompt.
     """
     refusal, answer = pairs.log_ratios(policy, batch)
     nll = pairs.chosen_nll(policy, batch)  # of slot 0

@@ -1,15 +1,16 @@
-"""CD-Q: a scalar head predicts its own next value, and at the end the reward.
+"""CD-Q: a scalar head predicts its own next value, and the reward at the last token.
 
   L = Σ_t w_t ½ (V(x, y_≤t) - sg[u_t])²,   u_t = V(x, y_≤t+1),   u_T = r
 
 Source: Mudgal et al. 2023, https://arxiv.org/abs/2310.17022
 Differs from the paper: u_t there is the mean of V over all next tokens under p. A scalar
-head says V of one prefix a call, so that mean would take V calls; on rollouts of p the
-token that was drawn has the same mean, and since u_t has no gradient (sg) and L is
-quadratic, the same expected gradient. The head is its own target: there is no second copy.
+head gives V of one prefix per forward pass, so that mean would take one pass per token of
+the vocabulary. On rollouts of p, V after the sampled token has the same mean. As u_t has no
+gradient (sg) and L is quadratic, the expected gradient is the same too. The head is its own
+target: there is no target network.
 
-On rollouts of p it is at rest where V(s) = E[r | s], as losses/value_mean, with less
-variance and a bias while the values after it are still wrong.
+On rollouts of p the expected gradient vanishes at V(s) = E[r | s], as for
+losses/value_mean. The gradient has less variance, and a bias while later values are wrong.
 """
 
 import jax
@@ -19,7 +20,7 @@ from alignax import masked, value_heads
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("values",)
-REQUIRES = {"rollout.keep": "all"}  # chosen responses are no sample of the law
+REQUIRES = {"rollout.keep": "all"}  # selected responses are not samples of p
 RANGES = {"radius": "(0, inf]"}
 
 
@@ -36,9 +37,9 @@ def loss(
     Args:
       policy: values [B, G, T], on the prefix that ends with each token.
       batch: feedback [B, G], the reward of the whole response; mask [B, G, T]; valid
-        [B, G]. The responses are samples of the law that is to be guided.
+        [B, G]. The responses are samples of the distribution that will be guided.
       centre: V = centre + radius tanh(head / radius), in the unit of the reward.
-      radius: above 0; inf leaves the head alone.
+      radius: above 0; inf applies no bound.
       reduction: 'token', 'sequence' or 'constant', as in `masked.token_weights`.
 
     Returns:

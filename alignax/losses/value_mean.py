@@ -1,13 +1,13 @@
-"""CD-FUDGE: a scalar head predicts, all along a response, what the response will earn.
+"""CD-FUDGE: at every token of a response, a scalar head predicts the response's reward.
 
   L = Σ_t w_t ½ (V(x, y_≤t) - r)²
 
-Source: Mudgal et al. 2023, https://arxiv.org/abs/2310.17022; before them Yang and Klein
-2021 (FUDGE), https://arxiv.org/abs/2104.05218
-Differs from the paper: the head may be squashed into a range, which bounds the guide it
-becomes; and it may be a mean over tokens or responses instead of a sum.
+Source: Mudgal et al. 2023, https://arxiv.org/abs/2310.17022; earlier Yang and Klein 2021
+(FUDGE), https://arxiv.org/abs/2104.05218
+Differs from the paper: the value may be bounded by a tanh, which also bounds the tilt in
+guided decoding; the loss may be a mean over tokens or responses instead of a sum.
 
-On rollouts of p, the minimum is V(s) = E[r | s]: what decoders/controlled.py tilts p by.
+On rollouts of p, the minimum is V(s) = E[r | s], by which decoders/controlled.py tilts p.
 """
 
 from jaxtyping import Array, Float
@@ -16,7 +16,7 @@ from alignax import masked, value_heads
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("values",)
-REQUIRES = {"rollout.keep": "all"}  # chosen responses are no sample of the law
+REQUIRES = {"rollout.keep": "all"}  # selected responses are not samples of p
 RANGES = {"radius": "(0, inf]"}
 
 
@@ -33,9 +33,9 @@ def loss(
     Args:
       policy: values [B, G, T], on the prefix that ends with each token.
       batch: feedback [B, G], the reward of the whole response; mask [B, G, T]; valid
-        [B, G]. The responses are samples of the law that is to be guided.
+        [B, G]. The responses are samples of the distribution that will be guided.
       centre: V = centre + radius tanh(head / radius), in the unit of the reward.
-      radius: above 0; inf leaves the head alone.
+      radius: above 0; inf applies no bound.
       reduction: 'token', 'sequence' or 'constant', as in `masked.token_weights`.
 
     Returns:

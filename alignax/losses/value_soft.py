@@ -1,18 +1,19 @@
-"""A soft value: what tilts a law token by token into its tilt by the whole reward.
+"""A soft value: token-level tilts by it give the distribution tilted by the whole reward.
 
   L = Σ_t w_t β² (e^δ - δ - 1),   δ = (r - V(x, y_≤t)) / β
 
 On rollouts of p the minimum is V(s) = β log E[e^{r/β} | s], and then the product over t of
-p(y_t | s) e^{V(s y_t)/β} / Z(s) is p(y) e^{r(y)/β} / Z. L compares e^{r/β} with e^{V/β} by
-the divergence of Itakura and Saito, which like every Bregman divergence is least at the
-mean, and unlike the square does not fade where V is far below the best reward.
+p(y_t | s) e^{V(s y_t)/β} / Z(s) is p(y) e^{r(y)/β} / Z. L is the Itakura-Saito divergence
+between e^{r/β} and e^{V/β}. Like every Bregman divergence it is least at the mean. Unlike
+the squared difference of these exponentials, its gradient does not vanish where V is far
+below the best reward.
 
-Source: Garg et al. 2023 (Gumbel regression), https://arxiv.org/abs/2301.02328; what the
-value is for: Zhao et al. 2024, https://arxiv.org/abs/2404.17546
+Source: Garg et al. 2023 (Gumbel regression), https://arxiv.org/abs/2301.02328; use of the
+value: Zhao et al. 2024, https://arxiv.org/abs/2404.17546
 Differs from the paper: the target is the reward of the rollout, not a value of the next
-state; beyond `limit` the exponential goes on as its tangent. β² keeps the scale: for
-β → ∞ this is losses/value_mean. The log of a mean has no unbiased one-token target, so
-there is no bootstrapped form with V inside a logarithm.
+state; beyond `limit` the exponential is replaced by its tangent. The factor β² keeps the
+scale: for β → ∞ this is losses/value_mean. The logarithm of a mean has no unbiased
+one-token target, so there is no bootstrapped form with V inside a logarithm.
 """
 
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from alignax import masked, value_heads
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("values",)
-REQUIRES = {"rollout.keep": "all"}  # chosen responses are no sample of the law
+REQUIRES = {"rollout.keep": "all"}  # selected responses are not samples of p
 RANGES = {"beta": "(0, inf)", "radius": "(0, inf]", "limit": "(0, inf)"}
 
 
@@ -41,12 +42,12 @@ def loss(
     Args:
       policy: values [B, G, T], on the prefix that ends with each token.
       batch: feedback [B, G], the reward of the whole response; mask [B, G, T]; valid
-        [B, G]. The responses are samples of the law that is to be guided.
-      beta: β, above 0, in the unit of the reward; the guide has the same.
-      limit: nats of δ above which e^δ is its tangent. At the minimum only responses with
-        less than e^-limit of probability from their prefix on can be above it.
+        [B, G]. The responses are samples of the distribution that will be guided.
+      beta: β, above 0, in the unit of the reward; the same as in guided decoding.
+      limit: value of δ, nats, above which e^δ is replaced by its tangent. At the minimum it
+        is exceeded only by responses with a probability below e^-limit given their prefix.
       centre: V = centre + radius tanh(head / radius), in the unit of the reward.
-      radius: above 0; inf leaves the head alone.
+      radius: above 0; inf applies no bound.
       reduction: 'token', 'sequence' or 'constant', as in `masked.token_weights`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What changes the weight of tokens or pairs, under any loss: one file per method,
+"""Weights of tokens or pairs, under any loss: one file per method,
 `reweight(policy: Scores, batch: Batch, *, ...) -> (policy, batch, weight f32[B])`.
 
 `config.reweight = {name: hyper-parameters}` applies them in order before `config.loss`;

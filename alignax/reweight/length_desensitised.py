@@ -1,10 +1,10 @@
-"""LD: what one response has beyond the length of the other counts less.
+"""LD: tokens beyond the length of the shorter response have a smaller weight.
 
   log π(y) = Σ_{t ≤ l} log π(y_t) + α Σ_{t > l} log π(y_t),   l = min(|y⁺|, |y⁻|)
 
 Source: Liu et al. 2024 (LD-DPO), https://arxiv.org/abs/2409.06411
-Differs from the paper: it applies to whatever loss follows, and to every frozen LM's
-log-probabilities; a loss's exact KLs are left as they are.
+Differs from the paper: it applies to any loss, and to the log-probabilities of every frozen
+LM; exact KLs are not changed.
 """
 
 import jax.numpy as jnp

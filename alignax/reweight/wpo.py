@@ -1,4 +1,4 @@
-"""WPO: a pair counts as far as the policy would have written it itself.
+"""WPO: pairs are weighted by their probability under the policy.
 
   w(y) = exp(mean_t [log π(y_t | x, y_<t) - log Σ_v π(v | x, y_<t)²]),   L ← w(y⁺) w(y⁻) L
 
@@ -18,7 +18,7 @@ NEEDS = ("logps", "collision")
 
 
 def reweight(policy: Scores, batch: Batch) -> tuple[Scores, Batch, Float[Array, " B"]]:
-    """Weights of pairs from the policy's own law; it may exceed 1.
+    """Weights of pairs from the policy's own distribution; a weight may exceed 1.
 
     Args:
       policy: logps and collision [B, G, T], nats.

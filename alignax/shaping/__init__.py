@@ -3,27 +3,26 @@
 A run has some of them, each with a STAGE, and they apply in that order, whatever their
 order in the config. A rollout compiles it, its hyper-parameters fixed:
 
-  reward     what a response is worth: calibrated, transformed, punished for its length
-  penalty    what a token costs: the KL to the reference
-  advantage  how much better than expected it was: exactly one
-  scale      in which units
+  reward     transforms of a response's reward: calibration, a penalty for its length
+  penalty    a cost per token: the KL to the reference
+  advantage  the reward less a baseline: exactly one
+  scale      normalisation
 
-A module may define `check(**hyper)`, which refuses hyper-parameters in a run. Each reads
-`masked.token_rewards(batch)`: what the one before it left in
-`Batch.advantages`, or the raw feedback, earned by the last scored token; feedback itself
-stays raw. `baseline` [B, R] holds rewards of other responses to the same prompt. What a
-module declares:
+A module may define `check(**hyper)`, which raises for hyper-parameters that a run must not
+have. Each shaping reads `masked.token_rewards(batch)`: the output of the shaping before it
+(in `Batch.advantages`), or the raw feedback, which is the reward of the last scored token.
+`Batch.feedback` itself is never changed. `baseline` [B, R] holds rewards of other responses
+to the same prompt. A module declares:
 
   STAGE     when it applies
-  BASELINE  whose rewards: 'reference', K samples of it; 'pool', those of all prompts that
-            the run may meet, [1, R] in order; 'greedy', the policy's one greedy response;
-            'group', the others of its group, which has two responses or more; '' (the
-            default), nobody's. With the last two `baseline` is None. A function gives it
-            from the hyper-parameters
+  BASELINE  source of `baseline`: 'reference', K samples of the reference; 'pool', the
+            reference samples of all prompts of the run, sorted, [1, R]; 'greedy', the
+            policy's one greedy response; 'group', the other responses of the group, which
+            has at least two; '' (the default), none. With the last two `baseline` is None.
+            It may be a function of the hyper-parameters
   NEEDS     columns to fill before ('old_logps', 'ref_logps', 'old_values')
-  RETURNS   True: what it gives, plus `old_values`, is what a critic should learn
-            (`extra['returns']`)
-  COUPLED   True: what a prompt gets depends on the others of the rollout
+  RETURNS   True: the output plus `old_values` is the critic's target (`extra['returns']`)
+  COUPLED   True: the output for a prompt depends on the other prompts of the rollout
 """
 
 from collections.abc import Iterable
@@ -37,7 +36,7 @@ from alignax.plugin import Bound
 
 STAGES = ("reward", "penalty", "advantage", "scale")
 BASELINES = ("", "group", "reference", "pool", "greedy")
-OF_REFERENCE = ("reference", "pool")  # made of rewards of reference samples
+OF_REFERENCE = ("reference", "pool")  # computed from rewards of reference samples
 
 
 def in_order(shapings: Iterable[Bound]) -> list[Bound]:
@@ -62,8 +61,8 @@ def in_order(shapings: Iterable[Bound]) -> list[Bound]:
 def centred(batch: Batch) -> Float[Array, "B G"]:
     """Rewards of responses less the mean of their prompt's; 0 where not valid.
 
-    Exactly 0 in a group without a difference, however large its rewards: what rounding
-    leaves of a mean would count fully once it is divided by its own deviation.
+    Exactly 0 in a group of equal rewards, however large: a rounding error of the mean would
+    become an advantage of order 1 once it is divided by the standard deviation.
     """
     reward, valid = masked.token_rewards(batch).sum(-1), batch.valid
     top = reward.max(-1, keepdims=True, where=valid, initial=-jnp.inf)

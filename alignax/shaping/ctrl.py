@@ -1,13 +1,13 @@
-"""CTRL: calibrate the reward under the reference, transform it for the procedure.
+"""CTRL: calibrates the reward under the reference, transforms it for a decoding procedure.
 
   Ĉ(x, y) = 1/K Σ_i [1{r(x,y) > r(x,z_i)} + 1/2 1{r(x,y) = r(x,z_i)}],   z_i ~ π_ref(·|x)
   r ← Φ(Ĉ(x, y))
 
 KL-regularised RL on Φ(Ĉ) maximises the win rate after an inference-time procedure, if Φ
-is the procedure's (theory/infalign.py). The quantile is that of the prompt's own reference
-samples: it does not change under any increasing transform of the raw reward, its mean
-under the reference is 1/2, ties included, and its standard deviation at most 1/(2√K).
-Above all K samples it is 1 and no better: K should be well above |t|.
+is the procedure's transform (theory/infalign.py). The quantile is relative to the prompt's
+own reference samples. Increasing transforms of the raw reward do not change it, its mean
+under the reference is 1/2, ties included, and its standard deviation is at most 1/(2√K).
+It is 1 for every response above all K samples, so K should be well above |t|.
 
 Source: Balashankar et al. 2024, https://arxiv.org/abs/2412.19792
 Differs from the paper: estimates of the quantile beside the plain one, the correction of
@@ -44,12 +44,12 @@ STEEPEST = 1.25  # |t|/K up to which the correction of e^{tĈ} keeps its order
 
 
 def BASELINE(hyper: Mapping[str, Any]) -> str:
-    """Whose rewards `hyper` compares with."""
+    """Source of the rewards that `hyper` compares with."""
     return "pool" if hyper["calibration"] == "global" else "reference"
 
 
 def check(*, transform: str, beta: float, **_) -> None:
-    """Raises ValueError for an optimum without a KL strength that it could be for."""
+    """Raises ValueError for transform 'optimal' in a run without a KL strength."""
     if transform == "optimal" and not beta > 0:
         raise ValueError(
             "transform 'optimal' is tabulated for a KL strength of whole responses, which "
@@ -71,24 +71,24 @@ def shape(
     beta: float = 0.2,
     tau: float = 0.5,
 ) -> Float[Array, "B G T"]:
-    """The transformed quantile, earned by the last scored token.
+    """The transformed quantile, as the reward of the last scored token.
 
     Args:
       batch: feedback [B, G], raw rewards; valid [B, G].
-      baseline: rewards of K reference samples of each prompt; one row of them all where
+      baseline: rewards of K reference samples per prompt; one row of all samples where
         calibration is 'global'.
       calibration: how the quantile is estimated, see `calibrate`.
       transform: Φ. 'identity'; 'log', of at least `floor`; 'exp', e^{t(u-1)} for t > 0
-        and -e^{tu} for t < 0; 'best_of', (n-1) log u, with a KL strength of 1 the law of
-        the best of n; 'optimal', the best for `procedure`, `n` and `beta`; 'top', 1 where
-        u >= `tau`.
+        and -e^{tu} for t < 0; 'best_of', (n-1) log u, whose optimum at a KL strength of 1
+        is the best-of-n distribution; 'optimal', the best for `procedure`, `n` and `beta`;
+        'top', 1 where u >= `tau`.
       t: exponent of 'exp', not 0; 10 for best-of-4, -10 for worst-of-4.
-      debias: divide 'exp' by what its mean over the K samples is too large (13 % at
-        t = 10, K = 100 and u = 1/2).
+      debias: divide 'exp' by the factor by which its mean over the K samples is too large
+        (13 % at t = 10, K = 100 and u = 1/2).
       floor: smallest quantile of 'log' and 'best_of'.
       n: samples of the procedure, at least 2.
       procedure: of 'optimal': 'best_of' or 'worst_of'.
-      beta: KL strength that 'optimal' is tabulated for; a run fills in its own.
+      beta: KL strength that 'optimal' is tabulated for; a run sets it to its own.
       tau: of 'top'.
 
     Returns:
@@ -96,7 +96,7 @@ def shape(
 
     Raises:
       ValueError: an unknown name; t = 0; n that is not a whole number above 1; an
-        earlier shaping, whose work would be lost; what `calibrate` and `debiased` refuse.
+        earlier shaping, whose output would be lost; as `calibrate` and `debiased`.
     """
     _known("transform", transform, TRANSFORMS)
     _known("procedure", procedure, PROCEDURES)
@@ -142,13 +142,14 @@ def calibrate(
       kind: with m the samples below, ties counting half,
         'ecdf': m/K.
         'laplace': (m + 1/2)/(K + 1), never 0 or 1.
-        'leave_one_out': (m - 1/2)/(K - 1), for responses that are among the K: one that
-          ties with none of them is not, and has m/K.
-        'interpolated': linear between neighbours, 0 and 1 beyond all.
-        'gaussian': the CDF of a normal law with the samples' moments; this and the one
-          before change under transforms of the reward that are not linear.
+        'leave_one_out': (m - 1/2)/(K - 1), for responses that are among the K samples; a
+          response that ties with no sample is not among them, and has m/K.
+        'interpolated': linear between neighbouring samples, 0 below and 1 above all.
+        'gaussian': the CDF of a normal distribution with the samples' moments; this and
+          'interpolated' are not invariant to nonlinear transforms of the reward.
         'global': m/R among the R samples of all prompts together, one table for a whole
-          run: prompts are compared, and one that is easier has higher quantiles.
+          run; responses of different prompts are compared, so that easier prompts have
+          higher quantiles.
 
     Returns:
       [B, G], within [0, 1].
@@ -169,7 +170,7 @@ def calibrate(
     if kind == "ecdf":
         return below / k
     if kind == "gaussian":
-        # from one of them: the deviation of samples that are equal is 0, not rounding
+        # relative to one sample, so that equal samples have a deviation of exactly 0
         origin = baseline[:, :1]
         mean = (baseline - origin).mean(1, keepdims=True)
         std = (baseline - origin).std(1, keepdims=True)
@@ -191,7 +192,7 @@ def exponential(u: Float[Array, "*S"], t: float) -> Float[Array, "*S"]:
 def debiased(
     phi: Float[Array, "*S"], u: Float[Array, "*S"], t: float, k: int, kind: str = "ecdf"
 ) -> Float[Array, "*S"]:
-    """Φ less its bias: divided by E[e^{tĈ}]/e^{tC} of K samples, with Ĉ for C.
+    """Φ without its bias: divided by E[e^{tĈ}]/e^{tC} for K samples, with Ĉ for C.
 
     Args:
       phi: 'exp' of u.
@@ -201,7 +202,8 @@ def debiased(
       kind: the calibration that gave u.
 
     Raises:
-      ValueError: u is no such share; t/K so steep that a higher quantile would earn less.
+      ValueError: u is not such a share; t/K is so large that a higher quantile would have a
+        lower reward.
     """
     if kind != "ecdf":
         raise ValueError(f"debias is for calibration 'ecdf', not {kind!r}")
@@ -220,7 +222,7 @@ def optimal(procedure: str, n: int, beta: float) -> np.ndarray:
 
 
 def _below(reward: Float[Array, "B G"], baseline: Float[Array, "B K"]):
-    """How many of K are below, ties counting half."""
+    """Number of the K samples below each reward, ties counting half."""
     ordered = jnp.sort(baseline, 1)
     left, right = (
         jax.vmap(functools.partial(jnp.searchsorted, side=side))(ordered, reward)

@@ -3,7 +3,7 @@
   δ_t = r_t + γ V_{t+1} - V_t,   A_t = Σ_{k≥0} (γλ)^k δ_{t+k}
 
 V_t is the critic on the prefix before token t; after the last token it is 0. λ = 1 is the
-return minus V, λ = 0 the one-step error. Steps run over scored tokens alone.
+return minus V, λ = 0 the one-step error. Steps run over scored tokens only.
 
 Source: Schulman et al. 2015, https://arxiv.org/abs/1506.02438
 """
@@ -17,7 +17,7 @@ from alignax.batch import Batch, Number
 
 STAGE = "advantage"
 NEEDS = ("old_values",)
-RETURNS = True  # A + V is what the critic should have said
+RETURNS = True  # A + V is the target of the critic
 RANGES = {"gamma": "[0, 1]", "lam": "[0, 1]"}
 
 
@@ -28,17 +28,17 @@ def shape(
     gamma: Number = 1.0,
     lam: Number = 0.95,
 ) -> Float[Array, "B G T"]:
-    """Advantages a token.
+    """Advantages of tokens.
 
     Args:
-      batch: feedback, or rewards a token that an earlier shaping left; extra
-        'old_values' [B, G, T], the critic when the response was drawn.
+      batch: feedback, or rewards of tokens from an earlier shaping; extra 'old_values'
+        [B, G, T], the critic's values when the response was sampled.
       baseline: not read.
-      gamma: γ, discount a token, 0 to 1.
+      gamma: γ, discount per token, 0 to 1.
       lam: λ, 0 to 1.
 
     Returns:
-      [B, G, T] advantages, 0 where nothing is scored.
+      [B, G, T] advantages, 0 on tokens that are not scored.
 
     Raises:
       ValueError: no 'old_values'.

@@ -2,8 +2,9 @@
 
   A_i = (r_i - r̄) / (std(r) + ε)^s,   std with G - 1 degrees of freedom
 
-s = 1 is GRPO; s = 0 leaves the scale (Dr. GRPO), so that easy and hard prompts do not
-count more than others. A group without a difference has advantages of exactly 0.
+s = 1 is GRPO; s = 0 does not divide (Dr. GRPO), so that prompts with a small standard
+deviation, easy and hard ones, have no larger weight. A group of equal rewards has
+advantages of exactly 0.
 
 Source: Shao et al. 2024, https://arxiv.org/abs/2402.03300; without the division: Liu et
 al. 2025, https://arxiv.org/abs/2503.20783
@@ -31,9 +32,9 @@ def shape(
     """The same advantage on every token of a response.
 
     Args:
-      batch: feedback, or rewards a token that an earlier shaping left; valid [B, G].
+      batch: feedback, or rewards of tokens from an earlier shaping; valid [B, G].
       baseline: not read.
-      scale: s, how far the standard deviation is divided out: 0 or 1, or between.
+      scale: s, exponent of the standard deviation, from 0 to 1.
       eps: ε added to the standard deviation, in units of the reward.
 
     Returns:

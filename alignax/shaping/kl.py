@@ -1,9 +1,9 @@
-"""KL control in the reward: every token pays for leaving the reference.
+"""KL control in the reward: a penalty on every token's log-ratio to the reference.
 
   r_t ← r_t - β (log π_old(y_t) - log π_ref(y_t))
 
-The k1 estimator, unbiased; as a part of the reward (and not of the loss, where its
-expected gradient is zero) it regularises. π_old is the law that was sampled.
+This is the k1 estimator, which is unbiased. It regularises as a part of the reward; in the
+loss its expected gradient would be zero. π_old is the behaviour policy.
 
 Source: Ziegler et al. 2019, https://arxiv.org/abs/1909.08593; estimators: Schulman 2020,
 http://joschu.net/blog/kl-approx.html
@@ -23,16 +23,16 @@ RANGES = {"beta": "[0, inf)"}
 def shape(
     batch: Batch, baseline: Float[Array, "B R"] | None, *, beta: Number = 0.05
 ) -> Float[Array, "B G T"]:
-    """Rewards a token, less the penalty.
+    """Rewards of tokens, less the penalty.
 
     Args:
-      batch: feedback, or rewards a token that an earlier shaping left; old_logps,
-        ref_logps [B, G, T].
+      batch: feedback, or rewards of tokens from an earlier shaping; old_logps, ref_logps
+        [B, G, T].
       baseline: not read.
       beta: β, reward per nat, >= 0.
 
     Returns:
-      [B, G, T] rewards of tokens, 0 where nothing is scored.
+      [B, G, T] rewards of tokens, 0 on tokens that are not scored.
 
     Raises:
       ValueError: no old_logps or no ref_logps.

@@ -3,8 +3,8 @@
   A = r(y) - r(y_greedy)
 
 Source: Li et al. 2023, https://arxiv.org/abs/2310.10505
-Differs from the paper: a KL penalty that an earlier shaping took off is not taken off the
-greedy response's reward; the gradient is unbiased all the same.
+Differs from the paper: a KL penalty that an earlier shaping subtracted is not subtracted
+from the greedy response's reward; the gradient is unbiased all the same.
 """
 
 from jaxtyping import Array, Float
@@ -20,7 +20,7 @@ def shape(batch: Batch, baseline: Float[Array, "B 1"]) -> Float[Array, "B G T"]:
     """The same advantage on every token of a response.
 
     Args:
-      batch: feedback, or rewards a token that an earlier shaping left; valid [B, G].
+      batch: feedback, or rewards of tokens from an earlier shaping; valid [B, G].
       baseline: reward of the greedy response.
 
     Returns:

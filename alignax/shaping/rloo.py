@@ -2,7 +2,7 @@
 
   A_i = r_i - mean_{j≠i} r_j = G/(G-1) (r_i - r̄)
 
-G counts the valid responses to the prompt; a lone one has nothing to compare with: A = 0.
+G is the number of valid responses to the prompt; for G = 1 the advantage is 0.
 
 Source: Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740; Kool et al. 2019,
 https://openreview.net/forum?id=r1lgTGL5DE
@@ -23,7 +23,7 @@ def shape(batch: Batch, baseline: Float[Array, "B R"] | None) -> Float[Array, "B
     """The same advantage on every token of a response.
 
     Args:
-      batch: feedback, or rewards a token that an earlier shaping left; valid [B, G].
+      batch: feedback, or rewards of tokens from an earlier shaping; valid [B, G].
       baseline: not read.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What earlier shapings left, at unit variance over the rollout.
+"""The output of earlier shapings, scaled to unit variance over the rollout.
 
   A ← (A - mean A) / std A      over all scored tokens, std Bessel-corrected
 
@@ -20,12 +20,12 @@ def shape(
     """Advantages of zero mean and unit variance.
 
     Args:
-      batch: feedback, or what an earlier shaping left, [B, G, T].
+      batch: feedback, or the output of an earlier shaping, [B, G, T].
       baseline: not read.
       shift: False keeps the mean.
 
     Returns:
-      [B, G, T] advantages, 0 where nothing is scored.
+      [B, G, T] advantages, 0 on tokens that are not scored.
     """
     del baseline
     return masked.whiten(masked.token_rewards(batch), masked.scored(batch), shift=shift)

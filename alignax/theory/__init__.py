@@ -1,4 +1,4 @@
-"""The papers' mathematics in float64 numpy: no models, no jax, nothing of alignax.
+"""Mathematics of the papers in float64 numpy: no models, no jax, no import of alignax.
 
 Reading order: infalign (inference-aware alignment), mode_seeking, ranking, bco, aft,
 unlearning, displacement; each stands on its own.

@@ -1,4 +1,4 @@
-"""Binary classifier optimisation: a bound on DPO that a shift makes tight.
+"""Binary classifier optimisation: a bound on the DPO loss, tightest at one shift.
 
 With implicit rewards a of the chosen and b of the rejected response and any shift δ,
 
@@ -6,7 +6,7 @@ With implicit rewards a of the chosen and b of the rejected response and any shi
   BCE = -log σ(a-δ) - log σ(-(b-δ))  >  -log σ(a-b) = DPO
 
 and the excess in brackets is least at δ = (a + b)/2, where it is 2e^{-(a-b)/2}.
-Where y is liked with density p₊ and disliked with p₋, BCE is least at
+If p₊ and p₋ are the densities of desirable and undesirable responses, BCE is least at
 
   r(y) - δ = log p₊(y)/p₋(y)
 
@@ -16,7 +16,7 @@ Source: Jung et al. 2024, https://arxiv.org/abs/2404.04656
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Reals = NDArray | np.float64  # numpy turns an array without axes into a scalar
+Reals = NDArray | np.float64  # numpy turns a 0-dimensional array into a scalar
 
 
 def bce(chosen: ArrayLike, rejected: ArrayLike, shift: ArrayLike) -> Reals:

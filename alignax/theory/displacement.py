@@ -1,18 +1,18 @@
-"""Where probability goes when a pair is learned: likelihood displacement and CHES.
+"""Likelihood displacement, the change of probabilities when a pair is learned, and CHES.
 
 With h_k the state from which token k of a response is predicted (k = 1 is the last
-prompt token; the state after the last token predicts nothing and is left out) and
+prompt token; the state at the last token predicts none of them and is left out) and
 S_y = Σ_k h_k, the centred hidden embedding similarity is
 
   CHES = ⟨S₊, S₋⟩ - ‖S₊‖²        its length-normalised form divides S by |y|
 
-A high CHES foretells that learning y₊ ≻ y₋ makes y₊ less likely. For single tokens, tied
-steps on h and the output rows W, and up to a common rate,
+A high CHES predicts that learning y₊ ≻ y₋ makes y₊ less likely. For single tokens, a
+gradient step on both h and the output rows W, and up to a common rate,
 
   d log π(z) = ⟨W_z - W̄, W₊ - W₋⟩ + ‖h‖² (1[z=+] - 1[z=-] - π₊ + π₋),   W̄ = Σ_v π_v W_v
 
 With W frozen only the first term is left: any loss on the margin moves h along W₊ - W₋,
-and mass flows to whatever token lies in that direction.
+and probability moves to the tokens whose rows lie in that direction.
 
 Source: Razin et al. 2024, https://arxiv.org/abs/2410.08847
 """
@@ -41,7 +41,7 @@ def ches(chosen: ArrayLike, rejected: ArrayLike, *, normalised: bool = False) ->
 
 
 def last_inner(chosen: ArrayLike, rejected: ArrayLike) -> float:
-    """⟨h_{|y₊|}, h_{|y₋|}⟩, a measure that the paper finds uninformative."""
+    """⟨h_{|y₊|}, h_{|y₋|}⟩, which does not predict displacement according to the paper."""
     return float(_states(chosen)[-1] @ _states(rejected)[-1])
 
 
@@ -58,7 +58,7 @@ def drift(
       frozen: only h is trained.
 
     Returns:
-      [V] rates in units of the loss's slope on the margin.
+      [V] rates in units of the loss's derivative by the margin.
     """
     w, h = np.asarray(weights, float), np.asarray(state, float)
     pi = _softmax(w @ h)
@@ -74,17 +74,17 @@ def drift(
 def after_margin(
     weights: ArrayLike, probs: ArrayLike, chosen: int, rejected: int, margin: float
 ) -> NDArray:
-    """The law once h alone has been trained until the margin grew by `margin`.
+    """The next-token distribution after training h alone until the margin grew by `margin`.
 
     Args:
       weights: W, [V, D], frozen.
-      probs: [V], the law before.
+      probs: [V], the distribution before.
       chosen, rejected: ids of the two tokens, with different rows.
       margin: nats gained by log π(chosen) - log π(rejected).
 
     Returns:
-      [V] probabilities; the loss does not matter, since every loss on the margin moves h
-      along W₊ - W₋.
+      [V] probabilities; they are the same for every loss on the margin, which moves h along
+      W₊ - W₋.
     """
     w = np.asarray(weights, float)
     way = w[chosen] - w[rejected]

@@ -1,17 +1,17 @@
 """InfAlign: alignment for the win rate after an inference-time procedure.
 
-Everything lives on quantiles. u in [0, 1] is the calibrated reward of a response under the
-reference, f(u) the density of the aligned policy's responses there (1 is the reference),
-F its distribution function. A procedure that reweights a policy by its own quantiles,
-T(π) ∝ π q(C_π) with Q = ∫ q, turns f into a win rate against the reference under T:
+All functions are of quantiles. u in [0, 1] is the calibrated reward of a response under the
+reference, f(u) the density of the aligned policy's responses at u (1 for the reference),
+F its distribution function. For a procedure that reweights a policy by its own quantiles,
+T(π) ∝ π q(C_π) with Q = ∫ q, the win rate of f against the reference under T is W:
 
   W(f)  = 1 - ∫ Q(F(v)) q(v) dv,      KL(f) = ∫ f log f
   f*    ∝ exp(Φ*/β),   Φ*(u) = ∫₀ᵘ q(F*(v)) q(v) dv          the optimum, a fixed point
 
-Neither depends on the reward, the model or the prompt: Φ* is tabulated once.
+Φ* and f* depend neither on the reward nor on the model or the prompt: Φ* is tabulated once.
 
-Source: Balashankar et al. 2024, https://arxiv.org/abs/2412.19792; order-statistic and
-keep-top procedures are not the paper's. KL(best-of-N) is Beirami et al.'s bound,
+Source: Balashankar et al. 2024, https://arxiv.org/abs/2412.19792; the order-statistic and
+keep-top procedures are ours. KL(best-of-N) is Beirami et al.'s bound,
 https://arxiv.org/abs/2401.01879.
 """
 
@@ -49,7 +49,7 @@ def best_of(n: int) -> Procedure:
 
 @functools.cache
 def worst_of(n: int) -> Procedure:
-    """The worst of n samples, n >= 1: a jailbreak by trying again."""
+    """The worst of n samples, n >= 1: a jailbreak by n attempts."""
     _whole("n", n)
     return Procedure(
         f"worst-of-{n}",
@@ -69,7 +69,7 @@ def order_statistic(j: int, n: int) -> Procedure:
         return n * math.comb(n - 1, j - 1) * p ** (j - 1) * (1 - p) ** (n - j)
 
     def mass(p):
-        # P(at least j of n uniforms are below p): no term is negative, none cancels
+        # P(at least j of n uniforms are below p): all terms are >= 0, so none cancel
         terms = (math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(j, n + 1))
         return np.minimum(sum(terms), 1.0)
 
@@ -107,8 +107,7 @@ def log(u: np.ndarray, *, floor: float = 0.0) -> np.ndarray:
 def exponential(u: np.ndarray, *, t: float) -> np.ndarray:
     """Φ(u) = e^{t(u-1)} for t > 0, -e^{tu} for t < 0: within [-1, 1], always increasing.
 
-    The positive one is for best-of-N, the negative one for worst-of-N; the factor that
-    bounds it only rescales β.
+    t > 0 is for best-of-N, t < 0 for worst-of-N; the factor that bounds Φ only rescales β.
     """
     if t == 0:
         raise ValueError("t is 0, expected another number (the limit is the identity)")
@@ -141,7 +140,7 @@ def tilt(phi: Grid, beta: float) -> Grid:
 
 def win_rate(f: Grid, procedure: Procedure) -> float:
     """P that a response of T(policy) beats one of T(reference), ties impossible."""
-    # midpoints of cells in F, steps in Q: second order, and exact where q jumps
+    # midpoints of cells in F, differences of Q: second order, and exact where q jumps
     cdf = _cdf(f)
     middle = procedure.mass((cdf[1:] + cdf[:-1]) / 2)
     ends = (procedure.mass(cdf[1:]) + procedure.mass(cdf[:-1])) / 2
@@ -159,11 +158,11 @@ ITERATIONS = 20_000
 
 
 def optimal(procedure: Procedure, beta: float) -> tuple[Grid, Grid]:
-    """(Φ*, f*) on GRID: the transform that no other beats, and its policy.
+    """(Φ*, f*) on GRID: the optimal transform and its policy.
 
     For best-of-N the objective is strictly concave and the optimum unique; for
-    worst-of-N uniqueness is not proved. The plain iteration oscillates at small β: this
-    one is damped in log f, by more wherever it does not contract.
+    worst-of-N uniqueness is not proved. The plain iteration oscillates at small β. This
+    one is damped in log f, and the damping grows where the iteration does not contract.
 
     Raises:
       ValueError: beta <= 0.
@@ -188,7 +187,7 @@ def _optimal(procedure: Procedure, beta: float) -> Grid:
         if apart < 1e-10:
             return y
         left -= 1
-        if not left:  # iterations in which a contraction would shrink it to e⁻²
+        if not left:  # after as many iterations as a contraction needs for a factor e⁻²
             damping = damping / 2 if apart > before / 2 else damping
             before, left = apart, int(np.ceil(2 / damping))
         x = x + damping * (y - x)
@@ -266,7 +265,7 @@ def log_closed(beta: float) -> tuple[float, float]:
 def discrete_win_rate(
     policy: np.ndarray, reference: np.ndarray, n: int, *, best: bool
 ) -> float:
-    """Best-of-n (or worst-of-n) win rate of two laws on outcomes in order of reward.
+    """Best-of-n (or worst-of-n) win rate of two distributions of outcomes.
 
     Args:
       policy, reference: probabilities [K] of outcomes, lowest reward first; equal rewards
@@ -275,7 +274,7 @@ def discrete_win_rate(
       best: best-of-n, else worst-of-n.
     """
     _whole("n", n)
-    if not best:  # the worst of n is the best of n of the opposite reward, lost
+    if not best:  # a loss in best-of-n under the negated reward
         return 1 - discrete_win_rate(policy[::-1], reference[::-1], n, best=True)
     g, h = (np.concatenate([[0.0], np.cumsum(p)]) ** n for p in (policy, reference))
     return float(np.sum(np.diff(g) * (h[1:] + h[:-1]) / 2))
@@ -292,7 +291,7 @@ def discrete_reward(policy: np.ndarray, reference: np.ndarray, n: int) -> np.nda
 
 
 def discrete_optimal(reference: np.ndarray, n: int, beta: float) -> np.ndarray:
-    """The law [K] with the most best-of-n wins less β KL."""
+    """The distribution [K] with the largest best-of-n win rate less β KL."""
     _positive("beta", beta)
     reference = np.asarray(reference, float)
     policy, damping, before = reference, 0.3, np.inf
@@ -318,7 +317,7 @@ def exp_bias(t: float, k: int, quantile: np.ndarray) -> np.ndarray:
 
     Args:
       t: exponent.
-      k: reference samples a prompt.
+      k: reference samples per prompt.
       quantile: C, the true calibrated reward, in [0, 1].
     """
     _whole("k", k)

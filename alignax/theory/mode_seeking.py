@@ -1,15 +1,15 @@
-"""Why on-policy samples and negative gradients move mass where likelihood does not.
+"""On-policy sampling and negative gradients against maximum likelihood, on a bandit.
 
-Maximum likelihood on filtered samples is forward KL to a fixed law: it covers that law's
-modes and can put no more mass on an action than the law does. Sampling from the policy
-itself turns the target with the policy, and reverse KL leaves what the target dislikes.
-With logits as parameters,
+Maximum likelihood on filtered samples minimises the forward KL to a fixed distribution: its
+optimum covers all modes and gives no action more probability than the target does. With
+samples of the policy itself the target changes with the policy, and the reverse KL lowers
+actions that are unlikely under the target. With logits as parameters,
 
   -∇ KL(q ‖ π) = q - π                 forward: slow where q is small
-  -∇ KL(π ‖ q) = π (A - E_π A),   A = log q/π     reverse: relative, with a push down
+  -∇ KL(π ‖ q) = π (A - E_π A),   A = log q/π     reverse: relative, also negative
 
-and the best of n samples of p, whose reward ranks a at level u = F(r(a)), has the law
-p⁽ⁿ⁾ = F(r)ⁿ - F⁻(r)ⁿ shared by the actions of one level in proportion to p.
+and the best of n samples of p, whose reward ranks a at level u = F(r(a)), has the
+distribution p⁽ⁿ⁾ = F(r)ⁿ - F⁻(r)ⁿ, shared by the actions of one level in proportion to p.
 
 Source: Tajwar et al. 2024, https://arxiv.org/abs/2404.14367
 """
@@ -21,11 +21,11 @@ from numpy.typing import ArrayLike, NDArray
 def squashed_cauchy(
     num_actions: int = 100, *, loc: float = -0.7, scale: float = 0.4
 ) -> NDArray:
-    """The bandit's data law: tanh of a Cauchy variable, binned over [-1, 1].
+    """The bandit's data distribution: tanh of a Cauchy variable, binned over [-1, 1].
 
     Args:
       num_actions: equal bins of [-1, 1].
-      loc, scale: of the Cauchy variable before the squashing.
+      loc, scale: of the Cauchy variable before the tanh.
 
     Returns:
       [num_actions] probabilities, exact.
@@ -41,7 +41,7 @@ def bump(num_actions: int = 100, *, peak: float = 70, width: float = 10) -> NDAr
 
 
 def best_of_n(probs: ArrayLike, reward: ArrayLike, n: int) -> NDArray:
-    """The exact law of the best of n independent samples, ties broken at random.
+    """The exact distribution of the best of n independent samples, ties broken at random.
 
     Args:
       probs: [A].
@@ -70,7 +70,7 @@ def tilted(reference: ArrayLike, reward: ArrayLike, beta: float) -> NDArray:
 
 
 def kl(p: ArrayLike, q: ArrayLike) -> float:
-    """KL(p ‖ q) in nats; actions without mass under p add nothing."""
+    """KL(p ‖ q) in nats; actions of probability 0 under p add 0."""
     p, q = np.asarray(p, float), np.asarray(q, float)
     some = p > 0
     with np.errstate(divide="ignore"):

@@ -1,7 +1,7 @@
-"""What preference learning could rank, and why it does not.
+"""Ranking accuracy of preference learning: of an ideal policy, and at a given loss.
 
   R  = 1[π(y₊) ≥ π(y₋)]                       ranking accuracy of a pair
-  c  = log π_ref(y₋) / π_ref(y₊)              how hard the reference makes it
+  c  = log π_ref(y₋) / π_ref(y₊)              difficulty of the pair under the reference
   DPO:  R = 1  ⇔  L ≤ -log σ(βc)
   π*(y₊)/π*(y₋) = π_ref(y₊)/π_ref(y₋) · (α/(1-α))^{1/β},   α = P(y₊ ≻ y₋)
   R* = 1[-c + logit(α)/β > 0]                 of the ideal policy
@@ -14,16 +14,16 @@ here from its loss, Azar et al. 2023, https://arxiv.org/abs/2310.12036)
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Reals = NDArray | np.float64  # numpy turns an array without axes into a scalar
+Reals = NDArray | np.float64  # numpy turns a 0-dimensional array into a scalar
 
-CERTAIN = 1e-3  # an annotator who never errs is taken to err this often
+CERTAIN = 1e-3  # error rate assumed for an annotator who never errs
 
 
 def accuracy(chosen: ArrayLike, rejected: ArrayLike) -> float:
     """Share of pairs with π(y₊) ≥ π(y₋).
 
     Args:
-      chosen, rejected: log-probabilities, nats: sums, or means over tokens for the
+      chosen, rejected: log-probabilities, nats; sums, or means over tokens for the
         length-normalised R̃.
     """
     return float(np.mean(np.asarray(chosen) >= np.asarray(rejected)))
@@ -49,7 +49,7 @@ def ideal_log_ratio(c: ArrayLike, alpha: ArrayLike, beta: float) -> Reals:
 
     Args:
       c: difficulty, nats.
-      alpha: how often y₊ is preferred, in [0, 1]; ends are moved inwards by CERTAIN.
+      alpha: probability that y₊ is preferred, in [0, 1]; clipped to CERTAIN..1 - CERTAIN.
       beta: KL strength, > 0.
     """
     a = np.clip(np.asarray(alpha, float), CERTAIN, 1 - CERTAIN)

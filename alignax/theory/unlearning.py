@@ -6,10 +6,10 @@
 
 NPO's weight is 1 at the reference and vanishes as the answer is forgotten; as β → 0,
 L - (2/β) log 2 → ρ and NPO is gradient ascent. On one logistic example, π = σ(z),
-gradient ascent moves z by η a step for ever, NPO by (log t) / β in t steps.
+gradient ascent moves z by η per step without bound, NPO by (log t) / β in t steps.
 
 Source: Zhang et al. 2024, https://arxiv.org/abs/2404.05868 (equations 3 and 4 and
-theorem 2; the gradients displayed in the paper carry a slip of sign)
+theorem 2; the gradients printed in the paper have a wrong sign)
 """
 
 import math
@@ -17,7 +17,7 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Reals = NDArray | np.float64  # numpy turns an array without axes into a scalar
+Reals = NDArray | np.float64  # numpy turns a 0-dimensional array into a scalar
 
 
 def npo(log_ratio: ArrayLike, beta: float) -> Reals:
@@ -34,7 +34,7 @@ def npo(log_ratio: ArrayLike, beta: float) -> Reals:
 
 
 def npo_weight(log_ratio: ArrayLike, beta: float) -> Reals:
-    """dL/dρ, in (0, 2): what NPO multiplies the gradient of ascent with.
+    """dL/dρ, in (0, 2): NPO's factor on the gradient of gradient ascent.
 
     Args, Raises: as `npo`.
     """
@@ -50,7 +50,7 @@ def displacement(
     Descent in z on the loss of π = σ(z), with π_ref = σ(start).
 
     Args:
-      num_steps: steps of descent.
+      num_steps: steps of gradient descent.
       beta: NPO's; None is gradient ascent.
       lr: η, > 0.
       start: z before the first step.

@@ -48,7 +48,7 @@ def test_random_pairs_are_those_of_the_oracle(make_batch):
 
 
 def test_invalid_pairs_enter_no_order_statistic(make_batch):
-    """Whatever their log-probs are, nobody else's value or gradient changes."""
+    """Whatever their log-probs are, no other pair's value or gradient changes."""
     scores, batch = random_pairs(make_batch, away=4)
     batch = without_some(batch)
     rows = np.array([1, 4])

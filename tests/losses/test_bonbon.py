@@ -1,4 +1,4 @@
-"""BoNBoN: the target by order statistics, the equation by hand, the law it leads to."""
+"""BoNBoN: the target by order statistics, the equation by hand, the optimum."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ loss = bonbon.loss
 
 
 @pytest.mark.parametrize(("n", "want"), [(2, 1.0), (4, 5.5), (8, 18.15)])
-def test_the_target_is_what_the_best_of_n_law_has(n, want):
+def test_the_target_is_the_mean_margin_of_best_of_n(n, want):
     assert float(bonbon.target(n)) == pytest.approx(want, rel=1e-5)
     # log f(u) = log n + (n - 1) log u at the largest and smallest of n uniform quantiles
     u = np.random.default_rng(n).random((200_000, n))
@@ -50,7 +50,7 @@ def test_alone_the_likelihood_is_that_of_the_whole_response():
     assert got == pytest.approx(4.0, rel=1e-6)
 
 
-def test_metrics_say_where_the_margin_should_be():
+def test_metrics_hold_the_target_of_the_margin():
     metrics = loss(*pair(2.0, -1.0), n=4)[1]
     assert float(metrics["target"][0]) == pytest.approx(5.5, rel=1e-6)
     assert float(metrics["margin"][0]) == pytest.approx(3.0, rel=1e-6)
@@ -62,7 +62,7 @@ def test_random_pairs_are_those_of_the_oracle(make_batch):
 
 
 def best_of(ref: np.ndarray, n: int) -> np.ndarray:
-    """The law of the best of n, outcomes in order of reward."""
+    """The distribution of the best of n, outcomes in order of reward."""
     below = np.concatenate([[0.0], np.cumsum(ref)])
     return below[1:] ** n - below[:-1] ** n
 
@@ -87,7 +87,7 @@ def best_and_worst(ref: np.ndarray, n: int) -> np.ndarray:
 
 
 def optimum(ref: np.ndarray, n: int, alpha: float) -> np.ndarray:
-    """The law that the loss, weighted over all pairs of one-token responses, leads to."""
+    """The optimum of the loss, weighted over all pairs of one-token responses."""
     joint = best_and_worst(ref, n)
     best, worst = np.nonzero(joint)
     weight = jnp.asarray(joint[best, worst])
@@ -107,7 +107,7 @@ def optimum(ref: np.ndarray, n: int, alpha: float) -> np.ndarray:
         value = loss(Scores(place(logits)), batch, n=n, alpha=alpha)[0]
         return (weight * value).sum()
 
-    # Newton's method; the ridge is for the constant that changes no law
+    # Newton's method; the ridge is for the constant that changes no probability
     step = jax.jit(lambda x: (jax.grad(total)(x), jax.hessian(total)(x)))
     logits = start
     for _ in range(12):
@@ -118,7 +118,7 @@ def optimum(ref: np.ndarray, n: int, alpha: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("alpha", "near"), [(0.005, 0.1), (1.0, 0.002)])
-def test_the_population_optimum_is_close_to_the_best_of_n_law(alpha, near):
+def test_the_population_optimum_is_close_to_best_of_n(alpha, near):
     """The likelihood alone leads there; the margin's square close to it."""
     ref = np.random.default_rng(0).dirichlet(np.full(24, 8.0))
     want = best_of(ref, 4)

@@ -97,7 +97,7 @@ def test_metrics_are_of_the_own_responses():
 
 
 def test_a_batch_without_an_anchor_is_an_error():
-    with pytest.raises(ValueError, match="one response a prompt"):
+    with pytest.raises(ValueError, match="one response per prompt"):
         loss(*group([[0.0]], [[1]]))
 
 
@@ -145,7 +145,7 @@ def test_the_lowest_of_the_reference_samples_is_not_cut_off(config):
 
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
 def test_the_expected_gradient_is_that_of_the_jeffreys_mix(gamma):
-    """All outcomes of five, weighted by their laws, against the divergences' own gradient.
+    """All outcomes of five, weighted by probability, against the divergences' own gradient.
 
     The advantage holds the reward (N - 1) log u and the penalty at a strength of 1; with u
     the quantile that makes it log π_N/π_anchor exactly, as it is without ties.
@@ -153,11 +153,11 @@ def test_the_expected_gradient_is_that_of_the_jeffreys_mix(gamma):
     rng = np.random.default_rng(0)
     anchor, best = rng.dirichlet(np.ones(5), 2)
     logits = rng.normal(size=5)
-    law = np.exp(logits) / np.exp(logits).sum()
+    probs = np.exp(logits) / np.exp(logits).sum()
     reward = np.log(best / anchor)
-    advantage = reward - np.log(law / anchor)
+    advantage = reward - np.log(probs / anchor)
     pairs = [(i, j) for i in range(5) for j in range(5)]
-    weight = np.array([law[i] * best[j] for i, j in pairs])
+    weight = np.array([probs[i] * best[j] for i, j in pairs])
     batch = from_groups([[0]] * 25, [[[i], [j]] for i, j in pairs], length=2)
     batch = jax.tree.map(jnp.asarray, batch)
     each = jnp.asarray(advantage, jnp.float32)[batch.tokens]
@@ -177,6 +177,8 @@ def test_the_expected_gradient_is_that_of_the_jeffreys_mix(gamma):
 
     got = np.asarray(jax.grad(total)(start))
     # d KL(π_N ‖ π)/dx = π - π_N;  d KL(π ‖ π_N)/dx = π (log π/π_N - KL)
-    ratio = np.log(law / best)
-    want = (1 - gamma) * (law - best) + gamma * law * (ratio - (law * ratio).sum())
+    ratio = np.log(probs / best)
+    want = (1 - gamma) * (probs - best) + gamma * probs * (
+        ratio - (probs * ratio).sum()
+    )
     np.testing.assert_allclose(got, want, atol=2e-6)

@@ -45,7 +45,7 @@ def test_the_gradient_is_weighted_and_never_lost(rho, weight, advantage):
     assert got == pytest.approx(-weight * advantage, rel=1e-5)
 
 
-def test_a_ratio_beyond_all_bounds_weighs_what_the_bound_says():
+def test_a_ratio_beyond_all_bounds_has_the_weight_of_the_bound():
     got = slopes(loss, [[1e4], [-1e4]], [[1], [1]])
     np.testing.assert_allclose(got, [-3 / 2, 0], atol=1e-6)
 

@@ -1,4 +1,4 @@
-"""What every loss owes, found by walking alignax/losses: a new file needs no edit here.
+"""Contract of every loss in alignax/losses; a new file needs no edit here.
 
 The batch that a loss is given has every field filled (two responses to a prompt), and
 whatever else its NEEDS names is put into `extra`.
@@ -77,7 +77,7 @@ def policy_gradient(bound, policy, batch):
     return jax.tree.map(np.asarray, grads)
 
 
-def test_the_walk_finds_the_losses():
+def test_the_losses_are_found():
     assert {"sft", "dpo", "reward_model"} <= set(NAMES)
 
 
@@ -213,8 +213,8 @@ def test_hopeless_log_probabilities_stay_finite(bound, make_batch, side):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
 
 
-def test_what_is_hopeless_under_another_law_stays_finite(bound, make_batch):
-    """A reference, or whoever sampled: the ratio to it is as large as can be."""
+def test_hopeless_log_probabilities_of_other_models_stay_finite(bound, make_batch):
+    """Of a reference, or of the behaviour policy: the ratio is as large as can be."""
     policy, batch = given(bound, make_batch)
     low = jnp.where(batch.mask, -1e4, 0.0)
     for need in bound.needs:
@@ -262,7 +262,7 @@ def alternatives(bound, name, default):
         module = inspect.getmodule(bound.function)
         shared = {"reduction": masked.MODES, "estimator": ratios.ESTIMATORS}
         known = shared.get(name) or getattr(module, f"{name.upper()}S", None)
-        assert known, f"say in {name.upper()}S what {name} may be"
+        assert known, f"list the values of {name} in {name.upper()}S"
         return [value for value in known if value != default]
     if isinstance(default, bool):
         return [not default]
@@ -270,7 +270,7 @@ def alternatives(bound, name, default):
         return [1.5]
     if isinstance(default, int | float):
         return [type(default)(default * 1.5 + 1), type(default)(default * 0.5 + 0.25)]
-    pytest.fail(f"say here how to perturb {name}={default!r}")
+    pytest.fail(f"no rule to perturb {name}={default!r}")
 
 
 def test_every_hyper_parameter_changes_the_value_or_its_gradient(bound, make_batch):
@@ -308,7 +308,7 @@ def test_the_module_states_its_source(module):
     assert isinstance(module.NEEDS, tuple)
     known = {*Scores._fields, *Batch._fields, "old_values", "returns"}
     for need in module.NEEDS:
-        assert need in known or need.endswith("_logps"), f"who fills {need!r}?"
+        assert need in known or need.endswith("_logps"), f"nothing fills {need!r}"
 
 
 def test_the_function_states_its_arguments(bound):

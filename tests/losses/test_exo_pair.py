@@ -1,4 +1,4 @@
-"""EXO on pairs: a KL between two Bernoulli laws."""
+"""EXO on pairs: a KL between two Bernoulli distributions."""
 
 import numpy as np
 import pytest

@@ -39,7 +39,7 @@ def test_the_teacher_itself_costs_nothing_and_has_no_gradient(
 
     value, grads = jax.jit(jax.value_and_grad(cost))(tiny_lm.params)
     assert float(value) == 0
-    # the gradient is a difference of two equal laws: rounding only
+    # the gradient is a difference of two equal distributions: rounding only
     assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads)) < 1e-4
 
 

@@ -59,7 +59,7 @@ def test_an_invalid_mismatched_response_is_left_out_of_the_baseline(make_batch):
     assert value[3] == 0
 
 
-def test_other_groups_are_errors_that_say_what_to_do():
+def test_other_groups_are_errors_with_a_hint():
     with pytest.raises(ValueError, match=r"kto got 1 responses .*name='unpaired'"):
         kto.loss(*group([-1.0], [1]))
     with pytest.raises(ValueError, match="ref_logps is None"):

@@ -51,5 +51,7 @@ def test_random_orders_are_those_of_the_oracle(make_batch):
 
 
 def test_a_single_response_is_no_ranking():
-    with pytest.raises(ValueError, match=r"plackett_luce orders .* one per prompt: use"):
+    with pytest.raises(
+        ValueError, match=r"plackett_luce orders .* one per prompt: use"
+    ):
         plackett_luce.loss(*group([-1.0], [1]))

@@ -11,7 +11,7 @@ from alignax.losses import poft
 
 
 def given(score, *aligned, lengths=(2,)):
-    """One response, and what the policy and the aligned models say a token of it."""
+    """One response, and its mean log-probability under the policy and aligned models."""
     policy, batch = group([score], [1], lengths=list(lengths))
     names = ["aligned_logps", *(f"aligned_{j}_logps" for j in range(2, 9))]
     columns = [jnp.where(batch.mask, jnp.float32(x), 0) for x in aligned]

@@ -50,7 +50,7 @@ def test_a_group_without_variance_has_no_gradient(make_batch):
         (1.1, 1, True), (1.1, -1, True), (0.9, 1, True), (0.9, -1, True),
     ],
 )  # fmt: skip
-def test_a_ratio_is_clipped_where_it_went_the_way_it_was_told(rho, advantage, flows):
+def test_a_ratio_is_clipped_where_it_moved_with_its_advantage(rho, advantage, flows):
     (got,) = slopes(loss, [[math.log(rho)]], [[advantage]])
     assert got == pytest.approx(-rho * advantage if flows else 0.0, rel=1e-5)
 

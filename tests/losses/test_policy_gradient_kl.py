@@ -61,14 +61,16 @@ def test_without_an_advantage_it_goes_back_to_the_reference(estimator, slope):
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3+"])
-def test_what_the_reference_would_never_say_is_pushed_hardest(estimator):
+def test_tokens_that_are_least_likely_under_the_reference_have_the_largest_gradient(
+    estimator,
+):
     """A clipped log-ratio would let go of the worst tokens."""
     rows = dict(log_ref=[[5.0, 50.0]], beta=1.0, estimator=estimator)
     got = slopes(loss, [[0.0, 0.0]], [[0, 0]], **rows)
     np.testing.assert_allclose(got, [2.5, 25], rtol=1e-6)
 
 
-def test_what_only_the_reference_would_say_is_pulled_up():
+def test_tokens_that_only_the_reference_finds_likely_are_raised():
     rows = dict(log_ref=[[-50.0, -1e4]], beta=1.0, estimator="k3")
     got = slopes(loss, [[0.0, 0.0]], [[0, 0]], **rows)
     assert np.isfinite(got).all()

@@ -1,4 +1,4 @@
-"""Q of every token: numbers by hand, its minimum on a world that is known, its law."""
+"""Q of every token: numbers by hand, its minimum on a known distribution, its form."""
 
 import jax
 import jax.numpy as jnp
@@ -65,8 +65,8 @@ def test_the_minimum_is_the_expected_reward_after_each_token():
     assert min(off.values()) > 1e-5
 
 
-def test_any_q_is_a_ratio_of_laws():
-    """b = c log Σ p e^{Q/c} makes π a law, whatever Q is."""
+def test_any_q_is_a_ratio_of_distributions():
+    """b = c log Σ p e^{Q/c} makes π a distribution, whatever Q is."""
     rng = np.random.default_rng(0)
     p, q, c = rng.dirichlet(np.ones(6)), rng.normal(size=6), 0.4
     b = c * np.log(p @ np.exp(q / c))

@@ -43,7 +43,7 @@ def test_the_minimum_is_the_soft_value(beta):
     assert min(mean.values()) < -1e-4, "the mean value is too low"
 
 
-def test_the_default_limit_moves_the_minimum_by_less_than_it_says():
+def test_the_default_limit_moves_the_minimum_by_less_than_its_bound():
     """No response of this world is as unlikely as e^-10."""
     world = World()
     at_rest = world.gradient(loss, lambda s: world.soft(s, 0.2), beta=0.2)

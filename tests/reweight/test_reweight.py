@@ -46,7 +46,7 @@ def test_the_tail_is_that_of_the_response_not_of_the_row():
     np.testing.assert_array_equal(got.logps[..., 2:], want.logps)
 
 
-def test_an_invalid_response_has_no_say_in_what_is_the_tail():
+def test_an_invalid_response_does_not_change_the_tail():
     policy, batch = pair()
     batch = batch._replace(
         mask=batch.mask.at[0, 1].set(False), valid=batch.valid.at[0, 1].set(False)

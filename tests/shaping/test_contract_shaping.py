@@ -1,4 +1,4 @@
-"""What every shaping owes, found by walking alignax/shaping: a new file needs no edit here.
+"""Contract of every shaping in alignax/shaping; a new file needs no edit here.
 
 The batch has every column that a module's NEEDS names, three responses to a prompt, and,
 for every stage after the first, rewards of tokens that an earlier shaping left.
@@ -237,7 +237,7 @@ def alternatives(bound, name):
     default = bound.hyper[name]
     if isinstance(default, str):  # 'transform' is one of TRANSFORMS beside the shaping
         known = getattr(inspect.getmodule(bound.function), f"{name.upper()}S", None)
-        assert known, f"say in {name.upper()}S what {name} may be"
+        assert known, f"list the values of {name} in {name.upper()}S"
         tried = known
     elif isinstance(default, bool):
         tried = [not default]

@@ -1,4 +1,4 @@
-"""CTRL: quantiles by hand and in law, transforms against the theory, and what is refused."""
+"""CTRL: quantiles by hand and in distribution, transforms against the theory, and what is refused."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -128,7 +128,7 @@ def test_the_mean_over_the_samples_themselves_is_a_half(kind, decimals):
 
 
 PROMPTS, FRESH, K = 1000, 20, 400  # 20,000 fresh samples of the reference
-LAWS = (
+DISTRIBUTIONS = (
     lambda z: z,
     np.exp,
     lambda z: 0.01 * z - 3,
@@ -137,11 +137,11 @@ LAWS = (
 )
 
 
-def fresh(laws=LAWS, seed=0):
-    """Rewards of fresh reference samples and of the K; each prompt's have another law."""
+def fresh(distributions=DISTRIBUTIONS, seed=0):
+    """Rewards of fresh reference samples and of the K; each prompt has another distribution."""
     z = np.random.default_rng(seed).normal(size=(PROMPTS, FRESH + K))
-    for i, law in enumerate(laws):
-        z[i :: len(laws)] = law(z[i :: len(laws)])
+    for i, sample in enumerate(distributions):
+        z[i :: len(distributions)] = sample(z[i :: len(distributions)])
     return z[:, :FRESH], z[:, FRESH:]
 
 
@@ -152,21 +152,21 @@ def uniformity(u):
 
 @pytest.mark.parametrize("kind", ["ecdf", "laplace", "interpolated", "leave_one_out"])
 def test_calibrated_rewards_of_the_reference_are_uniform(kind):
-    """Whatever the law of the reward; a step of 1/K is below what 20,000 can see."""
+    """Whatever the distribution of the reward; a step of 1/K is below what 20,000 can see."""
     assert uniformity(calibrate(*fresh(), kind)) > 1e-4
 
 
-def test_calibrated_against_another_law_they_are_not_uniform():
+def test_calibrated_against_another_distribution_they_are_not_uniform():
     rewards, baseline = fresh()
     assert uniformity(calibrate(rewards, np.roll(baseline, 1, 0))) < 1e-6
-    rewards, baseline = fresh(LAWS[:1])
+    rewards, baseline = fresh(DISTRIBUTIONS[:1])
     assert uniformity(calibrate(rewards, baseline)) > 1e-4
     assert uniformity(calibrate(rewards + 0.1, baseline)) < 1e-6  # of a deviation
 
 
-def test_a_normal_law_of_lognormal_rewards_is_not_uniform():
-    assert uniformity(calibrate(*fresh(LAWS[:1]), "gaussian")) > 1e-4
-    assert uniformity(calibrate(*fresh(LAWS[1:2]), "gaussian")) < 1e-6
+def test_a_normal_distribution_of_lognormal_rewards_is_not_uniform():
+    assert uniformity(calibrate(*fresh(DISTRIBUTIONS[:1]), "gaussian")) > 1e-4
+    assert uniformity(calibrate(*fresh(DISTRIBUTIONS[1:2]), "gaussian")) < 1e-6
 
 
 @pytest.mark.parametrize("k", [4, 25, 100])
@@ -236,7 +236,7 @@ def test_identity_and_top():
 
 
 @pytest.mark.parametrize("n", [2, 4, 16])
-def test_best_of_n_at_a_strength_of_one_is_the_law_of_the_best_of_n(n):
+def test_best_of_n_at_a_strength_of_one_is_the_best_of_n_distribution(n):
     """exp(Φ) ∝ u^(n-1)."""
     u = np.linspace(0.02, 1, 50)
     got = quantiles(u, transform="best_of", n=n)

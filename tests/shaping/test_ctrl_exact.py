@@ -35,7 +35,7 @@ class Toy:
       responses: [N, l] all of them.
       prefixes: [N, l] which prefix each token comes after.
       reference: [prefixes, v] probabilities of the next token, whole parts of `parts`.
-      law: [N] of the reference.
+      probs: [N] of the reference.
       reward: [N], with ties.
       samples: rewards of parts^l reference samples, each response as often as is due.
     """
@@ -50,9 +50,9 @@ class Toy:
         self.prefixes = places + starts[:l]
         extra = rng.multinomial(parts - v, np.ones(v) / v, size=starts[-1])
         self.reference = (1 + extra) / parts
-        self.law = np.exp(self.logps(np.log(self.reference)).sum(1))
+        self.probs = np.exp(self.logps(np.log(self.reference)).sum(1))
         self.reward = rng.normal(size=v**l).round(2)
-        times = np.rint(self.law * parts**l).astype(int)
+        times = np.rint(self.probs * parts**l).astype(int)
         self.samples = np.repeat(self.reward, times)
         assert len(self.samples) == parts**l
 
@@ -62,14 +62,14 @@ class Toy:
 
     def quantile(self) -> np.ndarray:
         """C [N] by definition: against every response, one at a time."""
-        wins = np.zeros(len(self.law))
-        for r, p in zip(self.reward, self.law, strict=True):
+        wins = np.zeros(len(self.probs))
+        for r, p in zip(self.reward, self.probs, strict=True):
             wins += p * ((self.reward > r) + 0.5 * (self.reward == r))
         return wins
 
     def tilted(self, phi, beta) -> np.ndarray:
         """π [N] ∝ π_ref exp(Φ/β)."""
-        weights = self.law * np.exp((phi - phi.max()) / beta)
+        weights = self.probs * np.exp((phi - phi.max()) / beta)
         return weights / weights.sum()
 
     def batch(self, rows) -> Batch:
@@ -81,10 +81,10 @@ class Toy:
             ref_logps=jnp.float32(self.logps(np.log(self.reference)))[rows],
         )  # fmt: skip
 
-    def outcomes(self, *laws):
+    def outcomes(self, *distributions):
         """Laws of the reward: one outcome a value, lowest first."""
         values, index = np.unique(self.reward, return_inverse=True)
-        return [np.bincount(index, law, len(values)) for law in laws]
+        return [np.bincount(index, probs, len(values)) for probs in distributions]
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def total_variation(p, q):
 def test_what_a_response_earns_is_exact(toy, case):
     hyper, _ = CASES[case]
     got = ctrl.shape(
-        toy.batch(np.arange(len(toy.law))[None]),
+        toy.batch(np.arange(len(toy.probs))[None]),
         jnp.float32(toy.samples)[None],
         **hyper,
     )
@@ -131,14 +131,16 @@ def test_what_a_response_earns_is_exact(toy, case):
 @pytest.mark.parametrize("best", [True, False], ids=["best", "worst"])
 def test_win_rates_of_the_exact_policies_are_the_discrete_formula(toy, best):
     """Best of 1, 2 and 4 from all pairs: of draws, then of winners, then of both sides."""
-    laws = np.stack([toy.law, *(exact(toy, case) for case in CASES)])
-    reference, *policies = toy.outcomes(*laws)
+    distributions = np.stack([toy.probs, *(exact(toy, case) for case in CASES)])
+    reference, *policies = toy.outcomes(*distributions)
     beats = (toy.reward[:, None] > toy.reward).astype(float)  # [N, N]
     ties = (toy.reward[:, None] == toy.reward).astype(float)
     for n in (1, 2, 4):
         if n > 1:
-            laws = duel(laws, laws, beats if best else beats.T, ties)
-        found = laws[1:] @ (beats + ties / 2) @ laws[0]
+            distributions = duel(
+                distributions, distributions, beats if best else beats.T, ties
+            )
+        found = distributions[1:] @ (beats + ties / 2) @ distributions[0]
         for p, want in zip(policies, found, strict=True):
             got = infalign.discrete_win_rate(p, reference, n, best=best)
             assert got == pytest.approx(want, abs=1e-10)
@@ -146,12 +148,12 @@ def test_win_rates_of_the_exact_policies_are_the_discrete_formula(toy, best):
 
 def test_no_policy_has_more_best_of_4_wins_for_its_kl_than_the_optimum(toy):
     """β = 0.2; the table is that of continuous rewards, so almost the discrete optimum."""
-    law, *policies = toy.outcomes(toy.law, *(exact(toy, case) for case in CASES))
-    optimum = infalign.discrete_optimal(law, 4, 0.2)
+    probs, *policies = toy.outcomes(toy.probs, *(exact(toy, case) for case in CASES))
+    optimum = infalign.discrete_optimal(probs, 4, 0.2)
 
     def value(p):
-        divergence = np.sum(p * np.log(p / law))
-        return infalign.discrete_win_rate(p, law, 4, best=True) - 0.2 * divergence
+        divergence = np.sum(p * np.log(p / probs))
+        return infalign.discrete_win_rate(p, probs, 4, best=True) - 0.2 * divergence
 
     values = dict(zip(CASES, map(value, policies), strict=True))
     assert max(values.values()) <= value(optimum) + 1e-12
@@ -160,7 +162,7 @@ def test_no_policy_has_more_best_of_4_wins_for_its_kl_than_the_optimum(toy):
 
 
 def learn(toy, case, rows, weigh, *, steps, lr):
-    """The law that gradient descent ends with, through the shapings and the loss.
+    """The distribution that gradient descent ends with, through the shapings and the loss.
 
     Args:
       rows: key, [N] the policy -> the responses [B, G] of a step, by number.
@@ -168,7 +170,10 @@ def learn(toy, case, rows, weigh, *, steps, lr):
     """
     hyper, beta = CASES[case]
     tx = optax.adam(optax.cosine_decay_schedule(lr, steps))
-    everything, samples = np.arange(len(toy.law))[None], jnp.float32(toy.samples)[None]
+    everything, samples = (
+        np.arange(len(toy.probs))[None],
+        jnp.float32(toy.samples)[None],
+    )
     earned = ctrl.shape(toy.batch(everything), samples, **hyper)[0]
 
     def logps(table):
@@ -202,19 +207,20 @@ def learn(toy, case, rows, weigh, *, steps, lr):
 @pytest.mark.parametrize("case", CASES)
 def test_rl_in_expectation_converges_to_the_exact_policy(toy, case):
     """The group holds every response, each weighted as often as the policy draws it."""
-    everything = jnp.arange(len(toy.law))[None]
+    everything = jnp.arange(len(toy.probs))[None]
     got = learn(
-        toy, case, lambda key, law: everything,
+        toy, case, lambda key, probs: everything,
         lambda p, old: jnp.broadcast_to(p[..., None], old.shape),
         steps=400, lr=0.1,
     )  # fmt: skip
     want = exact(toy, case)
-    assert total_variation(toy.law, want) > 0.2
+    assert total_variation(toy.probs, want) > 0.2
     assert total_variation(got, want) < 0.02
-    laws = toy.outcomes(got / got.sum(), want, toy.law)
+    distributions = toy.outcomes(got / got.sum(), want, toy.probs)
     for best in (True, False):
         found, right = (
-            infalign.discrete_win_rate(p, laws[2], 4, best=best) for p in laws[:2]
+            infalign.discrete_win_rate(p, distributions[2], 4, best=best)
+            for p in distributions[:2]
         )
         assert found == pytest.approx(right, abs=2e-3)
 
@@ -234,5 +240,5 @@ def test_rl_on_sampled_groups_converges_to_the_exact_policy():
         small, "best", draw, lambda p, old: jnp.full_like(old, 1 / 8), steps=600, lr=0.1,
     )  # fmt: skip
     want = exact(small, "best")
-    assert total_variation(small.law, want) > 0.2
+    assert total_variation(small.probs, want) > 0.2
     assert total_variation(got, want) < 0.02

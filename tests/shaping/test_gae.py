@@ -83,7 +83,7 @@ def test_nothing_is_worth_anything_after_the_last_token():
 
 
 def test_tokens_in_between_that_are_not_scored_are_skipped():
-    """What a tool says between two turns takes no step: the same without it."""
+    """Tokens of a tool between two turns are not steps: the same without them."""
     dense = fields(group([[0.0]], lengths=[[3]]), [[[1, -2, 4]]], [[[3, 1, 2]]])
     holes = group([[0.0]], lengths=[[5]])
     holes = holes._replace(mask=holes.mask.at[0, 0, 3:5].set(False))
@@ -106,6 +106,6 @@ def test_better_than_expected_is_positive():
     np.testing.assert_array_equal(got, [2, -2])
 
 
-def test_without_a_critic_it_says_what_is_missing():
+def test_without_a_critic_the_error_names_what_is_missing():
     with pytest.raises(ValueError, match=r"old_values.*value_head"):
         gae.shape(group([[1.0]]), None)

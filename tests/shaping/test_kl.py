@@ -40,7 +40,7 @@ def test_its_mean_under_the_policy_is_the_divergence():
     assert p @ paid == pytest.approx(0.3 * np.sum(p * np.log(p / q)), rel=1e-5)
 
 
-def test_a_token_that_the_reference_would_rather_not_say_costs():
+def test_a_token_that_is_unlikely_under_the_reference_costs():
     batch = group([[0.0, 0.0]])
     batch = batch._replace(
         old_logps=tokens(batch, [[[-1], [-1]]]),

@@ -6,7 +6,7 @@ import pytest
 from alignax.theory import displacement
 
 
-def law(w, h):
+def next_token(w, h):
     z = np.exp(w @ h - (w @ h).max())
     return z / z.sum()
 
@@ -37,14 +37,14 @@ def test_drift_is_what_a_small_step_does(frozen, seed):
     rng = np.random.default_rng(seed)
     w, h = rng.normal(size=(6, 4)), rng.normal(size=4)
     chosen, rejected, rate = 1, 4, 1e-6
-    pi = law(w, h)
+    pi = next_token(w, h)
     # d(log π₊ - log π₋): in h, and in the two rows of W that the margin sees
     new_h = h + rate * (w[chosen] - w[rejected])
     new_w = w.copy()
     if not frozen:
         new_w[chosen] += rate * h
         new_w[rejected] -= rate * h
-    got = (np.log(law(new_w, new_h)) - np.log(pi)) / rate
+    got = (np.log(next_token(new_w, new_h)) - np.log(pi)) / rate
     want = displacement.drift(w, h, chosen, rejected, frozen=frozen)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 

@@ -140,18 +140,18 @@ def test_a_heavy_tail_spends_the_kl_on_one_response(outcomes):
     u = (np.arange(outcomes) + 0.5) / outcomes
     reward = np.exp([NormalDist().inv_cdf(x) for x in u])
 
-    def law(beta):
+    def optimum(beta):
         weights = np.exp((reward - reward.max()) / beta)
         return weights / weights.sum()
 
     low, high = 1.0, 30.0
     for _ in range(50):
         beta = (low + high) / 2
-        p = law(beta)
+        p = optimum(beta)
         seen = p[p > 0]
         above = np.sum(seen * np.log(seen * outcomes)) > 0.5
         low, high = (beta, high) if above else (low, beta)
-    wins = np.sum(law(high) * u)
+    wins = np.sum(optimum(high) * u)
     want = {1000: 0.648, 20_000: 0.606, 1_000_000: 0.568}[outcomes]
     assert wins < 0.774 - 0.1
     assert wins == pytest.approx(want, abs=0.002)
@@ -196,7 +196,7 @@ def test_order_statistics_hold_best_and_worst_of_n():
 
 
 @pytest.mark.parametrize("j", [1, 20, 40])
-def test_an_order_statistic_of_many_is_a_law(j):
+def test_an_order_statistic_of_many_is_a_distribution(j):
     """Exactly P(Binomial(40, p) >= j): nothing cancels."""
     got = infalign.order_statistic(j, 40)
     mass = got.mass(GRID)
@@ -234,14 +234,14 @@ def test_the_reference_wins_half(procedure):
 def enumerated(policy, reference, n, best):
     """P(win) + P(tie) / 2 over all pairs of n samples."""
     pick = max if best else min
-    law = []
+    probs = []
     for probabilities in (policy, reference):
         chosen = np.zeros(len(probabilities))
         for draw in itertools.product(range(len(probabilities)), repeat=n):
             chosen[pick(draw)] += np.prod([probabilities[i] for i in draw])
-        law.append(chosen)
+        probs.append(chosen)
     pairs = itertools.product(range(len(policy)), repeat=2)
-    return sum(law[0][i] * law[1][j] * ((i > j) + (i == j) / 2) for i, j in pairs)
+    return sum(probs[0][i] * probs[1][j] * ((i > j) + (i == j) / 2) for i, j in pairs)
 
 
 @pytest.mark.parametrize("best", [True, False], ids=["best", "worst"])

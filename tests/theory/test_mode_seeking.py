@@ -1,4 +1,4 @@
-"""The bandit's laws, exactly."""
+"""The bandit's distributions, exactly."""
 
 import itertools
 
@@ -8,7 +8,7 @@ import pytest
 from alignax.theory import mode_seeking
 
 
-def test_the_data_law_has_its_mode_left_and_both_its_ends_heavy():
+def test_the_data_distribution_has_its_mode_left_and_both_its_ends_heavy():
     """tanh squeezes a Cauchy tail into each outermost bin."""
     p = mode_seeking.squashed_cauchy()
     assert p.sum() == pytest.approx(1, abs=1e-12)
@@ -18,7 +18,7 @@ def test_the_data_law_has_its_mode_left_and_both_its_ends_heavy():
     assert p[-1] == pytest.approx(0.04223, abs=1e-4)
 
 
-def test_the_data_law_is_what_sampling_gives():
+def test_the_data_distribution_is_what_sampling_gives():
     rng = np.random.default_rng(0)
     n = 200_000
     x = np.tanh(-0.7 + 0.4 * rng.standard_cauchy(n))
@@ -28,7 +28,7 @@ def test_the_data_law_is_what_sampling_gives():
 
 
 @pytest.mark.parametrize("reward", [[0.1, 0.5, 0.3], [1.0, 2.0, 2.0], [0.0, 0.0, 0.0]])
-def test_best_of_n_is_the_law_of_an_enumeration(reward):
+def test_best_of_n_is_the_distribution_of_an_enumeration(reward):
     p, n = np.array([0.5, 0.3, 0.2]), 3
     want = np.zeros(3)
     for draw in itertools.product(range(3), repeat=n):
