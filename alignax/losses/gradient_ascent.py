@@ -7,8 +7,8 @@ With c = 0 it is plain gradient ascent. It is not bounded below; NPO is.
 
 Source: the baselines of Zhang et al. 2024, https://arxiv.org/abs/2404.05868, and of TOFU
 (Maini et al. 2024), https://arxiv.org/abs/2401.06121, where c = 1 is gradient difference
-Differs from the paper: every response has the same weight, not every token of a batch; the
-share of forget rows in a step (config.mixture) also weighs the two terms.
+Differs from the paper: every response has the same weight, not every token of a
+micro-batch; the share of forget rows in a step (config.mixture) also weighs the two terms.
 """
 
 from jaxtyping import Array, Float
