@@ -2,13 +2,14 @@
 
   π*(v | s) ∝ p(v | s) e^{w r(s v)}   on the k best tokens v of p(· | s)
 
-Khanov et al. 2024, https://arxiv.org/abs/2402.01694. k is `candidates` of the
-call (10 in the paper, with w = 1); its temperature decides between greedy and stochastic.
+Khanov et al. 2024, https://arxiv.org/abs/2402.01694. k is `candidates` of the call (10
+in the paper, with w = 1); its temperature decides between greedy and stochastic.
 
-Differs from the paper: its temperature divides logit and reward, ours the logit alone, because
-logits processors are applied before the guide. At temperature τ, weight = w / τ gives the
-paper's distribution (w = 1, τ = 0.7 there: 1.43); greedy, weight = w. The reward is the
-scalar head of an LM with the target's vocabulary, on token ids instead of text.
+Differs from the paper: its temperature divides logit and reward, ours the logit alone,
+because logits processors are applied before the guide. At temperature τ, weight = w / τ
+gives the paper's distribution (w = 1, τ = 0.7 there: 1.43); greedy, weight = w. The
+reward is the scalar head of an LM with the target's vocabulary, on token ids instead of
+text.
 """
 
 from alignax.batch import LM

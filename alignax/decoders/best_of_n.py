@@ -3,11 +3,12 @@
   best   y = argmax_i r(y_i)        worst   y = argmin_i r(y_i)
   soft   y = y_i with probability exp(r(y_i) / lam) / Σ_j exp(r(y_j) / lam)
 
-With F(t) = P(r <= t) and F⁻(t) = P(r < t) under p, the best has the
-distribution p(y) (F^N - F⁻^N) / (F - F⁻) at t = r(y); ties are in proportion to p. Its KL
-divergence from p is at most log N - (N - 1) / N nats (Beirami et al. 2024, https://arxiv.org/abs/2401.01879).
-Soft: Verdun et al. 2025, https://arxiv.org/abs/2505.03156; the best as lam -> 0, p as
-lam -> ∞, and within log(1 + χ² / N) nats of p exp(r / lam) / Z.
+With F(t) = P(r <= t) and F⁻(t) = P(r < t) under p, the best has the distribution p(y)
+(F^N - F⁻^N) / (F - F⁻) at t = r(y); ties are in proportion to p. Its KL divergence from
+p is at most log N - (N - 1) / N nats (Beirami et al. 2024,
+https://arxiv.org/abs/2401.01879). Soft: Verdun et al. 2025,
+https://arxiv.org/abs/2505.03156; the best as lam -> 0, p as lam -> ∞, and within log(1
++ χ² / N) nats of p exp(r / lam) / Z.
 
 Differs from the paper: nothing. The worst of N is the best on -r, InfAlign's adversary
 (https://arxiv.org/abs/2412.19792).
@@ -48,7 +49,7 @@ def search(
     sampling: Mapping[str, Any] | None = None,
     reader: Reader = WHOLE,
 ) -> Generated:
-    """The best of n, the worst, or a soft best. *Exact*: the distribution above, for every n.
+    """The best, the worst, or a soft best of n. *Exact*: the distribution above.
 
     Args:
       lm: p, the policy.

@@ -10,8 +10,8 @@ it. By Bayes the sum is log p(y_<=t, A | x), so that the result is the mode of t
 conditional distribution. The mode of p itself may be an empty or a copied response, even
 if samples of p are good.
 
-Differs from the paper: P_phi is a judge, an argument, not a classifier on the model's hidden
-states. The beam search is `deal` without a look-ahead, at lam = 1.
+Differs from the paper: P_phi is a judge, an argument, not a classifier on the model's
+hidden states. The beam search is `deal` without a look-ahead, at lam = 1.
 """
 
 from collections.abc import Sequence

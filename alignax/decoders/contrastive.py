@@ -3,8 +3,8 @@
   π*(v | s) ∝ p(v | s)^{1+b} / p_amateur(v | s)^b   where p(v | s) >= a max p(· | s)
 
 Li et al. 2022, https://arxiv.org/abs/2210.15097 (the best token by the ratio alone, the
-limit b → ∞); with an exponent O'Brien and Lewis 2023, https://arxiv.org/abs/2309.09117; with the
-amateur as the draft, Yuan et al. 2023, https://arxiv.org/abs/2311.08981.
+limit b → ∞); with an exponent O'Brien and Lewis 2023, https://arxiv.org/abs/2309.09117;
+with the amateur as the draft, Yuan et al. 2023, https://arxiv.org/abs/2311.08981.
 
 Differs from the papers: p is the target after all logits processors, temperature included.
 Yuan et al. reuse the logits of the draft; here the amateur is called again per block.

@@ -59,12 +59,14 @@ def search(
       eos_ids: end a response, and so a block.
       n: K of the paper.
       block: M, tokens of a block; at least max_new is the best of n.
-      sampling: further settings of `decode.generate` that do not depend on earlier tokens of the response.
+      sampling: further settings of `decode.generate` that do not depend on earlier
+        tokens of the response.
       reader: of `decode.generate`.
 
     Returns:
       Generated, G = 1; feedback is V of the response, old_logps None. stats:
-      'tokens_sampled', 'judge_calls' (blocks judged), 'rounds' (blocks per response, at most).
+      'tokens_sampled', 'judge_calls' (blocks judged), 'rounds' (blocks of the
+      longest response).
 
     Raises:
       ValueError: an argument out of its range, or scores that are not [B, n].

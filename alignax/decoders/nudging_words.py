@@ -62,7 +62,7 @@ def search(
     rounds: int = 150,
     repeats: int = 3,
 ) -> Generated:
-    """Nudging across tokenizers. *Approximate*: greedy text, without a distribution of its own.
+    """Nudging across tokenizers. *Approximate*: greedy text, which has no distribution.
 
     Args:
       lm: the base.
@@ -80,7 +80,8 @@ def search(
       gamma: γ; even at 0 the first word of each round is the nudging model's.
       chunk: most tokens per call of either model.
       rounds: most of them.
-      repeats: the response ends if the nudging model gives the same words this often in a row.
+      repeats: the response ends if the nudging model gives the same words this often in
+        a row.
 
     Returns:
       Generated, G = 1, in the base's tokens; old_logps is None. stats: 'tokens_sampled',

@@ -5,8 +5,8 @@ A prompt has its documents between separators:
   prefix SEP document 1 SEP .. SEP document K SEP suffix
 
 Prefix and suffix keep their positions; the attention is in `alignax.models.pine`. For a
-judge of two answers the prefix is the question, each answer is a document, and the suffix
-asks for the contents of the better one, not for its number.
+judge of two answers the prefix is the question, each answer is a document, and the
+suffix asks for the contents of the better one, not for its number.
 
 Source: Wang et al. 2024, https://arxiv.org/abs/2407.01100
 Differs from the paper: as `models/pine.py`; several prompts are one batch.
@@ -49,7 +49,7 @@ def search(
     group: int = 1,
     sampling: Mapping[str, Any] | None = None,
 ) -> Generated:
-    """Samples responses that do not depend on the order of documents. *Exact*, up to rounding.
+    """Samples responses whatever the order of documents. *Exact*, up to rounding.
 
     Args:
       lm: the policy; a model without local attention.

@@ -2,13 +2,14 @@
 
   π*(v | s) ∝ p(v | s) (π_expert(v | s) / π_base(v | s))^weight
 
-Liu et al. 2024, https://arxiv.org/abs/2401.08565; the same distribution is
-the emulated fine-tuning of Mitchell et al. 2023, https://arxiv.org/abs/2310.12962, and, with the target
-its own base and a weight below or above 1, the realignment of Liu et al. 2024,
+Liu et al. 2024, https://arxiv.org/abs/2401.08565; the same distribution is the emulated
+fine-tuning of Mitchell et al. 2023, https://arxiv.org/abs/2310.12962, and, with the
+target its own base and a weight below or above 1, the realignment of Liu et al. 2024,
 https://arxiv.org/abs/2402.02992. The tilt is the implicit reward of a policy and its
 reference, over beta: DPO yields both models.
 
-Differs from the paper: log-probabilities are subtracted, not logits; the distribution is the same.
+Differs from the paper: log-probabilities are subtracted, not logits; the distribution
+is the same.
 """
 
 import jax.numpy as jnp

@@ -7,8 +7,8 @@ Liao et al. 2025, https://arxiv.org/abs/2501.19324
 A step has the distribution 1[r(y) >= delta] p_draft(y) + p_draft(r < delta) p(y), which is
 no tilt of p: steps that the draft prefers stay more likely.
 
-Differs from the paper: the reward is a judge, an argument. A step ends after `step` tokens or
-with one of `step_ids` (in the paper, an empty line).
+Differs from the paper: the reward is a judge, an argument. A step ends after `step`
+tokens or with one of `step_ids` (in the paper, an empty line).
 """
 
 from collections.abc import Sequence
@@ -60,9 +60,9 @@ def search(
       delta: least r of a drafted step that is kept; -inf is the draft alone, inf is p.
 
     Returns:
-      Generated, G = 1; feedback is r of the response, old_logps None. stats: 'tokens_sampled',
-      'draft_tokens' and 'target_tokens' of them, 'judge_calls' (drafts, and the responses), 'rounds',
-      'accepted' (share of steps drafted).
+      Generated, G = 1; feedback is r of the response, old_logps None. stats:
+      'tokens_sampled', 'draft_tokens' and 'target_tokens' of them, 'judge_calls' (drafts,
+      and the responses), 'rounds', 'accepted' (share of steps drafted).
 
     Raises:
       ValueError: an argument out of its range, a draft that `lms` does not have or that

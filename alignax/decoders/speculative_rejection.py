@@ -60,7 +60,8 @@ def search(
       n: responses to start with; the number of rows shrinks by powers of two.
       every: tokens between two judgements.
       reject: share that is rejected at each.
-      sampling: further settings of `decode.generate` that do not depend on earlier tokens of the response.
+      sampling: further settings of `decode.generate` that do not depend on earlier
+        tokens of the response.
       reader: of `decode.generate`.
 
     Returns:

@@ -9,8 +9,8 @@ verification. `alignax.sampling.steering_vectors` estimates u from pairs of text
 
 Zou et al. 2023, https://arxiv.org/abs/2310.01405; Wolf et al. 2024,
 https://arxiv.org/abs/2401.16332
-Differs from the papers: they steer the model, here steering defines a tilt; at a temperature τ
-of the call the tilt is not divided by τ, unless weight = 1 / τ is given.
+Differs from the papers: they steer the model, here steering defines a tilt; at a
+temperature τ of the call the tilt is not divided by τ, unless weight = 1 / τ is given.
 """
 
 from typing import Any

@@ -6,19 +6,22 @@
   indirect  TQ(s, v) = E_{τ ~ ρ_BL(· | s v)} [ω r] / E[ω],   ω = e^{(r - r_BL) / β}
   released  argmax of logit + r / α, one rollout of 20 tokens per candidate
 
-Chakraborty et al. 2024, https://arxiv.org/abs/2405.20495. ρ_BL is the
-distribution of whole responses of the baseline, which was aligned with the reward r_BL: with r itself (direct) or
-with another one (indirect, where the mean is that under ρ_r ∝ ρ_sft e^{r / β}).
+Chakraborty et al. 2024, https://arxiv.org/abs/2405.20495. ρ_BL is the distribution of
+whole responses of the baseline, which was aligned with the reward r_BL: with r itself
+(direct) or with another one (indirect, where the mean is that under ρ_r ∝ ρ_sft e^{r /
+β}).
 
-This is a search with a loop of its own, not a guide: host code judges rollouts as text, and
-in the compiled loop of `generate` every token would wait for the host. The key of a rollout
-is derived from the key and a hash of (prefix, v), so that TQ is a function of the prefix.
+This is a search with a loop of its own, not a guide: host code judges rollouts as text,
+and in the compiled loop of `generate` every token would wait for the host. The key of a
+rollout is derived from the key and a hash of (prefix, v), so that TQ is a function of
+the prefix.
 
-Differs from the paper: r_BL is given in the paper; here it is computed from the baseline and
-the model it was tuned from, r_BL / β = log ρ_BL / ρ_sft up to a constant that cancels. The
-paper does not define the distribution that is tilted; the released code tilts π_BL. Its
-rollouts use the generation settings of the checkpoint, here `rollout_temperature`. Its
-indirect form has no E[ω] and the same reward model twice, and is not reproduced.
+Differs from the paper: r_BL is given in the paper; here it is computed from the
+baseline and the model it was tuned from, r_BL / β = log ρ_BL / ρ_sft up to a constant
+that cancels. The paper does not define the distribution that is tilted; the released
+code tilts π_BL. Its rollouts use the generation settings of the checkpoint, here
+`rollout_temperature`. Its indirect form has no E[ω] and the same reward model twice,
+and is not reproduced.
 """
 
 import zlib
@@ -90,8 +93,9 @@ def search(
       rollout_temperature: of the rollouts; 1 is ρ_BL, 0 is greedy.
 
     Returns:
-      Generated, G = 1; feedback is r of the response, old_logps are under the tilted distribution.
-      stats: 'tokens_sampled' (of rollouts and of responses), 'judge_calls' (texts judged).
+      Generated, G = 1; feedback is r of the response, old_logps are under the tilted
+      distribution. stats: 'tokens_sampled' (of rollouts and of responses), 'judge_calls'
+      (texts judged).
 
     Raises:
       ValueError: an argument out of its range, no judge or scores that are not numbers, or

@@ -177,8 +177,8 @@ def extend(
     stateful = sorted(set(settings) - set(STATELESS))
     if stateful and (h.sizes > 0).any():
         raise ValueError(
-            f"sampling has {stateful}, which depends on earlier tokens of the response; when it is continued, "
-            f"expected only {', '.join(STATELESS)}"
+            f"sampling has {stateful}, which depends on earlier tokens of the response; "
+            f"when it is continued, expected only {', '.join(STATELESS)}"
         )
     b, g, t = h.tokens.shape
     tokens = min(tokens, h.max_new)
@@ -240,7 +240,7 @@ def next_best(lm: LM, h: Hypotheses, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def as_batch(h: Hypotheses, valid: np.ndarray | None = None) -> Batch:
-    """The Batch for a judge; empty responses, and those not `valid`, are not valid in it."""
+    """The Batch for a judge; valid are responses that are not empty, and `valid`."""
     at = np.arange(h.tokens.shape[2])
     mask = (at >= h.starts[..., None]) & (at < h.ends[..., None])
     valid = (h.sizes > 0) & (True if valid is None else valid)

@@ -4,9 +4,9 @@
 
 ALIGNAX_SMOLLM2 names SmolLM2-135M-Instruct as GGUF (without it a model of its shape is
 drawn here); ALIGNAX_PEER_PYTHON a Python that has torch and transformers (without it the
-peer is left out). One JSON line a batch size. All of them run in turns, `rounds` times,
-and medians are compared. `bound` is what reading all weights once a token would reach:
-matrix-vector products of the same bytes, in the same turns.
+peer is left out). One JSON line per batch size. All of them run in turns, `rounds` times,
+and medians are compared. `bound` is the rate at which all weights could be read once per
+token: matrix-vector products of the same bytes, in the same turns.
 """
 
 import argparse
@@ -105,7 +105,7 @@ def main():
         lm = LM(config, transformer.init(config, jax.random.key(0)))
     python = os.environ.get("ALIGNAX_PEER_PYTHON")
     peer = Peer(python, path) if python and path else None
-    lm = jax.jit(transformer.unstack)(lm)  # once, as whoever answers many does
+    lm = jax.jit(transformer.unstack)(lm)  # once, as for many calls
     read = reader(lm)
     read(0.0)
     for batch in args.batches:
