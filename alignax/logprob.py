@@ -1,15 +1,15 @@
-"""THE kernel: hidden states to log-probabilities, without ever holding [N, T, V].
+"""THE kernel: log-probabilities from hidden states, without an array of [N, T, V].
 
-The only place where tokens are shifted by one, and the only place that normalises
-logits: by a walk over tiles (`xla_head`) that also reads what else a loss may need of a
-whole row, or by Pallas kernels (`pallas_head`) where a config asks for them.
+Only this module shifts tokens by one and normalises logits. It loops over tiles of the
+vocabulary in XLA (`xla_head`), which also computes the other fields of `Scores`, or calls
+Pallas kernels (`pallas_head`) where a config asks for them.
 
-Rows are responses as they stand in the batch or, where it has a layout, packed ones in
-which what responses share is computed once; the values are the same.
+A row is a response as it stands in the batch. If the batch has a layout, a row holds packed
+responses, and tokens that responses share are computed once; the values are the same.
 
-Its definition is temperature-free: training, reference, sampler and guidance agree.
-Under a mesh the walk runs inside `shard_map`: tokens stay where they are, the head is
-gathered over `fsdp`, the vocabulary stays split over `model`.
+The temperature is always 1: training, reference, sampler and guidance agree on what a
+log-probability is. Under a mesh the loop runs inside `shard_map`: tokens stay where they
+are, the head is gathered over `fsdp`, the vocabulary stays split over `model`.
 """
 
 import functools
@@ -23,10 +23,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from alignax.batch import COMPARED, LM, Batch, Layout, Scores, flatten
 from alignax.models import attention, fallback, pallas_head, transformer, xla_head
-from alignax.models.xla_head import READ, Head, Walk
+from alignax.models.xla_head import READ, Head, Tiling
 
 TOKEN_TILE, VOCAB_TILE = 256, 4096  # one logit tile is 4 MiB
-VALUES = ("values", "state_values")  # the scalar head after a token, and before it
+VALUES = ("values", "state_values")  # the value head after a token, and before it
 
 
 def token_logps(
@@ -43,9 +43,9 @@ def token_logps(
 
 
 def rows(lm: LM, h: Float[Array, "N K D"]) -> Float[Array, "N K V"]:
-    """Normalised log-probabilities of every next token, for a few positions.
+    """Log-probabilities of every next token in nats, for a few positions.
 
-    The other normaliser, for decoding: a sampler needs the whole row.
+    For decoding: a sampler needs the whole distribution.
     """
     return jax.nn.log_softmax(transformer.unembed(lm, h), -1)
 
@@ -60,29 +60,29 @@ def score(
     tiles: tuple[int, int] = (TOKEN_TILE, VOCAB_TILE),
     precision: str = "highest",
 ) -> Scores:
-    """Reads a batch through an LM: the one way from a model to a loss.
+    """Scores a batch under an LM: every loss gets its Scores from here.
 
     Args:
       lm: the model; differentiable in its parameters.
       batch: [B, G, T]; only positions where `mask` is True are unembedded.
-      needs: fields of Scores to return besides `logps`. Names that describe the batch
-        (such as 'ref_logps') are somebody else's to fill and are ignored here.
+      needs: fields of Scores to return besides `logps`. Names of fields of the batch
+        (such as 'ref_logps') are ignored here.
       kl_to: the frozen LM that 'kl' and 'forward_kl' compare with; no gradient reaches
-        it. It shares the vocabulary, not the architecture.
-      mesh: devices that hold the batch; None when it lives on one.
+        it. It must have the same vocabulary, not the same architecture.
+      mesh: devices that hold the batch; None for a single device.
       tiles: tokens and vocabulary entries per logit tile.
       precision: of the head matmul (on TPU, float32 runs in bf16 passes unless raised).
 
     Returns:
-      Scores with `logps[b, g, t] = log p(tokens[t] | tokens[<t])` in nats, exactly 0
-      where mask is False; with 'values', `values[b, g, t]` is the scalar head on the
-      prefix that ends with token t, with 'state_values' on the one that ends before it,
-      0 where mask is False. The fields in READ are [b, g, t] too, of the law of tokens[t]
-      given tokens[<t], in nats.
+      Scores with `logps[b, g, t] = log p(tokens[t] | tokens[<t])` in nats. With 'values',
+      `values[b, g, t]` is the value head on the prefix that ends with token t; with
+      'state_values', `state_values[b, g, t]` is the value head on the prefix that ends
+      before it. The fields in READ describe the distribution of tokens[t] given
+      tokens[<t], in nats. Every field is [B, G, T] and exactly 0 where mask is False.
 
     Raises:
-      ValueError: values of a model without a value head, a KL to nothing or to another
-        vocabulary, or B that the mesh does not divide.
+      ValueError: values of a model without a value head; a KL without `kl_to`, or to an
+        LM with another vocabulary; B that the mesh does not divide.
     """
     inputs = _plain(batch) if batch.layout is None else _packed(batch, batch.layout)
     fields = tuple(n for n in READ if n in needs)
@@ -113,13 +113,15 @@ def score(
 
 
 class Inputs(NamedTuple):
-    """What an LM reads of a batch, in the plain layout or a packed one."""
+    """The inputs of an LM from a batch, with one row per response or packed."""
 
     tokens: Int[Array, "N T"]
     scored: Bool[Array, "N T"]
     positions: Int[Array, "N T"] | None = None
     attend: attention.Attend | None = None
-    previous: Int[Array, "N T"] | None = None  # column; None is the one before
+    previous: Int[Array, "N T"] | None = (
+        None  # column that predicts; None: one to the left
+    )
 
 
 def _plain(batch: Batch) -> Inputs:
@@ -146,7 +148,7 @@ def _packed(batch: Batch, layout: Layout) -> Inputs:
 
 
 def _unpack(layout, read, mesh):
-    """{field: [B, G, T]} from {field: [S * R, L]}: every response reads its own places."""
+    """{field: [B, G, T]} from {field: [S * R, L]}: each response gathers its tokens."""
 
     def take(index, read):
         index = index.reshape(layout.tokens.shape[0] // shards, -1)
@@ -174,7 +176,7 @@ def _hidden(lm, inputs):
 
 
 def _before(inputs, x):
-    """x of the token before; 0 before the first."""
+    """x at the token before; 0 for the first token."""
     if inputs.previous is not None:
         return jnp.take_along_axis(x, inputs.previous, 1)
     return jnp.pad(x[:, :-1], ((0, 0), (1, 0)))
@@ -204,7 +206,7 @@ def sequence_logps(
     tiles: tuple[int, int] = (TOKEN_TILE, VOCAB_TILE),
     precision: str = "highest",
 ) -> Float[Array, "N T"]:
-    """Per-token log-probabilities in nats; 0 at t=0 and where `mask` is False.
+    """Log-probability of each token in nats; 0 at t=0 and where `mask` is False.
 
     Args:
       lm: the model.
@@ -221,10 +223,10 @@ def sequence_logps(
 def _read(
     lm, h, tokens, mask, mesh, tiles, precision, fields=(), other=None, previous=None
 ):
-    """{field: [N, T]} from hidden states: the shift, then the walk.
+    """{field: [N, T]} from hidden states: shifts the targets, then loops over tiles.
 
-    `other` is (frozen LM, its hidden states), for the fields that compare with it;
-    `previous` the column that predicts a token, where that is not the one before.
+    `other` is (frozen LM, its hidden states), for the fields that compare with it.
+    `previous` is the column that predicts each token; None is the column to its left.
     """
     targets, scored = jnp.asarray(tokens), jnp.asarray(mask).at[:, 0].set(False)
     if previous is None:
@@ -235,87 +237,87 @@ def _read(
         weight, axis = transformer.head(other[0])
         sides.append((other[1], weight))
         heads.append(Head(axis, other[0].config.final_softcap))
-    walk = Walk(tuple(heads), fields, tiles, precision)
+    tiling = Tiling(tuple(heads), fields, tiles, precision)
     run = functools.partial(_local, lm.config.head_kernel)
     if mesh is not None and mesh.size > 1:
         run = functools.partial(_sharded, lm.config.head_kernel, mesh)
-    out = run(walk, tuple(sides), targets, scored, previous)
+    out = run(tiling, tuple(sides), targets, scored, previous)
     if previous is None:
         out = {k: jnp.roll(v, 1, axis=1) for k, v in out.items()}
     return out
 
 
-def _local(kernel, walk, sides, targets, scored, columns):
+def _local(kernel, tiling, sides, targets, scored, columns):
     n, t = targets.shape
-    if walk.split:  # this shard's columns begin at 0
-        width = sides[0][1].shape[walk.heads[0].vocab_axis]
+    if tiling.split:  # this shard's columns begin at 0
+        width = sides[0][1].shape[tiling.heads[0].vocab_axis]
         targets = targets - jax.lax.axis_index("model") * width
     sides = tuple((h.reshape(n * t, -1), w) for h, w in sides)
     source = None
     if columns is not None:
         source = (columns + t * jnp.arange(n)[:, None]).reshape(-1)
-    run = _pallas if _takes_pallas(kernel, walk) else xla_head.read
-    out = run(walk, sides, targets.reshape(-1), scored.reshape(-1), source)
+    run = _pallas if _takes_pallas(kernel, tiling) else xla_head.read
+    out = run(tiling, sides, targets.reshape(-1), scored.reshape(-1), source)
     return {k: v.reshape(n, t) for k, v in out.items()}
 
 
-def _takes_pallas(kernel, walk) -> bool:
-    """Whether the Pallas kernels do this walk; if they are asked for and do not, why."""
+def _takes_pallas(kernel, tiling) -> bool:
+    """Whether the Pallas kernels are used; logs why if they are asked for and cannot be."""
     if kernel == "xla":
         return False
-    reads = (*walk.fields, *(["a frozen LM"] if len(walk.heads) > 1 else []))
+    reads = (*tiling.fields, *(["a frozen LM"] if len(tiling.heads) > 1 else []))
     where = fallback.platform()
-    if where == "tpu" or (where == "cpu" and not walk.mesh_axes):
+    if where == "tpu" or (where == "cpu" and not tiling.mesh_axes):
         why = f"{', '.join(reads)} asked for" if reads else ""
     else:
         why = f"platform {where}"
     if why:
-        fallback.say_once(f"head_kernel='pallas': XLA's walk instead, {why}")
+        fallback.say_once(f"head_kernel='pallas': XLA's loop over tiles instead, {why}")
     return not why
 
 
-def _pallas(walk, sides, targets, scored, source):
-    (h, weight), head = sides[0], walk.heads[0]
+def _pallas(tiling, sides, targets, scored, source):
+    (h, weight), head = sides[0], tiling.heads[0]
     kernel = pallas_head.Kernel(
-        head.vocab_axis, head.cap, axis="model" if walk.split else "",
+        head.vocab_axis, head.cap, axis="model" if tiling.split else "",
         interpret=fallback.platform() == "cpu",
     )  # fmt: skip
     return {"logps": pallas_head.logps(kernel, h, weight, targets, scored, source)}
 
 
-def _sharded(kernel, mesh, walk, sides, targets, scored, columns):
-    """The walk on each shard of tokens. Transposes of the casts sum gradients."""
+def _sharded(kernel, mesh, tiling, sides, targets, scored, columns):
+    """`_local` on each shard of tokens. Transposes of the casts sum gradients."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if targets.shape[0] % shards:
         raise ValueError(
             f"{targets.shape[0]} rows do not divide over data*fsdp={shards} shards"
         )
-    v = sides[0][1].shape[walk.heads[0].vocab_axis]
+    v = sides[0][1].shape[tiling.heads[0].vocab_axis]
     split = v % mesh.shape["model"] == 0
     gather = [
         w.shape[1 - head.vocab_axis] % mesh.shape["fsdp"] == 0
-        for (_, w), head in zip(sides, walk.heads, strict=True)
+        for (_, w), head in zip(sides, tiling.heads, strict=True)
     ]
     tokens_spec = P(("data", "fsdp"))
     specs = []
-    for head, gathered in zip(walk.heads, gather, strict=True):
+    for head, gathered in zip(tiling.heads, gather, strict=True):
         names = ("model" if split else None, "fsdp" if gathered else None)
         specs.append(
             (tokens_spec, P(*(names if head.vocab_axis == 0 else names[::-1])))
         )
     axes = ("data", "fsdp", "model") if split else ("data", "fsdp")
-    walk = walk._replace(mesh_axes=axes, split=split)
+    tiling = tiling._replace(mesh_axes=axes, split=split)
 
     def shard(sides, targets, scored, columns):
         whole = []
-        for (h, w), head, gathered in zip(sides, walk.heads, gather, strict=True):
+        for (h, w), head, gathered in zip(sides, tiling.heads, gather, strict=True):
             if gathered:
                 w = jax.lax.all_gather(w, "fsdp", axis=1 - head.vocab_axis, tiled=True)
             if split:
                 h = xla_head.vary(h, ("model",))
             w = xla_head.vary(w, ("data",) if gathered else ("data", "fsdp"))
             whole.append((h, w))
-        return _local(kernel, walk, tuple(whole), targets, scored, columns)
+        return _local(kernel, tiling, tuple(whole), targets, scored, columns)
 
     return jax.shard_map(
         shard, mesh=mesh, in_specs=(tuple(specs), *[tokens_spec] * 3),

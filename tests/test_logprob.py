@@ -32,7 +32,7 @@ def head_only(tied=False, cap=None, vocab=V, width=D, **kwargs):
 
 
 def kernel(config, h, weight, tokens, mask, *, tiles=(8, 16), precision="highest"):
-    """The walk alone, from hidden states: what `score` does after the decoder."""
+    """The loop over tiles alone: what `score` does after the decoder."""
     lm = LM(config, {"embed" if config.tied else "head": weight})
     return logprob._read(lm, h, tokens, mask, None, tiles, precision)["logps"]
 
@@ -304,7 +304,7 @@ def test_values_of_a_model_without_a_head_is_an_error(tiny_lm, make_batch):
         score(tiny_lm, make_batch(), needs=("values",))
 
 
-# What else the walk reads of a row.
+# What else the loop over tiles computes of a row.
 
 
 def fields(configs, arrays, tokens, mask, *, needs, tiles=(8, 16)):
@@ -321,18 +321,18 @@ def fields(configs, arrays, tokens, mask, *, needs, tiles=(8, 16)):
 
 def naive_fields(configs, arrays, mask, needs):
     """The definitions, on whole rows of whatever dtype the arrays have."""
-    laws = []
+    logps = []
     for config, (h, w) in zip(configs, arrays, strict=True):
         z = oracle.cap(h @ (w.T if config.tied else w), config.final_softcap)
-        laws.append(z - jax.scipy.special.logsumexp(z, -1, keepdims=True))
-    p, r = laws[0], laws[-1]
+        logps.append(z - jax.scipy.special.logsumexp(z, -1, keepdims=True))
+    p, r = logps[0], logps[-1]
     all_of_them = {
         "entropy": -(jnp.exp(p) * p).sum(-1),
         "collision": jnp.log(jnp.exp(2 * p).sum(-1)),
         "kl": (jnp.exp(p) * (p - r)).sum(-1),
         "forward_kl": (jnp.exp(r) * (r - p)).sum(-1),
     }
-    # the row at t - 1 is the law of the token at t
+    # the row at t - 1 is the distribution of the token at t
     shifted = {k: jnp.roll(all_of_them[k], 1, 1) for k in needs}
     return {k: jnp.where(mask, v, 0) for k, v in shifted.items()}
 
@@ -350,13 +350,13 @@ def test_fields_and_their_gradients_are_those_of_float64(heads, tiles):
     rng = np.random.default_rng(2)
     g = {k: rng.normal(size=mask.shape).astype(np.float32) for k in needs}
 
-    def walk(h, w):
+    def tiled(h, w):
         arrays = ((h, w), frozen)
         out = fields((ours, theirs), arrays, tokens, mask, needs=needs, tiles=tiles)
         return {k: out[k] for k in needs}
 
     got, dh, dw = jax.jit(
-        lambda h, w: (lambda o, pull: (o, *pull(g)))(*jax.vjp(walk, h, w))
+        lambda h, w: (lambda o, pull: (o, *pull(g)))(*jax.vjp(tiled, h, w))
     )(h, weight)
     with jax.enable_x64(True):
         exact_frozen = tuple(map(oracle.float64, frozen))

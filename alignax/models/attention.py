@@ -1,4 +1,4 @@
-"""Causal attention by tiles, with masks that are functions of tokens' ids.
+"""Causal attention by tiles, with masks computed from per-token ids (such as segments).
 
 Shape suffixes as in transformer.py: n rows, t tokens, s keys, h query heads, k kv heads,
 g = h/k queries per kv head, e head size.
@@ -29,15 +29,15 @@ TILES = {"cpu": 128}  # queries and keys of a tile of scores; 512 elsewhere
 )
 @dataclasses.dataclass(frozen=True)
 class Attend:
-    """Which tokens see each other, besides that none sees a later position.
+    """A mask besides the causal one (no token sees a later position).
 
     Attributes:
-      ids: int arrays [N, T], what `allowed` reads of a token.
+      ids: int arrays [N, T], the ids of each token that `allowed` reads.
       allowed: (ids of queries, ids of keys) -> bool, elementwise over arrays that
-        broadcast: any block of the mask is its value on the ids of that block. A
-        function of a module, since programs are told apart by it.
-      first: of each token, the first column that it may see, in rows in which nobody sees
-        a later column: tiles of keys before it are skipped. None = the first of all.
+        broadcast: a block of the mask is its value on the ids of that block. It must be
+        a function of a module, since it is a part of the key of a compiled program.
+      first: for each token the first column that it may see, in rows in which no token
+        sees a later column; tiles of keys before it are skipped. None = column 0.
     """
 
     ids: tuple[Int[Array, "N T"], ...]
@@ -46,28 +46,29 @@ class Attend:
 
 
 def same_segment(queries: tuple, keys: tuple):
-    """Several texts in a row: ids are (segment,)."""
+    """Mask of several texts in one row: ids are (segment,)."""
     return queries[0] == keys[0]
 
 
 def siblings(queries: tuple, keys: tuple):
-    """Several prompts in a row, each with several responses: ids are (group, branch).
+    """Mask of several prompts in one row, each with its responses: ids (group, branch).
 
-    Branch 0 is what the responses to a prompt share; nobody sees a sibling's own branch.
+    Branch 0 holds the tokens that the responses to a prompt share. A response sees branch
+    0 and its own branch, not that of another response.
     """
     (group, branch), (other, theirs) = queries, keys
     return (group == other) & ((theirs == 0) | (branch == theirs))
 
 
 class Rule(NamedTuple):
-    """What is static about attention scores."""
+    """The static settings of attention scores."""
 
     scale: float
     cap: float | None
     allowed: Callable[[tuple, tuple], Any] | None  # of an Attend
 
 
-# What follows takes several query heads of a kv head behind each other, T queries each:
+# Below, the query heads of one kv head are concatenated on the axis Q, T queries each:
 #   q [N, K, Q, E], keys and values [N, K, S, E]
 #   queries, keys: ([N, T or S] positions, ids of an Attend)
 #   window: how far back a key may be
@@ -77,15 +78,15 @@ class Rule(NamedTuple):
 def _whole(rule: Rule, q, k, v, queries, keys, window):
     """softmax(q kᵀ) v, all keys at once.
 
-    The backward pass forms the scores again, from their log-sum-exp: with p and dy it is
-    ds = p (dy vᵀ - Σ dy y), where a derivative of softmax would sum over S once more (on a
-    CPU attention's gradient was measured twice as fast).
+    The backward pass recomputes the scores from their log-sum-exp: with p and dy it is
+    ds = p (dy vᵀ - Σ dy y). The derivative of softmax itself would sum over S once more (on
+    a CPU this form of the gradient was measured twice as fast).
     """
     return _whole_forward(rule, q, k, v, queries, keys, window)[0]
 
 
 def _scores(rule, q, k, queries, keys, window):
-    """Capped scores; where they do not count, as good as -inf."""
+    """Soft-capped scores; LEAST where the mask is False."""
     s = einsum("nkqe,nkse->nkqs", q, k) * rule.scale
     if rule.cap:
         s = rule.cap * jnp.tanh(s / rule.cap)
@@ -124,11 +125,11 @@ def _whole_backward(rule, residuals, g):
 
 
 def _slopes(rule, q, k, v, queries, keys, window, lse, g, along):
-    """Gradients in q, k and v, in float32, of a block of queries and one of keys."""
+    """Gradients of q, k and v, in float32, for a block of queries and a block of keys."""
     s = _scores(rule, q, k, queries, keys, window)
     p = jnp.exp(s - lse)
     slope = (einsum("nkqe,nkse->nkqs", g, v) - along) * p * rule.scale
-    if rule.cap:  # tanh' = 1 - tanh²; where nothing counts p is 0
+    if rule.cap:  # tanh' = 1 - tanh²; p is 0 on masked keys
         slope = jnp.where(p > 0, slope * (1 - (s / rule.cap) ** 2), 0.0)
     slope = slope.astype(q.dtype)
     return (
@@ -141,8 +142,9 @@ def _slopes(rule, q, k, v, queries, keys, window, lse, g, along):
 def _over_queries(narrow, wide):
     """[N, K, S, E], the sum over queries of [N, K, Q, E] times [N, K, Q, S].
 
-    The narrow operand first and turned before, not by the product: on a CPU the wide one
-    first was measured twice as slow, a product that turns ten times for a few tokens.
+    The narrow operand comes first and is transposed before the product. On a CPU the wide
+    operand first was measured twice as slow, and a transpose inside the product ten times
+    as slow for a few tokens.
     """
     turned = jax.lax.optimization_barrier(narrow.swapaxes(2, 3))
     return einsum("nkeq,nkqs->nkes", turned, wide).swapaxes(2, 3)
@@ -159,11 +161,11 @@ _whole.defvjp(_whole_forward, _whole_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _tiled(rule: Rule, q, k, v, queries, keys, window, spans):
-    """softmax(q kᵀ) v by tiles of queries and, for each, those tiles of keys it may see.
+    """softmax(q kᵀ) v by tiles of queries, each over the tiles of keys that it may see.
 
     Args, beyond those above:
-      q: a tile each, [I, N, K, Q, E]; k, v: [J, N, K, S, E]; queries and keys likewise.
-      spans: int32 [I] each, the first and the last tile of keys.
+      q: stacked tiles, [I, N, K, Q, E]; k, v: [J, N, K, S, E]; queries and keys likewise.
+      spans: int32 [I] each, the first and the last tile of keys for a tile of queries.
     """
     return _tiled_forward(rule, q, k, v, queries, keys, window, spans)[0]
 
@@ -222,7 +224,7 @@ def attention(q, k, v, q_pos, k_pos, attend, local, config, in_order=False):
     """Causal attention; by tiles for long T, so that [T, T] never exists.
 
     The largest score array is [N, H, tile, tile], or [N, H, T, S] where T is no longer
-    than a tile; the backward pass forms it again.
+    than a tile; the backward pass recomputes it.
 
     Args:
       q: queries [N, T, H, E].
@@ -231,10 +233,10 @@ def attention(q, k, v, q_pos, k_pos, attend, local, config, in_order=False):
       attend: an `Attend`, or None.
       local: whether config.window applies; it may be traced.
       config: a ModelConfig.
-      in_order: positions are columns, so that nobody sees a later column.
+      in_order: positions are columns, so that no token sees a later column.
 
-    Tiles of keys that no query of a tile sees are skipped where the order tells: where
-    nobody sees a later column, `in_order` or by an `Attend.first`.
+    Tiles of keys that are masked for a whole tile of queries are skipped where the order
+    of the columns is known: with `in_order` or with an `Attend.first`.
     """
     c = config
     begins = None if attend is None else attend.first
@@ -247,7 +249,7 @@ def attention(q, k, v, q_pos, k_pos, attend, local, config, in_order=False):
     q = q.reshape(n, t, c.num_kv_heads, -1, e).transpose(0, 2, 3, 1, 4)
     k, v = jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1)
 
-    def merge(q):  # the queries of a kv head behind each other
+    def merge(q):  # concatenates the query heads of a kv head
         return q.reshape(*q.shape[:-3], -1, e)
 
     most = c.attn_tile or TILES.get(fallback.platform(), 512)
@@ -255,7 +257,7 @@ def attention(q, k, v, q_pos, k_pos, attend, local, config, in_order=False):
         y = _whole(rule, merge(q), k, v, (q_pos, ids), (k_pos, ids), window)
         y = y.reshape(q.shape)
     else:
-        size = -(-t // -(-t // most))  # tiles of one size, with little to fill up
+        size = -(-t // -(-t // most))  # tiles of one size, with little padding
 
         def split(x, axis, fill=0):
             width = [(0, 0)] * x.ndim
@@ -267,7 +269,7 @@ def attention(q, k, v, q_pos, k_pos, attend, local, config, in_order=False):
         q_pos, k_pos = (jnp.broadcast_to(x, (n, x.shape[1])) for x in (q_pos, k_pos))
         tiles = tuple(split(x, 1) for x in ids)
         queries = split(q_pos, 1), tiles
-        keys = split(k_pos, 1, FAR), tiles  # what fills up stands beyond all queries
+        keys = split(k_pos, 1, FAR), tiles  # padding is later than all queries
         q_tiles = split(q, 3)
         many = len(q_tiles)
         first, last = jnp.zeros(many, jnp.int32), jnp.full(many, len(keys[0]) - 1)

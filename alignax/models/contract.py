@@ -1,4 +1,4 @@
-"""Products of a model: float32 sums, results and cotangents in the operands' dtype."""
+"""Matrix products: float32 accumulation, results and cotangents in the operands' dtype."""
 
 import functools
 
@@ -8,20 +8,20 @@ import jax.numpy as jnp
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def contract(equation: str, a, b, dtype):
-    """einsum(a, b) accumulated in float32 and returned in `dtype`, both ways.
+    """einsum(a, b), accumulated in float32 and returned in `dtype`; so is its gradient.
 
     Cotangents are rounded to the operands' dtype before they are multiplied, as the
-    activations are. Left to JAX, a bfloat16 backward would multiply float32 by
-    bfloat16: on a CPU with bfloat16 units that was measured 4 times slower.
+    activations are. JAX's own gradient in bfloat16 would multiply float32 by bfloat16: on a
+    CPU with bfloat16 units that was measured 4 times slower.
     """
     return einsum(equation, a, b.astype(a.dtype)).astype(dtype)
 
 
 def einsum(equation, a, b):
-    """jnp.einsum, but for the order of contracted axes: the operands' own.
+    """jnp.einsum that contracts axes in the order in which the operands have them.
 
-    jnp.einsum contracts "nthe,hed->ntd" over (e, h), for which XLA copies the kernel in
-    another layout at every call: on a CPU that was half of a decoding step.
+    jnp.einsum contracts "nthe,hed->ntd" over (e, h), for which XLA copies the weight into
+    another layout at every call: on a CPU that took half of a decoding step.
     """
     inputs, out = equation.split("->")
     left, right = inputs.split(",")

@@ -1,4 +1,4 @@
-"""Where a faster path cannot go: what a program is compiled for, and saying so once."""
+"""Which platform a program is compiled for, and one log line where a kernel is not used."""
 
 import functools
 import logging
@@ -9,12 +9,12 @@ log = logging.getLogger(__name__)
 
 
 def platform() -> str:
-    """What is compiled for: the default device's, which may be one that is only described."""
+    """Platform of the default device, which may be a described one (see `preflight`)."""
     device = getattr(jax.config, "jax_default_device", None)
     return getattr(device, "platform", None) or jax.default_backend()
 
 
 @functools.cache
 def say_once(line: str) -> None:
-    """Logs a line the first time it is said in a process."""
+    """Logs a warning, once per process for the same line."""
     log.warning(line)

@@ -1,9 +1,9 @@
-"""What Hugging Face calls things: config.json <-> ModelConfig, and the names of weights.
+"""Hugging Face model families: config.json <-> ModelConfig, and the names of weights.
 
-One small entry per family. `from_hf` reads both spellings of transformers' config.json
+Each family has one small entry. `from_hf` reads both forms of transformers' config.json
 (up to v4: `rope_theta`, `rope_scaling`, `sliding_window_pattern`; since v5:
-`rope_parameters`, `layer_types`); `to_hf` writes both. What our decoder does not compute
-is refused by name, never ignored: a model that loads is the model that was saved.
+`rope_parameters`, `layer_types`); `to_hf` writes both. A feature that our decoder does not
+compute is an error that names it, and is never ignored.
 """
 
 import dataclasses
@@ -119,7 +119,7 @@ def stored_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape in which both file formats hold our parameter of one layer.
 
     Linear maps are stored as [out, in] with head axes merged, everything else as a vector;
-    the embedding is [V, D] in both worlds.
+    the embedding is [V, D] in the files and in our tree.
 
     Args:
       path: path in our tree, e.g. 'blocks/attn/q/kernel'.
@@ -270,7 +270,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         )  # fmt: skip
     if c.family in ("qwen2", "qwen3", "gemma2", "gemma3_text"):
         hf["layer_types"] = [("full_attention", "sliding_attention")[x] for x in local]
-    if c.family == "gemma3_text":  # for readers older than layer_types
+    if c.family == "gemma3_text":  # for versions of transformers before layer_types
         pattern = (*local, False).index(False) + 1
         if local == tuple((i + 1) % pattern != 0 for i in range(c.num_layers)):
             hf["sliding_window_pattern"] = pattern
@@ -304,7 +304,7 @@ def _check_expressed(config: ModelConfig, read: ModelConfig) -> None:
 
 
 def _canonical(config: ModelConfig) -> dict[str, Any]:
-    """The fields that decide what is computed, one spelling for each meaning."""
+    """The fields that decide what is computed, with one value for each meaning."""
     c = dataclasses.asdict(config)
     for runtime in HOW:
         del c[runtime]

@@ -1,8 +1,9 @@
-"""llama.cpp's .gguf files: their metadata as a config.json, their tensors dequantised.
+"""Reads llama.cpp's .gguf files: metadata as a config.json, tensors dequantised.
 
-Three things differ from transformers and are undone here: the `llama` architecture stores
-the rows of q and k with the two RoPE halves interleaved, Gemma's norms are stored as the
-factor instead of its offset from 1, and Llama 3's frequency rule is stored as its result.
+Three conventions differ from transformers and are converted here. The `llama` architecture
+stores the rows of q and k with the two RoPE halves interleaved. Gemma's norms are stored as
+the factor instead of its offset from 1. Llama 3's RoPE scaling is stored as the resulting
+divisors of the frequencies instead of its parameters.
 """
 
 import pathlib
@@ -45,7 +46,7 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Reader]]:
     """Opens a .gguf file.
 
     Returns:
-      Its metadata in the words of config.json, and one function per tensor that
+      Its metadata under the keys of config.json, and one function per tensor that
       dequantises it to float32 [out, in].
 
     Raises:
@@ -147,7 +148,7 @@ def _config(
     if get("attention.sliding_window"):
         hf["sliding_window"] = get("attention.sliding_window")
     if family in ("gemma2", "gemma3_text"):
-        # llama.cpp knows the 27B models by their depth and divides their scores otherwise
+        # llama.cpp recognises the 27B models by their depth; their scores are scaled otherwise
         big = (arch, hf["num_hidden_layers"]) in (("gemma2", 46), ("gemma3", 62))
         hf["query_pre_attn_scalar"] = width // heads if big else head_dim
         for key in ("attn_logit_softcapping", "final_logit_softcapping"):
@@ -167,7 +168,7 @@ def _unpermute(value: np.ndarray, heads: int) -> np.ndarray:
 def _llama3_scaling(
     factors: np.ndarray, hf: dict[str, Any], path: pathlib.Path
 ) -> dict[str, Any]:
-    """The Llama 3 rule that made a file's rope_freqs.weight (divisors of the frequencies)."""
+    """The Llama 3 RoPE scaling that gives a file's rope_freqs.weight (divisors)."""
     freq = hf["rope_theta"] ** (-np.arange(0, hf["head_dim"], 2) / hf["head_dim"])
     for factor, low, high, length in _LLAMA3_RULES:
         turns = length * freq / (2 * np.pi)  # rotations within the original context

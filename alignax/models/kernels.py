@@ -1,15 +1,17 @@
-"""Attention by kernels of others: splash attention on TPUs, cuDNN's on NVIDIA GPUs.
+"""Attention kernels of other libraries: splash attention on TPUs, cuDNN on NVIDIA GPUs.
 
-`attention.attention` is the definition and the default; these give its values where they
-can, and where they cannot one line in the log says why and the definition computes.
+`attention.attention` is the definition and the default. The kernels compute the same
+values. Where a kernel does not apply, one log line gives the reason and the definition is
+used instead.
 
-A mask is told to a kernel in one of two ways. Where positions are columns and a token
-sees its own segment, as causal or local with segment ids: nothing of the size T^2 exists.
-Every other mask, such as that of packed siblings, as an array of T^2 a row that all heads
-share; of it splash attention skips the blocks in which nobody sees anybody.
+A kernel gets the mask in one of two forms. If positions are columns and a token sees its
+own segment, the mask is causal or local with segment ids, and no array of size T^2 exists.
+Every other mask, such as that of packed siblings, is an array of T^2 per row that all heads
+share; splash attention skips the blocks of it that are wholly masked.
 
-Neither can be partitioned by the compiler as XLA's operations are. Splash attention runs
-in a `shard_map` over the mesh on which its operands lie, cuDNN's partitions itself.
+The compiler cannot partition either kernel as it partitions XLA's operations. Splash
+attention runs in a `shard_map` over the mesh of its operands; cuDNN's attention has its own
+partitioning.
 
 Shape suffixes as in transformer.py.
 """
@@ -36,12 +38,12 @@ from alignax.models.attention import same_segment, visible
 
 NAMES = ("xla", "splash", "cudnn")  # what config.model.attn_kernel may be
 BLOCKS = (512, 256, 128)  # queries and keys of a block, the largest that divides T
-ROWS, HEADS = ("data", "fsdp"), "model"  # axes of a mesh, and what they split
+ROWS, HEADS = ("data", "fsdp"), "model"  # axes of a mesh that split rows and heads
 FAR = np.iinfo(np.int32).max
 
 
 class Call(NamedTuple):
-    """What is static about a call."""
+    """The static settings of a call."""
 
     scale: float
     cap: float | None
@@ -52,7 +54,7 @@ class Call(NamedTuple):
 
 
 def attend(q, k, v, positions, attend, local, config, in_order: bool, cached: bool):
-    """What `attention.attention` gives, or None where the kernel cannot say it.
+    """The same as `attention.attention`, or None where the kernel does not apply.
 
     Args:
       q: queries [N, T, H, E].
@@ -62,7 +64,7 @@ def attend(q, k, v, positions, attend, local, config, in_order: bool, cached: bo
       local: whether the layer is local; it may be traced.
       config: a ModelConfig, whose attn_kernel is not 'xla'.
       in_order: positions are columns.
-      cached: keys and values are those of a cache.
+      cached: keys and values come from a cache.
 
     Returns:
       [N, T, H, E] in v's dtype, or None.
@@ -105,7 +107,7 @@ def attend(q, k, v, positions, attend, local, config, in_order: bool, cached: bo
 
 
 def _splash_refuses(call, q, k) -> str:
-    """Why splash attention cannot do it; '' if it can."""
+    """Why splash attention does not apply; '' if it does."""
     if (where := fallback.platform()) not in ("tpu", "cpu"):
         return f"platform {where}"
     mesh = _mesh(q)
@@ -124,7 +126,7 @@ def _splash_refuses(call, q, k) -> str:
 
 
 def _mesh(x):
-    """The mesh of more than one device on which an operand lies, traced or not."""
+    """The mesh of an operand, traced or not; None for a single device."""
     mesh = jax.typeof(x).sharding.mesh
     return None if mesh.empty or mesh.size == 1 else mesh
 
@@ -145,15 +147,15 @@ def _sharded_splash(call, q, k, v, mask):
 
 
 def splash(call: Call, q, k, v, mask) -> Array:
-    """Splash attention on one device, of all rows and heads it is given.
+    """Splash attention on one device, over all rows and heads of its operands.
 
     Args:
-      call: what is static.
+      call: the static settings.
       q, k, v: as in `attend`.
       mask: ((positions, ids), window) if the mask is an array, else (ids, None).
     """
     t, h = q.shape[1], q.shape[2]
-    pad = -t % BLOCKS[-1]  # columns after all others, which no token of a text sees
+    pad = -t % BLOCKS[-1]  # columns after all others: no token of the text sees them
     size = t + pad
     block = next(b for b in BLOCKS if size % b == 0)
     settings: Any = dict(
@@ -207,7 +209,10 @@ def _blocks(b):
 
 
 def _static(kernel):
-    """The kernel of a traced mask without its flag, an array that it asks for its truth."""
+    """The kernel of a traced mask without its `is_dynamic_mask`.
+
+    The kernel tests that flag with `if`, which fails on the traced array that it is here.
+    """
     kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info = (
         info._replace(is_dynamic_mask=None)
         for info in (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info)
@@ -216,7 +221,7 @@ def _static(kernel):
 
 
 def _cudnn_refuses(call, q, k) -> str:
-    """Why cuDNN's attention cannot do it; '' if it can."""
+    """Why cuDNN's attention does not apply; '' if it does."""
     if (where := fallback.platform()) not in ("gpu", "cuda"):
         return f"platform {where}"
     if call.cap is not None:
@@ -235,7 +240,7 @@ def cudnn(call: Call, q, k, v, mask, implementation="cudnn") -> Array:
 
     Args:
       call, q, k, v, mask: as in `splash`.
-      implementation: of jax.nn.dot_product_attention, another for tests.
+      implementation: of jax.nn.dot_product_attention; tests pass another.
     """
     rows, window = mask
     seen = None

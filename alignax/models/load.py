@@ -1,8 +1,8 @@
-"""Checkpoints from elsewhere -> LM: a Hugging Face directory or a llama.cpp .gguf file.
+"""Loads a model from a Hugging Face directory or a llama.cpp .gguf file.
 
-Both readers end in the same place: a config in Hugging Face's words, a table of tensor
-names, and one function per tensor that reads it as [out, in]. Nothing is skipped in
-silence: a tensor that is missing, left over or of the wrong shape is named in the error.
+Both formats are read into the same three things: a config with Hugging Face's keys, a table
+of tensor names, and one function per tensor that reads it as [out, in]. A tensor that is
+missing, unused or of the wrong shape is named in the error.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ def load(path: str | pathlib.Path, *, dtype: str = "float32") -> LM:
 
     Returns:
       The config and uncommitted arrays in host memory, every layer stacked on a leading
-      axis L: whoever runs the model places them, or lets jax do it.
+      axis L; the caller places them on devices, or jax does at the first use.
 
     Raises:
       FileNotFoundError: the path, or a file it needs, does not exist.
@@ -76,7 +76,7 @@ def _config(hf: dict[str, Any], path: pathlib.Path) -> ModelConfig:
 
 
 def tree_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of every parameter that `init` would make, without making it."""
+    """{path: shape} of every parameter that `init` would make, without making it."""
     tree = jax.eval_shape(lambda: init(config, jax.random.key(0)))
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {"/".join(str(k.key) for k in keys): leaf.shape for keys, leaf in flat}
@@ -89,7 +89,7 @@ def _assemble(
     dtype: str,
     path: pathlib.Path,
 ) -> dict[str, Any]:
-    """Fills our tree; every reader is used exactly once."""
+    """Fills our tree; every tensor is read exactly once."""
     shapes = tree_shapes(config)
     layers = {p: config.num_layers if p.startswith("blocks/") else 1 for p in shapes}
     wanted = {table[p].format(i) for p in shapes for i in range(layers[p])}
@@ -120,7 +120,7 @@ def _assemble(
 
 
 def _on_host(value: np.ndarray) -> jax.Array:
-    """A jax array that has not touched an accelerator, where the CPU backend is there."""
+    """A jax array on the host; on the default device if there is no CPU backend."""
     try:
         cpu = jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # JAX_PLATFORMS names the accelerator alone
@@ -148,18 +148,18 @@ def _to_tree(
 def _drop_tied_head(
     readers: dict[str, Reader], table: dict[str, str], path: pathlib.Path
 ) -> None:
-    """A tied model may store its head a second time, but not another one."""
+    """Drops the head that a tied model also stores; an error if it is not the embedding."""
     head, embed = table["head"], table["embed"]
     if embed in readers and not np.array_equal(readers[head](), readers[embed]()):
         raise ValueError(
-            f"{path} says tie_word_embeddings, but its {head} differs from its {embed}; "
+            f"{path} has tie_word_embeddings, but its {head} differs from its {embed}; "
             "set tie_word_embeddings to false to use both"
         )
     del readers[head]
 
 
 def _read_directory(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Reader]]:
-    """config.json and one reader per tensor of a Hugging Face directory."""
+    """config.json, and one function per tensor, of a Hugging Face directory."""
     hf = _json(path / "config.json")
     generation = path / "generation_config.json"
     if generation.exists():  # chat models list more end-of-turn ids there
@@ -211,7 +211,7 @@ def _safetensors(path: pathlib.Path) -> dict[str, Reader]:
 
 
 def _text_only(readers: dict[str, Reader], path: pathlib.Path) -> dict[str, Reader]:
-    """The language model of a multimodal Gemma 3; says what it leaves behind."""
+    """The language model of a multimodal Gemma 3; logs how many tensors are left out."""
     text, other = {}, 0
     for name, reader in readers.items():
         if "vision_tower." in name or "multi_modal_projector." in name:

@@ -1,9 +1,9 @@
-"""LoRA: low-rank adapters beside frozen kernels, a small tree of their own.
+"""LoRA: low-rank adapters of frozen weights, as a parameter tree of their own.
 
   y = x W + s (x A) B,   A: [in, r],   B: [r, out], zero at the start,   s = α / r
 
-The base is frozen and *is* the reference: adapters at zero leave every log-probability
-as it was, bit for bit. Only the adapters have gradients and optimiser state.
+The base is frozen and serves as the reference: while B is zero, every log-probability is
+that of the base, bit for bit. Only the adapters have gradients and optimiser state.
 
 Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685; rank-stabilised scaling
 s = α / √r: Kalajdzievski 2023, https://arxiv.org/abs/2312.03732
@@ -25,12 +25,13 @@ from alignax.models import families
 from alignax.models.transformer import ModelConfig
 
 PARAM_RULES = ((r"/(a|b)$", P()),)  # L ... r and L r ...: small, on every device
-TARGETS = {  # name of a projection -> (where it stands, axes of its input)
+TARGETS = {  # name of a projection -> (its module, number of input axes)
     "q": ("attn", 1), "k": ("attn", 1), "v": ("attn", 1), "o": ("attn", 2),
     "gate": ("mlp", 1), "up": ("mlp", 1), "down": ("mlp", 1),
 }  # fmt: skip
-# Settings of PEFT that are read here, and those that change nothing of what trained
-# adapters compute; those with few values that are plain LoRA. Any other must be off.
+# PEFT_FREE: settings of PEFT that are read here, or that do not change what trained
+# adapters compute. PEFT_VALUES: settings of which some values are plain LoRA. Any other
+# setting must be off.
 PEFT_FREE = (
     "r", "lora_alpha", "target_modules", "use_rslora", "exclude_modules", "task_type",
     "base_model_name_or_path", "revision", "auto_mapping", "peft_version",
@@ -40,14 +41,14 @@ PEFT_FREE = (
 PEFT_VALUES = {
     "peft_type": ("LORA",),
     "bias": ("none",),
-    # others (PiSSA, CorDA, LoftQ, ...) start by changing the base
+    # other values (PiSSA, CorDA, LoftQ, ...) change the base
     "init_lora_weights": (None, True, False, "gaussian", "orthogonal"),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """What is static about adapters."""
+    """The static settings of adapters."""
 
     rank: int
     alpha: float = 16.0
@@ -65,7 +66,7 @@ class Lora:
 
     @property
     def scale(self) -> float:
-        """s, what the product of A and B is multiplied by."""
+        """s, the factor of the product A B."""
         return self.alpha / (
             math.sqrt(self.rank) if self.rank_stabilised else self.rank
         )
@@ -75,7 +76,7 @@ def init(base: LM, lora: Lora, key) -> Params:
     """Draws adapters for a model: A uniform in ±1/√in, as PEFT does, B zero.
 
     Args:
-      base: the frozen model; its value head, if it has one, is trained whole.
+      base: the frozen model; its value head, if it has one, is trained in full.
       lora: rank and targets.
       key: `jax.random.key`.
 
@@ -98,7 +99,7 @@ def init(base: LM, lora: Lora, key) -> Params:
 
 
 def attach(base: LM, adapters: Params, lora: Lora) -> LM:
-    """The adapted model: the base's tree with A and s·B beside each target's kernel."""
+    """The adapted model: the base's tree, with A and s·B beside each target's kernel."""
     scaled = jax.tree_util.tree_map_with_path(
         lambda path, x: x * lora.scale if path[-1].key == "b" else x, adapters
     )
@@ -106,7 +107,7 @@ def attach(base: LM, adapters: Params, lora: Lora) -> LM:
 
 
 def merge(base: LM, adapters: Params, lora: Lora) -> LM:
-    """A plain model that computes what the adapted one does: W + s A B, in W's dtype."""
+    """The adapters merged into the weights: W + s A B, in W's dtype."""
 
     def fold(node):
         if not isinstance(node, dict):
@@ -141,9 +142,9 @@ def save(
     Args:
       adapters: from `init`, trained.
       lora: its settings.
-      config: of the base model; it knows the names of Hugging Face.
+      config: of the base model; decides the names of the tensors.
       path: the directory to make.
-      base: what adapter_config.json calls the base model.
+      base: the base model's name or path, for adapter_config.json.
 
     Raises:
       FileExistsError: `path` is not empty.
@@ -195,7 +196,7 @@ def load(path: str | pathlib.Path, base: LM) -> tuple[Params, Lora]:
     names = families.hf_names(base.config)
     modules = {_module(names, t): t for t in TARGETS}
     wanted = settings["target_modules"]
-    if isinstance(wanted, str):  # a pattern: the tensors say what it matched
+    if isinstance(wanted, str):  # a pattern: the tensors show what it matched
         wanted = {name.split(".")[-3] for name in tensors}
     wanted = {name.split(".")[-1] for name in wanted}
     if unknown := sorted(wanted - set(modules)):
@@ -228,7 +229,7 @@ def load(path: str | pathlib.Path, base: LM) -> tuple[Params, Lora]:
 
 
 def peft_settings(path: str | pathlib.Path) -> dict[str, Any]:
-    """What an adapter_config.json says, once everything in it is what `load` computes.
+    """The contents of an adapter_config.json, if `load` supports all of them.
 
     Raises:
       ValueError: a setting that asks for anything else, or one that is missing.
@@ -251,10 +252,10 @@ def is_peft(path: str | pathlib.Path) -> bool:
 
 
 def peft_base(path: str | pathlib.Path) -> str:
-    """The folder or file that PEFT adapters name as their base, or its twin beside them.
+    """Path of the base that PEFT adapters name: as it stands, or relative to their folder.
 
     Raises:
-      FileNotFoundError: there is none; the name is said.
+      FileNotFoundError: nothing is there; the message has the name.
     """
     path = pathlib.Path(path).expanduser()
     name = peft_settings(path).get("base_model_name_or_path") or ""
@@ -268,7 +269,7 @@ def peft_base(path: str | pathlib.Path) -> str:
 
 
 def _module(names: dict[str, str], target: str) -> str:
-    """What Hugging Face calls a projection: 'q' -> 'q_proj'."""
+    """Hugging Face's name of a projection: 'q' -> 'q_proj'."""
     return names[f"blocks/{TARGETS[target][0]}/{target}/kernel"].split(".")[-2]
 
 

@@ -1,21 +1,21 @@
-"""The head's log-probabilities as Pallas kernels for TPUs: opt-in, `xla_head` is the oracle.
+"""Log-probabilities of the output head as Pallas kernels for TPUs: opt-in.
 
-What `xla_head` walks tile by tile, three kernels do with the logits in the
-chip's own memory from the product to the sum, and nothing else is ever written:
+Three kernels compute what `xla_head`, their oracle, computes in loops over tiles. A tile of
+logits stays in the chip's on-chip memory (VMEM) and is never written to main memory:
 
   forward      lse(z) by an online log-sum-exp over tiles of vocabulary, and z_y
-  states       dh = Σ_v dz_v w_v       tokens outside, vocabulary inside
-  weights      dw = Σ_t h_t dz_t       vocabulary outside, tokens inside
+  states       dh = Σ_v dz_v w_v       outer grid axis tokens, inner vocabulary
+  weights      dw = Σ_t h_t dz_t       outer grid axis vocabulary, inner tokens
 
 with dz = g (1[v = y] - exp(z - lse)). Operands are multiplied in h's dtype, sums are
-float32. Both gradients form the logits again: five products of D x V a token against the
-walk's four, and no float32 [D, V] beside the results; a float32 [K, D] only where rows
-share hidden states.
+float32. Both gradients recompute the logits: five products of D x V per token, where
+`xla_head` has four. No float32 array of [D, V] is needed beside the results, and one of
+[K, D] only where targets share hidden states.
 
-Scored positions come first and tiles without one are skipped, their weights not read. In
-interpret mode the kernels run anywhere, slowly: that is how they are tested. A logit tile
-and its operands have to fit the chip's own memory: wider models, float32 states or older
-chips want smaller tiles than TILES, and the compiler says so.
+Scored positions come first; tiles without one are skipped, and their weights are not read.
+In interpret mode the kernels run on any backend, slowly: that is how they are tested. A
+tile of logits and its operands have to fit into VMEM: wider models, float32 states or older
+chips need smaller tiles than TILES, and the compiler reports an error if they do not fit.
 """
 
 import functools
@@ -29,12 +29,12 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
 TILES = (256, 512)  # tokens and vocabulary of a logit tile
-SHARE = 0.9  # of the chip's own memory that a kernel may take
+SHARE = 0.9  # of the chip's VMEM that a kernel may take
 FLOOR = float(np.finfo(np.float32).min)
 
 
 class Kernel(NamedTuple):
-    """What is static about the kernels."""
+    """The static settings of the kernels."""
 
     vocab_axis: int = 1  # of the weight
     cap: float | None = None  # soft-cap of the logits
@@ -51,12 +51,14 @@ def logps(
     """log p(targets) in nats where `scored`, else 0; differentiable in h and weight.
 
     Args:
-      kernel: what is static.
+      kernel: the static settings.
       h: hidden states, float32 or bfloat16.
-      weight: [D, V], or [V, D] with vocab_axis=0; of any float dtype, read in h's.
-      targets: ids in this shard's columns; another shard's are outside of 0..V-1.
-      scored: which positions count.
-      source: the row of h that predicts a target; None is its own, and K = M.
+      weight: [D, V], or [V, D] with vocab_axis=0; of any float dtype, cast to h's.
+      targets: ids, counted from the first column of this shard of the vocabulary; an id
+        of another shard is outside of 0..V-1.
+      scored: True on the positions that are computed.
+      source: for each target the row of h that predicts it; None: target i is predicted
+        by row i, and K = M.
     """
     return _forward(kernel, h, weight, targets, scored, source)[0]
 
@@ -114,7 +116,7 @@ def _backward(kernel, residuals, g):
         **_settings(kernel, ("parallel", "arbitrary")),
     )(*inputs)  # fmt: skip
     rows = at if source is None else source.at[at].get(mode="fill", fill_value=len(h))
-    # several targets may be read off one state: their gradients add up
+    # several targets may be predicted by one state: their gradients add up
     dtype = h.dtype if source is None else jnp.float32
     dh = _zeros(h.shape, dtype, dx, rows).at[rows].add(dx.astype(dtype), mode="drop")
     return dh.astype(h.dtype), dw, None, None, None
@@ -190,9 +192,9 @@ def _dot(a, b, contract):
 
 def _logits(kernel, v, x, w, j):
     """Logits of a tile, its weights, and the columns' ids; those from v on are padding."""
-    tile = w[...].astype(x.dtype)  # here, or a copy of all weights would stand beside
+    tile = w[...].astype(x.dtype)  # cast here: outside it would copy all weights
     bv = tile.shape[kernel.vocab_axis]
-    if v % bv:  # what lies behind the last column may be anything, even nan
+    if v % bv:  # memory behind the last column may hold anything, even nan
         ids = j * bv + jax.lax.broadcasted_iota(
             jnp.int32, tile.shape, kernel.vocab_axis
         )
@@ -204,7 +206,7 @@ def _logits(kernel, v, x, w, j):
 
 
 def _slope(kernel, v, x, w, y, lse, g, j):
-    """The logits' gradient on a tile, in the operands' dtype, and its weights."""
+    """The gradient of a tile of logits, in the operands' dtype, and the tile's weights."""
     z, tile, column = _logits(kernel, v, x, w, j)
     dz = g[...] * ((column == y[...]).astype(jnp.float32) - jnp.exp(z - lse[...]))
     if kernel.cap is not None:
@@ -213,9 +215,9 @@ def _slope(kernel, v, x, w, y, lse, g, j):
 
 
 def _gathered(kernel, h, targets, scored, source):
-    """(states [M', D], ids [M', 1], positions [M'], how many): scored ones first.
+    """(states [M', D], ids [M', 1], positions [M'], number scored), scored ones first.
 
-    M' is a multiple of the token tile; what fills up is nowhere: zeros, written nowhere.
+    M' is a multiple of the token tile; padding has zero states and is not written back.
     """
     m = scored.shape[0]
     order = jnp.argsort(~scored, stable=True)
@@ -228,21 +230,22 @@ def _gathered(kernel, h, targets, scored, source):
 
 
 def _tokens(kernel, m):
-    """Tokens of a tile: no more than there are, in whole rows of a bfloat16 register."""
+    """Tokens per tile: at most m, rounded up to 16, the rows of a bfloat16 register."""
     return min(kernel.tiles[0], -(-m // 16) * 16)
 
 
 def _sizes(kernel, x, w):
-    """(token tile, vocabulary tile, how many of the latter)."""
+    """(tokens per tile, vocabulary entries per tile, number of vocabulary tiles)."""
     v = w.shape[kernel.vocab_axis]
     bv = min(kernel.tiles[1], -(-v // 128) * 128)
     return _tokens(kernel, x.shape[0]), bv, -(-v // bv)
 
 
 def _specs(kernel, d, bt, bv, *, outer="tokens"):
-    """Blocks of the states, of the weights, and of a column of numbers a token.
+    """Block specs of the states, of the weights, and of one number per token.
 
-    Behind the last scored token, and only there, no other block is fetched.
+    Tiles behind the last scored token map to a block that is already there: nothing more
+    is fetched for them.
     """
 
     def places(a, b, count):
@@ -276,14 +279,14 @@ def _settings(kernel, semantics) -> dict[str, Any]:
 
 
 def _manual(*arrays):
-    """How any of some arrays varies over a mesh, inside shard_map."""
+    """The mesh axes over which any of some arrays varies, inside shard_map."""
     return jax.typeof(
         sum(x.ravel()[0].astype(jnp.float32) for x in arrays)
     ).manual_axis_type
 
 
 def _like(shape, dtype, *arrays):
-    """A result that varies over the mesh as any of its operands does."""
+    """Shape of a result that varies over the mesh axes of all its operands."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=_manual(*arrays))
 
 

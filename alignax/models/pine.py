@@ -1,4 +1,4 @@
-"""PINE: attention that does not know in which order documents were given.
+"""PINE: attention that does not depend on the order in which documents are given.
 
   [prefix P | documents D_1 .. D_k | suffix S], n_0 and m_j tokens, e = n_0 + Σ m_j
 
@@ -7,16 +7,16 @@
   importance       I_j = Σ over the query's own document of mean_{u in D_j} a_tu,
                    a = softmax(q·k / √d) without rotary, over the tokens of documents that
                    are not the query's own; of S a query has its own I_j
-  position         a document stands the nearer to the query the more important it is:
+  position         the more important a document is, the nearer to the query it stands:
                    token u of D_j at e - shift_j - m_j + u, where shift_j is the length of
                    those in front; the query's own document is the nearest
   query            at e - m_i + t in D_i, at e + t in S
 
-Each head and, in the suffix, each token orders the documents for itself. With one document
-that is the ordinary model. Wang et al. 2024, https://arxiv.org/abs/2407.01100
+Each head orders the documents for itself and, in the suffix, so does each token. With one
+document this is the ordinary model. Wang et al. 2024, https://arxiv.org/abs/2407.01100
 
-Rotary knows distances alone: a key is turned by its place within its segment, for all
-queries, and a query by how far it is from where the segment begins, once for each segment.
+Rotary attention depends on distances alone. So a key is rotated once, by its place within
+its segment, and a query once per segment, by its distance from the segment's start.
 
 Differs from the paper: a tie goes by the content of the documents, not by their order.
 """
@@ -39,7 +39,7 @@ QUERIES = 64  # read at a time: bounds the memory of a prompt
 
 
 class Layout(NamedTuple):
-    """Where the tokens of one row belong."""
+    """The segment and the place of every token of one row."""
 
     segment: Int[Array, " T"]  # 0 prefix, 1 .. K documents, K + 1 suffix and padding
     place: Int[Array, " T"]  # of a token in its segment, from 0
@@ -140,7 +140,7 @@ class _Block(nn.Module):
 
 
 def _attend(q_nhe, k_tke, v_tke, layout: Layout, at, c: ModelConfig):
-    """[N, H, E]: the queries of tokens at .. at + N - 1 over all keys, which each places."""
+    """[N, H, E]: attention of tokens at .. at + N - 1; each query orders the documents."""
     segment, place, sizes, _ = layout
     count, many = sizes.shape[0], c.num_heads // c.num_kv_heads
     scale = (c.query_scale or c.head_dim) ** -0.5
@@ -177,9 +177,9 @@ def _attend(q_nhe, k_tke, v_tke, layout: Layout, at, c: ModelConfig):
 
 
 def _shifts(q_nhe, k_the, layout: Layout, at, scale):
-    """How many tokens of documents each query puts in front of each document [N, H, K].
+    """Tokens of documents that each query places before each document, [N, H, K].
 
-    For a query of a document that needs all queries of it.
+    Queries of one document share their importances: N must contain all of that document.
     """
     segment, _, sizes, ties = layout
     count = sizes.shape[0]
@@ -196,7 +196,7 @@ def _shifts(q_nhe, k_the, layout: Layout, at, scale):
         return each / jnp.maximum(sizes, 1)
 
     each = jax.lax.map(opinion, (q_nhe, mine), batch_size=QUERIES)
-    # a document has one opinion, the sum of its tokens'
+    # all queries of a document use the sum of their importances
     together = jnp.einsum("nk,nhj->khj", mine_nk.astype(each.dtype), each, precision="highest")  # fmt: skip
     own = together[jnp.clip(mine - 1, 0, count - 1)]
     importance = jnp.where(mine_nk.any(1)[:, None, None], own, each)
@@ -219,7 +219,7 @@ def _rotate(x, positions, c: ModelConfig):
 
 
 def empty(config: ModelConfig, length: int) -> Cache:
-    """The cache of a row of `length` tokens, none of which is read yet."""
+    """An empty cache for a row of `length` tokens."""
     shape = length, config.num_kv_heads, config.head_dim
     one = (jnp.zeros(shape, config.dtype),) * config.num_layers
     return Cache(one, one)
@@ -231,11 +231,11 @@ def read(
     """Runs the decoder over N tokens of one row, up to and including the final norm.
 
     Args:
-      lm: a model without windows (every layer sees everything).
-      tokens: N in a row; either all up to somewhere in the suffix, or of the suffix.
+      lm: a model without sliding windows.
+      tokens: N consecutive ones; from the row's start into the suffix, or of the suffix.
       layout: of the T tokens of the whole row, from `lay`.
-      cache: of T tokens, with those in front of these.
-      at: where the N begin.
+      cache: of T tokens, filled up to `at`.
+      at: column of the first of the N tokens.
 
     Returns:
       Hidden states, and the cache with theirs.
@@ -260,7 +260,7 @@ def read(
 
 
 def lengthen(layout: Layout, length: int) -> Layout:
-    """The same row with room for `length` tokens; the suffix goes on."""
+    """The same row with room for `length` tokens; the new ones belong to the suffix."""
     more = length - len(layout.segment)
     segment = jnp.pad(layout.segment, (0, more), mode="edge")
     place = jnp.r_[layout.place, layout.place[-1] + 1 + jnp.arange(more)]
@@ -269,5 +269,5 @@ def lengthen(layout: Layout, length: int) -> Layout:
 
 @jax.jit
 def hidden(lm: LM, tokens: Int[Array, " T"], layout: Layout) -> Float[Array, "T D"]:
-    """The states of a whole row. *Exact*."""
+    """Hidden states of a whole row. *Exact*."""
     return read(lm, tokens, layout, empty(lm.config, len(tokens)))[0]

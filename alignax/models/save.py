@@ -1,4 +1,4 @@
-"""LM -> a Hugging Face directory (config.json, safetensors) that transformers loads again."""
+"""Saves a model as a Hugging Face directory (config.json, safetensors) for transformers."""
 
 import json
 import pathlib
@@ -33,15 +33,15 @@ def save(
     """Writes the model; the directory appears complete or not at all.
 
     A value head is written as the `score` of transformers' sequence classifiers (which
-    want a pad_token_id before they take more than one row: the tokenizer knows it).
+    need the tokenizer's pad_token_id for batches of more than one row).
 
     Args:
       lm: parameters in float32 or bfloat16, written as they are.
       path: the directory to make; its parents are made too.
-      tokenizer: a directory whose tokenizer files are copied along.
+      tokenizer: a directory whose tokenizer files are copied.
       files: {name: content} of further files, e.g. from `inputs.tokenizer_files`.
-      overwrite: replace a model directory that stands at `path`.
-      max_shard_bytes: more than this becomes several files and an index.
+      overwrite: whether to replace a model directory at `path`.
+      max_shard_bytes: a larger model is written as several files and an index.
 
     Raises:
       FileExistsError: `path` exists and may not be replaced.

@@ -1,7 +1,7 @@
-"""Sharding, once: a mesh, the rule table beside the model, one batch spec.
+"""Sharding: the mesh, the table of parameter specs, and the spec of a batch.
 
-The policy, the reference and every frozen LM use the same table; optimiser state
-follows by path suffix, since optax keeps the parameters' own names.
+The policy, the reference and every frozen LM use the same table. It also covers the
+optimiser state, since optax keeps the parameters' names at the end of its paths.
 """
 
 import logging
@@ -30,7 +30,7 @@ def make_mesh(shape: Sequence[int], devices: Sequence[Any] | None = None) -> Mes
 
     Args:
       shape: three sizes; one may be -1 and takes what is left.
-      devices: by default all there are; `preflight` has those of a slice elsewhere.
+      devices: all by default; `preflight` passes those of a described slice.
 
     Raises:
       ValueError: not three sizes, or more devices asked for than there are.
@@ -105,7 +105,7 @@ def shardings(tree, mesh: Mesh, rules=PARAM_RULES):
 
 
 def put_batch(batch, mesh: Mesh):
-    """Sends this host's rows to the devices, B split over ('data', 'fsdp')."""
+    """Puts this host's rows on the devices, B split over ('data', 'fsdp')."""
     sharding = NamedSharding(mesh, BATCH)
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
@@ -115,7 +115,7 @@ def put_batch(batch, mesh: Mesh):
 def put_params(params, mesh: Mesh):
     """Places a parameter tree by the rule table; always a fresh copy, safe to donate.
 
-    Weak types do not survive: a step returns strong ones, and would compile twice.
+    Weak types become strong: a step returns strong types, and would compile twice.
     """
     place = jax.jit(
         lambda tree: jax.tree.map(lambda x: x + jnp.zeros((), x.dtype), tree),
@@ -130,7 +130,7 @@ def num_shards(mesh: Mesh) -> int:
 
 
 def grid(layout: str, accumulate: int, mesh: Mesh) -> tuple[int, int] | None:
-    """What batches are laid out for, (shards, micro-batches); None for plain rows.
+    """(shards, micro-batches) that batches are packed for; None for one row per response.
 
     Args:
       layout: of the config, one of LAYOUTS.
@@ -146,7 +146,7 @@ def grid(layout: str, accumulate: int, mesh: Mesh) -> tuple[int, int] | None:
 
 
 def check_hosts(mesh: Mesh) -> None:
-    """Raises ValueError if several hosts cannot feed this mesh; logs idle devices."""
+    """Raises ValueError if the hosts cannot feed this mesh; logs devices that are unused."""
     hosts, devices = jax.process_count(), len(jax.devices())
     shards = num_shards(mesh)
     if hosts > 1 and (mesh.size != devices or shards % hosts):

@@ -43,14 +43,18 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
 REMAT = ("none", "block", "dots")
-HOW = ("dtype", "remat", "head_kernel", "attn_kernel", "attn_tile")  # not what
-HEAD_KERNELS = ("xla", "pallas")  # pallas: on TPUs, where only log-probs are read
+# fields that decide how a model is computed, not what
+HOW = ("dtype", "remat", "head_kernel", "attn_kernel", "attn_tile")
+HEAD_KERNELS = (
+    "xla",
+    "pallas",
+)  # pallas: on TPUs, if only log-probabilities are needed
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Everything static about a model. Sizes are in tokens, units or heads."""
+    """The static settings of a model. Sizes are in tokens, units or heads."""
 
     vocab_size: int
     width: int
@@ -74,7 +78,7 @@ class ModelConfig:
     rope_scaling: tuple | None = (
         None  # ('linear', f) | ('llama3', f, low, high, length)
     )
-    query_scale: float | None = None  # scores are divided by its root; None = head_dim
+    query_scale: float | None = None  # scores are divided by its sqrt; None = head_dim
     attn_softcap: float | None = None
     final_softcap: float | None = None
     window: int | None = None  # tokens a local layer sees, itself included
@@ -121,10 +125,10 @@ class ModelConfig:
 
 
 class Cache(NamedTuple):
-    """Keys and values of a decode; the slot of a token is its position.
+    """Keys and values of all layers for decoding; the slot of a token is its position.
 
-    A ragged right-padded prompt needs no other bookkeeping: a slot beyond a row's
-    position is never attended and is overwritten when the row gets there.
+    Right-padded prompts of different lengths need no other bookkeeping: a slot beyond the
+    current position of a row is never attended, and is overwritten when the row reaches it.
     """
 
     k: tuple[Float[Array, "N S k e"], ...]  # one per layer
@@ -159,7 +163,7 @@ class Project(nn.Module):
         init = nn.initializers.normal(self.fan_in**-0.5)
         kernel = self.param("kernel", init, self.shape)
         y = contract(self.equation, x, kernel, x.dtype)
-        if self.has_variable("params", "a"):  # what lora.attach put beside the kernel
+        if self.has_variable("params", "a"):  # from lora.attach
             y = y + self.low_rank(x)
         if self.bias_shape:
             bias = self.param("bias", nn.initializers.zeros, self.bias_shape)
@@ -247,7 +251,7 @@ class Block(nn.Module):
 
 
 def rotary(positions, head_dim: int, theta: float, scaling: tuple | None):
-    """Returns (cos, sin), each [N, T, head_dim / 2] float32."""
+    """(cos, sin) of RoPE, each [N, T, head_dim / 2] float32."""
     freq = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if scaling and scaling[0] == "linear":
         freq = freq / scaling[1]
@@ -261,7 +265,7 @@ def rotary(positions, head_dim: int, theta: float, scaling: tuple | None):
 
 
 def rotate(x, rope):
-    """Rotates head vectors [N, T, H, K] (first half paired with second half)."""
+    """Applies RoPE to head vectors [N, T, H, K]; the first half pairs with the second."""
     cos, sin = (r[:, :, None, None, :] for r in rope)
     halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
     # `flip` transposes to itself; slices of the halves would be padded in the backward.
@@ -283,7 +287,7 @@ def init(config: ModelConfig, key) -> Params:
       key: `jax.random.key`.
 
     Returns:
-      The nested dict of parameters that PARAM_RULES describe.
+      A nested dict of parameters, with the paths of PARAM_RULES.
     """
     keys = jax.random.split(key, 3)
     x = jnp.zeros((1, 1, config.width))
@@ -313,14 +317,14 @@ def init(config: ModelConfig, key) -> Params:
 
 
 def init_cache(config: ModelConfig, rows: int, length: int) -> Cache:
-    """Zeros for `rows` rows of up to `length` tokens, in the computation's dtype."""
+    """An empty cache for `rows` rows of up to `length` tokens, in config.dtype."""
     shape = (rows, length, config.num_kv_heads, config.head_dim)
     zeros = tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers))
     return Cache(zeros, tuple(jnp.zeros_like(z) for z in zeros))
 
 
 def unstack(lms: Any) -> Any:
-    """Every LM of a tree with a tuple of layers: slices taken once, not at every step."""
+    """Splits the stacked layers of every LM of a tree into a tuple, once for many steps."""
 
     def one(lm):
         if not isinstance(lm, LM) or isinstance(lm.params["blocks"], tuple):
@@ -350,8 +354,8 @@ def hidden(
       tokens: ids; right padding needs no mask, since no real token sees a later one.
       positions: position of each token, default 0..T-1. With a cache it is also the
         slot that is written.
-      attend: who sees whom among earlier positions; an array is segment ids, of which
-        a token sees its own. None = one segment. Not with a cache.
+      attend: a mask besides the causal one; an array holds segment ids, and a token sees
+        its own segment. None = one segment. Not with a cache.
       cache: from `init_cache`; None in training.
       edit: `edit(x, layer) -> x` on the residual stream after each layer.
 
@@ -417,7 +421,7 @@ def head(lm: LM) -> tuple[Array, int]:
 
 
 def softcap(logits: Array, cap: float | None) -> Array:
-    """Gemma 2's bound on logits: cap * tanh(logits / cap); None leaves them alone."""
+    """Gemma 2's soft-cap of logits, cap * tanh(logits / cap); None changes nothing."""
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
@@ -433,5 +437,5 @@ def unembed(lm: LM, h: Float[Array, "... D"]) -> Float[Array, "... V"]:
 
 
 def num_params(params: Params) -> int:
-    """Parameters in the tree."""
+    """Number of parameters in a tree."""
     return sum(int(np.prod(p.shape)) for p in jax.tree.leaves(params))

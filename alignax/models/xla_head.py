@@ -1,14 +1,15 @@
-"""The head's log-probabilities by XLA's own loops: the default, and every kernel's oracle.
+"""Log-probabilities of the output head in plain XLA: the default, and the kernels' oracle.
 
-A walk over tiles of the vocabulary and, within each, of the scored tokens keeps an online
-log-sum-exp for every token; the backward pass recomputes each tile from the saved one:
+A loop over tiles of the vocabulary and, inside it, a loop over tiles of the scored tokens
+keep an online log-sum-exp for every token. The backward pass recomputes each tile of logits
+from the saved log-sum-exp:
 
   log p(y) = z_y - lse(z),   d log p(y) / d z_v = 1[v = y] - exp(z_v - lse(z))
 
-With the vocabulary outside, a tile of the head is cast once and its gradient is summed
-where it was made; what every token keeps meanwhile is a few numbers. The same walk reads
-what else a loss may need of the whole row: entropy, log Σ p², and the exact KL to a
-frozen LM either way, whose logits it tiles side by side.
+The loop over the vocabulary is the outer one: a tile of the head's weight is cast once, and
+its gradient is complete when the inner loop ends. Between tiles every token keeps a few
+numbers. The same loops compute what else a loss may need of a whole row: the entropy,
+log Σ p², and the exact KL to and from a frozen LM, whose logits have the same tiles.
 """
 
 import functools
@@ -20,70 +21,73 @@ from jaxtyping import Array, Bool, Float, Int
 
 from alignax.models import transformer
 
-READ = ("entropy", "collision", "kl", "forward_kl")  # what can be read besides 'logps'
+READ = ("entropy", "collision", "kl", "forward_kl")  # fields besides 'logps'
 
 
 class Head(NamedTuple):
-    """What is static about an output head."""
+    """The static settings of an output head."""
 
-    vocab_axis: int
-    cap: float | None
+    vocab_axis: int  # of its weight
+    cap: float | None  # soft-cap of the logits
 
 
-class Walk(NamedTuple):
-    """What is static about a walk."""
+class Tiling(NamedTuple):
+    """The static settings of the loops over tiles."""
 
     heads: tuple[Head, ...]  # the policy's and, if it is compared, the frozen LM's
-    fields: tuple[str, ...]  # of READ, what is read besides 'logps'
-    tiles: tuple[int, int]
-    precision: str
+    fields: tuple[str, ...]  # of READ, what is computed besides 'logps'
+    tiles: tuple[int, int]  # tokens and vocabulary entries of a tile of logits
+    precision: str  # of the matrix products
     mesh_axes: tuple[str, ...] = ()  # non-empty inside shard_map
     split: bool = False  # the vocabulary is split over the mesh axis 'model'
 
     @property
-    def laws(self) -> tuple[str, ...]:
-        """'p' is the policy, 'r' the frozen LM that it is compared with."""
+    def distributions(self) -> tuple[str, ...]:
+        """Names of the distributions: 'p' is the policy, 'r' the frozen LM."""
         return ("p", "r")[: len(self.heads)]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def read(
-    walk: Walk, sides: tuple[tuple[Float[Array, "_ _"], Float[Array, "_ _"]], ...],
+    tiling: Tiling, sides: tuple[tuple[Float[Array, "_ _"], Float[Array, "_ _"]], ...],
     targets: Int[Array, " M"], scored: Bool[Array, " M"], source: Int[Array, " M"] | None,
 ) -> dict[str, Float[Array, " M"]]:  # fmt: skip
-    """{'logps', *walk.fields} of `targets` in nats where `scored`, else 0.
+    """{'logps', *tiling.fields} of `targets` in nats where `scored`, else 0.
 
     Args:
-      walk: what is static.
+      tiling: the static settings.
       sides: (hidden states [K, D], weight of the head) of the policy and, if it is
         compared, of the frozen LM; differentiable in the policy's.
-      targets: ids in this shard's columns; another shard's are outside of them.
-      scored: which positions count.
-      source: the row of the hidden states that predicts a target, several may have the
-        same; None is its own, and K = M.
+      targets: ids, counted from the first column of this shard of the vocabulary; an id
+        of another shard is out of range here.
+      scored: True on the positions that are computed.
+      source: for each target the row of the hidden states that predicts it; several
+        targets may share a row. None: target i is predicted by row i, and K = M.
     """
-    return _forward(walk, sides, targets, scored, source)[0]
+    return _forward(tiling, sides, targets, scored, source)[0]
 
 
 def vary(x: Array, axes: tuple[str, ...]) -> Array:
-    """Marks a replicated value as each shard's own; the transpose sums over `axes`."""
+    """Marks a replicated value as varying over `axes`; the transpose sums over them."""
     return jax.lax.pcast(x, axes, to="varying") if axes else x
 
 
 class _Plan(NamedTuple):
-    """Scored positions first, in tiles."""
+    """The order of the positions, scored ones first, and the sizes of the tiles."""
 
-    order: Array  # [M', a multiple of c] position; M is nowhere: read 0, write none
-    source: Array  # likewise, the row of the hidden states
-    many: Array  # tiles of tokens with anything in them
-    c: int  # tokens a tile
-    vb: int  # vocabulary a tile
+    order: (
+        Array  # [M'], M' a multiple of c: positions; M is padding (read 0, not written)
+    )
+    source: Array  # [M'], the rows of the hidden states, padded likewise
+    many: Array  # tiles that have a scored token
+    c: int  # tokens per tile
+    vb: int  # vocabulary entries per tile
     blocks: int  # tiles of vocabulary
 
 
-def _plan(walk, sides, scored, source):
-    m, v = scored.shape[0], sides[0][1].shape[walk.heads[0].vocab_axis]
-    c, vb = min(walk.tiles[0], m), min(walk.tiles[1], v)
+def _plan(tiling, sides, scored, source):
+    m, v = scored.shape[0], sides[0][1].shape[tiling.heads[0].vocab_axis]
+    c, vb = min(tiling.tiles[0], m), min(tiling.tiles[1], v)
     count = scored.sum()
     order = jnp.argsort(~scored, stable=True)
     order = jnp.where(jnp.arange(m) < count, order, m)
@@ -95,7 +99,7 @@ def _plan(walk, sides, scored, source):
 
 
 def _take(x, at):
-    """Rows `at` of x; zeros for the positions that are nowhere."""
+    """Rows `at` of x; zeros for padding."""
     return x.at[at].get(mode="fill", fill_value=0)
 
 
@@ -104,98 +108,99 @@ def _slice(tree, start, size):
     return jax.tree.map(lambda x: cut(x, start, size), tree)
 
 
-def _dot(walk, a, b, contract):
+def _dot(tiling, a, b, contract):
     return jax.lax.dot_general(
         a, b, ((contract[:1], contract[1:]), ((), ())),
-        precision=walk.precision, preferred_element_type=jnp.float32,
+        precision=tiling.precision, preferred_element_type=jnp.float32,
     )  # fmt: skip
 
 
-def _block(walk, sides, j, plan):
-    """Vocabulary tile j: of every side the weights, first column, which columns are new.
+def _block(tiling, sides, j, plan):
+    """Vocabulary tile j: (weights of every side, first column, mask of new columns).
 
-    The last tile is moved back to end at V; columns already seen are masked.
+    The last tile is moved back to end at V; columns of the tile before it are masked.
     """
-    v = sides[0][1].shape[walk.heads[0].vocab_axis]
+    v = sides[0][1].shape[tiling.heads[0].vocab_axis]
     start = jnp.minimum(j * plan.vb, v - plan.vb)
     weights = [
         jax.lax.dynamic_slice_in_dim(w, start, plan.vb, head.vocab_axis).astype(h.dtype)
-        for head, (h, w) in zip(walk.heads, sides, strict=True)
+        for head, (h, w) in zip(tiling.heads, sides, strict=True)
     ]
     return weights, start, (start + jnp.arange(plan.vb) >= j * plan.vb)[None]
 
 
-def _logits(walk, weights, xs):
+def _logits(tiling, weights, xs):
     return [
-        transformer.softcap(_dot(walk, x, w, (1, 1 - head.vocab_axis)), head.cap)
-        for head, x, w in zip(walk.heads, xs, weights, strict=True)
+        transformer.softcap(_dot(tiling, x, w, (1, 1 - head.vocab_axis)), head.cap)
+        for head, x, w in zip(tiling.heads, xs, weights, strict=True)
     ]
 
 
-# What a field is made of: sums over the vocabulary of the policy's logits z and the frozen
-# LM's logits a. A name begins with the law of its weights, p ~ e^z or r ~ e^a.
+# The sums over the vocabulary from which each field is computed, of the policy's logits z
+# and the frozen LM's logits a. The first letter of a sum is the distribution whose weights
+# it has, p ~ e^z or r ~ e^a.
 #   p: Σ e^z   pz: Σ e^z z   pp: Σ e^2z   pd: Σ e^z (z - a)   r: Σ e^a   rd: Σ e^a (a - z)
 SUMS = {"entropy": "pz", "collision": "pp", "kl": "pd", "forward_kl": "rd"}
 
 
-def _sums(walk, logits, new):
-    """(maxima {law: [C]}, sums {name: [C]}) of one tile, e^ taken under its maxima."""
+def _sums(tiling, logits, new):
+    """(maxima {name: [C]}, sums {name: [C]}) of one tile, relative to its maxima."""
     logits = [jnp.where(new, z, 0.0) for z in logits]
     tops, weights = {}, {}
-    for law, z in zip(walk.laws, logits, strict=True):
-        tops[law] = jnp.where(new, z, -jnp.inf).max(-1)
-        weights[law] = jnp.where(new, jnp.exp(z - tops[law][:, None]), 0.0)
-    sums = {law: e.sum(-1) for law, e in weights.items()}
-    if "collision" in walk.fields:
+    for name, z in zip(tiling.distributions, logits, strict=True):
+        tops[name] = jnp.where(new, z, -jnp.inf).max(-1)
+        weights[name] = jnp.where(new, jnp.exp(z - tops[name][:, None]), 0.0)
+    sums = {name: e.sum(-1) for name, e in weights.items()}
+    if "collision" in tiling.fields:
         sums["pp"] = (weights["p"] ** 2).sum(-1)
-    if "entropy" in walk.fields:
+    if "entropy" in tiling.fields:
         sums["pz"] = (weights["p"] * logits[0]).sum(-1)
-    if "kl" in walk.fields:
+    if "kl" in tiling.fields:
         sums["pd"] = (weights["p"] * (logits[0] - logits[1])).sum(-1)
-    if "forward_kl" in walk.fields:
+    if "forward_kl" in tiling.fields:
         sums["rd"] = (weights["r"] * (logits[1] - logits[0])).sum(-1)
     return tops, sums
 
 
 def _rescale(tops, sums, top):
-    """The sums under other maxima."""
-    scale = {law: jnp.exp(tops[law] - top[law]) for law in tops}
+    """The sums relative to the maxima `top` instead of `tops`."""
+    scale = {name: jnp.exp(tops[name] - top[name]) for name in tops}
     scale["pp"] = scale["p"] ** 2
     return {k: v * scale["pp" if k == "pp" else k[0]] for k, v in sums.items()}
 
 
-def _fields(walk, tops, sums, target):
+def _fields(tiling, tops, sums, target):
     """{field: [C]} from the sums over the whole vocabulary."""
-    log_total = {law: jnp.log(sums[law]) for law in tops}
-    lse = {law: tops[law] + log_total[law] for law in tops}
+    log_total = {name: jnp.log(sums[name]) for name in tops}
+    lse = {name: tops[name] + log_total[name] for name in tops}
     # (target - top) first: near-equal large logits cancel before the small log.
     out = {"lse": lse["p"], "logps": (target - tops["p"]) - log_total["p"]}
-    if "entropy" in walk.fields:
+    if "entropy" in tiling.fields:
         out["entropy"] = log_total["p"] + (tops["p"] - sums["pz"] / sums["p"])
-    if "collision" in walk.fields:
+    if "collision" in tiling.fields:
         out["collision"] = jnp.log(sums["pp"]) - 2 * log_total["p"]
-    if len(walk.heads) > 1:
+    if len(tiling.heads) > 1:
         out["other_lse"] = lse["r"]
         shift = lse["p"] - lse["r"]
-    if "kl" in walk.fields:
+    if "kl" in tiling.fields:
         out["kl"] = sums["pd"] / sums["p"] - shift
-    if "forward_kl" in walk.fields:
+    if "forward_kl" in tiling.fields:
         out["forward_kl"] = sums["rd"] / sums["r"] + shift
     return out
 
 
-def _forward(walk, sides, targets, scored, source):
-    plan = _plan(walk, sides, scored, source)
+def _forward(tiling, sides, targets, scored, source):
+    plan = _plan(tiling, sides, scored, source)
     c, wanted = plan.c, _take(targets, plan.order)
 
     def block(j, carry):
-        weights, start, new = _block(walk, sides, j, plan)
+        weights, start, new = _block(tiling, sides, j, plan)
 
         def tile(i, carry):
             rows, y = _slice((plan.source, wanted), i * c, c)
-            logits = _logits(walk, weights, [_take(h, rows) for h, _ in sides])
+            logits = _logits(tiling, weights, [_take(h, rows) for h, _ in sides])
             tops, sums, target = _slice(carry, i * c, c)
-            here = _sums(walk, logits, new)
+            here = _sums(tiling, logits, new)
             top = jax.tree.map(jnp.maximum, tops, here[0])
             sums = jax.tree.map(
                 jnp.add, _rescale(tops, sums, top), _rescale(here[0], here[1], top)
@@ -207,70 +212,70 @@ def _forward(walk, sides, targets, scored, source):
 
         return jax.lax.fori_loop(0, plan.many, tile, carry)
 
-    zero = vary(jnp.zeros(len(plan.order), jnp.float32), walk.mesh_axes)
-    names = walk.laws + tuple(SUMS[field] for field in walk.fields)
-    least = {law: zero + jnp.finfo(jnp.float32).min for law in walk.laws}
+    zero = vary(jnp.zeros(len(plan.order), jnp.float32), tiling.mesh_axes)
+    names = tiling.distributions + tuple(SUMS[field] for field in tiling.fields)
+    least = {name: zero + jnp.finfo(jnp.float32).min for name in tiling.distributions}
     first = (least, dict.fromkeys(names, zero), zero)
     tops, sums, target = jax.lax.fori_loop(0, plan.blocks, block, first)
-    if walk.split:
+    if tiling.split:
         top = jax.tree.map(lambda x: jax.lax.pmax(x, "model"), tops)
         sums = jax.lax.psum(_rescale(tops, sums, top), "model")
         tops, target = top, jax.lax.psum(target, "model")
-    found = _fields(walk, tops, sums, target)
-    axes = tuple(a for a in walk.mesh_axes if a != "model")
+    found = _fields(tiling, tops, sums, target)
+    axes = tuple(a for a in tiling.mesh_axes if a != "model")
     nothing = vary(jnp.zeros(scored.shape, jnp.float32), axes)
     full = {k: nothing.at[plan.order].set(v, mode="drop") for k, v in found.items()}
-    out = {k: full[k] for k in ("logps", *walk.fields)}
+    out = {k: full[k] for k in ("logps", *tiling.fields)}
     return out, (sides, targets, scored, source, full)
 
 
-def _slope(walk, g, read, logits, hit):
-    """[C, VB] gradient of the fields, weighted by their cotangents g, in the logits."""
+def _slope(tiling, g, read, logits, hit):
+    """[C, VB] gradient with respect to the logits, from the fields' cotangents g."""
     logp = logits[0] - read["lse"]
     p = jnp.exp(logp)
     dz = g["logps"] * (hit - p)
-    if "entropy" in walk.fields:
+    if "entropy" in tiling.fields:
         dz -= g["entropy"] * p * (logp + read["entropy"])
-    if "collision" in walk.fields:
+    if "collision" in tiling.fields:
         dz += 2 * g["collision"] * (jnp.exp(2 * logp - read["collision"]) - p)
-    if len(walk.heads) > 1:
+    if len(tiling.heads) > 1:
         logr = logits[1] - read["other_lse"]
-    if "kl" in walk.fields:
+    if "kl" in tiling.fields:
         dz += g["kl"] * p * (logp - logr - read["kl"])
-    if "forward_kl" in walk.fields:
+    if "forward_kl" in tiling.fields:
         dz += g["forward_kl"] * (p - jnp.exp(logr))
     return dz
 
 
-def _backward(walk, residuals, g):
+def _backward(tiling, residuals, g):
     sides, targets, scored, source, read = residuals
-    (h, weight), head = sides[0], walk.heads[0]
-    plan = _plan(walk, sides, scored, source)
+    (h, weight), head = sides[0], tiling.heads[0]
+    plan = _plan(tiling, sides, scored, source)
     c = plan.c
     wanted, g, read = jax.tree.map(lambda x: _take(x, plan.order), (targets, g, read))
 
     def block(j, carry):
         dh, dweight = carry
-        weights, start, new = _block(walk, sides, j, plan)
+        weights, start, new = _block(tiling, sides, j, plan)
 
         def tile(i, carry):
             dh, dw = carry
             rows, y, g_x, read_x = _slice((plan.source, wanted, g, read), i * c, c)
             g_x, read_x = jax.tree.map(lambda v: v[:, None], (g_x, read_x))
             xs = [_take(h, rows) for h, _ in sides]
-            logits = _logits(walk, weights, xs)
+            logits = _logits(tiling, weights, xs)
             hit = y[:, None] == (start + jnp.arange(plan.vb))[None]
-            dz = _slope(walk, g_x, read_x, logits, hit)
+            dz = _slope(tiling, g_x, read_x, logits, hit)
             if head.cap is not None:
                 dz = dz * (1 - (logits[0] / head.cap) ** 2)
             # Repeated columns of the last tile add nothing.
             dz = jnp.where(new, dz, 0.0).astype(h.dtype)
-            dx = _dot(walk, dz, weights[0], (1, head.vocab_axis))
+            dx = _dot(tiling, dz, weights[0], (1, head.vocab_axis))
             left, right = (dz, xs[0]) if head.vocab_axis == 0 else (xs[0], dz)
-            dw += _dot(walk, left, right, (0, 0))
+            dw += _dot(tiling, left, right, (0, 0))
             return dh.at[rows].add(dx, mode="drop"), dw
 
-        dw = vary(jnp.zeros(weights[0].shape, jnp.float32), walk.mesh_axes)
+        dw = vary(jnp.zeros(weights[0].shape, jnp.float32), tiling.mesh_axes)
         dh, dw = jax.lax.fori_loop(0, plan.many, tile, (dh, dw))
         old = jax.lax.dynamic_slice_in_dim(dweight, start, plan.vb, head.vocab_axis)
         put = jax.lax.dynamic_update_slice_in_dim
@@ -278,8 +283,8 @@ def _backward(walk, residuals, g):
         return dh, put(dweight, dw, start, head.vocab_axis)
 
     zeros = (
-        vary(jnp.zeros(h.shape, jnp.float32), walk.mesh_axes),
-        vary(jnp.zeros(weight.shape, weight.dtype), walk.mesh_axes),
+        vary(jnp.zeros(h.shape, jnp.float32), tiling.mesh_axes),
+        vary(jnp.zeros(weight.shape, weight.dtype), tiling.mesh_axes),
     )
     dh, dweight = jax.lax.fori_loop(0, plan.blocks, block, zeros)
     frozen = (None,) * (len(sides) - 1)

@@ -150,7 +150,7 @@ def test_what_a_kernel_cannot_do_ours_does_and_one_line_says_why(caplog):
     assert "pallas_call" in text and "shard_map" not in text
     assert not caplog.records
     cache = transformer.init_cache(splash, 2, 8)
-    said = "XLA's attention instead, "
+    start = "XLA's attention instead, "
     for why, given in {
         "keys come from a cache": lambda: traced(splash, (1, 1, 1), cache=cache),
         "2 rows do not divide over data*fsdp=4": lambda: traced(splash, (2, 2, 1)),
@@ -159,7 +159,7 @@ def test_what_a_kernel_cannot_do_ours_does_and_one_line_says_why(caplog):
     }.items():
         assert "pallas_call" not in given()
         (record,) = caplog.records
-        assert record.getMessage().endswith(said + why)
+        assert record.getMessage().endswith(start + why)
         caplog.clear()
 
 
@@ -179,8 +179,8 @@ def test_what_cudnn_is_not_asked_for(change, why, monkeypatch):
     call = kernels.Call(1.0, change.get("cap"), None, change.get("masked", False), None)
     size, dtype = change.get("size", 64), change.get("dtype", jnp.bfloat16)
     q = jax.ShapeDtypeStruct((1, 7, 2, size), dtype)
-    said = kernels._cudnn_refuses(call, q, q)
-    assert why in said and bool(why) == bool(said)
+    found = kernels._cudnn_refuses(call, q, q)
+    assert why in found and bool(why) == bool(found)
     assert kernels._splash_refuses(call, q, q) == "platform gpu"
 
 

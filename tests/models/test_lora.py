@@ -187,7 +187,7 @@ def peft_case(name):
 
 
 @jax.jit
-def law(lm, ids):
+def log_probs(lm, ids):
     return jax.nn.log_softmax(
         transformer.unembed(lm, transformer.hidden(lm, ids)[0]), -1
     )
@@ -198,7 +198,7 @@ def furthest(lm, ids, logits):
     want = logits.astype(np.float64)
     want -= np.log(np.exp(want).sum(-1, keepdims=True))
     with jax.default_matmul_precision("highest"):
-        return np.abs(np.asarray(law(lm, jnp.asarray(ids))) - want).max()
+        return np.abs(np.asarray(log_probs(lm, jnp.asarray(ids))) - want).max()
 
 
 @pytest.mark.parametrize("name", PEFT)

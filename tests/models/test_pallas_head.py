@@ -1,4 +1,4 @@
-"""The Pallas head against the kernel's walk and float64, in interpret mode; and compiled."""
+"""The Pallas head against `xla_head` and float64, in interpret mode; and compiled."""
 
 import dataclasses
 import functools
@@ -55,13 +55,13 @@ def value_and_grad(function, h, weight, cotangent):
     return run(h, weight)
 
 
-def walked(vocab_axis, cap, targets, scored, source):
-    walk = xla_head.Walk(
+def tiled(vocab_axis, cap, targets, scored, source):
+    tiling = xla_head.Tiling(
         (xla_head.Head(vocab_axis, cap),), (), tiles=TILES, precision="highest"
     )
 
     def run(h, weight):
-        return xla_head.read(walk, ((h, weight),), targets, scored, source)["logps"]
+        return xla_head.read(tiling, ((h, weight),), targets, scored, source)["logps"]
 
     return run
 
@@ -107,15 +107,15 @@ def test_value_and_gradients_are_those_of_the_whole_row(name):
     assert (np.asarray(out)[~np.asarray(scored)] == 0).all()
     for got, expected in zip((out, *grads), want, strict=True):
         close(got, expected, 1e-5)  # float32 sums in another order
-    walk = walked(axis, cap, targets, scored, source)
+    tiles = tiled(axis, cap, targets, scored, source)
     for got, expected in zip(
-        (out, *grads), jax.tree.leaves(value_and_grad(walk, h, weight, g)), strict=True
+        (out, *grads), jax.tree.leaves(value_and_grad(tiles, h, weight, g)), strict=True
     ):
         close(got, expected, 1e-5)
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0])
-def test_bfloat16_states_give_what_the_walk_gives(scale):
+def test_bfloat16_states_give_what_xla_head_gives(scale):
     """Sums in float32: with logits of several hundreds a bfloat16 sum would be nats off."""
     h, weight, targets, scored, source, g = operands(300, 1, True, jnp.bfloat16, scale)
     kernel = Kernel(tiles=TILES, interpret=True)
@@ -124,8 +124,8 @@ def test_bfloat16_states_give_what_the_walk_gives(scale):
         return pallas_head.logps(kernel, h, weight, targets, scored, source)
 
     out, grads = value_and_grad(ours, h, weight, g)
-    walk = walked(1, None, targets, scored, source)
-    want, slopes = value_and_grad(walk, h, weight, g)
+    tiles = tiled(1, None, targets, scored, source)
+    want, slopes = value_and_grad(tiles, h, weight, g)
     assert float(jnp.abs(want).max()) > 100 * (scale > 1)
     close(out, want, 1e-6)
     rounded = np.float32(weight.astype(jnp.bfloat16))  # operands are multiplied as such
@@ -133,8 +133,8 @@ def test_bfloat16_states_give_what_the_walk_gives(scale):
     close(out, exact[0], 1e-6)
     assert [x.dtype for x in grads] == [jnp.bfloat16, jnp.float32]
     # the logits' gradient is rounded to bfloat16 before it is multiplied, on both sides
-    for got, walks, expected in zip(grads, slopes, exact[1:], strict=True):
-        close(got, walks, 1e-2)
+    for got, tiled_slope, expected in zip(grads, slopes, exact[1:], strict=True):
+        close(got, tiled_slope, 1e-2)
         close(got, expected, 1e-2)
 
 
@@ -154,7 +154,7 @@ def test_a_vocabulary_over_the_mesh_is_one_vocabulary():
     """Rules called by hand: in interpret mode shard_map cannot follow what varies.
 
     Of a state each shard of the vocabulary gives a part of the gradient, of a weight each
-    shard of tokens: `logprob` sums them by the transposes of its casts, here it is said.
+    shard of tokens: `logprob` sums them by the transposes of its casts; here psum does.
     """
     mesh = sharding.make_mesh((2, 1, 4))
     v = 512
@@ -174,8 +174,8 @@ def test_a_vocabulary_over_the_mesh_is_one_vocabulary():
         out_specs=(tokens, tokens, columns), check_vma=False,
     )  # fmt: skip
     out, *grads = jax.jit(split)(h, weight, targets, scored, g)
-    walk = walked(1, None, targets, scored, None)
-    want, slopes = value_and_grad(walk, h, weight, g)
+    tiles = tiled(1, None, targets, scored, None)
+    want, slopes = value_and_grad(tiles, h, weight, g)
     close(out, want, 1e-5)
     for got, expected in zip(grads, slopes, strict=True):
         close(got, expected, 1e-5)
