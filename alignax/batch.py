@@ -19,50 +19,50 @@ from jaxtyping import Array, Bool, Float, Int
 Params = dict[str, Any]  # nested dict of arrays, the tree that a model owns
 Number = float | Float[Array, ""]  # a hyper-parameter of a loss: traced in a step
 Metrics = dict[str, Any]  # name -> scalar (evaluations may add 'samples': rows of text)
-# {'role': 'system' | 'user' | 'assistant', 'content': text}; an assistant's may have a
-# 'prefill': the beginning of its content that it is given and that is not scored.
+# {'role': 'system' | 'user' | 'assistant', 'content': text}. The role 'assistant' may have a
+# 'prefill': the beginning of its content, which is given to the model and not scored.
 Message = dict[str, str]
 
 
 class Example(NamedTuple):
-    """One prompt and its responses as text: what `data/*` yields, one row of a Batch.
+    """One prompt and its responses as text: an item of `data/*`, one prompt of a Batch.
 
     A prompt or a response that is a plain string is one user or one assistant turn.
     A response may hold several turns; only its assistant turns are scored.
     """
 
-    id: str  # where it came from, e.g. 'train.jsonl:17'
+    id: str  # its source, e.g. 'train.jsonl:17'
     prompt: str | Sequence[Message]
     responses: Sequence[
         str | Sequence[Message]
     ]  # G of them; pairs are (chosen, rejected)
     feedback: Sequence[float] = ()  # G numbers: label, rank or reward; () means zeros
-    columns: Mapping[str, float] = MappingProxyType({})  # one number each: Batch.extra
+    columns: Mapping[str, float] = MappingProxyType({})  # numbers, for Batch.extra
 
 
 class Layout(NamedTuple):
-    """Where the tokens of a batch stand when each is computed once: see `layout.build`.
+    """The packing of a batch in which shared tokens are computed once: see `layout.build`.
 
     S blocks of R rows of L tokens; block s holds prompts sB/S .. (s+1)B/S - 1 of the
-    batch. In a row stand several groups, each its shared tokens (the prompt) and then
-    what each response goes on with. A token sees the shared tokens before it and those
-    before it of its own branch. A layout belongs to the tokens and the mask it was built
-    from; it holds no number of theirs that a loss reads.
+    batch. A row holds several groups. A group is the tokens that its responses share (the
+    prompt), followed by one branch per response with its own tokens. A token sees the
+    earlier shared tokens of its group and the earlier tokens of its own branch. A layout
+    belongs to the tokens and the mask from which it was built; losses read nothing of it.
     """
 
     tokens: Int[Array, "S R L"]
-    positions: Int[Array, "S R L"]  # in its own response's row: every branch goes on
-    group: Int[Array, "S R L"]  # which group of its row a token is of; 0 is padding
-    branch: Int[Array, "S R L"]  # 0 = shared, g + 1 = of response g alone
+    positions: Int[Array, "S R L"]  # as in the response's own row: shared, then branch
+    group: Int[Array, "S R L"]  # the group of the row that a token is of; 0 is padding
+    branch: Int[Array, "S R L"]  # 0 = shared, g + 1 = only in response g
     previous: Int[Array, "S R L"]  # column of the token before, whose state predicts it
-    scored: Bool[Array, "S R L"]  # True where some response's mask is
+    scored: Bool[Array, "S R L"]  # True where the mask of some response is
     places: Int[
         Array, "B G T"
-    ]  # place in the block's R * L of a token; 0 behind the last scored one
+    ]  # index of a token in its block's R * L; 0 behind the last scored one
 
 
 class Batch(NamedTuple):
-    """What every loss, evaluation and sampler reads. Fields are described in place."""
+    """The input of every loss, evaluation and sampler. Fields are described in place."""
 
     tokens: Int[Array, "B G T"]  # prompt + response + padding, always right-padded
     mask: Bool[
@@ -71,36 +71,36 @@ class Batch(NamedTuple):
     lengths: Int[Array, "B G"]  # real tokens in the row; never inferred from pad ids
     feedback: Float[
         Array, "B G"
-    ]  # what the world says, raw: label {0,1}, rank or reward
+    ]  # as in the data, without shaping: label {0, 1}, rank or reward
     valid: Bool[
         Array, "B G"
     ]  # False drops a response (ragged group, filtered, eval padding)
     ref_logps: Float[Array, "B G T"] | None = None  # nats, under the frozen reference
     old_logps: Float[Array, "B G T"] | None = (
-        None  # nats, under the law that sampled it
+        None  # nats, under the distribution that was sampled
     )
-    advantages: Float[Array, "B G T"] | None = None  # what shaping/ made of feedback
-    layout: Layout | None = None  # host-built; None = one row per response
-    extra: dict[str, Array] | None = None  # columns private to one method
+    advantages: Float[Array, "B G T"] | None = None  # from feedback, by shaping/
+    layout: Layout | None = None  # built on the host; None = one row per response
+    extra: dict[str, Array] | None = None  # further columns, for one method
 
 
 class Scores(NamedTuple):
-    """The differentiable half of a loss: what the kernel read off one LM."""
+    """The differentiable input of a loss: what `logprob.score` computes with an LM."""
 
     logps: Float[
         Array, "B G T"
     ]  # nats; exactly 0 where mask is False: .sum(-1) is log p(y|x)
     entropy: Float[Array, "B G T"] | None = (
-        None  # each filled only when a loss NEEDS it
+        None  # nats; like all fields below, only if the loss has it in NEEDS
     )
     kl: Float[Array, "B G T"] | None = None  # exact, over the vocabulary: KL(π ‖ ref)
     values: Float[Array, "B G T"] | None = (
-        None  # scalar head on the prefix that ends at t
+        None  # value head on the prefix that ends at t
     )
-    forward_kl: Float[Array, "B G T"] | None = None  # KL(ref ‖ π), likewise
+    forward_kl: Float[Array, "B G T"] | None = None  # KL(ref ‖ π), exact too
     collision: Float[Array, "B G T"] | None = None  # log Σ_v π(v)²
     state_values: Float[Array, "B G T"] | None = (
-        None  # scalar head on the prefix before t: a critic's V when t is drawn
+        None  # value head on the prefix before t: V of the state in which t is sampled
     )
 
 
@@ -108,7 +108,7 @@ COMPARED = ("kl", "forward_kl")  # fields of Scores that need a frozen LM
 
 
 class LM(NamedTuple):
-    """A model is data: a static config and a tree of parameters."""
+    """A model: its static config and its tree of parameters."""
 
     config: (
         Any  # models.transformer.ModelConfig, a frozen dataclass registered as static
@@ -172,7 +172,7 @@ def check(batch: Batch) -> Batch:
 
 
 def _check_layout(layout: Layout, tokens: np.ndarray, mask: np.ndarray) -> None:
-    """Every scored token stands, and is scored, where the layout says that it does."""
+    """Raises ValueError unless every scored token is at its place in the layout."""
     places = np.asarray(layout.places)
     blocks = len(layout.tokens)
     if places.shape != tokens.shape or len(tokens) % blocks:
@@ -201,14 +201,14 @@ def from_pairs(prompts, chosen, rejected, *, length: int, pad: int = 0) -> Batch
       chosen: B lists of token ids, each non-empty.
       rejected: B lists of token ids, each non-empty.
       length: T, tokens per row.
-      pad: id written on padding; no meaning is ever read from it.
+      pad: id of padding; padding is never recognised by this id.
 
     Returns:
       A Batch of host arrays with feedback [1, 0] in every row.
 
     Raises:
       ValueError: lists of different lengths, an empty prompt or response, or a row
-        longer than `length` (truncation is the source's business: it must be counted).
+        longer than `length` (sources truncate, and count what they cut).
     """
     if not len(prompts) == len(chosen) == len(rejected):
         raise ValueError(
@@ -230,7 +230,7 @@ def from_groups(
       responses: B lists of up to G non-empty lists of token ids; a group that is
         smaller than the largest one is filled with invalid rows.
       length: T, tokens per row.
-      pad: id written on padding; no meaning is ever read from it.
+      pad: id of padding; padding is never recognised by this id.
       feedback: B lists of numbers shaped like `responses`, or None for zeros.
       scored: B lists of lists of booleans shaped like `responses`, True on the tokens
         to score (several turns in one response), or None to score every response token.
@@ -284,5 +284,5 @@ def flatten(batch: Batch) -> tuple[Any, Any, Any]:
 
 
 def num_rows(batch: Batch) -> int:
-    """B, the number of prompts: the size that shards and accumulates."""
+    """B, the number of prompts: the axis that is sharded and split into micro-batches."""
     return jax.tree.leaves(batch)[0].shape[0]

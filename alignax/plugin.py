@@ -1,7 +1,8 @@
-"""Plug-ins: the module path is the registry, and a folder is a signature.
+"""Loads plug-ins: functions found by folder and file name, with their hyper-parameters.
 
-`load('losses', 'dpo')` is `alignax.losses.dpo.loss`; a dotted name is imported as it
-stands, so research outside this repository needs no fork.
+`load('losses', 'dpo')` is `alignax.losses.dpo.loss`: all files of a folder define a function
+of the same name and signature. A dotted name is imported as it is, so a method outside this
+repository needs no fork.
 """
 
 import difflib
@@ -16,21 +17,21 @@ from typing import Any, NamedTuple
 from alignax import masked
 from alignax.batch import COMPARED, Example
 
-ROLES = {  # folder -> the function every file in it defines, or one of these
+ROLES = {  # folder -> the function that every file in it defines (one of them)
     "losses": ("loss",), "reweight": ("reweight",), "shaping": ("shape",),
     "rewards": ("reward",), "evals": ("evaluate",), "data": ("examples",),
     "decoders": ("guide", "search"),
 }  # fmt: skip
 
 
-# Keywords that the caller hands in, to a `search` some more; all others are
+# Keywords that the caller passes (to a `search` those of SEARCH); all others are
 # hyper-parameters.
 HANDED = ("key", "tokenizer", "generate", "score", "batch_size", "length", "ema")
 SEARCH = (*HANDED, "max_new", "judge", "temperature", "eos_ids", "reader")
 
 
 class Bound(NamedTuple):
-    """A plug-in with every hyper-parameter resolved, and what its module declares."""
+    """A plug-in with all its hyper-parameters, and the declarations of its module."""
 
     name: str
     function: Callable
@@ -39,18 +40,18 @@ class Bound(NamedTuple):
     coupled: bool = False
     ema: Mapping[str, float] = MappingProxyType({})
     stage: str = ""  # of a shaping: when it applies
-    baseline: str = ""  # of a shaping: whose rewards it compares with
-    # of a loss: what else the config must say where rollouts feed it
+    baseline: str = ""  # of a shaping: the samples whose rewards it compares with
+    # of a loss: values of the config that it needs if rollouts make its batches
     requires: Mapping[str, Any] = MappingProxyType({})
-    returns: bool = False  # of a shaping: what it gives, plus values, a critic learns
-    role: str = ""  # the function's name in its folder, one of ROLES
+    returns: bool = False  # of a shaping: its result + values is a critic's target
+    role: str = ""  # name of the function in its file, one of ROLES
 
     def __call__(self, *args, **kwargs):
         return self.function(*args, **{**self.hyper, **kwargs})
 
 
 def available(folder: str) -> list[str]:
-    """Names of the plug-ins that ship in a folder."""
+    """Names of the plug-ins in a folder of this package."""
     package = importlib.import_module(f"alignax.{folder}")
     return sorted(m.name for m in pkgutil.iter_modules(package.__path__))
 
@@ -88,10 +89,10 @@ def bind(
     Args:
       function: the plug-in.
       hyper: values for its keyword-only parameters.
-      name: what errors call it.
-      module: where NEEDS, COUPLED, EMA, STAGE, BASELINE, REQUIRES and RETURNS stand; the
+      name: of the plug-in in error messages.
+      module: defines NEEDS, COUPLED, EMA, STAGE, BASELINE, REQUIRES and RETURNS; the
         function's own module by default.
-      handed: keywords that are no hyper-parameters, since the caller hands them in.
+      handed: keywords that are no hyper-parameters, since the caller passes them.
 
     Raises:
       ValueError: as for `load`.
@@ -150,7 +151,7 @@ def bind(
 
 
 def compose(loss: Bound, weights: Sequence[Bound]) -> Bound:
-    """A loss under reweightings, as one loss: they apply in order, before it.
+    """A loss with reweightings, as one loss; they are applied in order, before the loss.
 
     Args:
       loss: of the folder losses/.
@@ -198,7 +199,7 @@ def _find(folder: str, name: str):
         module = importlib.import_module(path)
     except ModuleNotFoundError as error:
         if error.name is None or not path.startswith(error.name):
-            raise  # the plug-in exists; something that it imports does not
+            raise  # the plug-in exists, but a module that it imports does not
         if "." in name:  # perhaps a function inside a module
             parent, _, attribute = path.rpartition(".")
             try:
@@ -225,13 +226,13 @@ def _find(folder: str, name: str):
 
 
 def load_section(folder: str, spec: Any) -> Bound:
-    """Loads the plug-in that a section of a config names; its other keys are its own."""
+    """Loads the plug-in of a config section: key 'name', other keys hyper-parameters."""
     spec = plain_section(spec)
     return load(folder, spec.pop("name"), spec)
 
 
 def load_loss(config: Any) -> Bound:
-    """The loss of a config under its reweightings; its needs name the LMs of the config.
+    """The loss of a config with its reweightings; patterns in its needs are resolved.
 
     Raises:
       ValueError: as for `load`, or an unknown `reduction`.
@@ -250,13 +251,13 @@ def load_loss(config: Any) -> Bound:
 
 
 def load_examples(spec: Any, drop: tuple[str, ...] = ()) -> Sequence[Example]:
-    """The examples that a data section describes; the keys in `drop` are not its own."""
+    """The examples of a data section; the keys in `drop` are no hyper-parameters."""
     spec = {k: v for k, v in plain_section(spec).items() if k not in drop}
     return load("data", spec.pop("name"), spec)()
 
 
 def plain_section(spec: Any) -> dict[str, Any]:
-    """A section as plain dicts, also inside: plug-ins know nothing of ConfigDict."""
+    """A section as nested plain dicts: plug-ins do not use ConfigDict."""
     return {k: v.to_dict() if hasattr(v, "to_dict") else v for k, v in spec.items()}
 
 
@@ -266,7 +267,7 @@ def plain_section(spec: Any) -> dict[str, Any]:
 def match_needs(needs: Sequence[str], lms: Sequence[str]) -> tuple[str, ...]:
     """Needs in which a pattern such as 'aligned*_logps' is replaced by one need per LM.
 
-    A pattern that no LM matches stays, and is missing like any other need.
+    A pattern that no LM matches is kept, and is then reported as missing.
     """
     columns = [f"{name}_logps" for name in lms]
     out: list[str] = []
@@ -276,7 +277,7 @@ def match_needs(needs: Sequence[str], lms: Sequence[str]) -> tuple[str, ...]:
 
 
 def frozen_lm(need: str) -> str | None:
-    """The name of the frozen LM that fills a need of a loss; None if none does."""
+    """The name of the frozen LM that computes a need of a loss; None if none does."""
     if need in COMPARED:
         return "ref"
     name = need.removesuffix("_logps")

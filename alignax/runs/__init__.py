@@ -1,8 +1,7 @@
-"""What survives a kill, and several processes as one run.
+"""Checkpoints and the folder of a run, and several processes as one run.
 
-Reading order: checkpoint (what is saved and restored), workdirs (the folder of a run),
-model_paths (what the
-path of a model means), adapter_base (which base LoRA adapters belong to), hosts (start-up checks of several
-processes), watchdog (runs that hang, or die again and
-again), preemption (SIGTERM).
+Reading order: checkpoint (saves and restores a state), workdirs (the folder of a run),
+model_paths (the kinds of model paths), adapter_base (which base LoRA adapters belong to),
+hosts (start-up checks of several processes), watchdog (runs that hang or fail repeatedly),
+preemption (SIGTERM).
 """

@@ -1,8 +1,8 @@
-"""Whose adapters these are: a run's base, noted when it starts and checked when it is read.
+"""The base model of LoRA adapters: recorded when a run starts, checked when it is read.
 
-Adapters mean nothing beside other weights. WORKDIR/base.json says where the base was (as
-an absolute path, and as seen from the workdir, so that both can move together) and holds
-a checksum of its parameters as the run saw them.
+Adapters are of no use with other weights. WORKDIR/base.json holds the path of the base (an
+absolute one, and one relative to the workdir, so that both can move together) and a checksum
+of its parameters in the dtype of the run.
 """
 
 import json
@@ -18,12 +18,12 @@ NAME = "base.json"
 
 
 def note(workdir, path: str, params: Params) -> None:
-    """Writes base.json; a run that goes on checks it instead.
+    """Writes base.json; a resumed run checks it instead.
 
     Args:
       workdir: of the run; it exists.
       path: of the base's weights; '' if they were drawn from the run's seed.
-      params: of the base, cast as the run computes with them.
+      params: of the base, in the dtype of the run.
 
     Raises:
       ValueError: the base is not the one that the run began with.
@@ -52,10 +52,10 @@ def find(workdir, path: str) -> str:
 
     Args:
       workdir: of the run.
-      path: what its config calls the base, perhaps relative to some other folder.
+      path: of the base in the run's config; it may be relative to another folder.
 
     Raises:
-      FileNotFoundError: it is nowhere; the places are listed.
+      FileNotFoundError: the base is in none of the places; they are listed.
     """
     folder = checkpoint.absolute(workdir)
     if not path or not (folder / NAME).exists():
@@ -78,7 +78,7 @@ def check(workdir, path: str, params: Params) -> None:
     Args:
       workdir: of the run that trained them; it has a base.json.
       path: where the base was found; '' if it was drawn from the run's seed.
-      params: of the base, cast as the run computed with them.
+      params: of the base, in the dtype of the run.
     """
     folder = checkpoint.absolute(workdir)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):

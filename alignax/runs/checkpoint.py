@@ -2,14 +2,16 @@
 
 A step holds three items: 'params', 'rest' (optimiser state, running means, average)
 and 'meta' (JSON: model config, resolved config, data position, seed, the tree's shapes
-and a checksum). A checkpoint that cannot be read back is named and the one before it
+and a checksum). A checkpoint that cannot be read back is logged and the one before it
 is used; a checkpoint of another model is an error, never a fallback.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -26,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that does not fit what is asked of it."""
+    """No checkpoint can be read, or it belongs to another model."""
 
 
 def manager(
@@ -49,9 +51,9 @@ def shapes(tree) -> dict[str, list]:
 
 @jax.jit
 def checksum(tree):
-    """A sum over the bits of every leaf (modulo 2^32): the same on every mesh.
+    """A weighted sum of the bits of every leaf (modulo 2^32): the same on every mesh.
 
-    Weights depend on the place, so that what swaps places is noticed.
+    The weight of an element depends on its place, so that a permutation changes the sum.
     """
 
     def one(x):
@@ -79,7 +81,7 @@ def save(
       manager: from `manager`.
       state: a TrainState.
       model: the policy's config; `load_lm` needs nothing else.
-      meta: JSON to keep beside it (data position, seed, resolved config).
+      meta: JSON to save with it (data position, seed, resolved config).
     """
     rest = _rest(state)
     meta = {
@@ -101,18 +103,18 @@ def save(
 
 
 def restore(manager: ocp.CheckpointManager, state):
-    """The newest checkpoint that reads back whole, in `state`'s shapes and shardings.
+    """The newest checkpoint that can be read, in `state`'s shapes and shardings.
 
     Args:
       manager: from `manager`.
-      state: a TrainState that shows shapes, dtypes and shardings.
+      state: a TrainState with the shapes, dtypes and shardings to restore.
 
     Returns:
       (TrainState, meta), or None if there is no checkpoint.
 
     Raises:
       CheckpointError: the checkpoint is of another model (the first difference is
-        named), or checkpoints exist and none reads back.
+        named), or checkpoints exist and none can be read.
     """
     steps = sorted(manager.all_steps(), reverse=True)
     rest = _rest(state)
@@ -154,7 +156,7 @@ def restore(manager: ocp.CheckpointManager, state):
 
 
 def holds(folder) -> bool:
-    """Whether a folder is a run's, its 'best' or its 'checkpoints'."""
+    """Whether a folder is that of a run, or its 'best' or 'checkpoints'."""
     folder = epath.Path(folder)
     if not folder.is_dir():
         return False
@@ -164,25 +166,30 @@ def holds(folder) -> bool:
 
 
 def load_lm(folder) -> LM:
-    """The policy of the newest checkpoint that reads back, on the host.
+    """The policy of the newest checkpoint that can be read, on the host.
 
     Args:
       folder: of a run (its 'checkpoints' are read), or a folder of checkpoints such as
         WORKDIR/best.
 
     Raises:
-      CheckpointError: the folder holds no checkpoint that reads back.
+      CheckpointError: the folder holds no checkpoint that can be read.
     """
     folder = absolute(folder)
     inner = folder / "checkpoints"
     place = inner if inner.is_dir() else folder
     host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    options = ocp.CheckpointManagerOptions(read_only=True)
-    with ocp.CheckpointManager(place, options=options) as read:
+    # what read_only implies is set too: Orbax would warn that it sets it
+    options = ocp.CheckpointManagerOptions(
+        read_only=True, save_interval_steps=0, create=False
+    )
+    with _without_warning("Given directory is read only"):
+        manager = ocp.CheckpointManager(place, options=options)
+    with manager as read:
         for step in sorted(read.all_steps(), reverse=True):
             try:
                 meta = _meta(read, step)
-                # Told where to put them: the mesh that saved them may not exist here.
+                # a sharding is given: the mesh that saved them may not exist here
                 target: dict[str, Any] = {}
                 for path, (shape, dtype) in meta["shapes"]["params"].items():
                     *parents, name = path.split("/")
@@ -201,8 +208,23 @@ def load_lm(folder) -> LM:
     raise CheckpointError(f"no checkpoint that reads back in {folder}")
 
 
+@contextlib.contextmanager
+def _without_warning(start: str) -> Iterator[None]:
+    """Drops the records of absl's log, which Orbax writes to, that begin with `start`."""
+    logger = logging.getLogger("absl")
+
+    def other(record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith(start)
+
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
+
+
 def absolute(path) -> epath.Path:
-    """A local path made absolute; a remote one (gs://...) as it is."""
+    """A local path made absolute; a remote one (gs://...) unchanged."""
     return epath.Path(path) if "://" in str(path) else epath.Path(path).absolute()
 
 

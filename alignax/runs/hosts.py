@@ -1,10 +1,9 @@
-"""Several processes as one run: how they start, what has to be the same, how they end.
+"""Several processes as one run: start-up, checks that all hosts agree, and exit.
 
-What makes a run on many hosts fail after an hour in a queue is seen here in a second,
-before anything compiles: another commit, config or library on one host, a coordinator
-behind a firewall, a workdir that only some of them see, a full disk. Facts are exchanged
-through the coordinator's key-value store, not by a collective: processes that differ
-could not compile the same one.
+The checks run in about a second, before anything compiles. They find a commit, config or
+library that differs on one host, a coordinator behind a firewall, a workdir that only some
+hosts see, and a full disk. Values are exchanged through the coordinator's key-value store
+and not by a collective, since processes that differ could not compile the same collective.
 """
 
 import contextlib
@@ -33,26 +32,26 @@ from jax._src import clusters, distributed  # neither has a public name
 from alignax.runs import checkpoint, workdirs
 
 LEAST_FREE = 2**30  # bytes of disk below which no host starts
-PATIENCE = 60.0  # seconds for what another host has written to be seen
+PATIENCE = 60.0  # seconds until a file of another host must be seen
 ROOT = pathlib.Path(__file__).parents[2]
 log = logging.getLogger(__name__)
-_asked = itertools.count()  # a name in the store is written once
+_asked = itertools.count()  # a key of the store can be written only once
 
 
 def start(timeout: float = 300.0) -> None:
-    """`jax.distributed.initialize`, with an error that says who could not reach whom.
+    """`jax.distributed.initialize`, with errors that name the hosts.
 
-    The address of process 0, the number of processes and this one's place are read from
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (the launchers set them)
-    or, without these, found by jax: on a TPU, under Slurm, in Kubernetes.
+    The address of process 0, the number of processes and the index of this one are read
+    from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (the launchers set
+    them). Without these jax detects them: on a TPU, under Slurm, in Kubernetes.
 
     Args:
-      timeout: seconds to wait for the coordinator, and then for the others; if these do
-        not come the process ends with 1, since jax would abort it.
+      timeout: seconds to wait for the coordinator, and then for the other processes. If
+        some do not connect, this process exits with 1, since jax would abort it.
 
     Raises:
       OSError: the coordinator cannot be reached.
-      ValueError: only some of the variables are there, or jax finds no cluster.
+      ValueError: only some of the variables are set, or jax finds no cluster.
     """
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     given: Any = [os.environ.get(name) or None for name in names]
@@ -71,7 +70,7 @@ def start(timeout: float = 300.0) -> None:
         address, count, index = given[0], int(given[1]), int(given[2])
         if index:
             reach(address, index, timeout)
-        late = threading.Timer(timeout, _nobody, (address, index, count, timeout))
+        late = threading.Timer(timeout, _timed_out, (address, index, count, timeout))
         late.daemon = True
         late.start()
         try:
@@ -85,8 +84,8 @@ def start(timeout: float = 300.0) -> None:
         raise OSError(f"host {socket.gethostname()}: {error}") from error
 
 
-def _nobody(address: str, index: int, count: int, timeout: float) -> None:
-    """Ends a process that waits for others in vain, with what to look at."""
+def _timed_out(address: str, index: int, count: int, timeout: float) -> None:
+    """Exits a process whose peers did not connect in time, with hints."""
     print(
         f"error: host {socket.gethostname()} (process {index}): not all of {count} "
         f"processes met at {address} within {timeout:g} s. Is every one started, and is "
@@ -97,7 +96,7 @@ def _nobody(address: str, index: int, count: int, timeout: float) -> None:
 
 
 def reach(address: str, index: int, timeout: float) -> None:
-    """Waits until a port answers.
+    """Waits until a port accepts a connection.
 
     Args:
       address: 'host:port'.
@@ -105,7 +104,7 @@ def reach(address: str, index: int, timeout: float) -> None:
       timeout: seconds.
 
     Raises:
-      OSError: it does not.
+      OSError: no connection within the timeout.
     """
     host, port = address.rsplit(":", 1)
     end, why = time.monotonic() + timeout, ""
@@ -123,10 +122,10 @@ def reach(address: str, index: int, timeout: float) -> None:
 
 
 def exchange(mine: Any, timeout: float = 300.0) -> list[Any]:
-    """What every process says here (JSON), in the order of the processes.
+    """The values (JSON) that all processes pass here, in the order of the processes.
 
     Raises:
-      OSError: one of them says nothing.
+      OSError: a process does not report within `timeout` seconds.
     """
     count, index = _size()
     if count == 1:
@@ -139,20 +138,21 @@ def exchange(mine: Any, timeout: float = 300.0) -> list[Any]:
         try:
             got = client.blocking_key_value_get(f"{name}/{i}", int(1000 * timeout))
         except RuntimeError as error:
-            raise OSError(f"process {i} said nothing in {timeout:g} s") from error
+            raise OSError(f"process {i} did not report within {timeout:g} s") from error
         out.append(json.loads(got))
     return out
 
 
 def agree(look: Callable[[], Any]) -> tuple[list[str], list[Any]]:
-    """The names of all hosts and what each of them finds (JSON), by process.
+    """Runs a function on all hosts: (names of the hosts, its results), by process.
 
     Args:
-      look: what it raises is raised on all of them: nobody waits for one that has failed.
+      look: returns JSON. If it raises on one host, all of them raise, so that none waits
+        for a host that has failed.
 
     Raises:
-      OSError: it failed somewhere; which hosts and why. One process alone raises what it
-        is.
+      OSError: it failed on some host; the message has the hosts and their errors. With a
+        single process the error is raised as it is.
     """
     if _size()[0] == 1:
         return [socket.gethostname()], [look()]
@@ -171,12 +171,12 @@ def agree(look: Callable[[], Any]) -> tuple[list[str], list[Any]]:
 
 
 def check(config, workdir: str, patience: float = PATIENCE) -> None:
-    """What must hold on every host before anything compiles.
+    """Checks that all hosts agree, before anything compiles.
 
     Args:
       config: a ConfigDict.
       workdir: folder of the run, made here.
-      patience: seconds for what process 0 writes there to be seen.
+      patience: seconds until every host must see a file that process 0 writes there.
 
     Raises:
       ValueError: hosts differ in their code, config, libraries or devices; the message
@@ -200,14 +200,14 @@ def check(config, workdir: str, patience: float = PATIENCE) -> None:
         while not path.exists():  # a network file system may show a new file late
             if time.monotonic() > end:
                 raise OSError(
-                    f"workdir {folder}: what process 0 wrote is not seen; it must be on a "
-                    "file system that all hosts share, or in a bucket"
+                    f"workdir {folder}: what process 0 wrote is not visible here; it must "
+                    "be on a file system that all hosts share, or in a bucket"
                 )
             time.sleep(0.2)
 
     try:
         names, found = agree(ready)
-        compare(names, [said for _, said in found])
+        compare(names, [reported for _, reported in found])
         token = found[0][0]
         agree(seen)
     finally:
@@ -223,10 +223,10 @@ def check(config, workdir: str, patience: float = PATIENCE) -> None:
 
 
 def meet(what: str, timeout: float = 3600.0) -> None:
-    """Waits until every process is here: the first collective waits less long.
+    """Waits until every process is here: the timeout of the first collective is shorter.
 
     Raises:
-      OSError: one of them does not come.
+      OSError: a process does not arrive within `timeout` seconds.
     """
     try:
         exchange(what, timeout)
@@ -235,27 +235,27 @@ def meet(what: str, timeout: float = 3600.0) -> None:
 
 
 def facts(config) -> dict[str, str]:
-    """What has to be the same on every host, as text."""
-    # Versions of all that is loaded, and of what the devices will load.
+    """What must be the same on every host: versions, code and config, as text."""
+    # Versions of all loaded packages, and of libtpu, which the devices will load.
     owners = importlib.metadata.packages_distributions()
     loaded = {name.split(".")[0] for name in sys.modules} | {"libtpu"}
     names = {owner for module in loaded for owner in owners.get(module, ())}
     found = {name: importlib.metadata.version(name) for name in sorted(names)}
     found["python"] = platform.python_version()
-    said = json.dumps(workdirs.plain(config), sort_keys=True)
+    text = json.dumps(workdirs.plain(config), sort_keys=True)
     from alignax import __version__
 
     found |= {
         "alignax": __version__,
         "commit": commit(),
         "code": digest(),
-        "config": hashlib.sha256(said.encode()).hexdigest()[:12],
+        "config": hashlib.sha256(text.encode()).hexdigest()[:12],
     }
     return found
 
 
 def commit(root: pathlib.Path = ROOT) -> str:
-    """Of the repository (by git, or by the file COMMIT of a copied tree); '' of none."""
+    """Commit of the code, from git or a copied tree's file COMMIT; '' if unknown."""
     if (root / "COMMIT").exists():
         return (root / "COMMIT").read_text().strip()
     try:
@@ -267,21 +267,21 @@ def commit(root: pathlib.Path = ROOT) -> str:
 
 
 def digest(package: pathlib.Path = ROOT / "alignax") -> str:
-    """Of the code that runs, committed or not."""
+    """Hash of the package's source files, committed or not."""
     whole = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         whole.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
     return whole.hexdigest()[:12]
 
 
-def compare(names: Sequence[str], said: Sequence[dict[str, str]]) -> None:
-    """Raises ValueError if some host says another thing than process 0.
+def compare(names: Sequence[str], reported: Sequence[dict[str, str]]) -> None:
+    """Raises ValueError if a host reports another value than process 0.
 
-    A value that a host does not know ('') is not compared.
+    A value that is unknown on a host ('') is not compared.
     """
     wrong = []
-    for key, first in said[0].items():
-        for i, other in enumerate(said):
+    for key, first in reported[0].items():
+        for i, other in enumerate(reported):
             value = other.get(key, "")
             if first and value and value != first:
                 wrong.append(
@@ -294,7 +294,7 @@ def compare(names: Sequence[str], said: Sequence[dict[str, str]]) -> None:
 
 
 def check_disk(workdir: str) -> None:
-    """Raises OSError if this host has too little disk; of a remote workdir, in /tmp."""
+    """Raises OSError if too little disk is free at the workdir; for a bucket, in /tmp."""
     folder = pathlib.Path(tempfile.gettempdir())
     if "://" not in str(workdir):
         folder = pathlib.Path(workdir).absolute()
@@ -308,19 +308,19 @@ def check_disk(workdir: str) -> None:
 
 
 def leave(code: int, patience: float = 10.0) -> None:
-    """Ends this process after an error; beside others, without waiting for them.
+    """Exits after an error; if there are other processes, without waiting for them.
 
-    jax would wait minutes at a barrier for those that sit in a collective with us.
+    jax would wait for minutes at a barrier for processes that are in a collective.
     """
     count, _ = _size()
     if count == 1:
         sys.exit(code)
     client = distributed.global_state.client
     assert client is not None
-    try:  # where all fail alike, each says so before the coordinator is gone
+    try:  # if all fail alike, each prints its error before the coordinator is gone
         client.wait_at_barrier("alignax/failed", int(1000 * patience))
     except RuntimeError:
-        log.error("this process ends alone; the others will miss it")
+        log.error("this process ends alone; the others will fail without it")
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

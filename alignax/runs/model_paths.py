@@ -1,4 +1,4 @@
-"""What the path of a model means, found out once; everything else reads the description.
+"""The kinds of model paths: `resolve` describes a path, and all other code reads that.
 
   hf    a Hugging Face folder                     config.json, *.safetensors
   gguf  a llama.cpp file                          *.gguf
@@ -29,7 +29,7 @@ class ModelPath(NamedTuple):
         for weights that were drawn from its seed.
       config: the saved config of a run; None for every other kind.
       folder: of the run.
-      tokenizer: where the tokenizer of the model is; '' where nothing says it.
+      tokenizer: path of the model's tokenizer; '' if it is not known.
     """
 
     path: str
@@ -43,8 +43,8 @@ class ModelPath(NamedTuple):
 def resolve(path: str) -> ModelPath:
     """Describes a path; no weights are read.
 
-    A path at which there is nothing is described too, as kind hf or gguf: what reads the
-    weights says that they are missing.
+    A path that does not exist is described too, as kind hf or gguf; reading its weights is
+    then an error.
 
     Raises:
       FileNotFoundError: the base of adapters is in none of the places that they name.
@@ -73,7 +73,7 @@ def resolve(path: str) -> ModelPath:
 
 
 def of_stage(path: str, workdir: epath.Path) -> str:
-    """A path of a config with stages: 'stage:NAME' is the folder of that stage's run."""
+    """Replaces 'stage:NAME', in a config with stages, by the folder of that stage's run."""
     if not path.startswith(STAGE):
         return path
     return str(workdir / path.removeprefix(STAGE))

@@ -1,4 +1,4 @@
-"""SIGTERM as a flag: a run saves its state, and the same command goes on from there."""
+"""Preemption: SIGTERM sets a flag; the run saves its state, and can be resumed."""
 
 import itertools
 import signal
@@ -10,28 +10,28 @@ from jax.experimental import multihost_utils
 
 
 class Preempted(RuntimeError):
-    """SIGTERM came: the state is saved, and the same command goes on from there."""
+    """SIGTERM was received: the state is saved, and the same command resumes the run."""
 
 
 class preemption:
-    """Context in which SIGTERM only raises a flag; calling it tells whether it came.
+    """Context in which SIGTERM only sets a flag; a call returns whether it was received.
 
-    Among several processes it is enough that one of them gets the signal: jax agrees on a
-    step at which all are told, with no wait at any other. Orbax asks jax the same, by
-    step, when it saves; so the numbers handed in here are steps too.
+    With several processes it is enough that one of them gets the signal: jax agrees on a
+    step at which all of them stop, and there is no synchronisation at other steps. Orbax
+    also asks jax by step when it saves, so the numbers passed here must be steps.
     """
 
     def __enter__(self):
         self._flag = threading.Event()
         self._calls = itertools.count(1)
         self._old: Any = None
-        self._alone = jax.process_count() == 1  # else jax listens to the signal
+        self._alone = jax.process_count() == 1  # else jax handles the signal
         if self._alone and threading.current_thread() is threading.main_thread():
             self._old = signal.signal(signal.SIGTERM, lambda *_: self._flag.set())
         return self
 
     def __call__(self, step: int | None = None) -> bool:
-        """Whether to stop at `step`, or at this call where nothing has steps."""
+        """Whether to stop at `step`; without steps, at this call."""
         if self._alone:
             return self._flag.is_set()
         at = next(self._calls) if step is None else step

@@ -1,9 +1,9 @@
-"""What looks after a run that nobody looks at: one that hangs, one that dies again and again.
+"""A watchdog: writes stacks when a run hangs, and limits restarts that make no progress.
 
-A hang (a collective that one host never enters, a dead file system) shows no error: after
-some minutes without a step every thread's stack is written to WORKDIR/stacks-<process>.txt.
-A run that is restarted by its scheduler and dies at the same place would burn its queue
-for days: after some starts in a row without a newer checkpoint it refuses.
+A run can hang without an error (a collective that one host never enters, a file system that
+does not respond). After some minutes without a step, the stack of every thread is written
+to WORKDIR/stacks-<process>.txt. A scheduler may restart a run that always dies at the same
+step. After a number of starts in a row without a newer checkpoint the run refuses to start.
 """
 
 import contextlib
@@ -27,15 +27,15 @@ log = logging.getLogger(__name__)
 
 
 class Watchdog:
-    """Context of a run; to be called after every step."""
+    """A context around a run; call it after every step."""
 
     def __init__(self, workdir: str, minutes: float):
-        """Watches a run.
+        """Sets the folder and the time limit.
 
         Args:
           workdir: stacks are appended to stacks-<process>.txt there.
-          minutes: without a call, after which the stacks are written, and again after
-            each further such time; 0 never writes.
+          minutes: without a call, until the stacks are written, and again each time that
+            they pass; 0 never writes.
         """
         self._workdir = checkpoint.absolute(workdir)
         self._stacks = self._workdir / f"stacks-{jax.process_index()}.txt"
@@ -56,7 +56,7 @@ class Watchdog:
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         self._over.set()
-        ended = error is None or issubclass(error, KeyboardInterrupt)  # by its user
+        ended = error is None or issubclass(error, KeyboardInterrupt)  # by the user
         if ended and jax.process_index() == 0:
             (self._workdir / STARTS).unlink(missing_ok=True)
 
@@ -87,16 +87,16 @@ class Watchdog:
 def counted(workdir: str, most: int) -> Iterator[None]:
     """Counts a start from the newest checkpoint before anything is read, on process 0.
 
-    What the config says wrong is found in this context, and is no start: it leaves no
-    trace.
+    A ValueError or OSError inside this context is an error of the config or of a file: it
+    does not count as a start, and the count is removed.
 
     Args:
       workdir: of the run.
       most: starts from one step that are allowed; 0 does not count.
 
     Raises:
-      ValueError: so many in a row began at this step and came to no newer checkpoint; an
-        OSError with that line on several hosts.
+      ValueError: that many starts in a row began at this step and saved no newer
+        checkpoint. With several hosts it is an OSError with that line.
     """
     folder, counts = checkpoint.absolute(workdir), most and jax.process_index() == 0
     hosts.agree(lambda: _count(folder, most) if counts else None)
@@ -116,18 +116,18 @@ def _count(folder: Any, most: int) -> None:
     step = max((int(name) for name in names if name.isdigit()), default=0)
     try:
         before = json.loads(path.read_text())
-    except (OSError, ValueError):  # none, or one torn by a kill
+    except (OSError, ValueError):  # no file, or one that a kill left incomplete
         before = {}
     starts = before.get("starts", 0) if before.get("step") == step else 0
     if starts >= most:
         raise ValueError(
-            f"{starts} starts in a row from step {step} came to no newer checkpoint: "
-            "another one would end like them. See how the last one ended (its log, "
+            f"{starts} starts in a row from step {step} saved no newer checkpoint, so this "
+            "one is refused. See how the last one ended (its log, "
             f"stacks-*.txt); then delete {path}, save more often "
             "(config.checkpoint.every) or allow more starts (config.watchdog.starts)"
         )
-    part = folder / f"{STARTS}.part"  # renamed when whole
-    with contextlib.suppress(OSError):  # `build` says what is wrong with a workdir
+    part = folder / f"{STARTS}.part"  # renamed when complete
+    with contextlib.suppress(OSError):  # `build` reports what is wrong with a workdir
         folder.mkdir(parents=True, exist_ok=True)
         part.write_text(json.dumps({"step": step, "starts": starts + 1}))
         part.replace(path)

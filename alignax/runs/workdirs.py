@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, whether it can be written, what config lies there."""
+"""The folder of a run (workdir): its saved config, and checks before a run uses it."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from alignax.runs import checkpoint
 
 RESPONSES = "responses.jsonl"  # of a run that answers prompts
-# What may differ when a run goes on in its folder: nothing that changes a number.
+# Keys that may differ when a run is resumed: they do not change what is computed.
 VOLATILE = (
     "log_every", "checkpoint", "profile", "wandb", "mesh", "patience", "watchdog"
 )  # fmt: skip
@@ -63,28 +63,28 @@ def prepare(workdir: str, config) -> str:
 
 
 def plain(config) -> dict[str, Any]:
-    """A config as JSON holds it."""
+    """A config as plain dicts, lists and numbers, as JSON keeps it."""
     return json.loads(json.dumps(config.to_dict()))
 
 
 def run_folder(path: str) -> epath.Path:
-    """The folder of the run that a path belongs to: also of its 'best'."""
+    """The folder of the run that a path belongs to; the path may be its 'best'."""
     folder = epath.Path(path)
     return folder.parent if folder.name in ("best", "checkpoints") else folder
 
 
 def saved_config(path: str) -> dict[str, Any] | None:
-    """The config of the run that a folder belongs to (also its 'best'); None of no run."""
+    """The config of the run that a folder, or its 'best', belongs to; None if of no run."""
     file = run_folder(path) / "config.json"
     config = json.loads(file.read_text()) if file.is_file() else {}
     return config if "batch_size" in config else None
 
 
 def everywhere(here: bool, what: str) -> bool:
-    """Whether it holds on every host.
+    """Whether a condition holds on every host.
 
     Raises:
-      ValueError: it holds on some hosts only; they would part ways.
+      ValueError: it holds on some hosts only, which would then run different programs.
     """
     if jax.process_count() == 1:
         return here

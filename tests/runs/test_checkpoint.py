@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -245,6 +246,23 @@ def test_load_lm_skips_a_damaged_checkpoint(
     got = checkpoint.load_lm(tmp_path)
     same(got.params, make_state(tiny_lm, one_device, 2).params)
     assert "checkpoint 4" in caplog.text
+
+
+def test_load_lm_logs_and_warns_of_nothing(
+    tmp_path, tiny_lm, one_device, caplog, capfd
+):
+    """A notebook that loads a run shows no warning of Orbax."""
+    save_steps(tmp_path / "checkpoints", tiny_lm, one_device, [2])
+    caplog.clear()
+    capfd.readouterr()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        checkpoint.load_lm(tmp_path)
+    assert [
+        r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING
+    ] == []
+    assert capfd.readouterr() == ("", "")
+    assert logging.getLogger("absl").filters == []
 
 
 def test_load_lm_says_where_it_looked(tmp_path):

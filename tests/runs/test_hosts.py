@@ -76,7 +76,7 @@ def test_every_process_hears_all_in_their_order(together):
 def test_who_says_nothing_is_named(together):
     said = together(lambda i: i == 1 or hosts.exchange(i, timeout=0.2))
     assert isinstance(said[0], OSError)
-    assert str(said[0]) == "process 1 said nothing in 0.2 s"
+    assert str(said[0]) == "process 1 did not report within 0.2 s"
 
 
 def test_one_process_agrees_with_itself(tmp_path):
@@ -312,7 +312,7 @@ def test_a_process_that_waits_in_vain_says_so():
     env = tiny.environment(
         JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="0"
     )
-    code = "from alignax import hosts; hosts.start(timeout=0.5)"
+    code = "from alignax.runs import hosts; hosts.start(timeout=0.5)"
     done = subprocess.run(
         [sys.executable, "-c", code], env=env, cwd=tiny.ROOT, timeout=120,
         capture_output=True, text=True, check=False,
