@@ -1,7 +1,7 @@
 """Speculative guided decoding: a draft proposes tokens, one call of the target verifies.
 
   draft x_1 .. x_γ ~ q     target call: p(· | s_0) .. p(· | s_γ)     guide call: the tilts
-  guided.MODES on π* ∝ p exp(g): τ drafts stay, one token follows
+  verify_guided.MODES on π* ∝ p exp(g): τ drafts stay, one token follows
 
 Each row accepts its own number of drafts. Entries of the KV caches after a row's end are
 never read, and are overwritten later: nothing is rolled back. A round is in
@@ -77,8 +77,8 @@ def speculate(
       guide: of any kind. Of kind vector, its `update` gets the tokens of a round. Of kind
         block, it gets [N, block_length] tokens, -1 after the end of a response, and the
         distribution is of whole blocks: p(block) exp(g(block)), renormalised.
-      mode: how a guide is verified, one of `guided.MODES`; '' is the first of its kind.
-        topk is the distribution of `generate`. thin has the whole vocabulary for
+      mode: how a guide is verified, one of `verify_guided.MODES`; '' is the first of its
+        kind. topk is the distribution of `generate`. thin has the whole vocabulary for
         candidates, and needs guide.hi; lazy needs lo and hi; both refuse temperature 0.
       guided_draft: whether the guide, of kind vector, also tilts the draft.
       candidates: how many of the best tokens a scalar guide may choose from; under thin,

@@ -1,4 +1,4 @@
-"""The exact distribution of speculative decoding, by walking every draft and every coin.
+"""The exact distribution of speculative decoding, by enumeration of drafts and coins.
 
 float64, dictionaries and loops. A model is a function: tuple of ids -> probabilities.
 `rule(drafts, s, p, q)` yields (probability, emitted tokens) of one round.
