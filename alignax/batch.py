@@ -2,7 +2,7 @@
 
   B prompts   G responses per prompt   T tokens (prompt followed by response, right-padded)
   N = B*G rows   V vocabulary   D width   H heads   K head size   L layers
-  S blocks   R rows a block   L tokens a row (of a Layout)
+  S blocks   R rows per block   L tokens per row (of a Layout)
 
 SFT is G=1, preference pairs are G=2 (slot 0 chosen, slot 1 rejected), rankings G=K,
 RL groups and best-of-N G=N.

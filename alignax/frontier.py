@@ -1,10 +1,10 @@
-"""Win rates against KL: what methods win at equal cost, under what no policy can pass.
+"""Draws win rate against KL for several methods, with the optimum that bounds all of them.
 
   python -m alignax.frontier ctrl=runs/ctrl/* rlhf=runs/rlhf/* --out frontier.png
 
 Every run is a point of its method's curve: the last `inference_win_rate` of its
-metrics.jsonl. Behind the points stands the best win rate that any policy reaches at a KL
-(theory/infalign.py); a point above it is a mistake of measurement, and is named as one.
+metrics.jsonl. A grey line shows the best win rate that any policy reaches at a KL
+(theory/infalign.py). A point above it is an error of measurement, and is reported as one.
 
 Source: Balashankar et al. 2024, https://arxiv.org/abs/2412.19792; compare at equal KL,
 never at equal β.
@@ -36,7 +36,7 @@ EVALUATION = "eval/inference_win_rate/"
 
 
 def procedure(rate: str) -> infalign.Procedure:
-    """What is done to samples before they are compared.
+    """The inference-time procedure that is applied to samples before they are compared.
 
     Args:
       rate: 'standard', 'best_of_N' or 'worst_of_N'.
@@ -55,11 +55,12 @@ def procedure(rate: str) -> infalign.Procedure:
 
 @functools.cache
 def curve(rate: str, t: float | None = None) -> Float[np.ndarray, "2 P"]:
-    """(KL, win rate) of ideal policies from weak to strong.
+    """(KL in nats, win rate) of ideal policies, by increasing KL.
 
     Args:
       rate: as in `procedure`.
-      t: of the transform e^{tu}, where 0 is u itself; None is what no policy passes.
+      t: of the transform e^{tu} of the reward, where 0 is u itself; None is the optimum
+        over all policies.
     """
     of, points = procedure(rate), [(0.0, 0.5)]
     betas = np.geomspace(2.0, 0.03, 32) if t is None else np.geomspace(2.0, 0.004, 200)
@@ -75,7 +76,7 @@ def curve(rate: str, t: float | None = None) -> Float[np.ndarray, "2 P"]:
 
 
 def between(kl: Any, wins: Any, at: Any) -> Any:
-    """Win rates at other KLs: linear in the root of the KL, nan beyond the points."""
+    """Win rates at other KLs, interpolated in sqrt(KL); nan beyond the points."""
     kl, wins = np.asarray(kl), np.asarray(wins)
     order = np.argsort(kl)
     root = np.sqrt(np.maximum(kl[order], 0.0))
@@ -90,22 +91,22 @@ def optimum(rate: str, kl: Any, t: float | None = None) -> Any:
 
 
 def at_kl(points: Points, rate: str, kl: float, units: Any = slice(None)) -> float:
-    """A method's mean win rate at a mean KL, from its neighbouring strengths.
+    """A method's mean win rate at a mean KL, interpolated between its strengths.
 
     Returns:
-      nan where no strength is on one of the sides.
+      nan if the KL is not between two strengths.
     """
     own, wins = (points[k][:, units].mean(1) for k in ("kl", rate))
     return float(between(own, wins, kl))
 
 
 def compare(one: Points, other: Points, rate: str, kl: float) -> Interval:
-    """How much more often `one` wins than `other` at one KL: bootstrap over units.
+    """Difference of two methods' win rates at one KL, with a bootstrap over units.
 
     Args:
       one, other: with the same units.
       rate: as in `procedure`.
-      kl: nats, within the strengths of both.
+      kl: nats, between strengths of both.
 
     Raises:
       ValueError: different units, or a KL that one of them does not reach.
@@ -126,11 +127,11 @@ def compare(one: Points, other: Points, rate: str, kl: float) -> Interval:
 
 
 def excess(points: Points, rate: str) -> Float[np.ndarray, " S"]:
-    """How far each strength is above what no policy passes, surely: above 0 is a bug.
+    """How far each strength is above the optimum: a value above 0 is a bug.
 
     Returns:
-      The low end of a 95 % bootstrap interval over units, of wins - optimum at the KL;
-      -inf beyond the KLs of `curve`.
+      The low end of a 95 % bootstrap interval over units of (win rate - optimum) at the
+      strength's KL; -inf beyond the KLs of `curve`.
     """
     units, rng = points["kl"].shape[1], np.random.default_rng(0)
 
@@ -147,14 +148,14 @@ def draw(
     transforms: Mapping[str, float] | None = None, kl: float | None = None,
     most: float = np.inf,
 ) -> Figure:  # fmt: skip
-    """One panel a procedure: methods as curves, over what theory allows.
+    """Draws one panel per procedure: methods as curves, and the optimum.
 
     Args:
       methods: points by name.
-      rates: as in `procedure`, one a panel.
-      transforms: {method: t} whose ideal policies are drawn dashed, in its colour.
-      kl: marked, where methods are compared.
-      most: nats, the end of the axis if some point is beyond.
+      rates: as in `procedure`, one per panel.
+      transforms: {method: t}; its ideal policies are drawn dashed, in its colour.
+      kl: in nats, marked by a line, where methods are compared.
+      most: nats, the largest end of the axis.
     """
     figure = Figure(figsize=(1.9 + 3.8 * len(rates), 4.0), layout="constrained")
     FigureCanvasAgg(figure)
@@ -196,7 +197,7 @@ def draw(
 
 
 def read(workdirs: Sequence[str | pathlib.Path]) -> dict[str, np.ndarray]:
-    """The last measurement of every run, weakest first; of one unit, the run.
+    """The last measurement of every run, by increasing KL; each run has one unit.
 
     Returns:
       Points, with 'kl/hi' and the 'RATE/lo' of each rate: the ends of their intervals.
@@ -229,7 +230,7 @@ def read(workdirs: Sequence[str | pathlib.Path]) -> dict[str, np.ndarray]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Draws runs, prints win rates at one KL, and names points that cannot be."""
+    """Draws runs, prints win rates at one KL, and reports points above the optimum."""
     parser = argparse.ArgumentParser("python -m alignax.frontier")
     parser.add_argument("runs", nargs="+", metavar="METHOD=WORKDIRS")
     parser.add_argument("--kl", type=float, default=0.5, help="where to compare, nats")

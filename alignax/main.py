@@ -1,11 +1,11 @@
-"""The single entry point: flags -> config -> train, or responses to a file of prompts.
+"""Runs a config: trains, evaluates, or generates responses to a file of prompts.
 
   python -m alignax.main --config configs/dpo.py --workdir runs/dpo --config.loss.beta=0.05
   python -m alignax.main --config configs/generate.py --workdir runs/generate
     --config.prompts.path=prompts.txt
 
-num_steps=0 evaluates only; a config with `prompts` answers them. A run stopped by SIGTERM
-exits with 75 (EX_TEMPFAIL): start the same command again and it goes on.
+With num_steps=0 it only evaluates; with a config that has `prompts` it responds to them. A
+run that is stopped by SIGTERM exits with 75 (EX_TEMPFAIL): the same command resumes it.
 """
 
 import logging
@@ -33,9 +33,9 @@ EXPLAIN = flags.DEFINE_bool(
 SHOW = flags.DEFINE_bool(
     "show", False, "Print the first rows of the data as the model gets them, and exit."
 )
-ROWS = flags.DEFINE_integer("rows", 3, "Of each data section: what --show prints.")
+ROWS = flags.DEFINE_integer("rows", 3, "Rows per data section that --show prints.")
 DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "Call jax.distributed.initialize (the launchers do)."
+    "distributed", False, "Call jax.distributed.initialize (the launchers set this)."
 )
 
 
@@ -46,7 +46,7 @@ def main(argv):
         level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
     )
     logging.getLogger("alignax").setLevel(logging.INFO)
-    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax narrates every save
+    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax logs every save at INFO
     if DEBUG.value:
         jax.config.update("jax_debug_nans", True)
         jax.config.update("jax_disable_jit", True)
@@ -75,13 +75,13 @@ def main(argv):
             return
         with preemption() as stop:
             if not respond.respond(CONFIG.value, str(WORKDIR.value), stop):
-                raise Preempted("SIGTERM: the same command goes on")
+                raise Preempted("SIGTERM: the same command resumes the run")
     except Preempted as event:
         print(event, file=sys.stderr)
         sys.exit(os.EX_TEMPFAIL)
     except Exception as error:
-        said = (ValueError, OSError, CheckpointError, FloatingPointError)
-        if DEBUG.value or not isinstance(error, said):
+        expected = (ValueError, OSError, CheckpointError, FloatingPointError)
+        if DEBUG.value or not isinstance(error, expected):
             traceback.print_exc()
         else:
             print(f"error: {error}\n(--debug shows the traceback)", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Draws a run: python -m alignax.plots WORKDIR
+"""Draws the learning curves of a run: python -m alignax.plots WORKDIR
 
 Writes learning_curves.png and details.png into the workdir; see `reports/curves.py`.
 """
@@ -10,7 +10,7 @@ from alignax.reports import curves
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Draws the workdir named on the command line and prints what was written."""
+    """Draws the run in the given workdir and prints the paths of the pictures."""
     if len(arguments) != 1 or arguments[0].startswith("-"):
         raise SystemExit("usage: python -m alignax.plots WORKDIR")
     try:

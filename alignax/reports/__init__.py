@@ -1,4 +1,4 @@
-"""What a run says while it runs and afterwards: metrics, progress, tables and curves.
+"""The output of a run: metrics, progress, tables and learning curves.
 
 Reading order: metrics (metrics.jsonl, intervals, FLOPs), progress (the line in the
 terminal), tables (metrics as text), curves (learning curves as pictures), events

@@ -1,8 +1,8 @@
-"""Learning curves of a run as pictures: what `python -m alignax.plots WORKDIR` draws.
+"""Learning curves of a run as pictures, for `python -m alignax.plots WORKDIR`.
 
-Reads WORKDIR/metrics.jsonl and, of a run in stages, WORKDIR/STAGE/metrics.jsonl; writes
-learning_curves.png (what was learned) and details.png (how it went). A metric `x` with
-`x/lo` and `x/hi` is drawn with its interval.
+Reads WORKDIR/metrics.jsonl and, for a run with stages, WORKDIR/STAGE/metrics.jsonl. Writes
+learning_curves.png (losses, rewards, evaluations) and details.png (optimiser, padding and
+all other metrics). A metric `x` with `x/lo` and `x/hi` is drawn with its interval.
 """
 
 import math
@@ -31,10 +31,10 @@ class Panel(NamedTuple):
     title: str
     unit: str
     pattern: str
-    line: float | None = None  # a level with a meaning: chance, or no change
+    line: float | None = None  # a level to mark: chance, or no change
     share: bool = False  # in [0, 1]
-    from_zero: bool = False  # a rate, whose noise should look as small as it is
-    smooth: bool = True  # False for what is not measured
+    from_zero: bool = False  # the axis starts at 0, so that noise does not look large
+    smooth: bool = True  # False for values that are set, not measured
 
 
 LEARNED = (
@@ -43,10 +43,10 @@ LEARNED = (
     Panel("Win rate", "share of prompts", r"(^|/)(win_rate|strict_wins)$", 0.5, True),
     Panel("Margin", "reward, chosen − rejected", r"(^|/)margin$", 0.0),
     Panel("Reward", "", r"(^|/)(\w+_)?reward(_\w+)?$"),
-    Panel("Log-ratio to reference", "nats a response", r"(^|/)log_ratio(_\w+)?$", 0.0),
-    Panel("KL to reference", "nats a response", r"(^|/)(\w+_)?kl(_\w+)?$", 0.0),
-    Panel("Negative log-likelihood", "nats a token", r"(^|/)nll$"),
-    Panel("Log-probability", "nats a response", r"(^|/)log_prob$"),
+    Panel("Log-ratio to reference", "nats / response", r"(^|/)log_ratio(_\w+)?$", 0.0),
+    Panel("KL to reference", "nats / response", r"(^|/)(\w+_)?kl(_\w+)?$", 0.0),
+    Panel("Negative log-likelihood", "nats / token", r"(^|/)nll$"),
+    Panel("Log-probability", "nats / response", r"(^|/)log_prob$"),
     Panel("Throughput", "real tokens / s", r"(^|/)tokens_per_second$", from_zero=True),
 )
 DETAILS = (
@@ -62,10 +62,10 @@ def plot(workdir: str | pathlib.Path) -> list[pathlib.Path]:
     """Draws the metrics of a run into its workdir.
 
     Args:
-      workdir: a local folder with metrics.jsonl, with stages that have one, or both.
+      workdir: a local folder with a metrics.jsonl, in it or in the folders of its stages.
 
     Returns:
-      The pictures written.
+      Paths of the pictures.
 
     Raises:
       FileNotFoundError: there is no metrics.jsonl.
@@ -108,7 +108,7 @@ def _stages(workdir: pathlib.Path) -> list[tuple[str, list[Row]]]:
 
 
 def _series(rows: Sequence[Row], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of a key; of two lines of one step, the later counts."""
+    """Steps and values of a key; if two lines have one step, the later one counts."""
     points = {row["step"]: row[key] for row in rows if key in row}
     steps = sorted(points)
     return np.array(steps), np.array([points[step] for step in steps])
@@ -124,7 +124,7 @@ def _keys(rows: Iterable[Row]) -> list[str]:
 def _match(
     panels: Sequence[Panel], keys: Sequence[str]
 ) -> list[tuple[Panel, list[str]]]:
-    """Each panel with its keys, panels without any left out; a key has one panel."""
+    """Panels with their keys; a key has one panel, and panels without keys are left out."""
     taken: dict[Panel, list[str]] = {}
     for key in keys:
         for panel in panels:
@@ -146,7 +146,7 @@ def _learned(rows: Sequence[Row]) -> list[tuple[Panel, list[str]]]:
 
 
 def _details(rows: Sequence[Row]) -> list[tuple[Panel, list[str]]]:
-    """The panels of the machinery, then one for every metric that nobody has drawn."""
+    """The panels of DETAILS, then one for every metric that has no panel yet."""
     keys = _keys(rows)
     drawn = {key for _, keys in _learned(rows) for key in keys}
     rest = _others(keys, [*LEARNED, *DETAILS])
@@ -173,7 +173,7 @@ def _words(name: str) -> str:
 
 
 def _labels(keys: Sequence[str]) -> list[str]:
-    """What tells each key of a panel from its neighbours."""
+    """A label for each key of a panel, different from the others'."""
     labels = []
     for key in keys:
         kind, _, name = key.partition("/")
@@ -192,7 +192,7 @@ def _labels(keys: Sequence[str]) -> list[str]:
 
 
 def _figure(parts: Sequence[tuple[str, Sequence[Row], Any]], title: str) -> Figure:
-    """One band of small plots a stage, all in the columns of one grid."""
+    """One band of small plots per stage, all in the columns of one grid."""
     widest = max(len(panels) for *_, panels in parts)
     columns = min(widest, 4 if len(parts) > 1 or widest > 6 else 3)
     heights = [math.ceil(len(panels) / columns) for *_, panels in parts]

@@ -81,7 +81,7 @@ def scalars(step: int, values: Mapping[str, float]) -> bytes:
 def create(folder: pathlib.Path, step: int) -> pathlib.Path:
     """Starts a new event file of a run that continues from `step`.
 
-    Its header makes TensorBoard forget what an earlier, killed run logged past `step`.
+    Because of its header TensorBoard drops what an earlier process logged past `step`.
     """
     stamp = f"{time.time_ns() / 1e9:.6f}"  # the name TensorBoard sorts files by
     path = folder / f"events.out.tfevents.{stamp}.{socket.gethostname()}"

@@ -1,11 +1,11 @@
-"""What a run reports: metrics.jsonl, TensorBoard events, samples; intervals and FLOPs.
+"""Metrics of a run: metrics.jsonl, TensorBoard events, samples; intervals and FLOPs.
 
     writer = Writer(workdir, step=state.step)
     writer.write(step, {"train/loss": loss})           one line, one record
     writer.samples(step, [{"prompt": x, "policy": y}]) samples.jsonl and samples.md
 
 Only process 0 writes. Intervals of 95 % are written as three keys: `name`, `name/lo`,
-`name/hi`; `plots.py` draws them as bands.
+`name/hi`; `curves.py` draws them as bands.
 """
 
 import importlib
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 Z95 = 1.959964  # the two-sided 95 % quantile of a normal
 
-# Dense bfloat16 FLOP/s of one device, by what jax calls it; the first match wins.
+# Dense bfloat16 FLOP/s of one device, by jax's `device_kind`; the first match wins.
 PEAK_FLOPS = (
     (r"TPU v4", 275e12),
     (r"TPU v5 ?(lite|e)", 197e12),
@@ -54,7 +54,7 @@ class Interval(NamedTuple):
         return f"{self.value:.3f} [{self.lo:.3f}, {self.hi:.3f}]"
 
     def named(self, name: str) -> dict[str, float]:
-        """The three metrics that say it: `name`, `name/lo` and `name/hi`."""
+        """The interval as three metrics: `name`, `name/lo` and `name/hi`."""
         return {name: self.value, f"{name}/lo": self.lo, f"{name}/hi": self.hi}
 
 
@@ -81,10 +81,10 @@ def bootstrap(values: Any, *, seed: int = 0, num_resamples: int = 1000) -> Inter
     """Percentile bootstrap of a mean, resampling prompts.
 
     Args:
-      values: f[n], one finite number a prompt. Average over the samples of a prompt
+      values: f[n], one finite number per prompt. Average over the samples of a prompt
         first: rows of one prompt are not independent.
       seed: of the resampling.
-      num_resamples: means drawn.
+      num_resamples: number of resampled means.
 
     Returns:
       The mean and its interval; the interval of a single prompt is the whole line.
@@ -107,7 +107,7 @@ def bootstrap(values: Any, *, seed: int = 0, num_resamples: int = 1000) -> Inter
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a device that calls itself so; None if unknown."""
+    """Dense bfloat16 FLOP/s of a device, by its `device_kind`; None if unknown."""
     for pattern, flops in PEAK_FLOPS:
         if re.search(pattern, device_kind):
             return flops
@@ -115,13 +115,14 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def flops_per_token(num_params: int, kind: str, *, frozen: int = 0) -> float:
-    """FLOPs that the matrix products of a dense model cost, without attention.
+    """FLOPs per token of a dense model's matrix products, without attention.
 
     Args:
       num_params: parameters that enter a matrix product (the head, not the embedding).
-      kind: 'train' (forward and backward: 6 a parameter) or 'forward' (2 a parameter).
-      frozen: further parameters that have no gradient, as under adapters: the backward
-        pass goes through them (4 a parameter) and saves the product that is theirs.
+      kind: 'train' (forward and backward: 6 per parameter) or 'forward' (2 per parameter).
+      frozen: further parameters without a gradient, as the base of adapters: the backward
+        pass goes through them, but needs no product for their own gradient (4 per
+        parameter).
 
     Raises:
       ValueError: another kind.
@@ -133,15 +134,15 @@ def flops_per_token(num_params: int, kind: str, *, frozen: int = 0) -> float:
 
 
 def mfu(flops: float, seconds: float, devices: Sequence[Any]) -> float | None:
-    """Model FLOPs utilisation: what was computed over what the devices could have.
+    """Model FLOPs utilisation: FLOP/s of the model over the peak of the devices.
 
     Args:
       flops: of the whole step, over all devices.
-      seconds: that the step took.
+      seconds: duration of the step.
       devices: the jax devices it ran on.
 
     Returns:
-      A share in [0, 1], or None if some device's peak is not known.
+      A share in [0, 1], or None if the peak of a device is not known.
     """
     peaks = [peak_flops(device.device_kind) for device in devices]
     known = [peak for peak in peaks if peak is not None]
@@ -151,7 +152,7 @@ def mfu(flops: float, seconds: float, devices: Sequence[Any]) -> float | None:
 
 
 class Writer:
-    """Appends what a run reports to the files of its workdir."""
+    """Appends metrics and samples to the files of a workdir."""
 
     def __init__(
         self,
@@ -163,14 +164,14 @@ class Writer:
     ):
         """Opens the files of a run that continues from `step`.
 
-        What an earlier process wrote past `step` is dropped (everything, at step 0) and
-        counted in the log: those steps are about to be computed again.
+        Lines that an earlier process wrote past `step` are dropped (all of them at step 0)
+        and counted in the log: the run computes those steps again.
 
         Args:
           workdir: a folder, local or remote (gs://...); it is created.
           step: the step that was restored, 0 for a new run.
           wandb: also log to Weights & Biases.
-          config: plain dict shown there.
+          config: plain dict to show there.
 
         Raises:
           ImportError: wandb is asked for and not installed.
@@ -180,7 +181,7 @@ class Writer:
         if not self._enabled:
             return
         self._remote = epath.Path(workdir) if "://" in str(workdir) else None
-        # Object stores cannot append: files grow in a local folder and are copied whole.
+        # Object stores cannot append: files are written locally, and copied as a whole.
         self._temporary = tempfile.TemporaryDirectory() if self._remote else None
         self._folder = pathlib.Path(
             self._temporary.name if self._temporary else workdir
@@ -222,7 +223,7 @@ class Writer:
             self._append("samples.md", _markdown(full))
 
     def flush(self) -> None:
-        """Copies the files to a remote workdir; local files are always up to date."""
+        """Copies the files to a remote workdir; a local one is always up to date."""
         if self._enabled and self._remote:
             self._remote.mkdir(parents=True, exist_ok=True)
             for path in self._folder.iterdir():
@@ -278,7 +279,7 @@ def read(workdir: Any) -> list[dict[str, float]]:
 
 
 def _on_host(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row with host arrays, its columns in their order (a tree of jax sorts them)."""
+    """The row with host arrays, in the order of its columns (a jax tree would sort them)."""
     return dict(zip(row, jax.device_get(list(row.values())), strict=True))
 
 
@@ -296,10 +297,10 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 def _read(path: Any) -> list[dict[str, Any]]:
-    """Rows of a JSONL file; a line torn by a kill, which can only be the last, is left out."""
+    """Rows of a JSONL file; the last line is left out if a kill made it incomplete."""
     if not path.exists():
         return []
-    # not splitlines(): text of samples may hold U+2028 and other breaks, JSON keeps them
+    # not splitlines(): samples may contain U+2028 and other breaks, which JSON keeps
     lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
     rows = []
     for i, line in enumerate(lines):
@@ -313,7 +314,7 @@ def _read(path: Any) -> list[dict[str, Any]]:
 
 
 def _truncate(path: pathlib.Path, step: int) -> None:
-    """Drops the rows past `step` (all of them at 0), and says how many."""
+    """Drops the rows past `step` (all of them at 0), and logs how many."""
     rows = _read(path)
     kept = [row for row in rows if step and row["step"] <= step]
     if len(kept) < len(rows):
@@ -322,13 +323,13 @@ def _truncate(path: pathlib.Path, step: int) -> None:
             path, len(rows) - len(kept), step,
         )  # fmt: skip
     if path.exists():
-        new = path.with_suffix(".new")  # renamed, so that a kill here loses nothing
+        new = path.with_suffix(".new")  # renamed when complete: a kill loses nothing
         new.write_text("".join(map(_line, kept)), encoding="utf-8")
         new.replace(path)
 
 
 def _markdown(row: Mapping[str, Any]) -> str:
-    """A row of text as a section, each column fenced by more backticks than it holds."""
+    """A row of text as a Markdown section, with fences longer than any in the text."""
     title = f"## step {row['step']}, sample {row['index']}\n"
     parts = [title]
     for name, value in row.items():

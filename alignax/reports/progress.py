@@ -1,4 +1,4 @@
-"""A progress line: a bar on a terminal, plain lines in a log."""
+"""Progress of a run: a bar on a terminal, plain lines in a log."""
 
 import contextlib
 import math
@@ -25,13 +25,13 @@ def progress(
 ) -> Iterator[Callable[[int, Metrics], None]]:
     """Yields `show(step, metrics)`: a bar on a terminal, plain lines in a log.
 
-    Reads 'train/loss', 'train/tokens_per_second' and 'train/mfu' where they are given.
-    The time left counts from the first call, so that compilation is not extrapolated.
+    Shows 'train/loss', 'train/tokens_per_second' and 'train/mfu' where they are given. The
+    time left is estimated from the first call on, so that it excludes compilation.
 
     Args:
       num_steps: steps of the whole run.
       start: steps already made.
-      name: what stands before the bar.
+      name: printed before the bar.
       file: text stream, stderr by default.
       every: seconds between two plain lines; the first and last step are always shown.
     """

@@ -1,4 +1,4 @@
-"""What a run prints: counts of examples, and metrics as aligned lines."""
+"""Tables that a run prints: counts of examples, and metrics as aligned lines."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from alignax.batch import Metrics
 
 
 def summary(report: dict[str, Any]) -> str:
-    """How many examples were read, used, cut, dropped and malformed, and which."""
+    """Counts of examples read, used, cut, dropped and malformed; ids of the last two."""
     names = ("read", "used", "cut", "dropped", "malformed")
     text = (
         ", ".join(f"{report[n]} {n}" for n in names)

@@ -1,5 +1,5 @@
-"""A file of prompts answered, from a config; resumed where it stopped.
+"""Generates responses to a file of prompts, as a config describes; can be resumed.
 
-Reading order: respond (the loop), responder (from a config to a function that answers a
-batch), output (the file of responses).
+Reading order: respond (the loop over batches), responder (builds the function that answers
+a batch), output (the file of responses).
 """

@@ -1,4 +1,4 @@
-"""What a file of responses holds, line by line, and how it survives being killed."""
+"""The file of responses (JSONL): its lines, its summary, and how it is resumed."""
 
 import contextlib
 import hashlib
@@ -19,34 +19,34 @@ log = logging.getLogger(__name__)
 
 
 class Response(NamedTuple):
-    """One response as it is written down."""
+    """One response as it is written to the file."""
 
     text: str
-    tokens: int
-    finish: str
+    tokens: int  # sampled tokens of the text
+    finish: str  # 'eos', 'stop' or 'length'
 
 
 def response(
     ids: list[int], truncated: bool, text: Tokenizer, *, given: Sequence[int] = (),
     stops: Sequence[str] = (), min_new: int = 0,
 ) -> Response:  # fmt: skip
-    """The text of a response, cut in front of the first stop string.
+    """The text of a response, cut before the first stop string.
 
     Args:
       ids: sampled tokens.
-      truncated: whether max_new ended them.
+      truncated: whether the response ended because of max_new.
       text: their tokenizer.
-      given: ids of the prefill, whose text is in front.
-      stops: strings.
-      min_new: a stop string that ends before does not count.
+      given: ids of the prefill, whose text begins the response.
+      stops: stop strings.
+      min_new: a stop string that ends before this number of tokens does not count.
     """
     begun = len(text.decode(given))
     early = len(text.decode([*given, *ids[: max(0, min_new - 1)]]))
 
     def hits(n: int) -> list[int]:
-        said = text.decode([*given, *ids[:n]])
+        begin = text.decode([*given, *ids[:n]])
         least = {s: max(begun, early - len(s) + 1) for s in stops}
-        return [at for s in stops if (at := said.find(s, least[s])) >= 0]
+        return [at for s in stops if (at := begin.find(s, least[s])) >= 0]
 
     n, whole = len(ids), text.decode([*given, *ids])
     if found := hits(n):
@@ -60,11 +60,11 @@ def response(
 def answers(
     batch: Batch, truncated: np.ndarray, text: Tokenizer, generate: Any
 ) -> list[list[Response]]:
-    """B lists of G responses, as they are written down and judged.
+    """B lists of G responses, as they are written to the file and scored.
 
     Args:
       batch: on the host.
-      truncated: [B, G], whether max_new ended them.
+      truncated: [B, G], whether a response ended because of max_new.
       text: their tokenizer.
       generate: the section of the config.
     """
@@ -85,21 +85,22 @@ def begin(
     path: epath.Path, examples: Sequence[Example], lms: Mapping[str, LM],
     text: Tokenizer, *, write: bool,
 ) -> set[str]:  # fmt: skip
-    """The ids that a file answers; a line that a kill left half is cut off.
+    """Ids of the prompts that a file already answers; drops an incomplete last line.
 
     Args:
-      path: of the responses; beside it stands what they are of.
+      path: of the responses; checksums of the prompts and weights are in a .json beside it.
       examples: the prompts.
-      lms: whose weights they depend on.
+      lms: the models whose weights the responses depend on.
       text: the tokenizer.
       write: whether this process writes.
 
     Raises:
-      ValueError: the file is damaged, or of something else; says what differs.
+      ValueError: the file is damaged, or belongs to other prompts, weights or another
+        tokenizer; the message has the differences.
     """
-    said = [(e.id, e.prompt) for e in examples]
+    prompts = [(e.id, e.prompt) for e in examples]
     here = {
-        "prompts": hashlib.sha256(repr(said).encode()).hexdigest()[:16],
+        "prompts": hashlib.sha256(repr(prompts).encode()).hexdigest()[:16],
         "number of prompts": len(examples),
         "tokenizer": text.fingerprint,
     } | {
@@ -137,20 +138,20 @@ def begin(
             + hint
         )
     if write:
-        read(path, repair=True)  # only now: it is ours
+        read(path, repair=True)  # only now: the file is known to be of this run
     return {row["id"] for row in found}
 
 
 def read(path: epath.Path, *, repair: bool = False) -> list[dict[str, Any]]:
-    """The whole lines of a file.
+    """The complete lines of a file.
 
     Raises:
-      ValueError: a line that is none, other than a half one at the end.
+      ValueError: a line is not a response; an incomplete last line is no error.
     """
     data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data) and repair:
-        log.warning("%s: the last line was half written and is dropped", path)
+        log.warning("%s: the last line is incomplete and is dropped", path)
         with open(path, "r+b") as file:
             file.truncate(len(whole))
     out = []
@@ -165,7 +166,7 @@ def read(path: epath.Path, *, repair: bool = False) -> list[dict[str, Any]]:
 
 
 def append(path: epath.Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Adds lines in one write, on the disk when it returns."""
+    """Appends lines in one write; they are on the disk when it returns."""
     text = "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines)
     with open(path, "ab") as file:
         file.write(text.encode())
@@ -174,7 +175,7 @@ def append(path: epath.Path, lines: Sequence[Mapping[str, Any]]) -> None:
 
 
 def arrange(path: epath.Path, ids: Sequence[str]) -> None:
-    """Puts the lines into the order of the prompts."""
+    """Sorts the lines into the order of the prompts."""
     lines = {
         json.loads(x)["id"]: x for x in path.read_bytes().splitlines(keepends=True)
     }
@@ -188,23 +189,23 @@ def arrange(path: epath.Path, ids: Sequence[str]) -> None:
 def summary(
     lines: Sequence[Mapping[str, Any]], stats: Mapping[str, list[float]], seconds: float
 ) -> str:
-    """What was made, in a few lines."""
+    """Counts, rates and scores of the responses, in a few lines of text."""
     tokens = [n for row in lines for n in row["tokens"]]
     ends = [f for row in lines for f in row["finish"]]
     shares = ", ".join(
         f"{ends.count(f) / len(ends):.0%} {f}" for f in ("eos", "stop", "length")
     )
-    said = (
+    text = (
         f"{len(ends)} responses of {np.mean(tokens):.1f} tokens ({shares}) in "
         f"{seconds:.1f} s, {sum(tokens) / seconds:.1f} tokens/s with compilation"
     )
     scores = [s for row in lines for s in row.get("scores", ())]
     if scores:
-        said += f"\n  score  mean {np.mean(scores):.4g}, best {np.max(scores):.4g}"
+        text += f"\n  score  mean {np.mean(scores):.4g}, best {np.max(scores):.4g}"
     # counts add up, rates do not
     for name, values in stats.items():
         if name in ("tokens_sampled", "judge_calls", "steps"):
-            said += f"\n  {name}  {sum(values):g}"
+            text += f"\n  {name}  {sum(values):g}"
         else:
-            said += f"\n  {name}  {np.mean(values):.4g} a batch"
-    return said
+            text += f"\n  {name}  {np.mean(values):.4g} per batch"
+    return text

@@ -1,11 +1,10 @@
 """Responses to a file of prompts: `config.prompts` -> WORKDIR/responses.jsonl.
 
-  prompts -> ids, none cut -> batches of like length -> generate | speculate | search
-          -> one line a prompt, a batch at a time                       (responses.py)
+  prompts -> ids, never cut -> batches of similar length -> generate | speculate | search
+          -> one line per prompt, appended after each batch               (output.py)
 
-Which prompts share a batch, and what they draw from, are functions of the prompts and of
-the config alone: a run that was killed goes on where it was, and its file is in the end
-the one that it would have been.
+The batches and their random keys depend on the prompts and the config alone. So a run that
+was killed can be resumed, and ends with the same file as a run that was not.
 """
 
 import datetime
@@ -31,42 +30,43 @@ from alignax.sampling import generation_settings, prefill
 from alignax.training import build, loading, parallel
 
 NAME = workdirs.RESPONSES
-# Least tokens that all prompts begin with to be read once; they are also at least half of
-# the longest prompt. For a small part, the tiles of attention that reading behind a cache
-# does not skip cost more than the part.
+# A prefix that all prompts share is prefilled once if it has at least this number of tokens
+# and at least half of the longest prompt. For a shorter prefix, the attention tiles that a
+# prefill behind a cache cannot skip cost more than is saved.
 SHARED = 32
 
 
 class Prompts(NamedTuple):
-    """What is asked, as ids."""
+    """The prompts as ids, in batches."""
 
     examples: Sequence[Example]
     ids: list[list[int]]
-    batches: list[list[int]]  # places in `examples`, the longest prompts first
-    shared: int  # tokens that all begin with; 0 if they are few
+    batches: list[list[int]]  # indices into `examples`, the longest prompts first
+    shared: int  # tokens of the shared prefix to prefill once; 0 if it is too short
 
 
 def respond(config, workdir: str, stop: Callable[[], bool] = lambda: False) -> bool:
-    """Answers what is not yet answered in the workdir.
+    """Answers the prompts that have no response in the workdir yet.
 
-    A line has `id`, `prompt`, `responses` (G texts: with the prefill in front, without
-    the stop string), and for each of them `logps` (nats, under the policy as it is),
-    `law_logps` (nats, under the law really sampled; null where a search has none),
-    `tokens`, `finish` ('eos', 'stop' or 'length') and, with a reward, `scores`.
-    `data.jsonl` reads the lines as groups. While it grows the file has the order of the
-    batches, at the end that of the prompts.
+    A line has `id`, `prompt`, `responses` (G texts: with the prefill, without the stop
+    string), and for each of them `logps` (nats, under the policy at temperature 1),
+    `law_logps` (nats, under the distribution that was sampled; null for a search that has
+    none), `tokens`, `finish` ('eos', 'stop' or 'length') and, with a reward, `scores`.
+    `data.jsonl` reads the lines as groups. Until the run ends, the lines are in the order
+    of the batches; then they are sorted into the order of the prompts.
 
     Args:
-      config: with `prompts`; `generate` and `decoder` say how.
-      workdir: the same command on the same folder goes on.
-      stop: asked after every batch.
+      config: with `prompts`, and with `generate` and `decoder` for how to respond.
+      workdir: the same command on the same folder resumes the run.
+      stop: called after every batch; True stops the run.
 
     Returns:
       Whether every prompt is answered.
 
     Raises:
-      ValueError, OSError: what is wrong, and where; a prompt that is empty or too long; a
-        workdir that has the responses of another config, other prompts or other weights.
+      ValueError, OSError: an error of the config or of a file; a prompt that is empty or
+        too long; a workdir with responses of another config, other prompts or other
+        weights.
     """
     if "://" in workdir:
         raise ValueError(
@@ -80,31 +80,33 @@ def respond(config, workdir: str, stop: Callable[[], bool] = lambda: False) -> b
         run = build.build(config, workdir)
         return _respond(config, run, now, stop)
     except BaseException:
-        if fresh and not (folder / NAME).exists():  # nothing that another would spoil
+        if fresh and not (folder / NAME).exists():  # the folder stays free for others
             (folder / "config.json").unlink(missing_ok=True)
         raise
 
 
 def check(config) -> Prompts:
-    """Everything that can be wrong before weights are read.
+    """Checks the config and reads the prompts, before weights are read.
 
     Raises:
       ValueError, OSError: see `respond`.
     """
     if config.num_steps:
         raise ValueError(
-            f"num_steps is {config.num_steps}, but config.prompts are answered by a model "
-            "that is there: num_steps=0, and model.path of the trained run"
+            f"num_steps is {config.num_steps}, but a config with prompts does not train: "
+            "set num_steps=0, and model.path to the trained run"
         )
     if config.evals or config.rollout.reward:
         raise ValueError(
-            "config.prompts: evals and rollout.reward belong to other runs"
+            "a config with prompts takes neither evals nor rollout.reward: use another run"
         )
     responder.bind(config)
     if empty := [name for name, path in config.lms.items() if not path]:
         raise ValueError(f"lms.{empty[0]} is empty, expected 'init' or a path")
     if "target" in config.lms:
-        raise ValueError("lms.target: that name is the model's that answers")
+        raise ValueError(
+            "lms.target: that name is reserved for the model that responds"
+        )
     if config.generate.reward:
         rewards.load(config.generate.reward.to_dict())
     if config.generate.draft:
@@ -163,7 +165,8 @@ def tokenized(
             f"config.length leaves before prefill and generate.max_new; the longest has "
             f"{sizes.max()}; first {which[0]}"
         )
-    order = np.argsort(-sizes, kind="stable")  # memory runs out at once or never
+    # the longest first: if memory runs out, then in the first batch
+    order = np.argsort(-sizes, kind="stable")
     many = min(batch_size, len(ids))
     batches = [order[i : i + many].tolist() for i in range(0, len(ids), many)]
     same = prefill.common(ids) if len(ids) > 1 else 0
@@ -186,7 +189,7 @@ def _respond(config, run: build.Run, now: Prompts, stop: Callable[[], bool]) -> 
     first = now.ids[0]
     run.say(
         f"prompts: {total}, {len(done)} answered already, {min(map(len, now.ids))} to "
-        f"{max(map(len, now.ids))} tokens; the first, as the model reads it:\n"
+        f"{max(map(len, now.ids))} tokens; the first, as the model gets it:\n"
         f"{run.tokenizer.decode(first, keep_specials=True)!r}"
     )
     lines: list[dict[str, Any]] = []
@@ -197,7 +200,7 @@ def _respond(config, run: build.Run, now: Prompts, stop: Callable[[], bool]) -> 
                 continue
             out = make(*padded(now, places))
             for name, value in out.stats.items():
-                if np.ndim(value) == 0 and name != "ended":  # `finish` knows better
+                if np.ndim(value) == 0 and name != "ended":  # `finish` has more detail
                     stats.setdefault(name, []).append(float(value))
             found = list(rows(config, run, now, places, out, reward, score))
             tokens += sum(sum(row["tokens"]) for row in found)
@@ -210,7 +213,7 @@ def _respond(config, run: build.Run, now: Prompts, stop: Callable[[], bool]) -> 
             show(len(done), {"train/tokens_per_second": rate})
             if len(done) < total and stop():
                 return False
-    if mine:  # also what a killed run left in the order of its batches
+    if mine:  # also the lines of a killed run, in the order of its batches
         output.arrange(path, [e.id for e in now.examples])
     if lines:
         run.say(output.summary(lines, stats, time.monotonic() - start))
@@ -221,7 +224,7 @@ def _respond(config, run: build.Run, now: Prompts, stop: Callable[[], bool]) -> 
 def padded(
     now: Prompts, places: Sequence[int]
 ) -> tuple[Int[np.ndarray, "B P"], Int[np.ndarray, " B"], list[int]]:
-    """A batch; copies of its first prompt fill it up, so that no shape is new."""
+    """A batch, filled with copies of its first prompt, so that its shape is not new."""
     fill = len(now.batches[0]) - len(places)
     places = [*places, *[places[0]] * fill]
     tokens, lengths = generation_settings.ragged(
@@ -236,7 +239,7 @@ def rows(
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """The lines of a batch."""
     text, batch = run.tokenizer, out.batch
-    # also of what fills the batch up: no shape is new
+    # also for the copies that fill the batch: no new shape
     answers = output.answers(batch, out.truncated, text, config.generate)
     scores = None
     if reward is not None:

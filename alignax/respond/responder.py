@@ -1,4 +1,4 @@
-"""From a config to a function that responds to a batch of prompts, on the host."""
+"""Builds, from a config, the function that responds to a batch of prompts."""
 
 import functools
 import inspect
@@ -17,11 +17,12 @@ from alignax.sampling.speculate import speculate
 from alignax.training import parallel
 from alignax.training.build import Run
 
-WHOLE = ("group", "stops", "prefill")  # of responses, not of how a token is drawn
+# settings of a whole response; all others decide how a token is sampled
+WHOLE = ("group", "stops", "prefill")
 
 
 def bind(config) -> plugin.Bound | None:
-    """The decoder of a config; None samples from the model itself."""
+    """The decoder of a config; None: the model is sampled without one."""
     spec = config.decoder.to_dict()
     name = config.decoder.name if spec.pop("name", "") else ""
     if not name and spec:
@@ -30,9 +31,9 @@ def bind(config) -> plugin.Bound | None:
 
 
 def checker(config, text: Tokenizer) -> Callable[[list[int]], Any]:
-    """What raises ValueError for the ids of a prompt that the decoder cannot read.
+    """A function that raises ValueError for the ids of a prompt that the decoder rejects.
 
-    A decoder has it as `check(text, ids, **some of its hyper-parameters)`, or not at all.
+    A decoder may define it, as `check(text, ids, **some of its hyper-parameters)`.
     """
     decoder = bind(config)
     check = decoder and getattr(inspect.getmodule(decoder.function), "check", None)
@@ -43,11 +44,11 @@ def checker(config, text: Tokenizer) -> Callable[[list[int]], Any]:
 
 
 def settings(config, text: Tokenizer, size: int) -> dict[str, Any]:
-    """What the config asks of `decode.generate`; what is off is left out.
+    """Keyword arguments of `decode.generate` from a config, without those at their default.
 
     Args:
-      config: its section `generate`.
-      text: of strings.
+      config: its section `generate` is read.
+      text: the tokenizer of the prefill and the stop strings.
       size: of the model's vocabulary.
     """
     generate = config.generate
@@ -69,7 +70,7 @@ def settings(config, text: Tokenizer, size: int) -> dict[str, Any]:
         used["logit_bias"] = {int(i): float(nats) for i, nats in used["logit_bias"]}
     if "stops" in used:
         if not all(isinstance(s, str) and s for s in used["stops"]):
-            raise ValueError(f"generate.stops is {used['stops']!r}, expected texts")
+            raise ValueError(f"generate.stops is {used['stops']!r}, expected strings")
         used["stops"] = automaton.stop_strings(used["stops"], pieces(text, size))
     for name in {"prefill", "forced"} & {*used}:
         used[name] = np.array([text.encode(used[name])], np.int32)  # one for all rows
@@ -77,17 +78,17 @@ def settings(config, text: Tokenizer, size: int) -> dict[str, Any]:
 
 
 def pieces(text: Tokenizer, size: int) -> list[bytes]:
-    """What each of `size` ids adds to the text; b'' for specials and unknown ids.
+    """The bytes that each of `size` ids adds to a text; b'' for specials and unknown ids.
 
-    An id that is no whole character by itself has a byte that no text has: a stop string
-    across such ids is not seen in the loop, only in the finished text.
+    An id that is a part of a character gets a byte that occurs in no text: a stop string
+    across such ids is not found while decoding, only in the finished text.
     """
-    anchor = text.encode("a")  # some decoders drop the blank in front of a text
+    anchor = text.encode("a")  # some tokenizers drop the space that begins a text
     before = text.decode(anchor)
 
     def piece(i: int) -> bytes:
-        said = text.decode([*anchor, i]).removeprefix(before)
-        return said.encode().replace("\ufffd".encode(), b"\xff")
+        added = text.decode([*anchor, i]).removeprefix(before)
+        return added.encode().replace("\ufffd".encode(), b"\xff")
 
     known = [piece(i) for i in range(min(size, text.vocab_size))]
     return known + [b""] * (size - len(known))
@@ -96,11 +97,11 @@ def pieces(text: Tokenizer, size: int) -> list[bytes]:
 def build(
     config, run: Run, lm: LM, reward: plugin.Bound | None, shared: Sequence[int] = ()
 ) -> Callable[..., Any]:
-    """(tokens [B, P], lengths, places in the file) -> Generated, on the host.
+    """Builds (tokens [B, P], lengths, indices of the prompts) -> Generated, on the host.
 
-    A decoder finds the model that answers among the LMs, as 'target'. What all prompts
-    begin with, `shared`, is read once, where the engine reads the prompts: not by guides
-    and drafts, nor by a search that takes no `reader`.
+    A decoder gets the model that responds as 'target' among its LMs. The prefix `shared` of
+    all prompts is prefilled once by the sampling loop; guides, drafts and searches without
+    the argument `reader` read it with every prompt.
     """
     decoder, text, generate = bind(config), run.tokenizer, config.generate
     key, eos_ids = jax.random.key(config.seed), sorted(run.tokenizer.eos_ids)
@@ -109,7 +110,7 @@ def build(
     lms = {**run.lms, "target": lm}
     takes = {*inspect.signature(search.function).parameters} if search else {"reader"}
     if shared and "reader" in takes:
-        run.say(f"the first {len(shared)} tokens of all prompts are read once")
+        run.say(f"the first {len(shared)} tokens of all prompts are prefilled once")
         asked["reader"] = prefill.after(lm, shared)
     if decoder is not None and search is None:
         asked["guide"] = decoder(lms)
@@ -119,17 +120,17 @@ def build(
         if reward is not None:
             handed["judge"] = judge(reward, run, generate)
         handed = {k: v for k, v in handed.items() if k in takes}
-        if "sampling" in takes:  # what it draws by is for the engine to check
+        if "sampling" in takes:  # the sampling loop checks these settings
             own = {k: asked.pop(k) for k in {*asked} - {*takes, *WHOLE}}
             handed["sampling"] = {**(search.hyper["sampling"] or {}), **own} or None
-        takes |= {"prefill", "stops"}  # behind the prompt; cut from the finished text
+        takes |= {"prefill", "stops"}  # added to the prompt; cut from the finished text
         wrong = sorted({*asked} - takes) + ["draft"] * bool(generate.draft)
         if wrong:
             raise ValueError(f"decoder {search.name} takes no generate.{wrong[0]}")
         if twice := sorted({*asked} & {*search.hyper} - {*plugin.SEARCH, "group"}):
             raise ValueError(
                 f"generate.{twice[0]} and decoder.{twice[0]} are both set: decoder "
-                f"{search.name} has its own, set decoder.{twice[0]} alone"
+                f"{search.name} has this setting itself, set decoder.{twice[0]} alone"
             )
     elif generate.draft:
         draft = drafter(generate.draft, lms)
@@ -138,7 +139,7 @@ def build(
             "mode": generate.mode, "guided_draft": generate.guided_draft,
         }  # fmt: skip
     if (search or generate.draft) and jax.process_count() > 1:
-        raise ValueError("searches and drafts run in one process, here are several")
+        raise ValueError("searches and drafts need a single process, here are several")
 
     def make(tokens, lengths, places):
         mine = dict(asked)
@@ -161,7 +162,7 @@ def build(
 
 
 def check_draft(name: str, lms: Collection[str]) -> None:
-    """Raises ValueError for a draft that is neither an LM nor one that needs none."""
+    """Raises ValueError for a draft that is neither an LM, 'ngram' nor 'layers:K'."""
     kind, _, count = name.partition(":")
     if name not in (*lms, "ngram") and not (kind == "layers" and count.isdigit()):
         raise ValueError(
@@ -171,7 +172,7 @@ def check_draft(name: str, lms: Collection[str]) -> None:
 
 
 def drafter(name: str, lms: dict[str, LM]) -> LM | drafts.Draft:
-    """Who drafts: an LM by its name, 'ngram', or 'layers:K' of the target itself."""
+    """The draft model: an LM by its name, 'ngram', or the target's first K layers."""
     check_draft(name, lms)
     if name in lms:
         return lms[name]
@@ -183,13 +184,13 @@ def drafter(name: str, lms: dict[str, LM]) -> LM | drafts.Draft:
 def judge(
     reward: plugin.Bound, run: Run, generate: Any
 ) -> Callable[[Batch], np.ndarray]:
-    """A reward as a search reads it: of (partial) responses in ids.
+    """The reward function of a search: scores (partial) responses given as ids.
 
-    Their text is the one that is written: behind the prefill, cut at the stops.
+    Their text is the text that would be written: with the prefill, cut at a stop string.
 
     Args:
       reward: from `rewards.load`.
-      run: whose models and devices it reads with.
+      run: has the models and devices.
       generate: the section of the config.
     """
     score = parallel.scorer(run.mesh)
@@ -197,8 +198,8 @@ def judge(
     def scores(batch: Batch) -> np.ndarray:
         batch = jax.device_get(batch)
         cut = np.zeros(batch.mask.shape[:2], bool)
-        said = output.answers(batch, cut, run.tokenizer, generate)
-        texts = [[a.text for a in group] for group in said]
+        answers = output.answers(batch, cut, run.tokenizer, generate)
+        texts = [[a.text for a in group] for group in answers]
         return rewards.call(
             reward, batch, texts, run.lms, tokenizer=run.tokenizer, score=score
         )

@@ -69,10 +69,10 @@ def test_every_prompt_gets_what_it_would_get_alone(config, whole):
         )  # fmt: skip
         for g in range(2):
             mask = np.asarray(out.batch.mask[0, g])
-            said = np.asarray(out.batch.tokens[0, g])[mask]
-            assert row["responses"][g] == TEXT.decode(said)
+            ids = np.asarray(out.batch.tokens[0, g])[mask]
+            assert row["responses"][g] == TEXT.decode(ids)
             assert row["tokens"][g] == mask.sum()
-            assert row["finish"][g] == ("eos" if said[-1] == 257 else "length")
+            assert row["finish"][g] == ("eos" if ids[-1] == 257 else "length")
             np.testing.assert_allclose(
                 row["logps"][g], np.asarray(out.raw_logps)[0, g].sum(), atol=1e-4
             )
@@ -151,7 +151,7 @@ WRONG = {
     "no LM 'policy'": {"decoder.name": "proxy"},
     "lms.reward is empty": {"lms.reward": ""},
     "lms.target": {"lms.target": "init"},
-    "expected texts": {"generate.stops": ("",)},
+    "expected strings": {"generate.stops": ("",)},
     "outside": {"generate.top_p": 2.0},
 }
 
