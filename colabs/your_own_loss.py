@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Your own loss
 #
-# From install to a preference loss that you wrote in this notebook, trained and compared
-# with DPO in about a minute on a CPU. The model is small and trained from scratch, the
-# preferences are generated: nothing is downloaded.
+# Write a preference loss in this notebook, train with it, and compare it with DPO, in about
+# a minute on a CPU. The model is small and trained from scratch, and the preferences are
+# synthetic: nothing is downloaded.
 #
 # In Colab, run the next cell without its `#` first.
 
@@ -32,18 +32,18 @@ folder = pathlib.Path(tempfile.mkdtemp())
 # %% [markdown]
 # ## What a loss is
 #
-# A batch is always `[B, G, T]`: B prompts, G responses to each, T tokens. For preferences
-# G = 2, and slot 0 is the chosen response. A loss never sees a model. It gets
+# A batch is always `[B, G, T]`: B prompts, G responses per prompt, T tokens. For preferences
+# G = 2, and slot 0 is the chosen response. A loss has no access to the model. Its inputs are
 #
-# - `policy.logps`, the log-probability in nats of every response token under the model
-#   that is trained, exactly 0 everywhere else, so that `.sum(-1)` is log π(y|x);
-# - `batch.ref_logps`, the same under the frozen reference;
+# - `policy.logps`, the log-probability in nats of every response token under the policy
+#   (the model that is trained), exactly 0 elsewhere, so that `.sum(-1)` is log π(y|x);
+# - `batch.ref_logps`, the same under the frozen reference.
 #
-# and returns one number a prompt, with metrics to watch. `NEEDS` says what it reads.
-# Means over prompts, micro-batches and devices are not its business.
+# It returns one number per prompt and a dict of metrics. `NEEDS` lists the fields that it
+# reads. The training step takes the mean over prompts, micro-batches and devices.
 #
-# Here is a hinge (Zhao et al. 2023, https://arxiv.org/abs/2305.10425) on the difference
-# of DPO's implicit rewards. It stops pushing once a pair is `margin` apart:
+# Here is a hinge loss (Zhao et al. 2023, https://arxiv.org/abs/2305.10425) on the difference
+# of DPO's implicit rewards. Its gradient is zero once the difference exceeds `margin`:
 #
 #     h = β Σₜ [log π(y⁺)/π_ref(y⁺)] - β Σₜ [log π(y⁻)/π_ref(y⁻)]
 #     L = max(0, margin - h)
@@ -57,16 +57,16 @@ def my_loss(policy, batch, *, beta: float = 0.1, margin: float = 1.0):
     log_ratio = (policy.logps - batch.ref_logps).sum(-1)  # [B, 2]
     h = beta * (log_ratio[:, 0] - log_ratio[:, 1])
     value = jax.nn.relu(margin - h)
-    inactive = (h > margin).astype(jnp.float32)  # pairs that no longer push
+    inactive = (h > margin).astype(jnp.float32)  # pairs without a gradient
     return jnp.where(batch.valid.all(-1), value, 0.0), {"h": h, "inactive": inactive}
 
 
 # %% [markdown]
 # ## Check it by hand
 #
-# A loss is a function of arrays, so made-up numbers are enough. One pair: the policy
-# moved the chosen response up by 4 nats and the rejected one down by 2. With β = 0.1 that
-# is h = 0.6, hence a hinge of 0.4 where DPO has -log σ(0.6).
+# A loss is a function of arrays, so it can be tested on a few made-up numbers. In this pair
+# the policy raised the log-probability of the chosen response by 4 nats and lowered that of
+# the rejected one by 2. With β = 0.1, h = 0.6: the hinge loss is 0.4, DPO's is -log σ(0.6).
 
 # %%
 pair = from_pairs([[1]], [[2, 3]], [[4]], length=4)
@@ -82,8 +82,8 @@ np.testing.assert_allclose(hinge, [0.4], rtol=1e-6)
 np.testing.assert_allclose(logistic, [np.log1p(np.exp(-0.6))], rtol=1e-6)
 
 # %% [markdown]
-# Every new loss deserves a look at its gradient. For one token more on the chosen side it
-# is -β while the hinge is active, and it never vanishes for a pair that is ranked wrong.
+# Check the gradient too. With respect to the log-probability of a chosen token it is -β
+# while the hinge is active, and it never vanishes for a pair that is ranked wrong.
 
 # %%
 gradient = jax.grad(lambda logps: my_loss(Scores(logps), pair)[0].sum())(policy.logps)
@@ -93,8 +93,8 @@ np.testing.assert_allclose(gradient[0, :, 1], [-0.1, 0.1], rtol=1e-6)
 # %% [markdown]
 # ## A policy to start from
 #
-# The generated reviews ("Truly stale food and helpful staff.") are liked or disliked by
-# a fixed taste in words. First a short SFT, so that there is something to align.
+# The synthetic reviews ("Truly stale food and helpful staff.") are preferred by a fixed
+# score of their words. A short SFT gives a policy to start from.
 
 
 # %%
@@ -103,7 +103,7 @@ def base_config():
     c.tokenizer = "bytes"
     c.model.sizes = models.tiny()
     c.length, c.buckets, c.batch_size = 72, (72,), 16
-    c.layout = "rows"  # so small a model is slower on long, packed rows
+    c.layout = "rows"  # a model this small is slower on long, packed rows
     c.optim.warmup, c.plots = 5, False
     return c
 
@@ -121,9 +121,9 @@ state = loop.train(sft, str(folder / "sft"))
 # %% [markdown]
 # ## Train with your loss
 #
-# `c.loss.name` is a file in `alignax/losses/` or the dotted name of any function; what
-# is written in a notebook lives in `__main__`. The other keys are the function's own
-# hyper-parameters, so a typo in `margin` is an error before anything compiles.
+# `c.loss.name` is a file in `alignax/losses/` or the dotted name of any function; a function
+# of a notebook is in the module `__main__`. The other keys are the hyper-parameters of the
+# function. A typo in `margin` is an error before anything compiles.
 
 
 # %%
@@ -150,9 +150,9 @@ runs = {
 # %% [markdown]
 # ## Compare
 #
-# Accuracy of the implicit reward on pairs whose prompts were never seen, with a 95 %
-# interval; a tie counts as wrong, so it starts at 0, where policy and reference agree.
-# At step 0 DPO's loss is log 2 and the hinge's is its margin.
+# The plots show the training loss, and the accuracy of the implicit reward on held-out
+# prompts with a 95 % interval. A tie counts as wrong, so the accuracy is 0 at step 0, where
+# policy and reference agree. At step 0 DPO's loss is log 2 and the hinge loss is its margin.
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(10, 3.5), constrained_layout=True)
@@ -181,4 +181,4 @@ plt.show()
 # Other things to try: `c.loss.margin = 0.2`, a loss on length-normalised log-ratios, a
 # loss that reads `batch.feedback`. To keep a loss, move the function to
 # `alignax/losses/NAME.py` as `loss`, with its source and equation on top; CONTRIBUTING.md
-# names the three other files. The contract tests then run on it without being told.
+# names the three other files. The contract tests find the new file by themselves.

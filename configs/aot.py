@@ -1,4 +1,4 @@
-"""AOT on HH-RLHF pairs: quantiles of the whole step.
+"""AOT on HH-RLHF pairs: quantiles over all pairs of a step.
 
 Source: Melnyk et al. 2024, https://arxiv.org/abs/2406.05882
 Command: python -m alignax.main --config configs/aot.py --workdir runs/aot

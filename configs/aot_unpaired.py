@@ -1,4 +1,4 @@
-"""AOT on the two sides of HH-RLHF pairs, taken apart.
+"""Unpaired AOT on the chosen and rejected responses of HH-RLHF pairs.
 
 Source: Melnyk et al. 2024, https://arxiv.org/abs/2406.05882
 Command: python -m alignax.main --config configs/aot_unpaired.py --workdir runs/aot_unpaired

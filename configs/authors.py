@@ -1,4 +1,4 @@
-"""SFT of SmolLM2-135M-Instruct on made-up authors: the model that unlearning starts from.
+"""SFT of SmolLM2-135M-Instruct on fictitious authors: the model that unlearning starts from.
 
 Source: Maini et al. 2024 (TOFU), https://arxiv.org/abs/2401.06121
 Command: python -m alignax.main --config configs/authors.py --workdir runs/authors

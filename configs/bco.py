@@ -1,4 +1,4 @@
-"""BCO of SmolLM2-135M-Instruct on the sides of HH-RLHF pairs, each on its own.
+"""BCO of SmolLM2-135M-Instruct on the unpaired responses of HH-RLHF pairs.
 
 Source: Jung et al. 2024, https://arxiv.org/abs/2404.04656
 Command: python -m alignax.main --config configs/bco.py --workdir runs/bco

@@ -1,10 +1,10 @@
-"""Best-of-N jailbreaking of SmolLM2-135M-Instruct: tries until one gets through.
+"""Best-of-N jailbreaking of SmolLM2-135M-Instruct: repeated attempts until one succeeds.
 
 Source: Hughes et al. 2024, https://arxiv.org/abs/2412.03556
 Command: python -m alignax.main --config configs/bon_jailbreak.py --workdir runs/bon
   --config.eval_data.path=harmful.jsonl --config.evals.bon_jailbreak.control.path=harmless.jsonl
-The evaluator is a rule on words in place of a trained judge: name your own, as
---config.evals.bon_jailbreak.evaluator.name=my_project.judge, a function of the text.
+The evaluator is a keyword rule in place of a trained judge. To use your own, a function of
+the text: --config.evals.bon_jailbreak.evaluator.name=my_project.judge
 """
 
 from configs import dpo, exploitation, models

@@ -3,7 +3,7 @@
 Source: Gui et al. 2024, https://arxiv.org/abs/2406.00832 (n = 8, alpha = 0.005)
 Command: python -m alignax.main --config configs/bonbon.py --workdir runs/bonbon
   --config.data.path=pairs.jsonl.gz
-The frozen reference samples, not the policy. n is that of the rollouts: setting
+The frozen reference is sampled, not the policy. The loss has the n of the rollouts: setting
 rollout.group sets it too.
 """
 

@@ -1,4 +1,4 @@
-"""CISPO of SmolLM2-135M-Instruct: ratios are truncated, gradients are not; else as DAPO.
+"""CISPO of SmolLM2-135M-Instruct: clipped ratios without clipped gradients; else as DAPO.
 
 Source: MiniMax 2025, https://arxiv.org/abs/2506.13585 (which does not give its bound)
 Command: python -m alignax.main --config configs/cispo.py --workdir runs/cispo

@@ -1,4 +1,4 @@
-"""What every run has: the keys and their defaults, from `alignax/training/defaults.py`."""
+"""The keys of every config and their defaults, from `alignax/training/defaults.py`."""
 
 from alignax.training.defaults import get_config
 

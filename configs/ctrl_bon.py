@@ -1,7 +1,7 @@
 """CTRL for best-of-4: SmolLM2-135M-Instruct aligned for the best of four of its samples.
 
 Source: Balashankar et al. 2024, https://arxiv.org/abs/2412.19792: calibrated reward,
-e^{10u} for best-of-4, KL-regularised RL; 100 reference samples a prompt there
+e^{10u} for best-of-4, KL-regularised RL; the paper has 100 reference samples per prompt
 Command: python -m alignax.main --config configs/ctrl_bon.py --workdir runs/ctrl_bon
   --config.data.path=pairs.jsonl.gz
 Differs from the paper: leave-one-out baselines instead of a critic. Compare methods at

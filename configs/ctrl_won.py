@@ -1,6 +1,6 @@
-"""CTRL for worst-of-4: SmolLM2-135M-Instruct aligned for the worst of four tries.
+"""CTRL for worst-of-4: SmolLM2-135M-Instruct aligned for the worst of four samples.
 
-Whoever tries again until a response is bad is served the worst one.
+An attacker who samples until a response is bad gets the worst of them.
 
 Source: Balashankar et al. 2024, https://arxiv.org/abs/2412.19792: -e^{-10u} for
 worst-of-4

@@ -1,10 +1,10 @@
-"""D²O of SmolLM2-135M-Instruct on own samples, each group with one human negative.
+"""D²O of SmolLM2-135M-Instruct on its own samples, each group with one human negative.
 
-Source: Duan et al. 2024, https://arxiv.org/abs/2403.03419 (11 samples a prompt there)
+Source: Duan et al. 2024, https://arxiv.org/abs/2403.03419 (there 11 samples per prompt)
 Command: python -m alignax.main --config configs/d2o.py --workdir runs/d2o
   --config.data.path=groups.jsonl
-A row is {"prompt": ..., "responses": [samples..., negative], "scores": [1, ..., 0]}: the
-negative is the last; the loss does not read the scores, the evaluation does.
+A row is {"prompt": ..., "responses": [samples..., negative], "scores": [1, ..., 0]}. The
+negative is the last response; only the evaluation reads the scores.
 """
 
 from configs import rrhf

@@ -1,11 +1,11 @@
-"""DAPO of SmolLM2-135M-Instruct: more room above than below, and no KL.
+"""DAPO of SmolLM2-135M-Instruct: a larger upper clipping range, and no KL.
 
 Source: Yu et al. 2025, https://arxiv.org/abs/2503.14476
 Command: python -m alignax.main --config configs/dapo.py --workdir runs/dapo
   --config.data.path=pairs.jsonl.gz
-Sixteen steps a rollout and sixteen responses a prompt, as there; groups without a
-difference are drawn anew, a truncated response counts for nothing, and over the last fifth
-of the limit a reward falls by 1.
+As in the paper: sixteen steps per rollout and sixteen responses per prompt; groups with
+equal rewards are sampled again; truncated responses are masked; and the reward falls by 1
+over the last fifth of the length limit.
 """
 
 from configs import grpo

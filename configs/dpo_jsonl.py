@@ -16,7 +16,7 @@ def get_config(arg: str = ""):
     c.lms = {"ref": "init"}
     c.data = {"name": "jsonl", "split": "train", "path": "", "test_fraction": 0.1}
     c.eval_data = {**c.data, "split": "test"}
-    for key in ("path", "test_fraction"):  # one file, two splits
+    for key in ("path", "test_fraction"):  # the same file, split in two
         c.eval_data[key] = c.data.get_oneway_ref(key)
     c.evals = {"ranking_accuracy": {}}
     c.num_steps, c.batch_size, c.length = 100, 8, 256

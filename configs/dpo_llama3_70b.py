@@ -4,9 +4,9 @@ Source: Rafailov et al. 2023, https://arxiv.org/abs/2305.18290; model: Dubey et 
 https://arxiv.org/abs/2407.21783
 Command: launch/tpu_pod.sh TPU ZONE configs/dpo_llama3_70b.py gs://BUCKET/runs/llama3_70b
   --config.model.path=WEIGHTS --config.data.path=PAIRS.jsonl
-Cost and result: not run yet; `python -m alignax.preflight --config
-configs/dpo_llama3_70b.py --topology v5p:2x4x4` says that it fits: 80.28 GiB of 95.74 GiB
-a chip, at least 12.6 s a step. 16 chips are too few (101 GiB with four micro-batches).
+Cost and result: not run yet. By `python -m alignax.preflight --config
+configs/dpo_llama3_70b.py --topology v5p:2x4x4` it fits: 80.28 GiB of 95.74 GiB per chip, at
+least 12.6 s per step. 16 chips are too few (101 GiB with four micro-batches).
 """
 
 from configs import dpo_llama3_8b, models

@@ -4,9 +4,9 @@ Source: Rafailov et al. 2023, https://arxiv.org/abs/2305.18290; model: Dubey et 
 https://arxiv.org/abs/2407.21783
 Command: launch/tpu_pod.sh TPU ZONE configs/dpo_llama3_8b.py gs://BUCKET/runs/llama3
   --config.model.path=WEIGHTS --config.data.path=PAIRS.jsonl
-Sizes are here so that --explain and preflight need no weights. Cost and result: not run
-yet; `python -m alignax.preflight --config configs/dpo_llama3_8b.py --topology v5e:8x8`
-says that it fits: 10.99 GiB of 15.75 GiB a chip, at least 1.67 s a step.
+The sizes are in the config so that --explain and preflight need no weights. Cost and
+result: not run yet. By `python -m alignax.preflight --config configs/dpo_llama3_8b.py
+--topology v5e:8x8` it fits: 10.99 GiB of 15.75 GiB per chip, at least 1.67 s per step.
 """
 
 from configs import common, models
@@ -21,10 +21,10 @@ def get_config(arg: str = ""):
     c.lms = {"ref": "init"}
     c.data = {"name": "jsonl", "split": "train", "path": "", "test_fraction": 0.05}
     c.eval_data = {**c.data, "split": "test"}
-    c.eval_data.path = c.data.get_oneway_ref("path")  # one file, two splits
+    c.eval_data.path = c.data.get_oneway_ref("path")  # the same file, split in two
     c.evals = {"ranking_accuracy": {}}
     c.mesh = (1, 64, 1)
-    c.layout = "grouped"  # one pair a chip: nothing to fill its row with
+    c.layout = "grouped"  # one pair per chip: no other pair to pack into its row
     c.num_steps, c.batch_size, c.length = 1000, 64, 2048
     c.optim.lr, c.optim.warmup = 5e-7, 100
     c.eval_every = c.checkpoint.every = 200

@@ -18,6 +18,6 @@ def get_config(arg: str = ""):
         groups["test_fraction"] = 0.25
     c.data = {"name": "pairing", "split": "train", "source": groups, "margin": 0.0}
     c.eval_data = {**c.data.to_dict(), "split": "test"}
-    if not arg:  # one file, two splits
+    if not arg:  # the same file, split in two
         c.eval_data.source.path = c.data.source.get_oneway_ref("path")
     return c

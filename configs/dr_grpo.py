@@ -1,9 +1,9 @@
-"""Dr. GRPO of SmolLM2-135M-Instruct: neither a response's length nor its group's spread.
+"""Dr. GRPO of SmolLM2-135M-Instruct: no division by response length or group deviation.
 
 Source: Liu et al. 2025, https://arxiv.org/abs/2503.20783
 Command: python -m alignax.main --config configs/dr_grpo.py --workdir runs/dr_grpo
   --config.data.path=pairs.jsonl.gz
-The constant that tokens are divided by is the row's length, prompt included.
+The sum over tokens is divided by a constant, the length of a row with its prompt.
 """
 
 from configs import grpo

@@ -1,16 +1,16 @@
-"""Responses of SmolLM2-135M-Instruct to a file of prompts; one variant a decoder.
+"""Responses of SmolLM2-135M-Instruct to a file of prompts; one variant per decoder.
 
-Source: the decoders' own, named in alignax/decoders/; for one, https://arxiv.org/abs/2402.06147
+Source: see the decoder's file in alignax/decoders/; for one, https://arxiv.org/abs/2402.06147
 Command: python -m alignax.main --config configs/generate.py --workdir runs/generate
   --config.prompts.path=prompts.jsonl
-configs/generate.py:args is another decoder, configs/generate.py:args,smoke its smoke run.
-c.lms has the paths of what it reads, a reward model's for args; JUDGE is yours to change.
+configs/generate.py:args is the decoder `args`, configs/generate.py:args,smoke its smoke run.
+c.lms has the paths of the models that it reads. JUDGE is the reward of searches: change it.
 """
 
 from configs import common, models
 
 JUDGE = {"name": "constraints", "keywords": ("thank",), "max_words": 60}
-METHODS = {  # decoder: (its hyper-parameters, models that it reads, what judges)
+METHODS = {  # decoder: (its hyper-parameters, models that it reads, reward)
     "args": ({"reward": "reward", "weight": 1.0}, {"reward": ""}, {}),
     "best_of_n": ({"n": 16, "select": "best"}, {}, JUDGE),
     "conditional_beam": ({"beams": 5, "top_k": 10}, {}, JUDGE),
@@ -44,7 +44,7 @@ def get_config(arg: str = ""):
     c.model.path = "models/SmolLM2-135M-Instruct.Q4_1.gguf"  # launch/fetch_smollm2.sh
     c.prompts = {"name": "prompts", "path": "", "size": 0}
     c.batch_size, c.length = 8, 1024
-    c.loss = {"name": "sft"}  # of no use: nothing is trained
+    c.loss = {"name": "sft"}  # a config needs one; nothing is trained
     hyper, lms, reward = METHODS.get(method, ({}, {}, {}))
     c.decoder, c.generate.reward, c.lms = {"name": method, **hyper}, reward, lms
     if models.is_smoke(rest):
@@ -52,7 +52,7 @@ def get_config(arg: str = ""):
         c.num_steps, c.prompts, c.data, c.eval_data = 0, {**c.eval_data}, {}, {}
         c.generate.max_new = 8
         c.decoder.update({"separator": "e"} if method == "pine" else {})
-        # in the place of a trained head, the model's own, which is 0
+        # the model's own value head, which is 0, in place of a trained one
         c.lms = {name: path for name, path in lms.items() if path}
         c.model.value_head = len(c.lms) < len(lms)
         for key in (k for k, v in hyper.items() if lms.get(v) == ""):

@@ -1,4 +1,4 @@
-"""Gradient ascent with a retain term: NPO's baseline on the same made-up authors.
+"""Gradient ascent with a retain term: NPO's baseline on the same fictitious authors.
 
 Source: Maini et al. 2024 (gradient difference), https://arxiv.org/abs/2401.06121
 Command: python -m alignax.main --config configs/gradient_ascent.py

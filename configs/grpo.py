@@ -1,10 +1,10 @@
 """GRPO of SmolLM2-135M-Instruct on HH-RLHF prompts; a program checks the responses.
 
-Source: Shao et al. 2024, https://arxiv.org/abs/2402.03300 (64 responses a prompt there)
+Source: Shao et al. 2024, https://arxiv.org/abs/2402.03300 (there 64 responses per prompt)
 Command: python -m alignax.main --config configs/grpo.py --workdir runs/grpo
   --config.data.path=pairs.jsonl.gz
-The reward is the share of what a response keeps to: 15 to 40 words, no "sorry", an end
-like a sentence's. The other configs of on-policy methods are differences from this one.
+The reward is the share of constraints that a response satisfies: 15 to 40 words, no "sorry",
+the end of a sentence. The other configs of on-policy methods change this one.
 """
 
 from configs import common, models
@@ -20,7 +20,7 @@ def get_config(arg: str = ""):
     c.data = {"name": "hh_rlhf", "split": "train", "kind": "prompts", "path": ""}
     c.data.test_fraction = 0.25
     c.eval_data = {**c.data, "split": "test", "kind": "sft"}
-    for key in ("path", "test_fraction"):  # one file, two splits
+    for key in ("path", "test_fraction"):  # the same file, split in two
         c.eval_data[key] = c.data.get_oneway_ref(key)
     reward = {"name": "constraints", "min_words": 15, "max_words": 40}
     reward |= {"avoid": ("sorry",), "pattern": r"[.!?]\s*$"}
@@ -33,7 +33,8 @@ def get_config(arg: str = ""):
     if models.is_smoke(arg):
         models.smoke(c, kind="sft")
         c.data.kind = "prompts"
-        reward = {"name": "constraints", "pattern": "[a-z]"}  # bytes differ in that
+        # random bytes differ in this constraint
+        reward = {"name": "constraints", "pattern": "[a-z]"}
         c.rollout.max_new = c.evals.sample.max_new = 8
     c.rollout.reward = c.evals.sample.reward = reward
     return c

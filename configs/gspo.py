@@ -1,4 +1,4 @@
-"""GSPO of SmolLM2-135M-Instruct: ratios of responses, four steps a rollout.
+"""GSPO of SmolLM2-135M-Instruct: one ratio per response, four steps per rollout.
 
 Source: Zheng et al. 2025, https://arxiv.org/abs/2507.18071
 Command: python -m alignax.main --config configs/gspo.py --workdir runs/gspo

@@ -1,4 +1,4 @@
-"""SFT on refusals and on what is to be retained: NPO's baseline IDK+RT.
+"""SFT on refusals and on the retain set: NPO's baseline IDK+RT.
 
 Source: a baseline of Zhang et al. 2024, https://arxiv.org/abs/2404.05868
 Command: python -m alignax.main --config configs/idk.py --workdir runs/idk

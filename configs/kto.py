@@ -1,4 +1,4 @@
-"""KTO of SmolLM2-135M-Instruct on the sides of HH-RLHF pairs, each on its own.
+"""KTO of SmolLM2-135M-Instruct on the unpaired responses of HH-RLHF pairs.
 
 Source: Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306
 Command: python -m alignax.main --config configs/kto.py --workdir runs/kto

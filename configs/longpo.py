@@ -1,10 +1,10 @@
-"""LongPO of SmolLM2-135M-Instruct: prompts behind other prompts, answered as without them.
+"""LongPO of SmolLM2-135M-Instruct: pairs of short prompts, trained behind a long context.
 
 Source: Chen et al. 2025, https://arxiv.org/abs/2502.13922
 Command: python -m alignax.main --config configs/longpo.py --workdir runs/longpo
   --config.data.source.path=pairs.jsonl
-The pairs are those of the short prompts, as strings; `data.short_long` makes pairs of the
-model's own answers under the two.
+The pairs are responses to the short prompts, as strings; `data.short_long` makes pairs of
+the model's own answers to the short and to the long prompt.
 """
 
 from configs import dpo
@@ -19,7 +19,7 @@ def get_config(arg: str = ""):
         c.length, c.buckets = 192, (192,)
     c.reference_data = {**short, "split": "train"}
     c.data = {"name": "long_context", "split": "train", "source": short, "documents": 4}
-    if not arg:  # one file, two splits and two contexts
+    if not arg:  # the same file, split in two, with two contexts
         c.data.source.test_fraction = c.reference_data.test_fraction = 0.25
         c.eval_data = {**c.data.to_dict(), "split": "test"}
         for section in (c.reference_data, c.eval_data.source):

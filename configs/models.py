@@ -1,4 +1,4 @@
-"""Sizes of known models, for configs that start from scratch or only explain."""
+"""Sizes of models, for configs without a checkpoint, and the smoke variant of a config."""
 
 
 def tiny() -> dict:
@@ -24,21 +24,25 @@ def llama3_8b() -> dict:
 
 
 def llama3_70b() -> dict:
-    """Llama 3 70B, of the same table."""
+    """Llama 3 70B: the same table."""
     return {
         **llama3_8b(), "width": 8192, "num_layers": 80, "num_heads": 64, "mlp_width": 28_672,
     }  # fmt: skip
 
 
 def is_smoke(arg: str) -> bool:
-    """Whether `CONFIG.py:arg` asks for the smoke variant, the only one there is."""
+    """Whether `CONFIG.py:arg` is the smoke variant.
+
+    Raises:
+      ValueError: another variant.
+    """
     if arg not in ("", "smoke"):
         raise ValueError(f"there is no variant {arg!r} of this config, only 'smoke'")
     return arg == "smoke"
 
 
 def smoke(c, *, kind: str) -> None:
-    """Turns a config into two steps of a tiny model on data that it makes itself."""
+    """Changes a config into two steps of a tiny model on synthetic data."""
     c.model.path, c.model.sizes, c.model.dtype = "", tiny(), "float32"
     c.tokenizer = "bytes"
     c.mesh = (1, 1, 1)

@@ -1,4 +1,4 @@
-"""NPO: a model that knows a hundred made-up authors forgets ten of them.
+"""NPO: unlearning of ten out of a hundred fictitious authors.
 
 Source: Zhang et al. 2024, https://arxiv.org/abs/2404.05868; data in the way of TOFU,
 https://arxiv.org/abs/2401.06121

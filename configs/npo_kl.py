@@ -1,4 +1,4 @@
-"""NPO whose retained authors are held by their KL to the model that knew them all.
+"""NPO whose retain term is the KL to the model before unlearning.
 
 Source: Zhang et al. 2024, https://arxiv.org/abs/2404.05868
 Command: python -m alignax.main --config configs/npo_kl.py --workdir runs/npo_kl

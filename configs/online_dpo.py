@@ -1,9 +1,9 @@
-"""Online DPO of SmolLM2-135M-Instruct: two fresh responses, the better one is chosen.
+"""Online DPO of SmolLM2-135M-Instruct: two new samples per prompt, the better one is chosen.
 
 Source: Guo et al. 2024, https://arxiv.org/abs/2402.04792
 Command: python -m alignax.main --config configs/online_dpo.py --workdir runs/online_dpo
   --config.data.path=pairs.jsonl.gz
-Differs from the paper: a program judges, not a language model; a tie is no pair.
+Differs from the paper: a program scores, not a language model; ties are dropped.
 """
 
 from configs import grpo

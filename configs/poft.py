@@ -3,7 +3,7 @@
 Source: Fan et al. 2024, https://arxiv.org/abs/2412.12865
 Command: python -m alignax.main --config configs/poft.py --workdir runs/poft
   --config.data.path=pairs.jsonl.gz --config.lms.aligned=ONE --config.lms.aligned_2=OTHER
-Every LM whose name begins with 'aligned' counts; leave a line out or add one to c.lms. All
+Every LM of c.lms whose name begins with 'aligned' is used: add or remove some. All must
 have the policy's tokenizer.
 """
 

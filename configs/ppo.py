@@ -1,4 +1,4 @@
-"""PPO of SmolLM2-135M-Instruct with a critic on its trunk and the KL in the reward.
+"""PPO of SmolLM2-135M-Instruct: critic as a value head of the policy, KL in the reward.
 
 Source: Schulman et al. 2017, https://arxiv.org/abs/1707.06347; with language models:
 Ouyang et al. 2022, https://arxiv.org/abs/2203.02155

@@ -1,4 +1,4 @@
-"""SFT, then a reward model, then DPO, from scratch, on data that it makes itself.
+"""SFT, then a reward model, then DPO, from scratch, on synthetic data.
 
 Source: the pipeline of Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, with DPO
 (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290) as the last step.
@@ -17,7 +17,7 @@ def get_config(arg: str = ""):
     base = common.get_config()
     base.length = 72
     base.buckets = (72,)
-    base.layout = "rows"  # so small a model is slower on long, packed rows
+    base.layout = "rows"  # a model this small is slower on long, packed rows
     base.tokenizer = "bytes"
     base.model.sizes = models.tiny() if smoke else models.small()
     base.eval_batch_size = 64

@@ -3,8 +3,8 @@
 Source: Kim et al. 2024, https://arxiv.org/abs/2402.03469 (Alpaca prompts, 512 tokens there)
 Command: python -m alignax.main --config configs/r3.py --workdir runs/r3
   --config.data.path=pairs.jsonl.gz
-Which factors it takes: --config.rollout.reward.factors="('relevance',)" is how the paper
-shows that relevance alone leads to short copies of the query.
+--config.rollout.reward.factors="('relevance',)" takes relevance alone, which the paper shows
+to lead to short copies of the query.
 """
 
 from configs import ppo

@@ -1,4 +1,4 @@
-"""R-DPO on HH-RLHF pairs: length is discouraged.
+"""R-DPO on HH-RLHF pairs: with a penalty on length.
 
 Source: Park et al. 2024, https://arxiv.org/abs/2403.19159
 Command: python -m alignax.main --config configs/r_dpo.py --workdir runs/r_dpo

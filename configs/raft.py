@@ -1,4 +1,4 @@
-"""RAFT of SmolLM2-135M-Instruct: fine-tuning on the best of each group, again and again.
+"""RAFT of SmolLM2-135M-Instruct: repeated fine-tuning on the best sample of each group.
 
 Source: Dong et al. 2023, https://arxiv.org/abs/2304.06767 (K up to 32)
 Command: python -m alignax.main --config configs/raft.py --workdir runs/raft

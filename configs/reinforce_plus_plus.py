@@ -3,8 +3,8 @@
 Source: Hu et al. 2025, https://arxiv.org/abs/2501.03262
 Command: python -m alignax.main --config configs/reinforce_plus_plus.py
   --workdir runs/reinforce_plus_plus --config.data.path=pairs.jsonl.gz
-A group's mean is taken off, the spread of the whole rollout is divided out, and the KL is
-a part of the loss, as k2.
+The group's mean is subtracted, the result is divided by the standard deviation over the
+rollout, and the KL (estimator k2) is a term of the loss.
 """
 
 from configs import grpo

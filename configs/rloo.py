@@ -1,10 +1,10 @@
-"""RLOO of SmolLM2-135M-Instruct: a response is one action, the others are its baseline.
+"""RLOO of SmolLM2-135M-Instruct: each response's baseline is the mean of the others.
 
 Source: Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740
 Command: python -m alignax.main --config configs/rloo.py --workdir runs/rloo
   --config.data.path=pairs.jsonl.gz
-One step a rollout: the ratio is 1 and nothing is clipped. The gradient is that of log
-π(y|x), the sum over tokens, so the reduction is a constant one.
+One step per rollout: the ratio is 1 and nothing is clipped. A response is one action: the
+gradient is that of log π(y|x), a sum over tokens, so the reduction divides by a constant.
 """
 
 from configs import grpo

@@ -1,4 +1,4 @@
-"""Robust DPO on HH-RLHF pairs: one label in ten taken to be flipped.
+"""Robust DPO on HH-RLHF pairs: assumes that one label in ten is flipped.
 
 Source: Chowdhury et al. 2024, https://arxiv.org/abs/2403.00409
 Command: python -m alignax.main --config configs/robust.py --workdir runs/robust

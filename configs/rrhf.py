@@ -5,7 +5,7 @@ Command: python -m alignax.main --config configs/rrhf.py --workdir runs/rrhf
   --config.data.path=groups.jsonl
 A row is {"prompt": ..., "responses": [two or more], "scores": [a number for each]}, higher
 is better; {"prompt": ..., "chosen": ..., "rejected": ...} is a group of two. A tenth of the
-prompts is held out; all ordered pairs of their responses are the evaluation data.
+prompts is held out; the evaluation data are all ordered pairs of their responses.
 """
 
 from configs import dpo_jsonl
@@ -21,7 +21,7 @@ def get_config(arg: str = ""):
     c.eval_data.strategy = "all"
     if arg:
         c.eval_data.source.size = 16
-    else:  # one file, two splits
+    else:  # the same file, split in two
         for key in ("path", "test_fraction"):
             c.eval_data.source[key] = c.data.get_oneway_ref(key)
     return c

@@ -1,4 +1,4 @@
-"""Safety beyond the first tokens: refusals learned after harmful beginnings too.
+"""Safety beyond the first tokens: refusals that follow harmful prefixes, too.
 
 Source: Qi et al. 2024, https://arxiv.org/abs/2406.05946
 Command: python -m alignax.main --config configs/safety_recovery.py

@@ -4,7 +4,7 @@ Source: on-policy pairs by constraint satisfaction, as in ACT (Wang et al. 2024)
 https://arxiv.org/abs/2403.06326
 Command: python -m alignax.main --config configs/sample_pairs.py --workdir runs/samples
   --config.data.path=pairs.jsonl.gz
-The groups stand in runs/samples/samples.jsonl; configs/dpo_on_policy.py trains on them.
+The groups are written to runs/samples/samples.jsonl; configs/dpo_on_policy.py trains on them.
 """
 
 from configs import dpo

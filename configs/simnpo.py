@@ -1,4 +1,4 @@
-"""SimNPO: NPO's made-up authors forgotten without a reference.
+"""SimNPO: unlearning of fictitious authors without a reference.
 
 Source: Fan et al. 2024, https://arxiv.org/abs/2410.07163
 Command: python -m alignax.main --config configs/simnpo.py --workdir runs/simnpo

@@ -1,4 +1,4 @@
-"""Fine-tuning of SmolLM2-135M-Instruct that holds on to its first tokens.
+"""Fine-tuning of SmolLM2-135M-Instruct with a constraint on the first response tokens.
 
 Source: Qi et al. 2024, https://arxiv.org/abs/2406.05946
 Command: python -m alignax.main --config configs/token_constrained.py

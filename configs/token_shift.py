@@ -1,4 +1,4 @@
-"""Token-distribution shift: how much of an instruct model's answers its base would say.
+"""Token-distribution shift: how often a base model would pick the instruct model's tokens.
 
 Source: Lin et al. 2023, https://arxiv.org/abs/2312.01552, section 2
 Command: python -m alignax.main --config configs/token_shift.py --workdir runs/token_shift

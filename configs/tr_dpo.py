@@ -1,4 +1,4 @@
-"""DPO against a reference that follows the policy every so many steps (TR-DPO).
+"""TR-DPO: DPO with a reference that is moved towards the policy every few steps.
 
 Source: Gorbatovski et al. 2024, https://arxiv.org/abs/2404.09656 (α = 0.6, τ = 512 in long runs: with
 average = 0.4 the reference becomes 0.6 policy + 0.4 reference)

@@ -1,4 +1,4 @@
-"""DPO for unlearning: refusals are preferred to what NPO's made-up authors wrote.
+"""DPO for unlearning: refusals are preferred to the answers of NPO's forget set.
 
 Source: a baseline of Zhang et al. 2024, https://arxiv.org/abs/2404.05868
 Command: python -m alignax.main --config configs/unlearn_dpo.py

@@ -1,4 +1,4 @@
-"""A value head that learns from its own next value, on SmolLM2-135M-Instruct's rollouts.
+"""A value head trained by bootstrapping (CD-Q) on rollouts of SmolLM2-135M-Instruct.
 
 Source: Mudgal et al. 2023 (CD-Q), https://arxiv.org/abs/2310.17022
 Command: python -m alignax.main --config configs/value_bootstrap.py

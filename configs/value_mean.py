@@ -1,11 +1,11 @@
-"""A mean value head on rollouts of SmolLM2-135M-Instruct: what controlled decoding tilts by.
+"""A value head (expected reward) on rollouts of SmolLM2-135M-Instruct, for controlled decoding.
 
 Source: Mudgal et al. 2023 (CD-FUDGE), https://arxiv.org/abs/2310.17022
 Command: python -m alignax.main --config configs/value_mean.py --workdir runs/value_mean
   --config.data.path=pairs.jsonl.gz
-The frozen `base` draws all responses; what is trained is a value model from the same
-weights. The reward, of a program, is in 0..1: the value stays in -0.1..1.1.
-configs/generate.py:controlled reads it, with the same centre and radius.
+The frozen `base` samples all responses; a value model with the same initial weights is
+trained. The reward is a program's, in 0..1; the value is bounded to -0.1..1.1.
+configs/generate.py:controlled decodes with it, with the same centre and radius.
 """
 
 from configs import grpo

@@ -1,4 +1,4 @@
-"""A Q of every next token on rollouts of SmolLM2-135M-Instruct: one call tilts all tokens.
+"""A Q head on rollouts of SmolLM2-135M-Instruct: values of all next tokens in one call.
 
 Source: Mudgal et al. 2023, https://arxiv.org/abs/2310.17022; Rafailov et al. 2024,
 https://arxiv.org/abs/2404.12358

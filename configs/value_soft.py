@@ -1,6 +1,6 @@
-"""A soft value head on rollouts of SmolLM2-135M-Instruct, for the tilt by whole rewards.
+"""A soft value head on rollouts of SmolLM2-135M-Instruct: β log E[e^{reward/β}].
 
-Source: Garg et al. 2023, https://arxiv.org/abs/2301.02328; what it is for: Zhao et al. 2024,
+Source: Garg et al. 2023, https://arxiv.org/abs/2301.02328; its use: Zhao et al. 2024,
 https://arxiv.org/abs/2404.17546
 Command: python -m alignax.main --config configs/value_soft.py --workdir runs/value_soft
   --config.data.path=pairs.jsonl.gz

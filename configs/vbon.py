@@ -1,4 +1,4 @@
-"""Variational best-of-N: RL whose optimum is the best-of-4 policy itself.
+"""Variational best-of-N: RL whose optimal policy is the best-of-4 distribution.
 
 Source: Amini et al. 2024, https://arxiv.org/abs/2407.06057: the reward (N-1) log u at a
 KL strength of 1

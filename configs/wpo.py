@@ -1,4 +1,4 @@
-"""DPO weighted by how likely the policy itself finds a pair (WPO), on HH-RLHF pairs.
+"""WPO on HH-RLHF pairs: DPO weighted by the policy's probability of each pair.
 
 Source: Zhou et al. 2024, https://arxiv.org/abs/2406.11827
 Command: python -m alignax.main --config configs/wpo.py --workdir runs/wpo

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# What the scripts of this folder share: they source it. Options, --dry_run, the committed
-# tree as an archive, and children that are told when the script is told to stop.
+# Functions that the scripts of this folder source: options, --dry_run, the committed tree as
+# an archive, and child processes that get the script's signals.
 # shellcheck disable=SC2034
 set -euo pipefail
 script=${0##*/}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 dry_run=''
 
-usage() {  # the comment at the head of the script
+usage() {  # prints the comment at the head of the script
   sed -n '1d; /^#/!q; s/^# \{0,1\}//p' "$0"
 }
-refuse() {  # one line, before anything was done
+refuse() {  # ends with one line on stderr, before anything is done
   echo "$script: $*" >&2
   exit 2
 }
@@ -34,17 +34,17 @@ options() {  # options 'spot retries=' "$@": sets $spot and $retries, and $rest 
   done
   rest=("$@")
 }
-arguments() {  # ends with the usage where there are fewer than so many
+arguments() {  # arguments N: ends with the usage if there are fewer than N
   [[ ${#rest[@]} -ge $1 ]] || { usage >&2; exit 2; }
 }
 count() {  # count NAME: refuses an option that is not a whole number
   [[ ${!1} =~ ^(0|[1-9][0-9]*)$ ]] || refuse "--$1=${!1} is not a whole number"
 }
-bucket() {  # bucket WORKDIR WHO: refuses a workdir that they do not share
+bucket() {  # bucket WORKDIR PROCESSES: refuses a workdir that these do not share
   [[ $1 == gs://* ]] || refuse "workdir '$1' is not shared by the $2; give gs://BUCKET/PATH"
 }
 
-run() {  # a command; with --dry_run what to type for it
+run() {  # runs a command; with --dry_run prints it
   local line
   if [[ -n $dry_run ]]; then
     printf -v line '%q ' "$@"
@@ -55,7 +55,7 @@ run() {  # a command; with --dry_run what to type for it
 }
 
 archive=runs/alignax.tar.gz
-pack() {  # the committed tree, with its commit's name as the file COMMIT; in the root
+pack() {  # archives the committed tree, with the commit in the file COMMIT; in the root
   [[ -z $(git status --porcelain 2> /dev/null) ]] || echo "$script: what is not committed is not copied" >&2
   run mkdir -p runs
   if [[ -n $dry_run ]]; then
@@ -66,31 +66,32 @@ pack() {  # the committed tree, with its commit's name as the file COMMIT; in th
   run git archive --format=tar.gz --add-file=runs/COMMIT "--output=$archive" HEAD
 }
 
-# A script with children calls `heed` and starts them in the background; TERM and Ctrl-C
-# then call its `stop`, and `await` still says how they ended.
-stopped=''  # 1 once the script was told to stop
-told=''
+# A script with children calls `heed` and starts them in the background. TERM and Ctrl-C
+# then call `stop`, and `await` still returns their exit codes.
+stopped=''  # 1 after the first signal
+signalled=''  # 1 after a signal, until `await` has seen it
 children=()
-# A child has this script's handler for a moment after the fork: TERM would be lost on it.
+# sends TERM to the children; right after a fork a child still has this script's handler and
+# would ignore it
 tell() {
   [[ ${#children[@]} != 0 ]] || return 0
-  sleep 0.5 || true  # a signal to the whole group ends it
+  sleep 0.5 || true  # a signal to the whole process group ends this sleep
   kill -TERM "${children[@]}" 2> /dev/null || true
 }
 stop() { tell; }
 heed() {
-  trap 'stopped=1 told=1; stop' TERM INT
+  trap 'stopped=1 signalled=1; stop' TERM INT
 }
-await() {  # await PID: its exit code
+await() {  # await PID: returns its exit code
   local code=0
   wait "$1" || code=$?
-  while [[ -n $told ]]; do  # a signal may have ended only the waiting
-    told='' code=0
+  while [[ -n $signalled ]]; do  # the signal may have interrupted `wait`, not the child
+    signalled='' code=0
     wait "$1" || code=$?
   done
   return "$code"
 }
-follow() {  # a command that is told to stop when the script is; its exit code
+follow() {  # runs a command that gets the script's TERM; returns its exit code
   local code=0
   "$@" <&0 &
   children=($!)

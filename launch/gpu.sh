@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# Runs a config on GPUs: of this machine, of several machines by ssh, or as one task of a
-# Slurm job.
+# Runs a config on GPUs: on this machine, on several machines by ssh, or as a task of a Slurm
+# job.
 #
 #   launch/gpu.sh [--dry_run] CONFIG WORKDIR [--config.key=value ...]
 #   HOSTS="node1 node2" launch/gpu.sh CONFIG WORKDIR [...]   from anywhere, by ssh
-#   srun launch/gpu.sh CONFIG WORKDIR [...]                  inside sbatch, one task a GPU
+#   srun launch/gpu.sh CONFIG WORKDIR [...]                  inside sbatch, one task per GPU
 #
-# By ssh each host starts one process that has all of its GPUs, in this folder's path, which
-# the hosts share; the first host is the coordinator. SIGTERM and Ctrl-C reach every
-# process: the run saves and ends with 75. Under Slurm, more than one task turns on
-# --distributed, and jax reads the rest from Slurm; a run that Slurm stops
+# With ssh every host starts one process that uses all its GPUs, in the path of this
+# repository, which all hosts must share. The first host is the coordinator. SIGTERM and
+# Ctrl-C reach every process: the run saves and ends with 75. Under Slurm, more than one task
+# turns on --distributed, and jax reads the rest from Slurm. A run that Slurm stops
 # (`#SBATCH --signal=TERM@120`) saves, exits with 75 and is queued again. The same command
 # resumes a run.
 #
 #   --dry_run                   print the commands instead
-#   PER_HOST=8                  by ssh: so many processes a host, with one GPU each
-#   JAX_COORDINATOR_PORT=8482   by ssh: a port of the first host that the others reach
-#   REQUEUE_CODE=75             under Slurm: exit code of a run that wants to go on
+#   PER_HOST=8                  with ssh: processes per host, with one GPU each
+#   JAX_COORDINATOR_PORT=8482   with ssh: a port of the first host, open to the others
+#   REQUEUE_CODE=75             under Slurm: the exit code after which a run is queued again
 #   PYTHON=...                  interpreter, .venv/bin/python by default
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
@@ -71,8 +71,8 @@ if [[ -n $dry_run ]]; then
   exit
 fi
 
-# ssh passes no signals on, and one process of a run is enough: the others are told by jax.
-# The pattern is this very command, as an extended regular expression.
+# ssh does not forward signals. One process of a run is enough: jax notifies the others.
+# The pattern is the command itself, as an extended regular expression.
 # shellcheck disable=SC2001
 pattern="^$(sed 's/[][(){}.*+?^$|\\]/\\&/g' <<< "${main[*]} --distributed")"
 stop() {
@@ -89,7 +89,7 @@ code=0
 for child in "${children[@]}"; do
   ended=0
   await "$child" || ended=$?
-  # Who saved is one of the news, who failed the other: that one counts.
+  # The code of a process that failed counts more than 75, that of one that saved.
   if [[ $ended != 0 && ($code == 0 || $code == 75) ]]; then
     code=$ended
   fi

@@ -4,9 +4,9 @@
 #   launch/gpu_check.sh [--dry_run] [TABLE]
 #
 # Writes one Markdown table, to launch/results/gpu_DATE.md by default: commit it. Each size
-# is a process of its own, so that its peak memory is its own. What does not fit or fails
-# is a row that says so, and the exit code is 1: differences over the kernel's bounds, too.
-# Where jax finds no GPU nothing is measured, and the exit code is 1.
+# runs in its own process, so that its peak memory is measured alone. A size that does not fit
+# or fails has a row that reports it, and the exit code is 1; so it is if a difference exceeds
+# the kernel's bounds. If jax finds no GPU, nothing is measured and the exit code is 1.
 #
 #   --dry_run             print the commands instead
 #   SIZES="135M 360M 1B"  SIZES=tiny is for a CPU, its table runs/gpu_tiny.md
@@ -26,7 +26,7 @@ python=${PYTHON:-.venv/bin/python}
 backend=("$python" -c 'import jax; print(jax.default_backend())')
 check=(env "PYTHONPATH=$PWD" "$python" tests/benchmarks/accelerator.py)
 failed=0
-part() {  # of the table, or a row that says that it failed
+part() {  # prints a part of the table, or a row that reports the failure
   if [[ -n $dry_run ]]; then
     run "$@"
   elif ! "$@" 2> >(tail -n 20 >&2); then

@@ -6,7 +6,7 @@
 # Relative paths start at the root of the repository.
 #
 #   --dry_run        print the command instead
-#   FAKE_DEVICES=8   pretend that the CPU is 8 devices, to try a mesh
+#   FAKE_DEVICES=8   split the CPU into 8 devices, to try a mesh
 #   PYTHON=...       interpreter, .venv/bin/python by default
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh

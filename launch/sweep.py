@@ -1,20 +1,21 @@
-"""Runs of one config that differ in some keys: a workdir each, and a table of results.
+"""A sweep: runs of one config that differ in some keys, and a table of their results.
 
   python launch/sweep.py configs/dpo.py runs/sweep --grid loss.beta=0.05,0.1 seed=0,1
   python launch/sweep.py configs/dpo.py runs/sweep --runs runs.txt --dry_run
 
-`--grid` takes every combination of the values; a file of `--runs` has one run a line, as
-`key=value` words (quoted as in a shell; # begins a comment). A run is named by what it
-changes, and its folder is SWEEP/NAME. Runs that ended well are not started again, so the
-same command goes on after an interruption; a run that saved and ended with 75 is started
-again up to `--retries` times. A folder belongs to one config: another is refused, and so is
-a name that another run has there. A launcher has to wait for its run (xpk.sh does not).
+`--grid` runs every combination of the values; a file of `--runs` has one run per line, as
+`key=value` words (quoted as in a shell; # begins a comment). The name of a run is its
+changes, and its folder is SWEEP/NAME. Runs that succeeded are not started again, so the same
+command resumes a sweep; a run that saved and ended with 75 is started again up to
+`--retries` times. A sweep's folder belongs to one config: another config is refused, and so
+is a name under which other changes ran. The launcher must wait for its run (xpk.sh does
+not).
 
-SWEEP/results.md and results.csv have one row a run: its keys, how it ended, and the last
-value of every metric that `--metrics` matches. SWEEP/NAME.log is what the run said.
+SWEEP/results.md and results.csv have one row per run: its keys, how it ended, and the last
+value of every metric that `--metrics` matches. SWEEP/NAME.log is the output of the run.
 
-Exit code: 0 if all runs ended well, 1 if some failed (they are named), 75 after SIGTERM or
-Ctrl-C, which the run that is on also gets.
+Exit code: 0 if all runs succeeded, 1 if some failed (they are named), 75 after SIGTERM or
+Ctrl-C, which is forwarded to the current run.
 """
 
 import argparse
@@ -32,7 +33,7 @@ import sys
 from etils import epath
 
 ROOT = pathlib.Path(__file__).parents[1]
-RESUME = 75  # EX_TEMPFAIL: saved, wants to go on
+RESUME = 75  # EX_TEMPFAIL: saved, can be resumed
 STATUS = (
     "sweep.json"  # in its folder: {run: {"config": ..., "changes": ..., "code": ...}}
 )
@@ -77,20 +78,20 @@ def grid(words: list[str]) -> list[dict[str, str]]:
 
 
 def listed(text: str) -> list[dict[str, str]]:
-    """The runs of a file, one a line."""
+    """The changes of the runs of a file, one per line."""
     lines = (shlex.split(line, comments=True) for line in text.splitlines())
     return [dict(map(pair, words)) for words in lines if words]
 
 
 def name(changes: dict[str, str]) -> str:
-    """A folder's name from what a run changes: 'loss.beta=0.1,seed=0'."""
+    """The name of a run's folder, from its changes: 'loss.beta=0.1,seed=0'."""
     plain = {k: re.sub(r"[^-+.=\w]", "_", v) for k, v in changes.items()}
     parts = [f"{k}={v}" for k, v in plain.items()]
     return ",".join(parts) or "base"
 
 
 def named(runs: list[dict[str, str]]) -> dict[str, dict[str, str]]:
-    """{name: what it changes}.
+    """{name: changes}.
 
     Raises:
       ValueError: two runs have one name.
@@ -112,7 +113,7 @@ def command(
 
 
 def check_launcher(launcher: str) -> None:
-    """Raises ValueError if it cannot be started, or does not wait for its run."""
+    """Raises ValueError if a launcher cannot be started, or does not wait for its run."""
     word = [*shlex.split(launcher), ""][0]
     if not shutil.which(str(ROOT / word) if "/" in word else word):
         raise ValueError(f"--launcher '{word}' is not there, or cannot be executed")
@@ -124,7 +125,7 @@ def check_launcher(launcher: str) -> None:
 
 
 def check_same(before: dict[str, dict], config: str, runs: dict) -> None:
-    """Raises ValueError if a run of the folder is of another config, or changes others."""
+    """Raises ValueError if a run in the folder has another config, or other changes."""
     for run, one in before.items():
         if one.get("config", config) != config:
             raise ValueError(
@@ -150,7 +151,9 @@ def last_metrics(workdir, pattern: str) -> dict[str, float]:
         for line in file.read_text().split("\n"):
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:  # the end, or a line torn by a kill
+            except (
+                json.JSONDecodeError
+            ):  # the end, or a line that a kill left incomplete
                 continue
             found |= {
                 f"{stage}{k}": float(v)
@@ -199,7 +202,7 @@ def write(sweep: str, header: list[str], rows: list[list[str]]) -> str:
 
 
 class Runner:
-    """Starts one command after the other, and passes signals on to the one that is on."""
+    """Runs one command after the other, and forwards signals to the current one."""
 
     def __init__(self):
         self.stopped, self._process = False, None
@@ -212,7 +215,7 @@ class Runner:
             self._process.send_signal(signal.SIGTERM)
 
     def run(self, words: list[str], log: pathlib.Path) -> int:
-        """Runs a command to its end; a session of its own keeps Ctrl-C from it."""
+        """Runs a command to its end, in its own session, where Ctrl-C does not reach it."""
         with log.open("ab") as file:
             self._process = subprocess.Popen(
                 words, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
@@ -265,9 +268,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def conduct(sweep: str, before: dict, runs: dict, commands: dict, args) -> int:
-    """Runs what has not ended well yet; the exit code of the sweep.
+    """Starts the runs that have not succeeded yet; returns the exit code of the sweep.
 
-    before: what an earlier command of this folder ran: it stays in the table.
+    `before` holds the runs of earlier commands of this folder, which stay in the table.
     """
     folder = epath.Path(sweep)
     folder.mkdir(parents=True, exist_ok=True)
@@ -302,9 +305,9 @@ def conduct(sweep: str, before: dict, runs: dict, commands: dict, args) -> int:
     print(text, end="")
     failed = [run for run in runs if status[run]["code"] != 0]
     for run in failed:
-        said = (logs / f"{run}.log").read_text(errors="replace").strip().splitlines()
-        errors = [line for line in said if re.search("error", line, re.I)]
-        last = [*said, *errors][-1] if said else ""
+        lines = (logs / f"{run}.log").read_text(errors="replace").strip().splitlines()
+        errors = [line for line in lines if re.search("error", line, re.I)]
+        last = [*lines, *errors][-1] if lines else ""
         print(f"{run} {ended(status[run]['code'])}: {last}", file=sys.stderr)
     return 1 if failed else 0
 

@@ -1,29 +1,28 @@
 #!/usr/bin/env bash
-# Runs a config on every worker of a TPU VM or pod slice: gets the slice, copies the
-# committed tree, installs it there, starts one process a worker, and goes on after a
-# preemption.
+# Runs a config on every worker of a TPU VM or pod slice: creates the slice, copies and
+# installs the committed tree, starts one process per worker, and resumes after a preemption.
 #
 #   launch/tpu_pod.sh [options] TPU ZONE CONFIG gs://BUCKET/WORKDIR [--config.key=value ...]
 #
 #   --dry_run         print the commands instead
-#   --create=TYPE     make the TPU if it is not there, e.g. v5litepod-64; without it the
-#                     TPU has to be there
-#   --queued          make it as a queued resource of that name, and wait for it
-#   --spot            of spare capacity, which may be preempted
-#   --runtime=NAME    software of the new VMs; by default what Google names for TYPE
-#   --retries=10      starts after the first: of a preempted TPU, which is made anew, of a
-#                     lost connection, and of a run that saved and ended with 75
+#   --create=TYPE     create the TPU if it does not exist, e.g. v5litepod-64; without this
+#                     option the TPU must exist
+#   --queued          create it as a queued resource of that name, and wait for it
+#   --spot            use spare capacity, which may be preempted
+#   --runtime=NAME    software version of the new VMs; by default Google's for TYPE
+#   --retries=10      restarts: after a preemption (the TPU is created again), after a lost
+#                     connection, and of a run that saved and ended with 75
 #   --delete          delete the TPU when the run has ended
-#   --poll=60         seconds between two looks at a TPU that is not ready, and before a
-#                     start after the first
+#   --poll=60         seconds between two checks of a TPU that is not ready, and before a
+#                     restart
 #   REMOTE_PYTHON=... interpreter on the workers, python3.11 by default (installed if the
 #                     workers have none)
 #
-# Exit code: 0 if every worker ended well, 75 if the run wants to go on but no retry is
-# left, else that of a worker that failed. A run or an installation that fails without
-# losing its TPU is not tried again. Capacity is waited for; after ten other errors of the
-# cloud in a row the script gives up. SIGTERM and Ctrl-C are passed on: the run saves, and
-# the script ends with 75. What the workers say is added to runs/TPU.log.
+# Exit code: 0 if every worker succeeded; 75 if the run can be resumed but no retry is left;
+# else that of a worker that failed. A run or an installation that fails while its TPU is
+# ready is not retried. The script waits for capacity; after ten other errors of the cloud in
+# a row it gives up. SIGTERM and Ctrl-C are forwarded: the run saves, and the script ends with
+# 75. The output of the workers is appended to runs/TPU.log.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -89,21 +88,21 @@ trap 'rm -rf "$scratch"' EXIT
 log=runs/$tpu.log
 running='' now='' blind=0 refused=0 copies=0
 
-stop() {  # gcloud passes no signal on (in a trap `return` alone would be the signal's code)
+stop() {  # gcloud forwards no signal (in a trap a bare `return` has the signal's code)
   if [[ -z $running ]]; then
     tell
     return 0
   fi
-  for _ in 1 2 3; do  # it may be connecting
+  for _ in 1 2 3; do  # the connection may not be up yet
     if "${there[@]}" "--command=pkill -TERM -f '^bash tpu_worker[.]sh '"; then return 0; fi
     sleep 5
   done
-  say "not every worker could be told; signal once more if the run goes on"
+  say "not every worker could be stopped; send the signal again if the run goes on"
 }
 pause() {
   follow sleep "$poll" || true
 }
-look() {  # sets now: the TPU's state, NONE if it is not there, UNKNOWN if nobody can say
+look() {  # sets now: the TPU's state, NONE if it does not exist, UNKNOWN after an error
   if now=$("${asked[@]}" 2> "$scratch/error"); then
     blind=0
   elif grep -q 'NOT_FOUND' "$scratch/error"; then
@@ -113,17 +112,17 @@ look() {  # sets now: the TPU's state, NONE if it is not there, UNKNOWN if nobod
     say "the state of TPU $tpu is not known: $(head -n 1 "$scratch/error")"
   fi
 }
-change() {  # makes or deletes the TPU
+change() {  # creates or deletes the TPU
   if "$@" 2> "$scratch/error"; then
     refused=0
     return
   fi
   cat "$scratch/error" >&2
-  # "There is no more capacity in the zone": later there may be.
+  # "There is no more capacity in the zone": there may be later, so it does not count.
   grep -qi capacity "$scratch/error" || refused=$((refused + 1))
   return 1
 }
-obtain() {  # until the TPU is there
+obtain() {  # waits until the TPU is ready
   local broken=0
   blind=0 refused=0
   while [[ -z $stopped ]]; do
@@ -151,9 +150,9 @@ obtain() {  # until the TPU is there
 }
 # shellcheck disable=SC2329
 talk() {
-  "${started[@]}" 2>&1 | tee -a "$log" "$scratch/said"
+  "${started[@]}" 2>&1 | tee -a "$log" "$scratch/output"
 }
-attempt() {  # copies and starts; sets code: of the run, '' if the connection was lost
+attempt() {  # copies and starts; sets code to that of the run, '' if the connection was lost
   local codes failed ended=0
   code=''
   if ! follow "${copied[@]}"; then
@@ -163,13 +162,13 @@ attempt() {  # copies and starts; sets code: of the run, '' if the connection wa
   copies=0
   [[ -z $stopped ]] || return 0
   echo "== $(date -u +%FT%TZ), commit $(< runs/COMMIT)" >> "$log"
-  : > "$scratch/said"
+  : > "$scratch/output"
   running=1
   follow talk || ended=$?
   running=''
-  # gcloud's own exit code does not say which worker ended how.
-  codes=$(sed -n 's/.*alignax: a worker ended with \([0-9]*\).*/\1/p' "$scratch/said" | sort -nu)
-  # What dies by a signal dies because another worker is gone: the failure is elsewhere.
+  # gcloud's own exit code is not that of each worker.
+  codes=$(sed -n 's/.*alignax: a worker ended with \([0-9]*\).*/\1/p' "$scratch/output" | sort -nu)
+  # A worker that dies by a signal does so because another one is gone: the error is there.
   failed=$(awk '$1 > 0 && $1 != 75 && $1 < 128 { print; exit }' <<< "$codes")
   if [[ -n $failed ]]; then
     code=$failed

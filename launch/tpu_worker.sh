@@ -1,20 +1,21 @@
 #!/usr/bin/env bash
-# What tpu_pod.sh starts on every worker of a TPU, in its home folder: ends what an earlier
-# start left there, lays the copied tree over alignax/, installs it and runs it.
+# tpu_pod.sh starts this script on every worker of a TPU, in its home folder. It ends the
+# processes of an earlier start, unpacks the copied tree into alignax/, installs it and runs it.
 #
 #   bash tpu_worker.sh ARCHIVE PYTHON --config CONFIG --workdir WORKDIR [...]
 #
-# The last line is "alignax: a worker ended with CODE", of a failed installation too: gcloud
-# does not say which worker ended how. SIGTERM ends an installation, and a run saves.
+# The last line is "alignax: a worker ended with CODE", also after a failed installation,
+# since gcloud does not report the exit code of each worker. SIGTERM ends an installation; a
+# run saves.
 set -euo pipefail
-{  # read to its end before anything runs: the next start overwrites this file
+{  # bash reads the whole block before it runs: the next start overwrites this file
   trap 'echo "alignax: a worker ended with $?"' EXIT
   # shellcheck source-path=SCRIPTDIR source=common.sh
   . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
   archive=$1 python=$2
   shift 2
 
-  # What a lost connection left running holds the TPU: it is asked to save, then killed.
+  # Processes that a lost connection left running hold the TPU: they may save, then are killed.
   trap '' TERM
   pkill -TERM -f '^bash tpu_worker[.]sh ' || true
   heed
@@ -25,7 +26,7 @@ set -euo pipefail
   done
   pkill -KILL -f "$old" || true
 
-  # Of alignax/ only what an archive brought is replaced: weights/, models/ and runs/ stay.
+  # Only files of an earlier archive are replaced in alignax/: weights/, models/, runs/ stay.
   mkdir -p alignax
   brought=.brought
   if [[ -f alignax/$brought ]]; then

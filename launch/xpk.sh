@@ -4,12 +4,12 @@
 #   launch/xpk.sh [options] CLUSTER WORKLOAD TYPE CONFIG gs://BUCKET/WORKDIR [--config.key=value ...]
 #
 # TYPE is a TPU slice (v5litepod-64) or a GPU machine (h100-mega-80gb-8). The committed tree
-# is laid over the base image. GKE starts a run again that was preempted or that saved and
-# ended with 75: it resumes from its workdir.
+# is added to the base image. GKE restarts a run that was preempted, or that saved and ended
+# with 75; it resumes from its workdir.
 #
 #   --dry_run           print the commands instead
 #   --slices=1          TPU slices, or GPU nodes
-#   --max_restarts=50   starts after the first
+#   --max_restarts=50   restarts after the first start
 #   --priority=medium   very-low, low, medium, high or very-high
 #   --image=NAME        base image, python:3.11 by default
 #   --project=... --zone=...   where the cluster is; gcloud's own settings by default
