@@ -42,7 +42,7 @@ def slopes(loss, values, feedback, *, valid=None, **hyper):
 
 
 class World:
-    """Every response of T tokens of V, each as often as its law says: p has no error.
+    """Every response of T tokens of V, each as often as its distribution says: p has no error.
 
     Prefixes are tuples; a table has one number for each of those with 1 to T tokens.
     """
@@ -78,7 +78,7 @@ class World:
                       for v in range(V)], float)  # fmt: skip
         return p / p.sum()
 
-    def law(self):
+    def distribution(self):
         """p(y), in the order of `all`."""
         p = np.array([self.counts[y] for y in self.all], float)
         return p / p.sum()

@@ -52,8 +52,8 @@ def with_optax(h, weight, tokens):
 
 
 def naive(h, weight, tokens):
-    law = jax.nn.log_softmax(whole_logits(h, weight), -1)
-    return jnp.take_along_axis(law, tokens[:, 1:, None], -1)[..., 0]
+    distribution = jax.nn.log_softmax(whole_logits(h, weight), -1)
+    return jnp.take_along_axis(distribution, tokens[:, 1:, None], -1)[..., 0]
 
 
 FORMS = {"alignax": kernel, "optax": with_optax, "naive": naive}

@@ -160,7 +160,7 @@ def decoded(world, v, beta):
 
 def distance(world, v, beta):
     """Total variation to the tilt of whole responses by their reward."""
-    tilt = world.law() * np.exp([world.rewards[y] / beta for y in world.all])
+    tilt = world.distribution() * np.exp([world.rewards[y] / beta for y in world.all])
     return np.abs(decoded(world, v, beta) - tilt / tilt.sum()).sum() / 2
 
 

@@ -200,7 +200,7 @@ def test_bootstrap_agrees_with_exhaustive_resampling():
     means = sorted(statistics.mean(x) for x in itertools.product(values, repeat=4))
     interval = metrics.bootstrap(values, num_resamples=20_000)
     assert interval.value == 2.0
-    # the law of the mean has 256 atoms: its quantiles are exact, and 20,000 draws put
+    # the distribution of the mean has 256 atoms: its quantiles are exact, and 20,000 draws put
     # the level within 4 * sqrt(.025 * .975 / 20,000) = .0044 of .025
     for level, got in ((0.025, interval.lo), (0.975, interval.hi)):
         lo, hi = np.quantile(means, (level - 0.0044, level + 0.0044))

@@ -11,7 +11,7 @@ Wang et al. 2023, https://arxiv.org/abs/2309.02144. Scores s are mean log-probab
    reference. Predicted: with the boundary the negatives end within .05 of B; without a
    constraint they sink without bound and held-out accuracy drops.
 
-Of the second, the sinking came out. With a slack of .1 a law has no room for negatives at B
+Of the second, the sinking came out. With a slack of .1 a distribution has no room for negatives at B
 beside positives above it: they rest half a nat below (with one of 2 nats, .05; with one of
 3 it has room). Held-out accuracy drops, further than by the likelihood alone, but with the
 boundary of .1 too, in most seeds.
@@ -181,7 +181,7 @@ def main() -> list[report.Row]:
         report.false("transformer, slack of .1: median distance of negatives from B; beside: no "
                      "constraint", "<= .05", lambda x: x <= 0.05, found["apart boundary"],
                      found["apart none"], cause="e^s of a prompt's answers sum to no more "
-                     "than a law has room for: negatives at B do not fit beside positives "
+                     "than a distribution has room for: negatives at B do not fit beside positives "
                      "above it"),
         check("the same with a slack of 3 nats; control: no constraint", "<= .05",
               lambda x: x <= 0.05, found["apart wide"], found["apart none"]),

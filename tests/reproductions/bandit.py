@@ -7,15 +7,15 @@ data; on-policy ones draw anew.
 
 MLP: sizes, steps and rates of the paper's code (offline 100 contexts and 200 steps at
 .003, on-policy 10 contexts, 100 draws and 15 steps each at .001; IPO's margin is 10), whose
-data are a squashed Cauchy law with heavy ends, and whose pairs differ by a reward of .2 at
+data are a squashed Cauchy distribution with heavy ends, and whose pairs differ by a reward of .2 at
 least. Predicted: on-policy samples are far ahead of offline ones where misaligned, a
 negative gradient (IPO) beats likelihood (best-of-10) offline too, and neither matters
 where aligned.
 
 Table: a vector of logits, 400 steps at .1, drawing at every one. The predictions in numbers
 were made for it, for the mean of four runs (which is what one seed stands for here), and
-for a law that starts at an expected reward of .013 for c = 70 and of .681 for c = 20: a
-Cauchy law of 5 actions' width about 19.5, and all pairs. On-policy best-of-10 and REINFORCE
+for a distribution that starts at an expected reward of .013 for c = 70 and of .681 for c = 20: a
+Cauchy distribution of 5 actions' width about 19.5, and all pairs. On-policy best-of-10 and REINFORCE
 end above .95 and at least .5 above any offline method, offline ones below .30, on-policy
 IPO at least .25 above offline IPO, negatives hardly help offline (.12 to .11), and for
 c = 20 no two methods are more than .03 apart.
@@ -49,7 +49,7 @@ OFF_BEST, OFF_DPO, OFF_IPO, ON_BEST, ON_REINFORCE, ON_IPO = METHODS
 STYLES = dict(zip(METHODS, ("0--", "1--", "2--", "0-", "3-", "2-"), strict=True))
 AWAY = np.arange(ACTIONS) - 19.5
 CAUCHY = 1 / (1 + (AWAY / 5) ** 2)
-LAWS = {
+DISTRIBUTIONS = {
     "table": CAUCHY / CAUCHY.sum(),
     "MLP": mode_seeking.squashed_cauchy(ACTIONS),
 }
@@ -92,21 +92,21 @@ def update(tx, loss, carry, _=None):
     return (optax.apply_updates(params, updates), opt_state), None
 
 
-def start(key, apply, contexts, law):
-    """A policy that imitates the data: KL(π ‖ law) over 100 steps of Adam."""
+def start(key, apply, contexts, distribution):
+    """A policy that imitates the data: KL(π ‖ distribution) over 100 steps of Adam."""
     if apply is table:
-        return law
+        return distribution
     params, tx = init_mlp(key), optax.adam(0.01)
 
     def loss(params):
         logps = jax.nn.log_softmax(apply(params, contexts))
-        return (jnp.exp(logps) * (logps - law)).sum(-1).mean()
+        return (jnp.exp(logps) * (logps - distribution)).sum(-1).mean()
 
     carry = (params, tx.init(params))
     return jax.lax.scan(functools.partial(update, tx, loss), carry, None, 100)[0][0]
 
 
-def objective(kind, logits, actions, reward, law, gap):
+def objective(kind, logits, actions, reward, distribution, gap):
     """The loss of a method on [S, DRAWN] actions under [S, ACTIONS] logits."""
     r = reward[actions]
     if kind == "best-of-10":
@@ -136,7 +136,7 @@ def objective(kind, logits, actions, reward, law, gap):
     def tokens(x):
         return jnp.stack([jnp.zeros_like(x), x], -1)
 
-    batch = batch._replace(ref_logps=tokens(both(law[actions])))
+    batch = batch._replace(ref_logps=tokens(both(distribution[actions])))
     # IPO's margin of 10 is 1/(2β)
     loss = {"DPO": functools.partial(dpo.loss, beta=0.1),
             "IPO": functools.partial(ipo.loss, beta=0.05)}[kind]  # fmt: skip
@@ -145,7 +145,7 @@ def objective(kind, logits, actions, reward, law, gap):
 
 
 @functools.partial(jax.jit, static_argnames=("method", "policy"))
-def train(reward, law, gap, *, method, policy):
+def train(reward, distribution, gap, *, method, policy):
     apply = {"table": table, "MLP": mlp}[policy]
     data, kind = method.split(" ")
     offline = data == "offline"
@@ -159,7 +159,9 @@ def train(reward, law, gap, *, method, policy):
         *keys, key = jax.random.split(key, 5)
         contexts = jax.random.uniform(keys[0], (num_contexts, CONTEXT))
         fresh = jax.random.uniform(keys[1], (100, CONTEXT))
-        params = start(keys[2], apply, jax.random.uniform(keys[3], (100, CONTEXT)), law)
+        params = start(
+            keys[2], apply, jax.random.uniform(keys[3], (100, CONTEXT)), distribution
+        )
 
         def value(params):
             return (jax.nn.softmax(apply(params, fresh)) @ reward).mean()
@@ -167,7 +169,7 @@ def train(reward, law, gap, *, method, policy):
         def learn_from(carry, actions, count):
             def loss(params):
                 return objective(
-                    kind, apply(params, contexts), actions, reward, law, gap
+                    kind, apply(params, contexts), actions, reward, distribution, gap
                 )
 
             return jax.lax.scan(functools.partial(update, tx, loss), carry, None, count)
@@ -178,7 +180,7 @@ def train(reward, law, gap, *, method, policy):
 
         carry = (params, tx.init(params))
         if offline:
-            actions = draw(key, jnp.broadcast_to(law, (num_contexts, ACTIONS)))
+            actions = draw(key, jnp.broadcast_to(distribution, (num_contexts, ACTIONS)))
 
             def body(carry, _):
                 return learn_from(carry, actions, steps // MARKS)[0], value(carry[0])
@@ -203,13 +205,13 @@ def train(reward, law, gap, *, method, policy):
 def learn(name, policy, method, gap=None):
     """[SEEDS, MARKS + 1] expected reward along the way, exact over the actions."""
     reward = jnp.asarray(mode_seeking.bump(ACTIONS, peak=PEAKS[name]), jnp.float32)
-    law = jnp.log(jnp.asarray(LAWS[policy], jnp.float32))
+    distribution = jnp.log(jnp.asarray(DISTRIBUTIONS[policy], jnp.float32))
     gap = GAPS[policy] if gap is None else gap
-    return np.asarray(train(reward, law, gap, method=method, policy=policy))
+    return np.asarray(train(reward, distribution, gap, method=method, policy=policy))
 
 
 def main() -> list[report.Row]:
-    panels = [(name, policy) for policy in LAWS for name in PEAKS]
+    panels = [(name, policy) for policy in DISTRIBUTIONS for name in PEAKS]
     curves = {(*p, method): learn(*p, method) for p in panels for method in METHODS}
     ends = {k: v[:, -1] for k, v in curves.items()}
 

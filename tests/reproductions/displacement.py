@@ -72,7 +72,7 @@ def rows(cos, lean=LEAN):
 
 @functools.partial(jax.jit, static_argnames=("num_steps",))
 def train_state(weights, rate, num_steps=4000):
-    """[num_steps + 1, 4] laws while DPO trains the state, and the margin's gain."""
+    """[num_steps + 1, 4] distributions while DPO trains the state, and the margin's gain."""
     batch = toy.choices([[NO, NEVER]])
     prior = jnp.log(jnp.asarray(BEFORE, jnp.float32))
 
@@ -100,10 +100,10 @@ def at_gain(cos, lean=LEAN):
     weights = rows(cos, lean)
     # the margin's slope is β/2 ‖W_No - W_Never‖² at most: some 400 steps whatever the angle
     rate = 0.05 / (1 - cos)
-    laws, gain = map(np.asarray, train_state(weights, rate))
+    distributions, gain = map(np.asarray, train_state(weights, rate))
     last = int(np.argmax(gain >= GAIN))
     assert last, f"the margin grew by {gain[-1]:.2f} only"
-    return laws[: last + 1], gain[: last + 1]
+    return distributions[: last + 1], gain[: last + 1]
 
 
 def instance(rng, kind):
@@ -170,10 +170,10 @@ def correlations(seed, kind):
 
 def main() -> list[report.Row]:
     paths = {c: at_gain(c) for c in COSINES}
-    ends = {c: laws[-1] for c, (laws, _) in paths.items()}
-    for c, law in ends.items():  # any loss on the margin goes the same way
+    ends = {c: distributions[-1] for c, (distributions, _) in paths.items()}
+    for c, distribution in ends.items():  # any loss on the margin goes the same way
         exact = displacement.after_margin(rows(c), BEFORE, NO, NEVER, GAIN)
-        np.testing.assert_allclose(law, exact, atol=0.01)
+        np.testing.assert_allclose(distribution, exact, atol=0.01)
     across = at_gain(0.98, lean=0.0)[0][-1]
     size, length, even = (
         toy.over_seeds(functools.partial(correlations, kind=kind))
@@ -212,10 +212,15 @@ def main() -> list[report.Row]:
         ["Rows at cos .98", "After a gain of 2 nats", "One step on 600 pairs"],
         title="Likelihood displacement",
     )
-    laws, gain = paths[0.98]
+    distributions, gain = paths[0.98]
     for token, color in ((NO, 0), (NEVER, 1), (YES, 2)):
         name = ("No", "Never", "Yes")[token]
-        a.plot(gain - gain[0], laws[:, token], color=report.COLORS[color], label=name)
+        a.plot(
+            gain - gain[0],
+            distributions[:, token],
+            color=report.COLORS[color],
+            label=name,
+        )
     report.label(a, "margin gained, nats", "probability")
     grid = np.linspace(-0.5, 0.99, 150)
     exact = np.array(

@@ -171,12 +171,15 @@ class World:
         )  # fmt: skip
 
     def pretrained(self) -> Any:
-        """Parameters that answer every prompt with letters of a law of its own."""
+        """Parameters that answer every prompt with letters of a distribution of its own."""
         rng = np.random.default_rng(0)
-        laws = rng.dirichlet(np.full(len(LETTERS), 4.0), (len(PROMPTS), WORD))
+        distributions = rng.dirichlet(np.full(len(LETTERS), 4.0), (len(PROMPTS), WORD))
         asked = list(itertools.islice(itertools.cycle(PROMPTS), 12288))
         words = [
-            "".join(rng.choice(list(LETTERS), p=law) for law in laws[PROMPTS.index(p)])
+            "".join(
+                rng.choice(list(LETTERS), p=distribution)
+                for distribution in distributions[PROMPTS.index(p)]
+            )
             for p in asked
         ]
         data = source.dataset_source(

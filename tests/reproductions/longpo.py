@@ -64,14 +64,14 @@ def sample(lm, prompts, key):
 
 
 def answers(lm, tokens):
-    """[N, V] laws of the answer, nats."""
+    """[N, V] distributions of the answer, nats."""
     return np.asarray(toy.next_laws(lm, jnp.asarray(tokens)))[:, -1]
 
 
-def right(law, values):
+def right(distribution, values):
     """Mean probability of the right value, in either notation."""
     each = values[:, None] + NOTATIONS
-    return float(np.exp(np.take_along_axis(law, each, 1)).sum(-1).mean())
+    return float(np.exp(np.take_along_axis(distribution, each, 1)).sum(-1).mean())
 
 
 def batches(lm, seed):
@@ -121,9 +121,9 @@ def compare(seed):
     before = answers(base, short)
 
     def measures(lm):
-        law = answers(lm, short)
-        drift = (np.exp(before) * (before - law)).sum(-1).mean()
-        return right(answers(lm, long), values), right(law, values), drift
+        distribution = answers(lm, short)
+        drift = (np.exp(before) * (before - distribution)).sum(-1).mean()
+        return right(answers(lm, long), values), right(distribution, values), drift
 
     data = batches(base, seed)
     rule = dict(beta=0.1, lam=1.0)

@@ -33,7 +33,7 @@ rows. It fails where a claim that held does not hold any more, where a control p
 where a claim that proved false comes true.
 
 Measured is the median [least, most] of {seeds} seeds: the range is a {cover:.0f} %
-interval of the median, whatever the law. A claim holds where it does so for every seed; its
+interval of the median, whatever the distribution. A claim holds where it does so for every seed; its
 control has to be false for some, and unless it is for all, the verdict says for how many. InfAlign
 has two seeds; its intervals are 95 % bootstraps over pairs of a prompt and a seed.
 A number without an interval has nothing random in it. Where a claim did not come out, the
