@@ -1,4 +1,4 @@
-"""The command `python -m alignax.preflight`: does a config fit chips that nobody owns yet.
+"""The command `python -m alignax.preflight`: does a step fit chips that are not at hand.
 
   python -m alignax.preflight --config configs/dpo_llama3_8b.py --topology v5e:8x8
 
@@ -18,7 +18,7 @@ from alignax.preflight.preflight import preflight
 
 
 def main(argv: list[str]) -> None:
-    """The command; a config that cannot be compiled is one line on stderr."""
+    """Runs the command; for a config that cannot be compiled, prints one line on stderr."""
     from absl import flags
 
     if len(argv) > 1:
@@ -31,8 +31,8 @@ def main(argv: list[str]) -> None:
         try:
             rows, length = map(int, given.packed or (0, 0))
         except ValueError:
-            told = ",".join(given.packed)
-            raise ValueError(f"--packed={told}: expected rows,tokens") from None
+            text = ",".join(given.packed)
+            raise ValueError(f"--packed={text}: expected rows,tokens") from None
         packed = (rows, length) if rows else None
         fits = preflight(
             given.config, given.topology, Shape(given.group, given.tokens, packed),
@@ -52,22 +52,26 @@ if __name__ == "__main__":
     from absl import app, flags
     from ml_collections import config_flags
 
-    config_flags.DEFINE_config_file("config", None, "As of alignax.main.")
+    config_flags.DEFINE_config_file(
+        "config", None, "Path of a config, e.g. configs/dpo_llama3_8b.py"
+    )
     flags.DEFINE_string(
         "topology", None, "Chips: v5e:8x8, v5p:4x4x4, v6e:4x4, v4:2x2x2, h100:8, ..."
     )
     flags.DEFINE_bool("sweep", False, "Try every mesh, and print a table.")
-    flags.DEFINE_integer("group", 0, "Responses a prompt; 0 asks the config.")
+    flags.DEFINE_integer("group", 0, "Responses per prompt; 0: as in the config.")
     flags.DEFINE_integer(
-        "tokens", 0, "Distinct tokens a prompt, mean; 0 takes the most."
+        "tokens", 0, "Mean number of distinct tokens per prompt; 0: the maximum."
     )
     flags.DEFINE_list(
-        "packed", [], "Rows and tokens of packed rows, if a run told them."
+        "packed", [], "Rows and tokens of packed rows, if they are known from a run."
     )
-    flags.DEFINE_integer("tries", 2, "Remedies that are compiled; others are counted.")
+    flags.DEFINE_integer(
+        "tries", 2, "Remedies that are compiled; the others are estimated."
+    )
     for name in ("config", "topology"):
         flags.mark_flag_as_required(name)
-    os.environ["JAX_PLATFORMS"] = "cpu"  # chips that are here are left alone
+    os.environ["JAX_PLATFORMS"] = "cpu"  # chips of this machine are not used
     jax.config.update("jax_platforms", "cpu")
     # what was compiled for a described slice cannot be read back
     jax.config.update("jax_enable_compilation_cache", False)

@@ -1,8 +1,8 @@
-"""The chips that `preflight` knows: what a program may take of each, and how fast it is.
+"""The chips that `preflight` knows: memory, bandwidth and topology.
 
-Vendors' own numbers. Memory on a TPU is what its compiler lets a program have (it says so
-when it refuses one); on a GPU it is the share of the card that jax takes unless
-XLA_PYTHON_CLIENT_MEM_FRACTION says another.
+Bandwidths are the vendors' numbers. The memory of a TPU is what its compiler allows a
+program (as in its message when a program is too large). The memory of a GPU is the share of
+the card that jax takes by default (see XLA_PYTHON_CLIENT_MEM_FRACTION).
 """
 
 import importlib.util
@@ -19,10 +19,10 @@ GIB, GPU_SHARE = 2**30, 0.75
 
 
 class Chip(NamedTuple):
-    """One device as jax counts devices."""
+    """One device, as jax counts devices."""
 
-    kind: str  # what jax calls it: `metrics.peak_flops` knows its FLOP/s
-    memory: float  # bytes that a program may have
+    kind: str  # jax's `device_kind`: `metrics.peak_flops` has its FLOP/s
+    memory: float  # bytes that a program may use
     bandwidth: float  # bytes/s from and to that memory
     link: float  # bytes/s to its neighbours, one way, over all links
     source: str
@@ -39,7 +39,7 @@ CHIPS = {
     "h100": Chip("H100", GPU_SHARE * 80 * GIB, 3350e9, 450e9, GPU + "h100"),
     "h200": Chip("H200", GPU_SHARE * 141 * GIB, 4800e9, 450e9, GPU + "h200"),
 }
-ALONE = {  # libtpu compiles, quietly, and looks for neither chips nor other hosts
+ALONE = {  # makes libtpu compile without chips, without other hosts, and without logs
     "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_LOG_DIR": "disabled", "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3",
@@ -51,7 +51,7 @@ class Topology(NamedTuple):
 
     name: str  # as given, 'v5e:8x8'
     generation: str  # a key of CHIPS
-    shape: tuple[int, ...]  # chips along each dimension of the slice; of GPUs, how many
+    shape: tuple[int, ...]  # chips along each dimension of the slice; number of GPUs
 
     @property
     def chip(self) -> Chip:
@@ -87,13 +87,13 @@ def parse(name: str) -> Topology:
 
 
 def devices(topology: Topology) -> Sequence[Any]:
-    """What a mesh is made of: the slice as libtpu describes it, or fake CPU devices.
+    """Devices for a mesh: a slice as libtpu describes it, or CPU devices in place of GPUs.
 
-    No TPU is asked for, and none is touched where there is one.
+    No TPU is needed; one that is there is not used.
 
     Raises:
-      ImportError: no libtpu.
-      ValueError: a slice that does not exist; fewer fake devices than GPUs.
+      ImportError: libtpu is not installed.
+      ValueError: the slice does not exist, or there are fewer CPU devices than GPUs.
     """
     if not topology.is_tpu:
         there = jax.devices("cpu")

@@ -1,7 +1,8 @@
-"""What a compiled program says of itself: memory, large buffers, collectives.
+"""Parses a compiled XLA program: memory, large buffers, collectives.
 
-XLA's own report has the sums; which buffer, from which line, and what the devices send
-one another stand in its optimised text alone. This reads that text of either backend.
+XLA's memory report has only the sums. The buffers, the source lines that they come from and
+the collectives are in the text of the optimised module, which is parsed here. It differs
+a little between the TPU and the CPU compiler; both are read.
 """
 
 import functools
@@ -17,7 +18,7 @@ KINDS = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
     "ragged-all-to-all", "collective-broadcast",
 )  # fmt: skip
-# They name a buffer that another instruction allocated.
+# Opcodes whose result is a buffer that another instruction allocated.
 VIEWS = {
     "parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional",
     "optimization-barrier", "constant", "dynamic-update-slice", "after-all", "call",
@@ -35,13 +36,13 @@ class Memory(NamedTuple):
 
     arguments: int
     outputs: int
-    aliased: int  # of the outputs, what takes the place of a donated argument
+    aliased: int  # part of the outputs that reuses donated arguments
     temporaries: int
     code: int
 
     @property
     def peak(self) -> int:
-        """What the program needs while it runs, its arguments included."""
+        """Bytes that the program needs while it runs, with its arguments."""
         held = self.arguments + self.outputs - self.aliased
         return held + self.temporaries + self.code
 
@@ -51,18 +52,18 @@ class Buffer(NamedTuple):
 
     shape: str  # 'f32[4096,128256]'
     size: int  # bytes of one
-    makers: int  # instructions that make one; not all need be alive at once
+    makers: int  # instructions that allocate one; they need not be alive at once
     sources: tuple[str, ...]  # 'alignax/logprob.py:320', the most frequent first
 
 
 class Collective(NamedTuple):
-    """Collectives of one kind, group size and line, as one device takes part in them."""
+    """Collectives of one kind, group size and source line, per device."""
 
     kind: str
-    group: int  # devices that take part; 0 if the text does not say
-    size: int  # bytes of the largest side of one
-    times: int  # how often a call of the program runs it
-    bounded: bool  # False: within a loop whose length only the data know, counted once
+    group: int  # devices that take part; 0 if unknown
+    size: int  # bytes of the larger of operand and result
+    times: int  # runs in one call of the program
+    bounded: bool  # False: in a loop whose length depends on the data, counted once
     source: str
 
     @property
@@ -74,11 +75,11 @@ class Instruction(NamedTuple):
     name: str
     kind: str  # opcode
     shape: str
-    text: str  # what stands behind the opcode
+    text: str  # the rest of the line after the opcode
 
 
 def fingerprint(lowered: Any) -> str:
-    """A hash of a lowered program, before any compiler for any device has seen it."""
+    """A hash of a lowered program before it is compiled for a device."""
     return hashlib.sha256(lowered.as_text().encode()).hexdigest()[:16]
 
 
@@ -90,10 +91,12 @@ def memory(compiled: Any) -> Memory:
 
 
 def shape_bytes(shape: str, *, space: int | None = None) -> int:
-    """Bytes of a shape as text; `space` counts the parts in that memory space alone.
+    """Bytes of a shape in text form; a tuple is the sum of its parts.
 
-    A tuple is the sum of its parts. Space 0 is a device's main memory; a TPU keeps what
-    is marked S(1) on the chip itself.
+    Args:
+      shape: such as 'f32[4,128]{1,0}'.
+      space: counts only the parts in that memory space; None counts all. Space 0 is a
+        device's main memory; on a TPU S(1) is on-chip memory.
     """
     total = 0
     for kind, dims, layout in SHAPE.findall(shape):
@@ -107,7 +110,7 @@ def shape_bytes(shape: str, *, space: int | None = None) -> int:
 
 
 class Module:
-    """The computations of an optimised program, and how often each one runs."""
+    """The computations of an optimised module, and how often each one runs."""
 
     def __init__(self, text: str):
         self.text = text
@@ -130,10 +133,10 @@ class Module:
 
     @functools.cached_property
     def runs(self) -> dict[str, tuple[int, bool]]:
-        """{computation: (times in one call of the program, whether that is certain)}."""
+        """{computation: (runs in one call of the program, whether that is exact)}."""
         times: dict[str, tuple[int, bool]] = defaultdict(lambda: (0, True))
         times[self.entry] = (1, True)
-        # A computation stands in the text before those that call it.
+        # In the text a computation comes before those that call it.
         for name in reversed(self.computations):
             outer, certain = times[name]
             for one in self.computations[name] if outer else ():
@@ -147,7 +150,7 @@ class Module:
         return dict(times)
 
     def trips(self, loop: Instruction) -> int | None:
-        """How often a loop runs its body; None if that is decided at run time."""
+        """Trip count of a loop; None if it is decided at run time."""
         if found := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.text):
             return int(found.group(1))
         name = re.search(r"condition=%?([\w.\-]+)", loop.text)
@@ -164,7 +167,7 @@ class Module:
 
     @functools.cached_property
     def frames(self) -> dict[str, str]:
-        """{stack frame: 'file:line'} of the innermost line that is the package's own."""
+        """{stack frame: 'file:line'} of the innermost line inside this package."""
         tables: dict[str, dict[str, str]] = defaultdict(dict)
         table = ""
         for line in self.text.splitlines():
@@ -191,7 +194,7 @@ class Module:
         return {frame: where(frame) for frame in tables["StackFrames"]}
 
     def source(self, one: Instruction) -> str:
-        """'file:line' of an instruction, or what jax calls it; '' if nothing is known."""
+        """'file:line' of an instruction, or its `op_name`; '' if neither is known."""
         frame = re.search(r"stack_frame_id=(\d+)", one.text)
         if frame and self.frames.get(frame.group(1)):
             return self.frames[frame.group(1)]
@@ -206,8 +209,8 @@ def buffers(module: Module, *, least: int = 2**20) -> list[Buffer]:
     """Large results in main memory, the largest first; views of others are left out.
 
     Args:
-      module: the optimised program.
-      least: bytes below which a buffer is not mentioned.
+      module: the optimised module.
+      least: bytes; smaller buffers are left out.
     """
     found: dict[str, list[str]] = defaultdict(list)
     sizes = {}
@@ -237,10 +240,10 @@ def buffers(module: Module, *, least: int = 2**20) -> list[Buffer]:
 
 
 def collectives(module: Module) -> list[Collective]:
-    """What the devices send one another in one call, the most bytes first.
+    """The collectives of one call of a program, the most bytes first.
 
-    A TPU runs one collective in several pieces, each inside a fusion that computes
-    meanwhile, perhaps in an inner loop: pieces of one channel are one collective.
+    A TPU may run one collective in several pieces, each inside a fusion that overlaps it
+    with computation, perhaps in an inner loop: pieces of one channel are one collective.
     """
     seen: dict[Any, Collective] = {}
     for name, body in module.computations.items():
@@ -269,7 +272,7 @@ def collectives(module: Module) -> list[Collective]:
 
 
 def by_kind(found: Sequence[Collective]) -> dict[str, tuple[int, int]]:
-    """{kind: (how many a call runs, bytes)}."""
+    """{kind: (number in one call, bytes)}."""
     out: dict[str, tuple[int, int]] = {}
     for one in found:
         count, size = out.get(one.kind, (0, 0))
@@ -278,7 +281,7 @@ def by_kind(found: Sequence[Collective]) -> dict[str, tuple[int, int]]:
 
 
 def wire(one: Collective) -> float:
-    """Bytes that a device sends, over a ring: an all-reduce passes everything twice."""
+    """Bytes that a device sends in a ring; an all-reduce sends everything twice."""
     share = (one.group - 1) / one.group if one.group else 1.0
     return one.total * share * (2 if one.kind == "all-reduce" else 1)
 
@@ -303,7 +306,7 @@ def operands(one: Instruction) -> list[str]:
 
 
 def _instruction(line: str) -> Instruction:
-    """One line of a computation. A tuple's shape has spaces and parentheses of its own."""
+    """Parses one line of a computation; a tuple's shape has spaces and parentheses."""
     name, rest = line.strip().removeprefix("ROOT ").split(" = ", 1)
     depth = end = 0
     while depth or rest[end] != " ":
@@ -315,7 +318,7 @@ def _instruction(line: str) -> Instruction:
 
 
 def _group(text: str) -> int:
-    """Devices in one group, from any of the three ways in which XLA writes them."""
+    """Devices in one group, from any of the three notations of XLA."""
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", found.group(1)))
         axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found.group(2))
@@ -328,7 +331,7 @@ def _group(text: str) -> int:
 
 
 def _own(path: str) -> str:
-    """'alignax/step.py' of a path into the package; '' of any other."""
+    """'alignax/training/step.py' for a path in the package; '' for any other."""
     found = re.search(r"\b(alignax/(?:\w+/)?\w+\.py)$", path)
     return found.group(1) if found else ""
 

@@ -1,7 +1,7 @@
-"""What one training step takes of a chip: compiled, read, counted.
+"""Memory, collectives and FLOPs of one training step on a chip.
 
-Memory and collectives are what the compiler reports of the very programs that training
-runs. FLOPs are counted by hand, since XLA counts the body of a loop once.
+Memory and collectives are read from the same compiled programs that training runs. FLOPs
+are computed from the sizes of the model, since XLA counts the body of a loop once.
 """
 
 import math
@@ -24,20 +24,20 @@ UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 class Program(NamedTuple):
-    """One compiled program of the step; without `memory` it was refused."""
+    """One compiled program of the step; `memory` is None if it did not compile."""
 
     name: str
     fingerprint: str
-    seconds: float  # that lowering's output took to compile
+    seconds: float  # of compilation
     memory: Memory | None
-    elsewhere: int  # bytes that stay on a chip meanwhile and are no argument
+    elsewhere: int  # bytes on a chip that are no argument of the program
     buffers: Sequence[Buffer]
     collectives: Sequence[Collective]
-    refused: str  # the compiler's words
+    refused: str  # message of the compiler that ran out of memory
 
     @property
     def peak(self) -> float:
-        """Bytes on a chip while it runs; what a refusal says, or infinity."""
+        """Bytes on a chip while it runs; from the message, or inf, if it did not compile."""
         if self.memory is not None:
             return self.memory.peak + self.elsewhere
         found = re.findall(r"\(([\d.]+)([KMGT])\) exceeds|Used ([\d.]+)([KMGT]) of", self.refused)  # fmt: skip
@@ -46,22 +46,22 @@ class Program(NamedTuple):
 
 
 class Costs(NamedTuple):
-    """FLOPs of matrix products, a token of a row."""
+    """FLOPs of matrix products per token of a row."""
 
-    model: float  # what the mathematics asks for
-    computed: float  # with what the backward pass computes again
+    model: float  # forward and backward, without recomputation
+    computed: float  # with recomputation in the backward pass
 
 
 class Report(NamedTuple):
-    """What was found of one config on one mesh."""
+    """The results for one config on one mesh."""
 
     topology: Topology
     mesh: dict[str, int]
     parameters: int
     batch: tuple[int, ...]  # B, G, T
-    tokens: int  # that a step computes, padding included
+    tokens: int  # computed in a step, padding included
     held: dict[str, int]  # bytes on a chip between two steps
-    gradient: int  # bytes on a chip, of what is trained
+    gradient: int  # bytes on a chip of the trained parameters' gradient
     programs: Sequence[Program]
     costs: Costs
     notes: Sequence[str]
@@ -77,7 +77,7 @@ class Report(NamedTuple):
 
     @property
     def times(self) -> dict[str, float]:
-        """Seconds that a step takes at least: each resource at its full rate."""
+        """Lower bounds of the seconds per step: each resource at its full rate."""
         chip, size = self.topology.chip, math.prod(self.mesh.values())
         peak = peak_flops(chip.kind) or math.nan
         moved = sum(
@@ -102,10 +102,10 @@ def inspect(
       config: a ConfigDict; its mesh must use all devices.
       topology: from `chips.parse`.
       devices: from `chips.devices`.
-      data: what is known of the data.
+      data: sizes that depend on the data.
 
     Raises:
-      ValueError, OSError: a config that cannot run there.
+      ValueError, OSError: a config that cannot run on these devices.
     """
     mesh = sharding.make_mesh(config.mesh, devices)
     if mesh.size != len(devices):
@@ -117,7 +117,7 @@ def inspect(
     trees = {"state": plan.state, "frozen LMs": plan.lms, "batch": plan.batch}
     held = {k: lowering.held(tree) for k, tree in trees.items()}
     programs = []
-    with jax.default_device(devices[0]):  # what is lowered asks which chip it is for
+    with jax.default_device(devices[0]):  # kernels are chosen by the default device
         for name, lower in plan.programs.items():
             programs.append(_compile(name, lower(), sum(held.values())))
     return Report(
@@ -149,14 +149,14 @@ def _compile(name: str, lowered: Any, held: int) -> Program:
 
 
 def computed(plan: lowering.Plan) -> Any:
-    """The ids that a step computes on: packed rows, or the batch's own."""
+    """The token ids that a step computes on: packed rows, or those of the batch."""
     return plan.batch.tokens if plan.batch.layout is None else plan.batch.layout.tokens
 
 
 def costs(plan: lowering.Plan) -> Costs:
-    """FLOPs a token of one step: the policy both ways, what it is compared with forward."""
+    """FLOPs per token: forward and backward of the policy, forward of the frozen LMs."""
     rows = computed(plan)
-    # of a prompt with its responses, or of one response where each has its row
+    # tokens of a prompt with its responses, or of one response if each has its own row
     group = min(rows.size / plan.batch.tokens.shape[0], rows.shape[-1])
 
     def matmuls(lm) -> int:
@@ -165,7 +165,7 @@ def costs(plan: lowering.Plan) -> Costs:
         return transformer.num_params(lm.params["blocks"]) + c.vocab_size * c.width
 
     def attention(c) -> float:
-        """Of the forward pass: keys of later columns and other prompts are skipped."""
+        """Of the forward pass, in which later columns and other prompts are skipped."""
         return 4.0 * c.num_layers * c.num_heads * c.head_dim * (group + 1) / 2
 
     c, trained = plan.policy.config, transformer.num_params(plan.state.params)
@@ -186,10 +186,11 @@ def costs(plan: lowering.Plan) -> Costs:
 def estimate(
     config, changed, report: Report, devices: Sequence[Any], data: Shape = UNKNOWN
 ) -> float:
-    """Bytes on a chip under a changed config, from shapes alone: nothing is compiled.
+    """Estimates the bytes on a chip for a changed config, without compiling it.
 
-    What is held and the gradient are counted; the other temporaries are taken to be those
-    of `report`, divided by how many more micro-batches there are.
+    The state, the frozen LMs, the batch and the gradient are computed from their shapes. The
+    other temporaries are assumed to be those of `report`, in proportion to the size of a
+    micro-batch.
     """
     mesh = sharding.make_mesh(changed.mesh, devices)
     plan = lowering.plan(changed, mesh, data)

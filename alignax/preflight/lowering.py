@@ -1,8 +1,8 @@
-"""The programs of a config, lowered for devices that need not be there.
+"""Lowers the programs of a config for devices that need not be there.
 
-The very functions that a run starts with are traced instead of called: nothing is drawn,
-read or placed, so an 8B model takes no memory. A config says what model it is of: by its
-sizes, or by a path whose header alone is read.
+The functions that start a run are traced instead of called: no weights are drawn, read or
+placed, so an 8B model takes no memory. The sizes of the model come from the config, or from
+the header of the file at its path.
 """
 
 import dataclasses
@@ -29,39 +29,46 @@ from alignax.training import build, checks, loading, step
 
 
 class Shape(NamedTuple):
-    """What data decide of a batch; 0 and None ask the config, and assume the worst."""
+    """Sizes of a batch that depend on the data.
 
-    group: int = 0  # G, responses a prompt
+    0 and None are unknown: the config decides, or else the worst case is assumed.
+    """
+
+    group: int = 0  # G, responses per prompt
     tokens: int = 0  # distinct tokens of a prompt and its responses, on average
-    packed: tuple[int, int] | None = None  # (R, L) of packed rows, if a run told them
+    packed: tuple[int, int] | None = None  # (R, L) of packed rows, if known from a run
 
 
 UNKNOWN = Shape()
 
 
 class Plan(NamedTuple):
-    """What a training run holds on its devices, and the programs of one step."""
+    """The trees on the devices of a training run, and the programs of one step.
+
+    Every tree holds shapes with their shardings, and no arrays.
+    """
 
     mesh: Mesh
-    policy: LM  # whole: with its frozen base, where adapters are trained
-    state: Any  # every tree is one of shapes with their shardings
+    policy: LM  # with the frozen base, if adapters are trained
+    state: Any
     lms: dict[str, LM]
     batch: Batch
-    moving: int  # names beside `lms` that mean the policy's average
+    moving: int  # number of names that mean the policy's average instead of a frozen LM
     programs: dict[str, Callable[[], Any]]  # each lowers one, in the order they run
-    notes: tuple[str, ...]  # what had to be assumed
+    notes: tuple[str, ...]  # assumptions
 
 
 def plan(config, mesh: Mesh, data: Shape = UNKNOWN) -> Plan:
-    """One optimiser step of a config, of which nothing exists.
+    """Traces one optimiser step of a config with shapes alone.
 
     Args:
-      config: a ConfigDict; it must say of which sizes its models are.
-      mesh: real, fake or described devices.
-      data: what is known of the data.
+      config: a ConfigDict, with the sizes of its models or their paths.
+      mesh: of real, fake or described devices.
+      data: sizes that depend on the data.
 
     Raises:
-      ValueError, OSError: a config that cannot run on that mesh, as training says it.
+      ValueError, OSError: the config cannot run on that mesh; the same errors as in
+        training.
     """
     checks.check(config)
     sharding.check_batch_size(config.batch_size, config.accumulate, mesh)
@@ -71,7 +78,7 @@ def plan(config, mesh: Mesh, data: Shape = UNKNOWN) -> Plan:
     made: dict[str, Any] = {}
 
     def start():
-        """As `build.build` and `train.train` begin, but for the data."""
+        """The start of `build.build` and `loop.train`, without the data."""
         policy = loading.make_policy(config, ids)
         load = functools.partial(_frozen, policy.config, notes)
         pieces = build.pieces(config, policy, mesh, ids=ids.vocab_size, load=load)
@@ -105,7 +112,7 @@ def plan(config, mesh: Mesh, data: Shape = UNKNOWN) -> Plan:
 def rows(
     config, mesh: Mesh, data: Shape, needs: Sequence[str], notes: list[str]
 ) -> Batch:
-    """The shapes of the longest batch of a config, as its source would bring it."""
+    """The shapes of the longest batch that the source of a config would make."""
     b, t = (
         (config.batch_size, data.group),
         (config.batch_size, data.group, config.length),
@@ -130,8 +137,8 @@ def rows(
         blocks, tokens = math.prod(to), data.tokens or math.prod(t[1:])
         if not data.packed and not data.tokens:
             notes.append(
-                f"every prompt has {tokens} distinct tokens, which is the most (--tokens "
-                "sets their mean)"
+                f"every prompt is assumed to have {tokens} distinct tokens, the maximum "
+                "(--tokens sets their mean)"
             )
         place = (blocks, *(data.packed or _packed(config, to, tokens, t)))
         ids, scored = array(place, jnp.int32), array(place, bool)
@@ -144,7 +151,7 @@ def rows(
 
 
 def _packed(config, to: tuple[int, int], tokens: int, t: tuple[int, ...]):
-    """(R, L) of the rows that a source would choose, were all prompts alike."""
+    """(R, L) of the rows that a source would choose if all prompts had equal length."""
     sizes = [tokens] * config.batch_size
     if config.layout == "packed" and not config.rollout.reward and not config.mixture:
         filled = batches.Filled(
@@ -157,7 +164,7 @@ def _packed(config, to: tuple[int, int], tokens: int, t: tuple[int, ...]):
 
 
 def responses(config, notes: list[str]) -> int:
-    """G of the batches of a config; what it does not say is assumed, and noted."""
+    """G of the batches of a config; an assumption is added to `notes`."""
     if config.rollout.reward:
         kept = {"best": 1, "best_worst": 2}
         every = config.rollout.group + bool(config.rollout.anchor)
@@ -176,7 +183,7 @@ def responses(config, notes: list[str]) -> int:
 
 
 def _made_up(spec: dict[str, Any], kind: str, notes: list[str]) -> dict[str, Any]:
-    """The section of a data set with made-up rows in the place of every file."""
+    """The section of a data set in which synthetic rows replace every file."""
     if "path" not in spec:
         return {
             k: _made_up(v, kind, notes) if isinstance(v, dict) else v
@@ -189,11 +196,11 @@ def _made_up(spec: dict[str, Any], kind: str, notes: list[str]) -> dict[str, Any
 
 
 def without_weights(config, notes: list[str]) -> tuple[Any, tokenizer.Tokenizer]:
-    """A copy of a config that starts from sizes, and a tokenizer it could have.
+    """A copy of a config with sizes in place of a path, and a tokenizer for it.
 
     Raises:
       ValueError: neither sizes nor a path.
-      FileNotFoundError: a path at which there is no model.
+      FileNotFoundError: there is no model at the path.
     """
     config = config.copy_and_resolve_references()
     m = config.model
@@ -204,16 +211,16 @@ def without_weights(config, notes: list[str]) -> tuple[Any, tokenizer.Tokenizer]
             notes.append(f"the sizes are those of the config, not read from {m.path}")
         m.path = ""
     if "vocab_size" in m.sizes or not config.tokenizer:
-        return config, tokenizer.load("bytes")  # only how many ids it has is asked
+        return config, tokenizer.load("bytes")  # only the number of its ids is used
     return config, tokenizer.load(config.tokenizer)
 
 
 def architecture(path: str) -> ModelConfig:
-    """What the header of a checkpoint says; its weights are not read.
+    """The config of a model from the header of its checkpoint; no weights are read.
 
     Raises:
-      FileNotFoundError: nothing there.
-      ValueError: a run's folder or adapters, which name no sizes of their own.
+      FileNotFoundError: no config.json or .gguf file at the path (adapters have neither).
+      ValueError: the folder of a run, whose config.json does not describe a model.
     """
     place = epath.Path(path)
     if place.suffix == ".gguf" and place.exists():
@@ -239,17 +246,17 @@ def held(tree: Any) -> int:
 
 
 def _frozen(policy: ModelConfig, notes: list[str], path: str) -> LM:
-    """A frozen LM of a path; of the policy's sizes where nothing is at the path."""
+    """A frozen LM with the sizes of the model at a path; without one, the policy's sizes."""
     try:
         config = architecture(path)
     except FileNotFoundError:
         config = dataclasses.replace(policy, value_head=False)
-        notes.append(f"nothing is at {path}: assumed of the policy's sizes")
+        notes.append(f"there is no model at {path}: the policy's sizes are assumed")
     return LM(config, transformer.init(config, jax.random.key(0)))
 
 
 def _placed(tree: Any, mesh: Mesh) -> Any:
-    """Shapes with the shardings of the rule table, as `put_params` places arrays."""
+    """Shapes with the shardings of the rule table, as `put_params` would place them."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         tree, sharding.shardings(tree, mesh),

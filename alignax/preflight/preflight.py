@@ -1,12 +1,12 @@
-"""Does it fit, and what does it cost: a config compiled for chips that nobody owns yet.
+"""Does a training step fit, and what does it cost: compiled for chips that are not at hand.
 
   python -m alignax.preflight --config configs/dpo_llama3_8b.py --topology v5e:8x8
 
-The step that training runs is lowered with shapes alone and compiled by the chips' own
-compiler (`pip install alignax[preflight]`). No weights, data or network are needed. Exits
-with 1 if the step does not fit, and says what would make it fit; with 2 at an error. GPUs (h100:8) are
-estimated by XLA's compiler for CPUs. Rollouts and evaluations run programs of their own,
-which are not looked at here.
+The step that training runs is lowered with shapes alone and compiled by the TPU compiler
+(`pip install alignax[preflight]`). No chip, weights, data or network are needed. The exit
+code is 0 if the step fits; 1 if it does not, and changes that would make it fit are printed;
+2 after an error. For GPUs (h100:8) the numbers are estimates by XLA's compiler for CPUs.
+The programs of rollouts and evaluations are not checked.
 """
 
 import itertools
@@ -24,20 +24,20 @@ from alignax.preflight.lowering import UNKNOWN, Shape
 def preflight(
     config, name: str, data: Shape = UNKNOWN, *, sweep: bool = False, tries: int = 2
 ) -> int:
-    """Prints what a config takes of a slice.
+    """Prints memory and costs of a config's step on a slice.
 
     Args:
       config: a ConfigDict.
       name: of the topology, as `chips.parse` reads it.
-      data: what is known of the data.
-      sweep: try every mesh and print a table, instead.
+      data: sizes that depend on the data.
+      sweep: try every mesh and print a table instead.
       tries: how many remedies are compiled if the step does not fit.
 
     Returns:
-      0 if it fits (a sweep: on some mesh), else 1.
+      0 if it fits (in a sweep: on some mesh), else 1.
 
     Raises:
-      ValueError, OSError, ImportError: what cannot be compiled, and why.
+      ValueError, OSError, ImportError: the step cannot be compiled.
     """
     if config.get("stages"):
         raise ValueError("a config with stages has several steps: preflight each stage")
@@ -74,7 +74,7 @@ def describe(report: Report) -> str:
         lines += ["", *_program(program)]
     lines += ["", *_costs(report)]
     verdict = "fits" if report.fits else "does NOT fit"
-    share = f"{size(report.peak)} of {size(chip.memory)} a chip"
+    share = f"{size(report.peak)} of {size(chip.memory)} per chip"
     lines.append(f"verdict: {verdict}, {share} ({report.peak / chip.memory:.0%})")
     return "\n".join(lines)
 
@@ -85,7 +85,7 @@ def _program(p: Program) -> list[str]:
         return [f"{title}: refused by the compiler", f"  {p.refused.strip()[:2000]}"]
     m = p.memory
     lines = [
-        f"{title}: peak {size(m.peak + p.elsewhere)} a chip",
+        f"{title}: peak {size(m.peak + p.elsewhere)} per chip",
         f"  arguments {size(m.arguments)}, temporaries {size(m.temporaries)}, outputs "
         f"{size(m.outputs)} ({size(m.aliased)} in place of arguments), code "
         f"{size(m.code)}, held besides {size(p.elsewhere)}",
@@ -95,11 +95,11 @@ def _program(p: Program) -> list[str]:
         lines.append(
             f"    {size(x.size):>10}  {x.shape} x {x.makers}  {', '.join(x.sources[:2])}"
         )
-    lines.append("  collectives, as one chip takes part in them:")
+    lines.append("  collectives, per chip:")
     for kind, (count, total) in compiled.by_kind(p.collectives).items():
         lines.append(f"    {size(total):>10}  {kind} x {count}")
     for c in p.collectives[:4]:
-        more = "" if c.bounded else " or more, the data decide"
+        more = "" if c.bounded else " or more, depending on the data"
         lines.append(
             f"      {size(c.size)} x {c.times}{more}  {c.kind} of {c.group}  {c.source}"
         )
@@ -112,14 +112,14 @@ def _costs(report: Report) -> list[str]:
     parts = ", ".join(f"{k} {v:.3g} s" for k, v in times.items())
     rate = report.tokens / times[bound] / math.prod(report.mesh.values())
     return [
-        f"FLOPs a token: {cost.model:.3g} of the model, {cost.computed:.3g} computed",
+        f"FLOPs per token: {cost.model:.3g} of the model, {cost.computed:.3g} computed",
         f"a step takes at least {times[bound]:.3g} s, bound by {bound} ({parts}); "
-        f"{rate:,.0f} tokens/s a chip, padding included",
+        f"{rate:,.0f} tokens/s per chip, padding included",
     ]
 
 
 def size(number: float) -> str:
-    """Bytes for people."""
+    """Bytes with a binary unit, such as '1.50 GiB'."""
     for unit, name in ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if number >= unit:
             return f"{number / unit:.2f} {name}" if number < math.inf else "too much"
@@ -129,7 +129,7 @@ def size(number: float) -> str:
 def _remedies(
     config, report: Report, devices, data: Shape, tries: int
 ) -> Iterator[str]:
-    """One line each: tried by compiling while tries are left, else counted."""
+    """One line per remedy: compiled while tries are left, then estimated."""
     limit = report.topology.chip.memory
     for name, overrides in remedies(config, tuple(report.mesh.values())):
         flags = " ".join(
@@ -154,7 +154,7 @@ def _remedies(
 
 
 def _sweep(config, topology: Topology, devices: Sequence[Any], data: Shape) -> int:
-    """Prints a row of a table for every mesh as soon as it is known."""
+    """Prints a table with a row for every mesh, each as soon as it is compiled."""
     possible = meshes(config, len(devices))
     if not possible:
         raise ValueError(
@@ -162,7 +162,7 @@ def _sweep(config, topology: Topology, devices: Sequence[Any], data: Shape) -> i
             f"over accumulate={config.accumulate} micro-batches"
         )
     note = "" if topology.is_tpu else ", estimated by compiling for CPUs"
-    print(f"memory a chip of {topology.name}: {size(topology.chip.memory)}{note}\n")
+    print(f"memory per chip of {topology.name}: {size(topology.chip.memory)}{note}\n")
     print(
         "| data, fsdp, model | fits | peak | temporaries | at least | bound by | sent |"
     )
@@ -188,7 +188,7 @@ def _sweep(config, topology: Topology, devices: Sequence[Any], data: Shape) -> i
 
 
 def remedies(config, mesh: tuple[int, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Changes that take less memory than on a mesh, the ones that cost least first."""
+    """Changes of the config that need less memory, the cheapest first."""
     data, fsdp, model = mesh
     if config.model.remat != "block":
         yield "remat", {"model.remat": "block"}
@@ -205,7 +205,7 @@ def remedies(config, mesh: tuple[int, ...]) -> Iterator[tuple[str, dict[str, Any
 
 
 def changed(config, overrides: dict[str, Any]) -> Any:
-    """A copy of a config under flat overrides."""
+    """A copy of a config with flat overrides."""
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.update_from_flattened_dict(overrides)
@@ -213,9 +213,9 @@ def changed(config, overrides: dict[str, Any]) -> Any:
 
 
 def meshes(config, devices: int) -> list[tuple[int, int, int]]:
-    """Every (data, fsdp, model) of all devices that the batch divides over.
+    """Every mesh (data, fsdp, model) of all devices that the batch divides over.
 
-    'model' stops at the key-value heads, beyond which attention would be replicated.
+    'model' divides the number of key-value heads: else attention would be replicated.
     """
     sizes = [n for n in range(1, devices + 1) if devices % n == 0]
     heads = int(config.model.sizes.get("num_kv_heads", devices))

@@ -106,9 +106,9 @@ def test_packed_rows_hold_what_the_data_have():
     few = lowering.plan(config, mesh, lowering.Shape(tokens=40)).batch.layout.tokens
     assert few.shape[0] == 2, "a block a shard"
     assert 4 * 40 <= few.size < 4 * 50
-    told = lowering.Shape(packed=(3, 80))
-    assert lowering.plan(config, mesh, told).batch.layout.tokens.shape == (2, 3, 80)
-    assert footprint.computed(lowering.plan(config, mesh, told)).size == 2 * 3 * 80
+    known = lowering.Shape(packed=(3, 80))
+    assert lowering.plan(config, mesh, known).batch.layout.tokens.shape == (2, 3, 80)
+    assert footprint.computed(lowering.plan(config, mesh, known)).size == 2 * 3 * 80
 
 
 def test_sizes_come_from_the_header_and_weights_are_not_read(tmp_path, tiny_config):
@@ -132,7 +132,7 @@ def test_what_the_config_does_not_say_is_noted():
     config = tiny.config("pairs", layout="rows", lms={"ref": "weights/not/here"})
     plan = lowering.plan(config, sharding.make_mesh((1, 1, 1)))
     assert plan.notes == (
-        "nothing is at weights/not/here: assumed of the policy's sizes",
+        "there is no model at weights/not/here: the policy's sizes are assumed",
     )
 
 
@@ -378,7 +378,13 @@ def test_a_report_says_what_it_must(report):
     assert "ESTIMATE" in text
     assert "verdict: fits" in text
     assert report.programs[1].fingerprint in text
-    for word in ("arguments", "temporaries", "all-gather", "FLOPs a token", "bound by"):
+    for word in (
+        "arguments",
+        "temporaries",
+        "all-gather",
+        "FLOPs per token",
+        "bound by",
+    ):
         assert word in text
 
 
