@@ -65,8 +65,12 @@ def test_every_public_name_is_there_and_is_no_submodule():
 def test_what_a_type_checker_reads_is_what_there_is():
     tree = ast.parse(pathlib.Path(ax.__file__).read_text())
     (block,) = (n for n in tree.body if isinstance(n, ast.If))
+    assert ast.unparse(block.test) == "TYPE_CHECKING"
     listed = {a.name: n.module for n in block.body for a in n.names}
     assert listed == ax.PUBLIC
+    # a module with a __getattr__ has every name, as far as a type checker can tell
+    assert [n.name for n in block.orelse] == ["__getattr__"]
+    assert "__getattr__" not in [getattr(n, "name", "") for n in tree.body]
 
 
 def test_a_misspelt_name_is_answered_with_the_nearest():
