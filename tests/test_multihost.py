@@ -39,7 +39,7 @@ SPIES = f'''
 import itertools, json, os, pathlib, time
 import jax
 import numpy as np
-from alignax import sharding
+from alignax.models import sharding
 
 put, folder = sharding.put_batch, pathlib.Path(os.environ["{SPY}"])
 
