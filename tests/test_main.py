@@ -3,6 +3,8 @@
 import pytest
 import tiny
 
+from alignax.runs import workdirs
+
 
 @pytest.fixture
 def config(tmp_path):
@@ -60,6 +62,18 @@ def test_unknown_hyper_parameter_on_the_command_line(config, tmp_path):
     assert result.returncode == 1
     assert "betta" in result.stderr
     assert 'Did you mean "beta"' in result.stderr
+
+
+def test_another_config_in_a_workdir_is_refused_with_the_keys_that_differ(
+    config, tmp_path
+):
+    workdir = tmp_path / "run"
+    workdirs.prepare(str(workdir), tiny.config("pairs"))
+    again = run(
+        config, "--workdir", workdir, "--config.loss.beta=0.25", "--config.seed=3"
+    )
+    differ = r"loss.beta (0.1 there, 0.25 here); seed (0 there, 3 here)"
+    assert_one_line(again, "holds a run of another config", differ)
 
 
 @pytest.mark.parametrize(

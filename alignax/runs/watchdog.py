@@ -104,7 +104,9 @@ def counted(workdir: str, most: int) -> Iterator[None]:
         yield
     except (ValueError, OSError):
         if counts:
-            with contextlib.suppress(OSError):  # not there, or not empty
+            # Not there, or not empty, for which etils raises ValueError: what is wrong
+            # with the config must not be hidden by it.
+            with contextlib.suppress(OSError, ValueError):
                 (folder / STARTS).unlink(missing_ok=True)
                 folder.rmdir()
         raise
