@@ -67,22 +67,24 @@ def rollouts(
 
 def sampling(config) -> dict[str, Any]:
     """The keywords of `Sampler` that a config decides."""
-    names = (
-        "max_new", "temperature", "truncated", "punishment", "overlong_buffer",
-        "overlong_penalty",
+    return dict(
+        max_new=config.rollout.max_new, temperature=config.rollout.temperature,
+        truncated=config.rollout.truncated, punishment=config.rollout.punishment,
+        overlong_buffer=config.rollout.overlong_buffer,
+        overlong_penalty=config.rollout.overlong_penalty,
     )  # fmt: skip
-    return {name: config.rollout[name] for name in names}
 
 
 def settings(config) -> dict[str, Any]:
     """The fields of `rollout.Settings` that a config decides."""
-    names = (
-        "group", "batches", "epochs", "keep", "dynamic_sampling", "max_draws",
-        "anchor_samples",
+    return dict(
+        batch_size=config.batch_size, length=config.length, seed=config.seed,
+        group=config.rollout.group, batches=config.rollout.batches,
+        epochs=config.rollout.epochs, keep=config.rollout.keep,
+        dynamic_sampling=config.rollout.dynamic_sampling,
+        max_draws=config.rollout.max_draws,
+        anchor_samples=config.rollout.anchor_samples,
     )  # fmt: skip
-    own = {name: config.rollout[name] for name in names}
-    of_run = {name: config[name] for name in ("batch_size", "length", "seed")}
-    return {**of_run, **own}
 
 
 def reference_rewards(

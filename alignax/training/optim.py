@@ -89,8 +89,9 @@ def from_config(config) -> tuple[optax.Schedule, optax.GradientTransformation]:
     Raises:
       ValueError: an unknown optimiser or schedule.
     """
-    c = config.optim
     rate = schedule(
-        c.lr, config.num_steps, kind=c.schedule, warmup=c.warmup, final=c.final
-    )
-    return rate, make_tx(rate, **{k: v for k, v in c.items() if k not in RATE})
+        config.optim.lr, config.num_steps, kind=config.optim.schedule,
+        warmup=config.optim.warmup, final=config.optim.final,
+    )  # fmt: skip
+    others = {k: v for k, v in config.optim.items() if k not in RATE}
+    return rate, make_tx(rate, **others)

@@ -24,23 +24,23 @@ CHILD = """
 import time
 start = time.perf_counter()
 import importlib, json, sys
-from alignax import build, progress, train
+from alignax.training import build, loop
 marks = [time.perf_counter()]
 built = build.build
 def noted(*args):
     out = built(*args)
     marks.append(time.perf_counter())
     return out
-train.build.build = noted
+loop.build.build = noted
 class Shown:
     def __init__(self, *args, **kwargs): pass
     def __enter__(self): return lambda step, metrics: marks.append(time.perf_counter())
     def __exit__(self, *_): pass
-train.progress = Shown
+loop.progress = Shown
 path, _, arg = sys.argv[1].partition(":")
 config = importlib.import_module(path.removesuffix(".py").replace("/", ".")).get_config(arg)
 config.num_steps, config.evals, config.plots = 5, {}, False
-train.train(config, sys.argv[2])
+loop.train(config, sys.argv[2])
 imported, built, first, _, third, fourth, *_ = marks  # when a step was shown
 print("\\n" + json.dumps([imported - start, built - imported, first - built, fourth - third]))
 """
