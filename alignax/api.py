@@ -4,6 +4,8 @@ They are thin: strings become ids, and one call of the library does the work. No
 of the package is promised to outsiders.
 """
 
+import datetime
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,7 +29,8 @@ from alignax.sampling.decode import Generated
 from alignax.training import defaults, loading, loop
 from alignax.training.step import TrainState
 
-Text = str | Sequence[Message] | Sequence[int]  # a string, messages, or token ids
+Ids = Sequence[int] | np.ndarray | Array  # of tokens, one axis
+Text = str | Message | Sequence[Message] | Ids  # a string, messages, or token ids
 BUCKET = 64  # tokens: rows are padded to a multiple of it, so that few shapes compile
 
 
@@ -73,16 +76,18 @@ class Responses(NamedTuple):
     generated: Generated
 
 
-def load(path: str) -> Model:
+def load(path: str, *, dtype: str = "float32") -> Model:
     """Reads a model and its tokenizer.
 
     Args:
-      path: a Hugging Face folder, a .gguf file, a
-        folder of PEFT adapters, or the folder of a run (its 'best', too). Adapters are
-        merged into their base.
+      path: a Hugging Face folder, a .gguf file, a folder of PEFT adapters, or the folder
+        of a run (its 'best', too). Adapters are merged into their base.
+      dtype: 'float32' or 'bfloat16', of the parameters and of the computation. A run
+        keeps its own.
 
     Returns:
-      Model; the parameters are in host memory, in the dtype in which they were saved.
+      Model; the parameters are on the first device of this process (or on
+      `jax.config.jax_default_device`).
 
     Raises:
       FileNotFoundError: no model, or no tokenizer, at the path.
@@ -92,9 +97,13 @@ def load(path: str) -> Model:
       model = ax.load("SmolLM2-135M-Instruct")
       print(model.lm.config.num_layers, model.tokenizer.vocab_size)
     """
-    found = model_paths.resolve(str(path))
-    lm = loading.load_lm(found)  # first: it says what is not there
-    return Model(lm, tokenizers.load(found.tokenizer or found.path))
+    found = _resolve(path)
+    lm = loading.load_lm(found, dtype=dtype)  # first: it says what is not there
+    settings: Any = jax.config  # its attributes are not known to every stub
+    device = settings.jax_default_device or jax.local_devices()[0]
+    return Model(
+        lm._replace(params=jax.device_put(lm.params, device)), _tokenizer(found)
+    )
 
 
 def save(model: Model, path: str, *, overwrite: bool = False) -> None:
@@ -103,7 +112,8 @@ def save(model: Model, path: str, *, overwrite: bool = False) -> None:
     transformers loads it, and so does `load`. The folder appears complete or not at all.
 
     Args:
-      model: its parameters are written in their dtype, float32 or bfloat16.
+      model: its parameters are written in their dtype, float32 or bfloat16. The tokenizer
+        files of a Hugging Face folder are copied as they stand there.
       path: the folder to make.
       overwrite: replace a model folder that stands there.
 
@@ -131,8 +141,9 @@ def tokenizer(path: str) -> Tokenizer:
       print(text.render([{"role": "user", "content": "Hello"}], add_generation_prompt=True))
       print(text.encode("Hello"))
     """
-    found = model_paths.resolve(str(path))
-    return tokenizers.load(found.tokenizer or found.path)
+    if path == "bytes":
+        return tokenizers.load(path)
+    return _tokenizer(_resolve(path))
 
 
 def score(
@@ -148,7 +159,8 @@ def score(
       model: what scores.
       prompts: N prompts, or one: strings (one user turn), messages, or token ids.
       responses: as many, each to the prompt of its place. Strings are assistant turns and
-        end in EOS; of messages the assistant's are scored.
+        end in EOS; of messages the assistant's are scored. All rows are one batch: split
+        a long list yourself.
       ref: a reference whose tokenizer gives the same ids, for log-ratios.
 
     Returns:
@@ -156,8 +168,8 @@ def score(
 
     Raises:
       ValueError: not as many responses as prompts; a row that is longer than the context
-        of the model; a conversation that the chat template refuses; a reference whose
-        tokenizer gives other ids.
+        of the model or of the reference; an id beyond a vocabulary; a conversation that
+        the chat template refuses; a reference whose tokenizer gives other ids.
 
     Example:
       model = ax.load("SmolLM2-135M-Instruct")
@@ -173,7 +185,9 @@ def score(
         _row(model.tokenizer, *pair) for pair in zip(prompts, responses, strict=True)
     ]
     sizes = [len(prompt) + len(response) for prompt, response, _ in rows]
-    _check_length(model.lm, sizes)
+    for lm in (model.lm, *([ref.lm] if ref is not None else [])):
+        _check_length(lm, sizes)
+        _check_ids(lm, [[*prompt, *response] for prompt, response, _ in rows])
     width = -(-max(sizes) // BUCKET) * BUCKET
     batch = from_groups(
         [prompt for prompt, _, _ in rows], [[response] for _, response, _ in rows],
@@ -209,7 +223,8 @@ def generate(
 
     Args:
       model: what samples; it ends a response with any of its EOS ids.
-      prompts: B prompts, or one: strings (one user turn), messages, or token ids.
+      prompts: B prompts, or one: strings (one user turn), messages, or token ids. All of
+        them are one batch: split a long list yourself.
       max_new: most tokens of a response.
       group: G, responses per prompt.
       temperature: 0 is greedy.
@@ -223,8 +238,8 @@ def generate(
       Responses.
 
     Raises:
-      ValueError: a prompt that leaves no room for max_new tokens in the context, or a
-        setting out of its range.
+      ValueError: a prompt that leaves no room for max_new tokens in the context, an id
+        beyond the vocabulary, or a setting out of its range.
 
     Example:
       model = ax.load("SmolLM2-135M-Instruct")
@@ -278,7 +293,15 @@ def speculate(
     """
     proposes: LM | drafts.Draft
     if isinstance(draft, str):
-        responder.check_draft(draft, ())
+        kind, _, count = draft.partition(":")
+        layers = model.lm.config.num_layers
+        if draft != "ngram" and not (
+            kind == "layers" and count.isdigit() and 0 < int(count) <= layers
+        ):
+            raise ValueError(
+                f"draft is {draft!r}, expected a Model, 'ngram', or 'layers:K' with K from "
+                f"1 to {layers}"
+            )
         proposes = responder.drafter(draft, {"target": model.lm})
     else:
         proposes = draft.lm if isinstance(draft, Model) else draft
@@ -343,11 +366,31 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
 _score = jax.jit(logprob.score)
 
 
+def _resolve(path: str) -> model_paths.ModelPath:
+    found = model_paths.resolve(str(path))
+    if found.kind == "hf" and not pathlib.Path(path).expanduser().exists():
+        raise FileNotFoundError(
+            f"no model at {path}: expected a folder or a .gguf file; names on a hub are not "
+            "downloaded, save the model into a folder first"
+        )
+    return found
+
+
+def _tokenizer(found: model_paths.ModelPath) -> Tokenizer:
+    """The tokenizer of a path; that of a run sees the date of the run."""
+    date = (found.config or {}).get("date")
+    now = datetime.datetime.fromisoformat(date) if date else None
+    return tokenizers.load(found.tokenizer or found.path, now=now)
+
+
 def _several(texts: Any) -> list[Text]:
     """A list of texts, also of one."""
     if isinstance(texts, str):
         return [texts]
-    texts = list(texts)
+    if isinstance(texts, Mapping):  # one message
+        return [[dict(texts)]]
+    texts = np.asarray(texts).tolist() if hasattr(texts, "dtype") else list(texts)
+    texts = [np.asarray(t).tolist() if hasattr(t, "dtype") else t for t in texts]
     if texts and isinstance(texts[0], Mapping | int | np.integer):
         return [texts]
     if not texts:
@@ -355,7 +398,7 @@ def _several(texts: Any) -> list[Text]:
     return texts
 
 
-def _is_ids(text: Text) -> bool:
+def _is_ids(text: Any) -> bool:
     words = isinstance(text, str) or (len(text) and isinstance(text[0], Mapping))
     return not words
 
@@ -388,6 +431,13 @@ def _check_length(lm: LM, sizes: Sequence[int], what: str = "tokens") -> None:
         )
 
 
+def _check_ids(lm: LM, rows: Sequence[Sequence[int]]) -> None:
+    size = lm.config.vocab_size
+    for i, row in enumerate(rows):
+        if wrong := [token for token in row if not 0 <= token < size]:
+            raise ValueError(f"row {i} has the id {wrong[0]}, expected 0..{size - 1}")
+
+
 def _respond(
     model: Model, prompts: Any, sample: Callable[..., Generated], stops: Sequence[str],
     prefill: str, asked: dict[str, Any],
@@ -396,6 +446,12 @@ def _respond(
     text, lm = model.tokenizer, model.lm
     prompts = _several(prompts)
     ids = [list(p) if _is_ids(p) else text.prompt(p) for p in prompts]
+    if not isinstance(prefill, str):
+        raise ValueError(f"prefill is {prefill!r}, expected a string")
+    stops = (stops,) if isinstance(stops, str) else tuple(stops)
+    if not all(isinstance(s, str) and s for s in stops):
+        raise ValueError(f"stops are {stops}, expected strings that are not empty")
+    _check_ids(lm, ids)
     given = text.encode(prefill)
     sizes = [len(i) + len(given) + asked["max_new"] for i in ids]
     _check_length(lm, sizes, "tokens with max_new")

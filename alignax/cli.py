@@ -21,10 +21,14 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command(
-        "alignax.main", (), "train and evaluate a config; resumes in the same workdir"
+        "alignax.main",
+        ("--task=train",),
+        "train and evaluate a config; resumes in the same workdir",
     ),
     "generate": Command(
-        "alignax.main", (), "respond to a file of prompts (a config with `prompts`)"
+        "alignax.main",
+        ("--task=generate",),
+        "respond to a file of prompts (a config with `prompts`)",
     ),
     "show": Command(
         "alignax.main",

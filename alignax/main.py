@@ -34,6 +34,9 @@ SHOW = flags.DEFINE_bool(
     "show", False, "Print the first rows of the data as the model gets them, and exit."
 )
 ROWS = flags.DEFINE_integer("rows", 3, "Rows per data section that --show prints.")
+TASK = flags.DEFINE_enum(
+    "task", None, ["train", "generate"], "Refuse a config that does something else."
+)
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Call jax.distributed.initialize (the launchers set this)."
 )
@@ -70,7 +73,14 @@ def main(argv):
         if SHOW.value:
             print(show.show(CONFIG.value, ROWS.value))
             return
-        if not CONFIG.value.get("prompts"):
+        responds = bool(CONFIG.value.get("prompts"))
+        if TASK.value and responds != (TASK.value == "generate"):
+            raise ValueError(
+                "this config responds to prompts: alignax generate"
+                if responds
+                else "this config has no `prompts` to respond to: alignax train"
+            )
+        if not responds:
             loop.train(CONFIG.value, str(WORKDIR.value))
             return
         with preemption() as stop:

@@ -164,6 +164,40 @@ def test_nothing_at_a_path_says_so(tmp_path):
             ax.load(str(tmp_path / path))
 
 
+def test_parameters_are_on_the_device_that_jax_uses(model, folder, tmp_path):
+    """Of a run, too, which Orbax restores on the CPU."""
+    data = {"name": "synthetic", "split": "train", "kind": "pairs", "size": 8}
+    c = ax.config(num_steps=1, batch_size=4, length=96, data=data, plots=False)
+    c.update(
+        loss={"name": "dpo"}, lms={"ref": "init"}, tokenizer="bytes", date="2020-02-02"
+    )
+    c.model.path = str(folder / NAME)
+    ax.train(c, str(tmp_path / "run"))
+    second = jax.devices()[1]
+    with jax.default_device(second):
+        for path in (tmp_path / "run", folder / NAME):
+            found = ax.load(str(path))
+            places = {d for x in jax.tree.leaves(found.lm.params) for d in x.devices()}
+            assert places == {second}
+            assert ax.score(found, "a", "b").logps.shape == (1, 3)
+    assert ax.load(str(tmp_path / "run")).tokenizer.now.year == 2020
+
+
+def test_bfloat16_is_kept_where_it_is_asked_for(model, folder, tmp_path):
+    half = ax.load(str(folder / NAME), dtype="bfloat16")
+    assert {x.dtype for x in jax.tree.leaves(half.lm.params)} == {jnp.dtype("bfloat16")}
+    assert half.lm.config.dtype == "bfloat16"
+    ax.save(half, str(tmp_path / "half"))
+    again = ax.load(str(tmp_path / "half"), dtype="bfloat16")
+    jax.tree.map(np.testing.assert_array_equal, again.lm.params, half.lm.params)
+
+
+def test_the_name_of_a_hub_is_answered(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="names on a hub are not downloaded"):
+        ax.load("HuggingFaceTB/SmolLM2-135M-Instruct")
+
+
 # -- score
 
 
@@ -185,7 +219,9 @@ def test_one_prompt_needs_no_list_and_ids_are_taken_as_they_are(model):
     one = ax.score(model, "ab", "de")
     ids = ax.score(model, [*b"ab"], [*b"de", 257])
     many = ax.score(model, [[*b"ab"]], [[*b"de", 257]])
-    for other in (ids, many):
+    arrays = ax.score(model, jnp.array([*b"ab"]), np.array([*b"de", 257]))
+    rows = ax.score(model, [np.array([*b"ab"])], [jnp.array([*b"de", 257])])
+    for other in (ids, many, arrays, rows):
         np.testing.assert_array_equal(one.logps, other.logps)
     assert one.logps.shape == (1, 5)
 
@@ -221,6 +257,8 @@ def test_of_messages_the_assistants_are_scored(model, tmp_path):
         for t, m in zip(scored.tokens[0], scored.mask[0], strict=True)
     )
     assert text == "<user>Hi<assistant>[Y][o][<eos>]<user>?<assistant>[O][K][<eos>]"
+    message = ax.score(chat, CHAT[0], answer)  # one message is a conversation
+    np.testing.assert_array_equal(message.logps, scored.logps)
     same = ax.score(chat, [CHAT], [answer])
     np.testing.assert_array_equal(same.logps, scored.logps)
 
@@ -233,6 +271,8 @@ def test_of_messages_the_assistants_are_scored(model, tmp_path):
         ("a" * 100, "b" * 100, "201 tokens, beyond the context of the model, 160"),
         ([1, 2], "c", "both ids, or both text"),
         ([], [], "the list is empty"),
+        ([97, 259], [98], r"row 0 has the id 259, expected 0\.\.258"),
+        ([[97], [98]], [[99], [-1]], "row 1 has the id -1"),
     ],
 )
 def test_what_cannot_be_scored_is_refused(model, prompts, responses, message):
@@ -280,6 +320,8 @@ def test_a_prefill_is_in_front_and_a_stop_string_cuts(model):
     cut = ax.generate(model, "ab", max_new=12, temperature=0, stops=[stop])
     assert cut.texts[0][0] == free.texts[0][0].split(stop)[0]
     assert cut.finish == [["stop"]]
+    alone = ax.generate(model, "ab", max_new=12, temperature=0, stops=stop)
+    assert alone.texts == cut.texts
     given = ax.generate(model, "a", max_new=4, temperature=0, prefill="b")
     longer = ax.generate(model, "ab", max_new=4, temperature=0)
     assert given.texts[0][0] == "b" + longer.texts[0][0]
@@ -301,8 +343,13 @@ def test_what_cannot_be_generated_is_refused(model):
         ValueError, match=r"162 tokens with max_new, beyond the context"
     ):
         ax.generate(model, "ab", max_new=160)
-    with pytest.raises(ValueError, match=r"'layer:2' is not among"):
-        ax.speculate(model, "layer:2", "ab", max_new=4)
+    for draft in ("layer:2", "layers:3", "layers:0", "SmolLM"):
+        with pytest.raises(ValueError, match=rf"draft is '{draft}', expected a Model"):
+            ax.speculate(model, draft, "ab", max_new=4)
+    with pytest.raises(ValueError, match="row 0 has the id 300"):
+        ax.generate(model, [300], max_new=4)
+    with pytest.raises(ValueError, match="expected strings that are not empty"):
+        ax.generate(model, "ab", max_new=4, stops=[""])
     with pytest.raises(ValueError, match="expected 1 to"):
         ax.generate(model, "ab", max_new=4, limits=9)
 
@@ -324,8 +371,7 @@ def test_a_config_is_the_defaults_with_changes():
         ax.config(num_steps="three")
 
 
-def test_adapters_need_no_key_of_another_run(model, tmp_path, make_lm):
-    """A run of adapters on a saved model loads as one merged model."""
+def test_a_run_of_adapters_loads_merged(model, tmp_path):
     ax.save(model, str(tmp_path / "base"))
     data = {"name": "synthetic", "split": "train", "kind": "pairs", "size": 8}
     c = ax.config(num_steps=1, batch_size=4, length=96, data=data, plots=False)

@@ -52,7 +52,12 @@ def modules(path):
     """The files of alignax behind `imports`, as 'models/load' or 'batch'."""
     files = {str(p.relative_to(PACKAGE).with_suffix("")) for p in MODULES}
     dotted = {m.removeprefix("alignax.").replace(".", "/") for m in imports(path)}
-    return dotted & files
+    packages = {f"{m}/__init__" for m in dotted}
+    # a package is also named by every import of a file in it: only that file counts
+    inside = {m.rpartition("/")[0] for m in dotted & files}
+    return (dotted & files) | {
+        m for m in packages & files if m.removesuffix("/__init__") not in inside
+    }
 
 
 # An import may only point to something above it in this list, or into the same folder.
@@ -106,13 +111,29 @@ def test_a_file_in_the_wrong_folder_is_found(tmp_path, monkeypatch):
     package = tmp_path / "alignax"
     for folder in ("models", "training"):
         (package / folder).mkdir(parents=True)
-    (package / "training" / "step.py").write_text("")
+    for name in ("training/step.py", "training/__init__.py", "models/other.py"):
+        (package / name).write_text("")
     wrong = package / "models" / "helper.py"
-    wrong.write_text("from alignax.training import step\n")
     monkeypatch.setitem(globals(), "PACKAGE", package)
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     monkeypatch.setitem(globals(), "MODULES", sorted(package.rglob("*.py")))
-    assert wrong_imports(wrong) == ["training"]
+    for text in (
+        "from alignax.training import step",
+        "import alignax.training.step",
+        "from alignax import training",
+        "import alignax.training as t",
+        "def f():\n    from alignax.training.step import x",
+    ):
+        wrong.write_text(f"{text}\n")
+        assert wrong_imports(wrong) == ["training"], text
+    wrong.write_text("from alignax.models import other\nimport jax\n")
+    assert wrong_imports(wrong) == []
+
+
+def test_only_programs_import_the_loop():
+    for path in MODULES:
+        if "training/loop" in modules(path):
+            assert path.stem in ("main", "api"), name(path)
 
 
 def test_what_lies_on_top_is_vocabulary_kernel_or_program():

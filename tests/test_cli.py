@@ -68,6 +68,17 @@ def script(*arguments, cwd):
 
 
 @pytest.mark.slow
+def test_a_word_that_does_not_fit_the_config_is_answered_with_the_other(tmp_path):
+    wrong = script(
+        "generate", "--config", "configs/dpo.py:smoke", "--workdir", tmp_path / "run",
+        cwd=tiny.ROOT,
+    )  # fmt: skip
+    assert wrong.returncode == 1
+    assert "no `prompts` to respond to: alignax train" in wrong.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
 def test_configs_and_data_are_found_from_the_current_folder(tmp_path):
     """A config beside the user, who is not in the folder of the repository."""
     (tmp_path / "mine.py").write_text(

@@ -29,9 +29,7 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], str | None]:
     try:
         import gguf
     except ImportError as e:
-        raise ImportError(
-            "a .gguf file needs a package: pip install gguf"
-        ) from e
+        raise ImportError("a .gguf file needs a package: pip install gguf") from e
     fields = gguf.GGUFReader(str(path)).fields
 
     def get(name: str, default: Any = None) -> Any:

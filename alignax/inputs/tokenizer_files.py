@@ -8,19 +8,14 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from alignax.inputs.tokenizer import Tokenizer
-
-# What a folder may hold beside tokenizer.json; all of it is copied as it stands.
-NAMES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt",
-    "chat_template.jinja",
-)  # fmt: skip
+from alignax.models.save import TOKENIZER_FILES
 
 
 def files(text: Tokenizer) -> dict[str, bytes]:
     """{name: content} of a tokenizer, with the ids that end and begin a text.
 
-    The files of a Hugging Face folder are copied; for a .gguf file and for 'bytes' they
+    The files of a Hugging Face folder are copied as they are, whatever was changed in
+    `text`; for a .gguf file and for 'bytes' they
     are made. generation_config.json keeps what it says there, with the EOS ids of `text`.
 
     Args:
@@ -29,7 +24,7 @@ def files(text: Tokenizer) -> dict[str, bytes]:
     folder = pathlib.Path(text.path)
     found = {}
     if text.path and (folder / "tokenizer.json").is_file():
-        found = {n: folder / n for n in NAMES if (folder / n).is_file()}
+        found = {n: folder / n for n in TOKENIZER_FILES if (folder / n).is_file()}
         out = {name: path.read_bytes() for name, path in found.items()}
     else:
         out = made(text)

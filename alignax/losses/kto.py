@@ -58,7 +58,7 @@ def loss(
     group = batch.tokens.shape[1]
     if group != 2:
         raise ValueError(
-            f"kto got {group} responses a prompt, expected a labelled and a mismatched "
+            f"kto got {group} responses per prompt, expected a labelled and a mismatched "
             "one: wrap the data in config.data.name='unpaired' with mismatched=True"
         )
     log_ratio = masked.log_ratios(policy, batch)

@@ -26,6 +26,7 @@ from alignax.models import sharding
 from alignax.reports.progress import progress
 from alignax.respond import output, responder
 from alignax.runs import checkpoint, workdirs
+from alignax.runs.model_paths import ModelPath
 from alignax.sampling import generation_settings, prefill
 from alignax.training import build, loading, parallel
 
@@ -73,11 +74,12 @@ def respond(config, workdir: str, stop: Callable[[], bool] = lambda: False) -> b
             f"workdir {workdir} is remote: responses are appended to a file"
         )
     workdirs.check_owner(workdir, config)
-    now = check(config)
+    model = loading.model_path(config)
+    now = check(config, model)
     folder = checkpoint.absolute(workdir)
     fresh = not (folder / "config.json").exists()
     try:
-        run = build.build(config, workdir)
+        run = build.build(config, workdir, model)
         return _respond(config, run, now, stop)
     except BaseException:
         if fresh and not (folder / NAME).exists():  # the folder stays free for others
@@ -85,7 +87,7 @@ def respond(config, workdir: str, stop: Callable[[], bool] = lambda: False) -> b
         raise
 
 
-def check(config) -> Prompts:
+def check(config, model: ModelPath | None = None) -> Prompts:
     """Checks the config and reads the prompts, before weights are read.
 
     Raises:
@@ -118,7 +120,7 @@ def check(config) -> Prompts:
     if skipped := getattr(examples, "report", {}).get("malformed"):
         raise ValueError(f"{len(skipped)} prompts are malformed; first {skipped[0]}")
     text = tokenizer.load(
-        loading.tokenizer_path(config),
+        loading.tokenizer_path(config, model),
         now=datetime.datetime.fromisoformat(config.date),
     )
     return tokenized(

@@ -5,6 +5,7 @@ that takes the keywords `tokenizer` or `score` receives those of the run.
 """
 
 import ast
+import functools
 import hashlib
 import inspect
 import textwrap
@@ -138,6 +139,9 @@ EARLIER: dict[str, str] = {
 
 def code_digest(function: Callable) -> str:
     """16 hex digits of a function's syntax tree without comments and docstrings."""
+    if isinstance(function, functools.partial):
+        keywords = sorted(function.keywords.items())
+        return _digest(repr((code_digest(function.func), function.args, keywords)))
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):

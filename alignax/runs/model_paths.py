@@ -59,9 +59,7 @@ def resolve(path: str) -> ModelPath:
         return ModelPath(path, "peft", base, tokenizer=path if own else base.tokenizer)
     if (config := workdirs.saved_config(path)) is not None:
         folder = workdirs.run_folder(path)
-        start, origin = config["model"]["path"], None
-        if start and (adapter_base.noted(folder) or not config["tokenizer"]):
-            origin = resolve(adapter_base.find(folder, start))
+        origin = _origin(folder, config)
         text = config["tokenizer"] or (origin.tokenizer if origin else "")
         return ModelPath(path, "run", origin, config, str(folder), text)
     if checkpoint.holds(path):
@@ -70,6 +68,21 @@ def resolve(path: str) -> ModelPath:
         )
     kind = "gguf" if path.endswith(".gguf") else "hf"
     return ModelPath(path, kind, tokenizer=path)
+
+
+def _origin(folder: epath.Path, config: dict[str, Any]) -> ModelPath | None:
+    """The model that a run started from, where its adapters or its tokenizer need it."""
+    start = config["model"]["path"]
+    if not start:
+        return None
+    if adapter_base.noted(folder):
+        return resolve(adapter_base.find(folder, start))
+    if config["tokenizer"]:
+        return None
+    try:
+        return resolve(start)
+    except FileNotFoundError:  # of a run before it; this one has all of its weights
+        return None
 
 
 def of_stage(path: str, workdir: epath.Path) -> str:

@@ -19,6 +19,7 @@ from alignax.inputs import reference_cache, source, tokenizer
 from alignax.models import lora, sharding
 from alignax.reports import tables
 from alignax.runs import adapter_base, checkpoint, workdirs
+from alignax.runs.model_paths import ModelPath
 from alignax.training import checks, loading, on_policy, optim, parallel
 from alignax.training.step import with_average
 
@@ -58,8 +59,13 @@ class Run(NamedTuple):
         return dict(with_average(self.lms, self.moving, self.assemble, average))
 
 
-def build(config, workdir: str) -> Run:
+def build(config, workdir: str, model: ModelPath | None = None) -> Run:
     """Checks a config, reads its data and weights, and puts the run together.
+
+    Args:
+      config: a ConfigDict.
+      workdir: of the run.
+      model: from `loading.model_path`, where that is known already.
 
     Raises:
       ValueError, OSError: what is wrong, and where; the workdir is not touched by a
@@ -71,7 +77,7 @@ def build(config, workdir: str) -> Run:
     sharding.check_hosts(mesh)
     sharding.check_batch_size(config.batch_size, config.accumulate, mesh)
     sharding.check_batch_size(config.eval_batch_size or config.batch_size, 1, mesh)
-    model = loading.model_path(config)
+    model = model or loading.model_path(config)
     now = datetime.datetime.fromisoformat(config.date)
     text = tokenizer.load(loading.tokenizer_path(config, model), now=now)
     whole = loading.make_policy(config, text, model)
@@ -81,6 +87,7 @@ def build(config, workdir: str) -> Run:
     policy, assemble, lms, moving, rate, tx = pieces(
         config, whole, mesh, ids=text.vocab_size
     )
+    del whole  # with adapters, its weights are on the mesh now
     check_evaluations(plugins.evals, (*lms, *moving), eval_data)
     if (config.reference_cache or config.reference_data) and data is not None:
         data = cached(config, data, text, lms["ref"], examples, mesh)
@@ -221,6 +228,7 @@ def place_lms(
     lms: dict[str, LM] = {}
     moving: list[str] = []
     on_mesh = {}  # frozen weights by where they came from
+    read = functools.cache(load)  # two names may have one path
     if loading.lora_settings(config):
         base = LM(policy.config, sharding.put_params(policy.params, mesh))
         on_mesh["init"] = lms["base"] = base
@@ -228,7 +236,7 @@ def place_lms(
         if path == "average":
             moving.append(name)
             continue
-        lm = policy if path == "init" else load(path)
+        lm = policy if path == "init" else read(path)
         if lm is policy and lm.config.value_head:
             lm = loading.with_value_head(lm, False)
         if lm.config.vocab_size < ids:

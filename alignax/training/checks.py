@@ -98,7 +98,7 @@ def check_model(config, plugins: Plugins) -> None:
             f"loss {plugins.loss.name!r} needs config.model.value_head=True"
         )
     critic = {"state_values", "old_values"} & needs
-    if config.rollout.reward and critic and not m.value_head:
+    if config.rollout.reward and config.num_steps and critic and not m.value_head:
         raise ValueError("a critic needs config.model.value_head=True")
 
 

@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
     c.lora.rank_stabilised = False  # alpha / sqrt(rank) instead of alpha / rank
 
     c.loss = ConfigDict()  # name, and the loss's own hyper-parameters
-    c.reweight = ConfigDict()  # {what weighs tokens or pairs: its hyper-parameters}
+    c.reweight = ConfigDict()  # {weights of tokens or pairs: its hyper-parameters}
     c.lms = (
         ConfigDict()
     )  # frozen models: name -> 'init' | 'average' | path | 'stage:NAME'
@@ -53,7 +53,7 @@ def get_config() -> ConfigDict:
 
     c.rollout = ConfigDict()  # the policy's own responses, to the prompts of c.data
     c.rollout.reward = ConfigDict()  # name, and its hyper-parameters; {} = no rollouts
-    c.rollout.group = 4  # responses a prompt
+    c.rollout.group = 4  # responses per prompt
     c.rollout.max_new = 64  # tokens of a response
     c.rollout.temperature = 1.0
     c.rollout.batches = 1  # optimiser steps that one pass over a rollout makes
@@ -61,22 +61,28 @@ def get_config() -> ConfigDict:
     c.rollout.keep = "all"  # of a group: all | best | best_worst
     c.rollout.truncated = "keep"  # responses without an end: keep | drop | punish
     c.rollout.punishment = 0.0  # their reward under 'punish'
-    c.rollout.overlong_buffer = 0  # last tokens of max_new, over which a reward falls
-    c.rollout.overlong_penalty = 1.0  # what it has lost at max_new
+    c.rollout.overlong_buffer = (
+        0  # last tokens before max_new, over which the reward falls
+    )
+    c.rollout.overlong_penalty = 1.0  # what a response of max_new tokens loses
     c.rollout.dynamic_sampling = False  # groups without a difference are replaced
-    c.rollout.max_draws = 8  # most prompts drawn for that, times those of a rollout
-    c.rollout.anchor = ""  # name in c.lms of who adds the best of some responses
-    c.rollout.anchor_samples = 2  # of which it is the best
-    c.rollout.policy = ""  # name in c.lms of who samples instead of the policy
-    c.rollout.reference_samples = 64  # of lms.ref a prompt, where a shaping asks
+    c.rollout.max_draws = 8  # most prompts sampled for that, in multiples of a rollout
+    c.rollout.anchor = (
+        ""  # name in c.lms of an LM that adds a response: the best of some
+    )
+    c.rollout.anchor_samples = 2  # responses of the anchor, of which the best is taken
+    c.rollout.policy = ""  # name in c.lms of the behaviour policy; '' is the policy
+    c.rollout.reference_samples = (
+        64  # samples of lms.ref per prompt, for shapings that need them
+    )
     c.rollout.cache = ""  # folder for the rewards of those samples; '' = the run's
-    c.shaping = ConfigDict()  # {what makes advantages of rewards: hyper-parameters}
+    c.shaping = ConfigDict()  # {shaping: its hyper-parameters}: advantages from rewards
 
     c.prompts = ConfigDict()  # a data set to respond to; {} trains and evaluates
     c.decoder = ConfigDict()  # a file in decoders/ and its hyper-parameters
     c.decoder.name = ""  # '' samples from the model itself
     c.generate = ConfigDict()  # how c.prompts are answered: see decode.generate
-    c.generate.group = 1  # responses a prompt
+    c.generate.group = 1  # responses per prompt
     c.generate.max_new = 256  # tokens of a response
     c.generate.temperature = 1.0  # 0 is greedy
     c.generate.top_k = 0  # 0 is off

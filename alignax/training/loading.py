@@ -104,10 +104,15 @@ def as_lora(section: Any) -> lora.Lora:
     return lora.Lora(**{**section, "targets": tuple(section["targets"])})
 
 
-def load_lm(path: str | ModelPath) -> LM:
+def load_lm(path: str | ModelPath, *, dtype: str = "float32") -> LM:
     """Weights from a run's folder, a Hugging Face or PEFT directory, or a .gguf file.
 
     Adapters are merged into their base, cast as they were trained on it.
+
+    Args:
+      path: of the model, or its description.
+      dtype: 'float32' or 'bfloat16', of weights that are read from a Hugging Face folder or
+        a .gguf file; a run keeps its own.
 
     Raises:
       ValueError: adapters that do not know their base, or whose base is another now.
@@ -116,10 +121,10 @@ def load_lm(path: str | ModelPath) -> LM:
     found = path if isinstance(path, ModelPath) else model_paths.resolve(path)
     if found.kind == "peft":
         assert found.base is not None
-        base = load_lm(found.base)
+        base = load_lm(found.base, dtype=dtype)
         return lora.merge(base, *lora.load(found.path, base))
     if found.kind != "run":
-        return load.load(found.path)
+        return load.load(found.path, dtype=dtype)
     lm = checkpoint.load_lm(found.path)
     return merged(found, lm) if lora.is_adapters(lm.params) else lm
 

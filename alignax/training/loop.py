@@ -67,7 +67,7 @@ class Pending(NamedTuple):
     tokens: np.ndarray  # [2] real tokens; those that were computed, shared ones once
 
 
-class Progress(NamedTuple):
+class LoopState(NamedTuple):
     """What the loop changes."""
 
     state: TrainState
@@ -161,7 +161,7 @@ def loop(session: Session, state: TrainState, best: Best) -> TrainState:
     """All steps that are left, and what is due after each."""
     config, run, start = session.config, session.run, session.start
     there = f"step {start} in {run.workdir}/checkpoints"
-    now = Progress(state, best, there if start else "no checkpoint yet")
+    now = LoopState(state, best, there if start else "no checkpoint yet")
     if start == 0 and config.eval_at_start:
         evaluate(session, now, 0)
     over = start == config.num_steps and evaluated(run.workdir, start)
@@ -199,7 +199,7 @@ def loop(session: Session, state: TrainState, best: Best) -> TrainState:
     return now.state
 
 
-def dispatch(session: Session, now: Progress, at: int) -> Progress:
+def dispatch(session: Session, now: LoopState, at: int) -> LoopState:
     """Draws the batch of step `at` and starts the step; its metrics are pending."""
     config, run, step = session.config, session.run, session.step
     assert run.source is not None
@@ -244,8 +244,8 @@ def usage(rows: Batch) -> tuple[np.ndarray, Any]:
 
 
 def settle(
-    session: Session, now: Progress, pending: Pending | None
-) -> tuple[Progress, Metrics]:
+    session: Session, now: LoopState, pending: Pending | None
+) -> tuple[LoopState, Metrics]:
     """Waits for a step and checks its metrics.
 
     Raises:
@@ -284,7 +284,7 @@ def schedule(session: Session, at: int) -> Due:
     return Due(ending, evaluating, saving, ending or evaluating or saving or first)
 
 
-def follow(session: Session, now: Progress, at: int, due: Due) -> Progress:
+def follow(session: Session, now: LoopState, at: int, due: Due) -> LoopState:
     """Evaluates and saves after step `at`, where that is due.
 
     Raises:
@@ -315,7 +315,7 @@ def follow(session: Session, now: Progress, at: int, due: Due) -> Progress:
     return now
 
 
-def evaluate(session: Session, now: Progress, at: int) -> Metrics:
+def evaluate(session: Session, now: LoopState, at: int) -> Metrics:
     """Runs the evaluations of the config and writes what they find."""
     run, state = session.run, now.state
     lm = run.assemble(state.params, run.lms)
@@ -327,7 +327,7 @@ def evaluate(session: Session, now: Progress, at: int) -> Metrics:
     return metrics
 
 
-def judge(session: Session, now: Progress, metrics: Metrics) -> Progress:
+def judge(session: Session, now: LoopState, metrics: Metrics) -> LoopState:
     """Keeps the best checkpoint by config.best_metric; finished when patience is over.
 
     Raises:
@@ -350,7 +350,7 @@ def judge(session: Session, now: Progress, metrics: Metrics) -> Progress:
     return now._replace(finished=bool(patience) and now.best.stale >= patience)
 
 
-def save(session: Session, to: ocp.CheckpointManager, now: Progress) -> None:
+def save(session: Session, to: ocp.CheckpointManager, now: LoopState) -> None:
     """Writes a checkpoint: the state, the position in the data, the best metric."""
     run, config = session.run, session.config
     meta = {

@@ -1,6 +1,7 @@
 """From a config to batches of the policy's own responses.
 
-The sections `rollout` and `shaping` become the arguments of `rollout.rollout_source`.
+The sections `rollout` and `shaping` become the arguments of
+`rollouts.source.rollout_source`.
 """
 
 import hashlib

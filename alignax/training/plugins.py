@@ -16,7 +16,7 @@ class Plugins(NamedTuple):
       loss: under the reweightings of the config.
       evals: by their names in the config.
       shaping: in the order in which they apply, with the KL strength of the run.
-      reward: of rollouts; None without them.
+      reward: of rollouts; None without them. An evaluation alone makes none.
     """
 
     loss: Bound
@@ -37,12 +37,14 @@ def bind(config) -> Plugins:
         name: plugin.load_section("evals", {"name": name, **hyper})
         for name, hyper in config.evals.items()
     }
+    # a run that only evaluates makes no rollouts
+    shapings = config.shaping if config.num_steps else {}
     steps = shaping.in_order(
         plugin.load_section("shaping", {"name": name, **hyper})
-        for name, hyper in config.shaping.items()
+        for name, hyper in shapings.items()
     )
-    given = [f"shaping.{name}" for name, h in config.shaping.items() if "beta" in h]
-    reward = plugin.plain_section(config.rollout.reward)
+    given = [f"shaping.{name}" for name, h in shapings.items() if "beta" in h]
+    reward = plugin.plain_section(config.rollout.reward if config.num_steps else {})
     return Plugins(
         loss, evals, with_strength(steps, loss, given),
         rewards.load(reward) if reward else None,

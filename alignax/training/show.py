@@ -1,7 +1,12 @@
-"""The first rows of a config's data exactly as the model gets them; no weights are read."""
+"""The first rows of a config's data exactly as the model gets them; no weights are read.
+
+Not shown: `reference_data`, which only the reference reads, and the cut of prompts by
+evaluations that sample.
+"""
 
 import datetime
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from alignax import plugin
 from alignax.batch import Example
@@ -9,7 +14,9 @@ from alignax.inputs import rows as cutting
 from alignax.inputs import tokenizer
 from alignax.inputs.detokenize import marked
 from alignax.inputs.tokenizer import Tokenizer
+from alignax.runs import model_paths
 from alignax.training import checks, loading
+from alignax.training.plugins import bind
 
 
 def show(config, rows: int = 3) -> str:
@@ -23,12 +30,29 @@ def show(config, rows: int = 3) -> str:
       ValueError, OSError: a config that cannot run, or data that cannot be read.
     """
     if config.get("stages"):
-        parts = (f"== {name} ==\n{show(c, rows)}" for name, c in config.stages.items())
-        return "\n".join(parts)
+        stages = config.copy_and_resolve_references().stages
+        return "\n".join(
+            f"== {name} ==\n{one_run(c, rows, tokenizer_of(c, stages))}"
+            for name, c in stages.items()
+        )
+    return one_run(config, rows, tokenizer_of(config, {}))
+
+
+def tokenizer_of(config, stages: Any) -> str:
+    """The path of the tokenizer; that of 'stage:NAME' is the one that stage NAME reads."""
+    while not config.tokenizer and config.model.path.startswith(model_paths.STAGE):
+        config = stages[config.model.path.removeprefix(model_paths.STAGE)]
+    return loading.tokenizer_path(config)
+
+
+def one_run(config, rows: int, path: str) -> str:
+    """The first rows of every data section of a run, by the tokenizer at `path`."""
     if rows < 1:
         raise ValueError(f"rows is {rows}, expected at least 1")
     checks.check_names(config)
-    path = loading.tokenizer_path(config)
+    plugins = bind(config)
+    checks.check_data(config)
+    checks.check_rollout(config, plugins)
     text = tokenizer.load(path, now=datetime.datetime.fromisoformat(config.date))
     lines = [
         f"tokenizer {path}, {text.vocab_size} ids; what is scored stands between ⟦ and ⟧"

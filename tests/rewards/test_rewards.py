@@ -1,6 +1,7 @@
 """Rewards: constraints by hand, the head's last scored value, and functions of text."""
 
 import dataclasses
+import functools
 import importlib
 
 import jax
@@ -224,6 +225,16 @@ OTHER_CODE = (
     "def f(text):\n    return text.count('a') // 2\n",
     "@float\ndef f(text):\n    return text.count('a') / 2\n",
 )
+
+
+def test_partials_of_other_functions_or_arguments_are_other_code():
+    some = (
+        functools.partial(max, 1), functools.partial(max, 2), functools.partial(min, 1),
+        functools.partial(max, 1, key=3), max,
+    )  # fmt: skip
+    assert len({rewards.code_digest(f) for f in some}) >= 4
+    again = functools.partial(max, 1)
+    assert rewards.code_digest(again) == rewards.code_digest(some[0])
 
 
 def test_comments_docstrings_and_layout_are_not_code(monkeypatch):

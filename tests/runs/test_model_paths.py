@@ -69,6 +69,18 @@ def test_a_run_whose_first_model_is_gone_is_still_described(tmp_path):
     assert (found.kind, found.tokenizer, found.base) == ("run", "bytes", None)
 
 
+def test_the_base_of_a_run_before_is_not_needed(tmp_path):
+    """A full run that started from adapters, whose base is gone now."""
+    first = run(tmp_path / "first", **{"tokenizer": "", "model.path": "/nowhere/base"})
+    note = {"path": "/nowhere/base", "from_here": "", "checksum": ""}
+    (tmp_path / "first" / "base.json").write_text(json.dumps(note))
+    second = run(tmp_path / "second", **{"tokenizer": "", "model.path": first})
+    found = resolve(second)
+    assert (found.kind, found.tokenizer) == ("run", "")
+    with pytest.raises(FileNotFoundError, match="/nowhere/base"):
+        resolve(first)  # its own adapters are nothing without it
+
+
 def test_checkpoints_without_a_config_are_a_run(tmp_path):
     (tmp_path / "3").mkdir()
     found = resolve(str(tmp_path))
@@ -106,6 +118,8 @@ def test_the_start_of_a_run_resolves_a_path_once(tmp_path, monkeypatch):
         model_paths, "resolve", lambda path: calls.update([path]) or honest(path)
     )
     config.model.path = str(tmp_path / "policy")
-    config.lms = {"ref": "init", "other": str(tmp_path / "other")}
-    build.build(config, str(tmp_path / "run"))
+    other = str(tmp_path / "other")
+    config.lms = {"ref": "init", "other": other, "again": other}
+    run = build.build(config, str(tmp_path / "run"))
+    assert run.lms["again"].params["embed"] is run.lms["other"].params["embed"]
     assert calls == {str(tmp_path / "policy"): 1, str(tmp_path / "other"): 1}

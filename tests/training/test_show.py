@@ -1,10 +1,12 @@
 """The first rows of a config's data, as the model gets them."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import tiny
+from ml_collections import ConfigDict
 
 from alignax.batch import Example
 from alignax.inputs import detokenize, tokenizer, tokenizer_files
@@ -87,13 +89,28 @@ def test_rollouts_show_prompts_cut_as_they_are_sampled_from(data):
     config = data([pair("0123456789" * 3, "a", "b")])
     config.rollout.reward = {"name": "constraints", "pattern": "a"}
     config.rollout.max_new = 10
+    config.loss, config.shaping = {"name": "policy_gradient"}, {"rloo": {}}
     shown = show.show(config)
     why = "length=24 less rollout.max_new=10"
     assert f"prompt: 14 tokens; 16 of 30 were cut on the left: config.{why}" in shown
     assert "response" not in shown
+    config.rollout.max_new = 24
+    with pytest.raises(ValueError, match="leaves no room"):
+        show.show(config)
 
 
-def test_every_section_is_shown_and_stages_in_order():
+def test_a_stage_reads_by_the_tokenizer_of_the_stage_it_starts_from():
+    first, second, third = (tiny.config("sft") for _ in range(3))
+    second.tokenizer = third.tokenizer = ""
+    second.model.path, third.model.path = "stage:first", "stage:second"
+    stages = {"first": first, "second": second, "third": third}
+    shown = show.show(ConfigDict({"stages": stages}), 1)
+    assert re.findall(r"^== (\w+) ==$", shown, re.M) == ["first", "second", "third"]
+    assert shown.count("tokenizer bytes") == 3
+    assert shown.count("[0]") == 3
+
+
+def test_every_section_is_shown():
     one = tiny.config("sft", eval_data={"name": "synthetic", "split": "test"})
     shown = show.show(one, 1)
     assert [x for x in ("data: 32", "eval_data: ") if f"\n{x}" in shown] == [
