@@ -6,4 +6,8 @@ in, host Scores out), `batch_size` and `length`; every other keyword of a functi
 hyper-parameter. A file may define `check(lms, data, *, ...)`, of the names of the LMs and
 the hyper-parameters: it raises ValueError before the run begins. A metric 'x' with an
 interval comes with 'x/lo' and 'x/hi' (95 %); 'samples' holds rows of text.
+
+Reading order: ranking_accuracy and perplexity (scores of given responses), win_rate and
+sample (responses of the policy), inference_win_rate (after best-of-N or worst-of-N),
+token_shift, exploitation, bon_jailbreak.
 """

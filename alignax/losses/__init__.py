@@ -9,4 +9,8 @@ means that the loss receives as `ema=`), RANGES ({hyper-parameter: interval, suc
 
 Terms that several losses share are in `alignax/masked.py` (sums and means), `pairs.py`
 (chosen and rejected), `lists.py` (rankings), `ratios.py` (rollouts) and `value_heads.py`.
+
+Reading order: sft (one response), dpo and ipo (pairs), kto (single responses with a
+label), plackett_luce (rankings), npo (unlearning), policy_gradient and ppo (rollouts),
+value_mean (value heads), gkd (distillation). Every other file stands beside one of these.
 """

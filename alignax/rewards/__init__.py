@@ -2,6 +2,8 @@
 
 A dotted name may also point to any function from a response's text to a number. A reward
 that takes the keywords `tokenizer` or `score` receives those of the run.
+
+Reading order: constraints (a program), model (a trained reward model), ensemble, relevance.
 """
 
 import ast

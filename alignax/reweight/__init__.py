@@ -3,4 +3,6 @@
 
 `config.reweight = {name: hyper-parameters}` applies them in order before `config.loss`;
 the loss's values are multiplied by the weights. NEEDS and RANGES as in losses/.
+
+Reading order: wpo, length_desensitised.
 """

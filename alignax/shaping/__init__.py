@@ -23,6 +23,9 @@ to the same prompt. A module declares:
   NEEDS     columns to fill before ('old_logps', 'ref_logps', 'old_values')
   RETURNS   True: the output plus `old_values` is the critic's target (`extra['returns']`)
   COUPLED   True: the output for a prompt depends on the other prompts of the rollout
+
+Reading order: rloo and group_norm (baselines of a group), kl (the penalty), whiten, gae (a
+critic), remax, ctrl (inference-aware alignment).
 """
 
 from collections.abc import Iterable
