@@ -19,9 +19,21 @@ from jaxtyping import Array, Bool, Float, Int
 Params = dict[str, Any]  # nested dict of arrays, the tree that a model owns
 Number = float | Float[Array, ""]  # a hyper-parameter of a loss: traced in a step
 Metrics = dict[str, Any]  # name -> scalar (evaluations may add 'samples': rows of text)
-# {'role': 'system' | 'user' | 'assistant', 'content': text}. The role 'assistant' may have a
-# 'prefill': the beginning of its content, which is given to the model and not scored.
-Message = dict[str, str]
+# {'role': 'system' | 'user' | 'assistant' | 'tool', 'content': text}, and whatever else the
+# chat template reads ('tool_calls', 'reasoning_content', 'name'). A turn with 'weight': 0 or
+# 'train': False is read and not scored. The role 'assistant' may have a 'prefill': the
+# beginning of its content, which is given to the model and not scored.
+Message = dict[str, Any]
+
+FORMS = {  # what a row of data is: see `form`
+    "prompts": "a prompt alone",
+    "demonstrations": "one response to imitate, without a label",
+    "labelled": "one response with a label or a score",
+    "mismatched": "one labelled response, and one that answers another prompt",
+    "pairs": "a chosen and a rejected response, in this order",
+    "groups": "two or more responses, each with a score, in any order",
+    "unscored": "two or more responses without scores",
+}
 
 
 class Example(NamedTuple):
@@ -37,7 +49,26 @@ class Example(NamedTuple):
         str | Sequence[Message]
     ]  # G of them; pairs are (chosen, rejected)
     feedback: Sequence[float] = ()  # G numbers: label, rank or reward; () means zeros
-    columns: Mapping[str, float] = MappingProxyType({})  # numbers, for Batch.extra
+    columns: Mapping[str, float | str] = MappingProxyType({})  # further keys of the row
+    form: str = ""  # one of FORMS; "" = as `form` tells from responses and feedback
+    # What this row's chat template gets: 'tools', 'documents', 'enable_thinking', ...
+    template: Mapping[str, Any] = MappingProxyType({})
+
+
+def form(example: Example) -> str:
+    """What an example is: one of FORMS.
+
+    Two responses with the feedback (1, 0) are a pair; two with other scores are a group,
+    whose order means nothing, unless the example says that it is a pair.
+    """
+    if example.form:
+        return example.form
+    many, scored = len(example.responses), bool(len(example.feedback))
+    if many < 2:
+        return ("prompts", "labelled" if scored else "demonstrations")[many]
+    if not scored:
+        return "unscored"
+    return "pairs" if tuple(example.feedback) == (1.0, 0.0) else "groups"
 
 
 class Layout(NamedTuple):
