@@ -27,6 +27,7 @@ ROLES = {  # folder -> the function that every file in it defines (one of them)
 # Keywords that the caller passes (to a `search` those of SEARCH); all others are
 # hyper-parameters.
 HANDED = ("key", "tokenizer", "generate", "score", "batch_size", "length", "ema")
+READING = ("raw", "specials")  # keys of every data section: see `dialogues.Reading`
 SEARCH = (*HANDED, "max_new", "judge", "temperature", "eos_ids", "reader")
 
 
@@ -251,9 +252,34 @@ def load_loss(config: Any) -> Bound:
 
 
 def load_examples(spec: Any, drop: tuple[str, ...] = ()) -> Sequence[Example]:
-    """The examples of a data section; the keys in `drop` are no hyper-parameters."""
+    """The examples of a data section; the keys in `drop` are no hyper-parameters.
+
+    What the section says on how its rows are read (READING) is in their attribute
+    `reading`.
+    """
     spec = {k: v for k, v in plain_section(spec).items() if k not in drop}
-    return load("data", spec.pop("name"), spec)()
+    how = {k: spec.pop(k) for k in READING if k in spec}
+    examples = load("data", spec.pop("name"), spec)()
+    return ReadAs(examples, how) if how else examples
+
+
+class ReadAs(Sequence):
+    """Examples that are read in a way of their own; other attributes are theirs."""
+
+    def __init__(self, examples: Sequence[Example], reading: dict[str, Any]):
+        self._examples, self.reading = examples, reading
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index):
+        found = self._examples[index]
+        return ReadAs(found, self.reading) if isinstance(index, slice) else found
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._examples, name)
 
 
 def plain_section(spec: Any) -> dict[str, Any]:

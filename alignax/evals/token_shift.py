@@ -14,7 +14,6 @@ the first paper takes harmful answers, the second the aligned model's greedy one
 with equal probability under the base the lower id ranks first.
 """
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -75,7 +74,7 @@ def evaluate(
         )
     if positions < 1:
         raise ValueError(f"positions is {positions}, expected at least 1")
-    base, bare = lms[baseline], dataclasses.replace(tokenizer, chat_template=None)
+    base, bare = lms[baseline], tokenizer.without_template()
     prompts = {e.id: e.prompt for e in data} if plain else {}
     found: dict[str, list[np.ndarray]] = {}  # of each response one row of numbers
     for batch, ids in _responses(

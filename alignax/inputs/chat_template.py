@@ -1,86 +1,227 @@
-"""Chat templates: a conversation rendered to one string by jinja2, in a sandbox."""
+"""Chat templates: a conversation rendered to one string by jinja2, in a sandbox.
+
+The rendering is a `tracked_text.Tracked`: each character that a message gave knows its
+message and key, and text inside `{% generation %}` is marked.
+"""
 
 import datetime
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import jinja2
+import jinja2.compiler
 import jinja2.ext
+import jinja2.filters
+import jinja2.nodes
 import jinja2.sandbox
 
 from alignax.batch import Message
+from alignax.inputs import tracked_text
+from alignax.inputs.tracked_text import Tracked
 
-# For conversations where a tokenizer has no template (bytes, base models). A turn starts a
-# new pre-token, so prefixes of the text stay prefixes of the ids; `tokenize` inserts EOS
-# after each assistant turn.
+# For conversations where a tokenizer has no template (bytes, base models); `tokenize`
+# inserts EOS after each assistant turn.
 PLAIN_TEMPLATE = (
     "{% for m in messages %}{% if not loop.first %}{{ '\\n\\n' }}{% endif %}"
-    "{{ m.role | capitalize }}: {{ m.content | trim }}{% endfor %}"
+    "{{ m.role | capitalize }}: {{ (m.content or '') | trim }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
 )
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # names of one key
+MARK = (-1, "generation")  # source of text inside {% generation %}
+# What a template may raise on a row that it was not written for.
+REFUSALS = (
+    jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError,
+    AttributeError, RecursionError,
+)  # fmt: skip
 
 
 def render(
     template: str | None, messages: Sequence[Message], add_generation_prompt: bool, *,
     specials: Mapping[str, str], now: datetime.datetime,
+    variables: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:  # fmt: skip
-    """The conversation as one string.
+    """The conversation as one string with spans (see `tracked_text`).
 
     Args:
       template: jinja2 source, or None for PLAIN_TEMPLATE.
-      messages: the turns.
+      messages: the turns; all keys of a message reach the template.
       add_generation_prompt: whether an assistant turn is opened at the end.
       specials: special tokens as templates name them, e.g. {'eos_token': '</s>'}.
       now: the date that the template's `strftime_now` gives.
+      variables: what else the template gets, e.g. 'tools', 'enable_thinking'.
 
     Raises:
       ValueError: the template refuses the messages; its message is included.
     """
+    given = {"tools": None, "documents": None, **specials, **variables}
     try:
         return _compile(template or PLAIN_TEMPLATE, now).render(
-            messages=list(messages),
+            messages=[_track(i, m) for i, m in enumerate(messages)],
             add_generation_prompt=add_generation_prompt,
-            tools=None,
-            documents=None,
-            **specials,
+            **given,
         )
-    except (jinja2.TemplateError, TypeError) as e:
+    except REFUSALS as e:
         roles = [m.get("role") for m in messages]
         raise ValueError(f"chat template refuses turns {roles}: {e}") from e
 
 
+def _track(index: int, message: Message) -> Message:
+    """The message with texts that know it; the role stays a plain str.
+
+    A content of None is left out, and thoughts have the names that templates read, as in
+    transformers' `apply_chat_template`.
+    """
+    out = {}
+    for key, value in message.items():
+        if key == "role":
+            out[key] = value
+        elif key == "content" and value is None:
+            continue
+        elif key == "content" and isinstance(value, list):
+            out[key] = [_track_part(index, part) for part in value]
+        else:
+            out[key] = tracked_text.track(value, (index, key))
+    begun = message.get("prefill")
+    if begun and isinstance(message.get("content"), str):
+        given = tracked_text.track(begun, (index, "prefill"))
+        rest = message["content"][len(begun) :]
+        out["content"] = given + tracked_text.track(rest, (index, "content"))
+    thought = next((out[k] for k in THOUGHTS if out.get(k) is not None), None)
+    if thought is not None:
+        out = {"thinking": thought, **out, "reasoning_content": thought}
+    return out
+
+
+def _track_part(index: int, part: Any) -> Any:
+    source = (index, "content")
+    if not isinstance(part, Mapping):
+        return tracked_text.track(part, source)
+    return {
+        k: v if k == "type" else tracked_text.track(v, source) for k, v in part.items()
+    }
+
+
+class _Code(jinja2.compiler.CodeGenerator):
+    """Compiles `~` to a concatenation that keeps spans."""
+
+    def visit_Concat(self, node, frame):
+        self.write("environment.concat((")
+        for each in node.nodes:
+            self.write("str(")
+            self.visit(each, frame)
+            self.write("), ")
+        self.write("))")
+
+
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks assistant text for other programs; here it is a no-op."""
+    """`{% generation %}` marks the text that the assistant writes."""
 
     tags = {"generation"}  # noqa: RUF012 (as the base class declares it)
 
     def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        call = self.call_method("_mark")
+        return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+    def _mark(self, caller):
+        text = caller()
+        return Tracked(text, (*tracked_text.spans(text), (0, len(text), MARK)))
 
 
-@functools.lru_cache(maxsize=8)
+class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """The sandbox that templates of downloaded models run in; it keeps spans."""
+
+    code_generator_class = _Code
+    intercepted_binops = frozenset({"%"})
+
+    def call(self, context, function, *args, **kwargs):
+        owner = getattr(function, "__self__", None)
+        if isinstance(owner, str) and type(owner) is not Tracked:
+            if function.__name__ == "join":
+                return tracked_text.join(owner, *args)
+            out = super().call(context, function, *args, **kwargs)
+            return _from(out, args, kwargs)
+        return super().call(context, function, *args, **kwargs)
+
+    def call_binop(self, context, operator, left, right):
+        out = super().call_binop(context, operator, left, right)
+        return _from(out, left, right) if type(out) is str else out
+
+    def wrap_str_format(self, value):
+        wrapped = super().wrap_str_format(value)
+        if wrapped is None:
+            return None
+        form = value.__self__
+
+        @functools.wraps(wrapped)
+        def tracked(*args, **kwargs):
+            return _from(str(wrapped(*args, **kwargs)), form, args, kwargs)
+
+        return tracked
+
+
+def _from(out: Any, *made_of: Any) -> Any:
+    """A text that was made in a way that is not followed, with all sources of it."""
+    if not isinstance(out, str):
+        return out
+    return tracked_text.as_whole(tracked_text.plain(out), *made_of)
+
+
+def _as_whole(function: Callable) -> Callable:
+    """A filter whose result is as a whole from all of its arguments."""
+
+    @functools.wraps(function)
+    def tracked(*args, **kwargs):
+        return _from(function(*args, **kwargs), args, kwargs)
+
+    return tracked
+
+
+def _join(value, d="", attribute=None):
+    texts = value if attribute is None else (x[attribute] for x in value)
+    return tracked_text.join(d, texts)
+
+
+def _replace(s, old, new, count=-1):
+    s, old = (x if isinstance(x, str) else str(x) for x in (s, old))
+    new = new if isinstance(new, str) else str(new)
+    if type(s) is Tracked:
+        return s.replace(old, new, count)
+    return _from(s.replace(old, tracked_text.plain(new), count), new)
+
+
+def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    # Templates mean plain JSON; jinja2's own filter escapes HTML.
+    text = json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent,
+        separators=separators, sort_keys=sort_keys,
+    )  # fmt: skip
+    return tracked_text.as_whole(text, value)
+
+
+@functools.lru_cache(maxsize=32)
 def _compile(source: str, now: datetime.datetime) -> jinja2.Template:
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 
-    def tojson(
-        value, ensure_ascii=False, indent=None, separators=None, sort_keys=False
-    ):
-        # Templates mean plain JSON; jinja2's own filter escapes HTML.
-        return json.dumps(
-            value, ensure_ascii=ensure_ascii, indent=indent,
-            separators=separators, sort_keys=sort_keys,
-        )  # fmt: skip
-
     # Templates come with downloaded models: they run in a sandbox.
-    env = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    env: Any = _Environment(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[jinja2.ext.loopcontrols, _Generation],
     )
-    env.filters["tojson"] = tojson
+    env.concat = tracked_text.concat
+    for name in (
+        "indent", "wordwrap", "truncate", "format", "title", "striptags",
+        "e", "escape", "forceescape", "urlencode", "urlize", "center",
+    ):  # fmt: skip
+        env.filters[name] = _as_whole(env.filters[name])
+    env.filters |= {"join": _join, "replace": _replace, "tojson": _tojson}
+    env.filters["safe"] = lambda value: value  # nothing is escaped
     env.globals["raise_exception"] = raise_exception
     env.globals["strftime_now"] = lambda form: now.strftime(form)
     return env.from_string(source)

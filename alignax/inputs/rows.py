@@ -1,20 +1,24 @@
-"""Rows: examples as token ids, cut to a length, with a count of what was cut or left out.
+"""Rows: examples as token ids, cut to a length, with a count of all that was not used whole.
 
-An example that is too long is cut in this order: the prompt loses tokens on its left (BOS
-stays) down to one; then the response loses its right end and, with it, its EOS; an example
-with a response that has no scored token left is dropped.
+How an example that is too long is cut is in `truncation`.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from alignax import batch
 from alignax.batch import Example
-from alignax.inputs import layout
-from alignax.inputs.tokenizer import Tokenized, Tokenizer
+from alignax.inputs import layout, truncation
+from alignax.inputs.dialogues import Rendered, Tokens
+from alignax.inputs.tokenizer import Tokenizer
+from alignax.inputs.truncation import Fitted, TooLong
 
-LISTED = 20  # how many dropped or malformed ids a report lists
+LISTED = 20  # how many ids of each kind a report lists
+CHUNK = 256  # examples that are encoded together
+ZEROS = ("read", "used", "cut", "cut_prompt", "cut_response", "dropped", "malformed")
 
 
 class Row(NamedTuple):
@@ -39,8 +43,9 @@ def read(
     """Tokenises and cuts all examples.
 
     Args:
-      examples: their attribute `report`, if any, has the lines that were not readable.
-      tokenizer: from `tokenizer.load`.
+      examples: their attribute `report`, if any, has the lines that were not readable;
+        `carried`, the names of the columns that go into a Batch (all numbers by default).
+      tokenizer: from `tokenizer.load`; its `reading` says how rows are read and cut.
       length: tokens of a row, at least 2.
       vocab_size: V of the model, or None for no check.
       counts: from `no_counts`; updated in place.
@@ -51,16 +56,13 @@ def read(
     """
     if length < 2:
         raise ValueError(f"length is {length}, expected at least 2")
-    refused = getattr(examples, "report", None) or {}
-    for kind, lines in refused.items():
-        name = "malformed" if kind == "malformed" else "dropped"
-        _note(counts, name, *lines)
-        counts["read"] += len(lines)
+    truncation.check(tokenizer.reading, length)
+    tokenizer = tokenizer.for_data(examples)
+    note_report(counts, examples)
+    carried = getattr(examples, "carried", None)
     rows: list[Row] = []
-    for i in range(len(examples)):
-        row = _row(examples[i], tokenizer, length, counts)
-        if row is None:
-            continue
+    for example, fitted in _fitted(examples, tokenizer, length, counts):
+        row = _row(example, fitted, carried)
         if rows and row.columns.keys() != rows[0].columns.keys():
             raise ValueError(
                 f"{row.id} has columns {sorted(row.columns)}, {rows[0].id} has "
@@ -76,43 +78,68 @@ def read(
 
 
 def no_counts() -> dict[str, Any]:
-    """The counts that `read` adds to, all zero."""
-    zeros = dict.fromkeys(("read", "used", "cut", "dropped", "malformed"), 0)
-    return {**zeros, "dropped_ids": [], "malformed_ids": []}
+    """The counts that `read` adds to, all zero.
+
+    'cut' rows lost some of their prompt ('cut_prompt'), of a response ('cut_response'), or
+    of both. 'notes' is {what is remarkable: [rows, the first one's id and details]};
+    'forms' {form of a row: [rows, the first one's id]}.
+    """
+    lists: dict[str, Any] = {"dropped_ids": [], "malformed_ids": []}
+    return {**dict.fromkeys(ZEROS, 0), **lists, "notes": {}, "forms": {}}
 
 
-def _row(
-    example: Example, tokenizer: Tokenizer, length: int, counts: dict[str, Any]
-) -> Row | None:
-    """One example as a row; None if it is malformed or dropped, which is counted."""
-    counts["read"] += 1
-    try:
-        whole = tokenize(example, tokenizer)
-    except ValueError as e:
-        _note(counts, "malformed", f"{example.id}: {e}")
-        return None
-    part, was_cut = cut(whole, length, tokenizer.bos_id)
+def _fitted(
+    examples: Sequence[Example], tokenizer: Tokenizer, length: int,
+    counts: dict[str, Any],
+) -> Iterator[tuple[Example, Fitted]]:  # fmt: skip
+    """(example, its ids) of all that are usable; the others are counted."""
+    dialogues, encoder = tokenizer.dialogues, tokenizer.encoder
+    for start in range(0, len(examples), CHUNK):
+        some: list[tuple[Example, Rendered]] = []
+        for i in range(start, min(start + CHUNK, len(examples))):
+            example = examples[i]
+            counts["read"] += 1
+            _add(counts["forms"], batch.form(example), example.id)
+            try:
+                some.append((example, render(example, tokenizer)))
+            except ValueError as e:
+                note(counts, "malformed", f"{example.id}: {e}")
+        with contextlib.suppress(ValueError):  # of one of them, which says so below
+            encoder.prefetch(s for _, rendered in some for s in rendered.segments())
+        for example, rendered in some:
+            try:
+                tokens = dialogues.ids(rendered)
+                yield (
+                    example,
+                    _fit(example, rendered, tokens, tokenizer, length, counts),
+                )
+            except TooLong as e:
+                note(counts, "dropped", f"{example.id}: {e}")
+            except ValueError as e:
+                note(counts, "malformed", f"{example.id}: {e}")
+
+
+def _fit(
+    example: Example, rendered: Rendered, tokens: Tokens, tokenizer: Tokenizer,
+    length: int, counts: dict[str, Any],
+) -> Fitted:  # fmt: skip
+    """The ids of one usable example; what is remarkable is counted."""
+    fitted = cut(example, rendered, tokens, tokenizer, length)
+    own = fitted.scored[: own_responses(example)]
     # A scored token needs a prefix, which the prompt always gives.
-    if not all(any(s) for s in part.scored):
-        _note(counts, "dropped", f"{example.id}: no response left at length {length}")
-        return None
-    counts["cut"] += was_cut
+    if not all(any(s) for s in own):
+        raise TooLong(f"no room for a scored token at length {length}")
+    counts["cut_prompt"] += fitted.cut_prompt
+    counts["cut_response"] += fitted.cut_response
+    counts["cut"] += fitted.cut_prompt or fitted.cut_response
     counts["used"] += 1
-    responses = [np.array(r, np.int32) for r in part.responses]
-    scored = [np.array(s, bool) for s in part.scored]
-    return Row(
-        example.id,
-        np.array(part.prompt_ids, np.int32),
-        responses,
-        scored,
-        tuple(map(float, example.feedback)),
-        {k: float(v) for k, v in example.columns.items()},
-        len(part.prompt_ids) + layout.group(responses, scored).size(),
-    )
+    for name, details in tokens.notes.items():
+        _add(counts["notes"], name, f"{example.id}: {details}")
+    return fitted
 
 
-def tokenize(example: Example, tokenizer: Tokenizer) -> Tokenized:
-    """An example as ids, not yet cut.
+def render(example: Example, tokenizer: Tokenizer) -> Rendered:
+    """An example as text.
 
     Raises:
       ValueError: no response, feedback of another number, or a conversation that the
@@ -125,7 +152,42 @@ def tokenize(example: Example, tokenizer: Tokenizer) -> Tokenized:
             f"{len(example.feedback)} feedback values for "
             f"{len(example.responses)} responses"
         )
-    return tokenizer.tokenize(example)
+    return tokenizer.dialogues.render(example)
+
+
+def cut(
+    example: Example, rendered: Rendered, tokens: Tokens, tokenizer: Tokenizer,
+    length: int,
+) -> Fitted:  # fmt: skip
+    """An example in at most `length` tokens, as the tokenizer's `reading` has it.
+
+    Raises:
+      TooLong: nothing usable is left.
+    """
+    return truncation.fit(
+        example, rendered, tokens, tokenizer.dialogues, length=length,
+        reading=tokenizer.reading, bos_id=tokenizer.bos_id, own=own_responses(example),
+    )  # fmt: skip
+
+
+def own_responses(example: Example) -> int:
+    """How many responses answer the prompt: not the second one of a mismatched row."""
+    return 1 if batch.form(example) == "mismatched" else len(example.responses)
+
+
+def _row(example: Example, fitted: Fitted, carried: Sequence[str] | None) -> Row:
+    responses = [np.array(r, np.int32) for r in fitted.responses]
+    scored = [np.array(s, bool) for s in fitted.scored]
+    names = carried_columns(example, carried)
+    return Row(
+        example.id,
+        np.array(fitted.prompt, np.int32),
+        responses,
+        scored,
+        tuple(map(float, example.feedback)),
+        {k: float(example.columns[k]) for k in names},
+        len(fitted.prompt) + layout.group(responses, scored).size(),
+    )
 
 
 def _check_ids(row: Row, tokenizer: Tokenizer, vocab_size: int | None) -> None:
@@ -140,41 +202,32 @@ def _check_ids(row: Row, tokenizer: Tokenizer, vocab_size: int | None) -> None:
         )
 
 
-def _note(counts: dict[str, Any], name: str, *lines: str) -> None:
+def _add(found: dict[str, list], name: str, example: str) -> None:
+    """Counts one more of a kind, of which the first is kept."""
+    if name in found:
+        found[name][0] += 1
+    else:
+        found[name] = [1, example]
+
+
+def carried_columns(example: Example, carried: Sequence[str] | None) -> list[str]:
+    """Names of the columns that go into a Batch: all numbers, or those in `carried`."""
+    return sorted(
+        k
+        for k, v in example.columns.items()
+        if (k in carried if carried is not None else not isinstance(v, str))
+    )
+
+
+def note_report(counts: dict[str, Any], examples: Sequence[Example]) -> None:
+    """Counts what the reader of the data left out."""
+    for kind, lines in (getattr(examples, "report", None) or {}).items():
+        note(counts, "malformed" if kind == "malformed" else "dropped", *lines)
+        counts["read"] += len(lines)
+
+
+def note(counts: dict[str, Any], name: str, *lines: str) -> None:
+    """Counts rows that are not used, of which the first reasons are kept."""
     counts[name] += len(lines)
     listed = counts[f"{name}_ids"]
     listed += lines[: LISTED - len(listed)]
-
-
-def cut(
-    tokenized: Tokenized, length: int, bos_id: int | None
-) -> tuple[Tokenized, bool]:
-    """Cuts an example to `length` tokens: the prompt's left, then the responses' right.
-
-    Args:
-      tokenized: a prompt and its G responses; they keep one common prompt.
-      length: at least 2.
-      bos_id: kept if the prompt starts with it; None if there is none.
-
-    Returns:
-      The example, in which a response may have lost all of its scored tokens, and
-      whether anything was cut.
-    """
-    prompt, responses, scored = tokenized
-    longest = max(map(len, responses))
-    if len(prompt) + longest <= length:
-        return tokenized, False
-    prompt = cut_prompt(prompt, max(1, length - longest), bos_id)
-    room = length - len(prompt)
-    return Tokenized(
-        prompt, [r[:room] for r in responses], [s[:room] for s in scored]
-    ), True
-
-
-def cut_prompt(ids: list[int], room: int, bos_id: int | None) -> list[int]:
-    """The last `room` (at least 1) ids of a prompt; a BOS at its start stays."""
-    if len(ids) <= room:
-        return ids
-    if ids[0] == bos_id:
-        return [ids[0], *ids[len(ids) - room + 1 :]]
-    return ids[-room:]

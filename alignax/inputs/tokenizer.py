@@ -1,14 +1,15 @@
 """Text to token ids and back: bytes, a Hugging Face directory, or a .gguf file.
 
-A conversation is rendered by its chat template to one string and that string is
-tokenised once, without added specials. What a template leaves open is defined here:
+A conversation is rendered by its chat template to one string, and that string is tokenised
+without added specials. What a template leaves open is defined here:
 
-  prompt     its ids must be a prefix of the ids of the whole, or the example is an error
+  prompt     to generate from: as the template renders it; to train on: what it has in
+             common with the ids of the whole dialogue (see `dialogues`)
   BOS        at most one; added only to raw text, never to what a template wrote
   EOS        a set of ids; exactly one ends every assistant turn, and it is scored.
              Where the template writes none it is inserted
-  scored     assistant turns up to and including their EOS; never headers, never what
-             a template writes after EOS
+  scored     assistant turns up to and including their first end token; never what a
+             generation prompt writes, never what a template writes after the end
 """
 
 import dataclasses
@@ -16,17 +17,19 @@ import datetime
 import functools
 import hashlib
 import json
+import logging
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, SupportsIndex
 
 from alignax.batch import Example, Message
 from alignax.inputs import chat_template as chat_templates
-from alignax.inputs import gguf_vocab
+from alignax.inputs import gguf_vocab, tracked_text, turns
+from alignax.inputs.dialogues import Dialogues, Reading
+from alignax.inputs.encoder import PRIVATE, ByteEncoder, Encoder
 
-
-class PrefixError(ValueError):
-    """The ids of a prompt are not a prefix of the ids of the whole conversation."""
+log = logging.getLogger(__name__)
+DEFAULT = Reading()
 
 
 class Tokenized(NamedTuple):
@@ -43,7 +46,7 @@ class Tokenizer:
 
     Attributes:
       vocab_size: one more than the largest id; a model's table may be larger.
-      eos_ids: every id that ends a turn.
+      eos_ids: every id that ends a turn, also the template's own end of turn.
       eos_id: the id inserted where the text has no EOS of its own; one of `eos_ids`.
       bos_id: id of the beginning-of-sequence token, or None.
       pad_id: id written on padding. May equal EOS: nothing is ever read from it.
@@ -51,6 +54,10 @@ class Tokenizer:
       chat_template: jinja2 source, or None for raw text.
       specials: special tokens as templates name them, e.g. {'eos_token': '</s>'}.
       now: what a template's `strftime_now` reads; fixed so that the ids are fixed too.
+      encoder: text to ids, with their places.
+      end_of_turn: the token by which the template ends old turns; None if it writes none.
+      reading: how rows are read: template variables, system turns, control tokens in the
+        text of users, raw strings.
     """
 
     vocab_size: int
@@ -62,10 +69,13 @@ class Tokenizer:
     chat_template: str | None
     specials: dict[str, str]
     now: datetime.datetime
+    encoder: Encoder
     _encode: Callable[[str], list[int]]
     _decode: Callable[[list[int], bool], str]
     _vocab_hash: str
     path: str = ""  # of the folder or file that it was read from
+    end_of_turn: str | None = None
+    reading: Reading = DEFAULT
     _definition: Callable[[], str] | None = None  # tokenizer.json, where it has one
 
     @functools.cached_property
@@ -80,7 +90,22 @@ class Tokenizer:
         parts += (self.bos_id, self.add_bos, sorted(self.specials.items()))
         if self.chat_template and "strftime_now" in self.chat_template:
             parts += (self.now.date().isoformat(),)
+        if self.reading != DEFAULT:
+            parts += (json.dumps(self.reading._asdict(), sort_keys=True, default=repr),)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    def read_as(self, reading: Reading) -> "Tokenizer":
+        """The same tokenizer, which reads rows in another way."""
+        return self if reading == self.reading else _replace(self, reading=reading)
+
+    def for_data(self, examples: Any) -> "Tokenizer":
+        """The same tokenizer, which reads rows as the section of these examples says."""
+        own = getattr(examples, "reading", None)
+        return self.read_as(self.reading._replace(**own)) if own else self
+
+    def without_template(self) -> "Tokenizer":
+        """The same tokenizer for raw text, as of a model that knows no chat template."""
+        return _replace(self, chat_template=None)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`. Specials in the text become their ids; none is ever added."""
@@ -93,171 +118,84 @@ class Tokenizer:
         return self._decode([int(i) for i in ids], keep_specials)
 
     def render(
-        self, messages: Sequence[Message], add_generation_prompt: bool = False
-    ) -> str:
+        self, messages: Sequence[Message], add_generation_prompt: bool = False,
+        **variables: Any,
+    ) -> str:  # fmt: skip
         """The conversation as the one string that is tokenised.
+
+        Args:
+          messages: the turns.
+          add_generation_prompt: whether an assistant turn is opened at the end.
+          **variables: what the template gets besides those of `reading`.
 
         Raises:
           ValueError: the template refuses the messages; its message is included.
         """
-        return chat_templates.render(
-            self.chat_template, messages, add_generation_prompt,
-            specials=self.specials, now=self.now,
-        )  # fmt: skip
+        given = {**self.reading.variables, **variables}
+        return tracked_text.plain(self._tracked(messages, add_generation_prompt, given))
 
     def prompt(self, example: Example | str | Sequence[Message]) -> list[int]:
-        """Ids to generate from: the prompt, up to where an assistant turn starts."""
-        prompt = example.prompt if isinstance(example, Example) else example
-        if isinstance(prompt, str):
-            if not self.chat_template:
-                return self._raw_prompt(prompt)
-            prompt = [{"role": "user", "content": prompt}]
-        return self._chat(list(prompt), open_turn=True)
+        """Ids to generate from: the prompt, up to where an assistant turn starts.
+
+        A prompt whose last message is an assistant's is continued at the end of its text.
+
+        Raises:
+          ValueError: the template refuses the messages, or the prompt is empty.
+        """
+        if not isinstance(example, Example):
+            example = Example("", example, [])
+        example = example._replace(responses=(), feedback=())
+        return self.dialogues.ids(self.dialogues.render(example)).prompt
 
     def tokenize(self, example: Example) -> Tokenized:
         """Ids of a prompt and its G responses, and which of them are scored.
 
         Raises:
-          PrefixError: the prompt's ids are no prefix of the whole's; the message shows
-            where they differ.
           ValueError: a response without an assistant turn, an assistant turn that
             holds an EOS of its own, two BOS at the start, or an empty prompt.
         """
-        texts = [t for t in map(_raw, example.responses) if t is not None]
-        plain = not self.chat_template and len(texts) == len(example.responses)
-        if plain and isinstance(example.prompt, str):
-            prompt_ids = self._raw_prompt(example.prompt)
-            groups, scored = [], []
-            for text, prefill in texts:
-                ids, given = self.encode(text), self.encode(prefill)
-                self._check_prefix(given, ids, "prefill")
-                # A response that already ends in EOS keeps it.
-                if not ids or ids[-1] not in self.eos_ids:
-                    ids = [*ids, self.eos_id]
-                self._check_one_eos(ids)
-                groups.append(ids)
-                scored.append([k >= len(given) for k in range(len(ids))])
-            return Tokenized(prompt_ids, groups, scored)
-
-        prompt = _messages(example.prompt, "user")
-        turns = [_messages(r, "assistant") for r in example.responses]
-        opened = all(t and t[0]["role"] == "assistant" for t in turns)
-        prompt_ids = self._chat(prompt, open_turn=opened)
-        groups, scored = [], []
-        for response in turns:
-            ids, marks = self._scored(prompt, response, prompt_ids)
-            groups.append(ids)
-            scored.append(marks)
-        return Tokenized(prompt_ids, groups, scored)
-
-    def _raw_prompt(self, text: str) -> list[int]:
-        ids = self.encode(text)
-        if self.bos_id is not None and (self.add_bos or not ids):
-            ids = ids if ids[:1] == [self.bos_id] else [self.bos_id, *ids]
-        if not ids:
-            raise ValueError(
-                "the prompt is empty and the tokenizer has no BOS to start from"
-            )
-        return self._check_one_bos(ids)
-
-    def _chat(self, messages: list[Message], *, open_turn: bool) -> list[int]:
-        """Ids of rendered messages, every assistant turn closed by an EOS."""
-        ids = self.encode(self.render(messages, open_turn))
-        if not self._template_writes_eos:
-            for _, stop in reversed(self._turns(messages, ids)):
-                ids.insert(stop, self.eos_id)
-        if not ids:
-            raise ValueError("the prompt is empty")
-        return self._check_one_bos(ids)
-
-    def _scored(self, prompt, response, prompt_ids) -> tuple[list[int], list[bool]]:
-        """(ids, scored) of what `response` adds to `prompt_ids`, up to its last EOS."""
-        messages = [*prompt, *response]
-        ids = self.encode(self.render(messages))
-        first = sum(m["role"] == "assistant" for m in prompt)
-        # Turns of the prompt are skipped where the template closes them itself: it may
-        # render old turns differently (Qwen3 removes their thinking).
-        skip = first if self._template_writes_eos else 0
-        turns = self._turns(messages, ids, skip)
-        marks = [False] * len(ids)
-        for k, (start, stop) in reversed(list(enumerate(turns, skip))):
-            ends = [i for i in range(start, stop) if ids[i] in self.eos_ids]
-            if not ends:
-                ids.insert(stop, self.eos_id)
-                marks.insert(stop, False)
-                ends = [stop]
-            self._check_one_eos(ids[start : ends[-1] + 1])
-            if k >= first:
-                marks[start : ends[0] + 1] = [True] * (ends[0] + 1 - start)
-        if not any(marks):
-            raise ValueError("the response has no assistant turn")
-        self._check_one_bos(ids)
-        self._check_prefix(prompt_ids, ids, "prompt")
-        last = len(marks) - marks[::-1].index(True)
-        n = len(prompt_ids)
-        return ids[n:last], marks[n:last]
-
-    def _turns(self, messages, ids, skip: int = 0) -> list[tuple[int, int]]:
-        """[start, stop) in `ids` of each assistant turn after the first `skip`.
-
-        A turn's 'prefill', the beginning of its content, is before its start.
-        """
-        spans = []
-        at = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        for i in at[skip:]:
-            opened = self.render(messages[:i], True)
-            if begun := messages[i].get("prefill"):
-                content = messages[i]["content"]
-                if not content.startswith(begun):
-                    raise ValueError(f"prefill {begun!r} does not begin {content!r}")
-                text = self.render(messages)
-                opened = text[: text.index(begun, len(opened)) + len(begun)]
-            head = self.encode(opened)
-            self._check_prefix(head, ids, "prompt")
-            stop = len(ids)
-            if i + 1 < len(messages):
-                whole = self.encode(self.render(messages[: i + 1]))
-                self._check_prefix(whole, ids, f"conversation up to turn {i}")
-                stop = len(whole)
-            spans.append((len(head), stop))
-        return spans
+        tokens = self.dialogues.ids(self.dialogues.render(example))
+        return Tokenized(tokens.prompt, tokens.responses, tokens.scored)
 
     @functools.cached_property
-    def _template_writes_eos(self) -> bool:
-        turns = (("user", "a"), ("assistant", "b"))
-        probe = [{"role": role, "content": content} for role, content in turns]
-        ids = self.encode(self.render(probe))
-        start = len(self.encode(self.render(probe[:1], True)))
-        return any(i in self.eos_ids for i in ids[start:])
+    def dialogues(self) -> Dialogues:
+        """What renders and encodes examples."""
+        return Dialogues(
+            self.encoder, self._tracked, self.reading,
+            templated=bool(self.chat_template), eos_ids=self.eos_ids, eos_id=self.eos_id,
+            bos_id=self.bos_id, add_bos=self.add_bos, end_of_turn=self.end_of_turn,
+        )  # fmt: skip
 
-    def _check_prefix(self, part: list[int], whole: list[int], name: str) -> None:
-        if whole[: len(part)] == part:
-            return
-        pairs = zip(part, whole, strict=False)
-        at = next((i for i, (a, b) in enumerate(pairs) if a != b), len(whole))
-        window = slice(max(0, at - 8), at + 8)
-        raise PrefixError(
-            f"the ids of the {name} are not a prefix of the whole: they differ from token "
-            f"{at} on\n  {name} alone: {self.decode(part[window], keep_specials=True)!r}"
-            f" {part[window]}"
-            f"\n  in the whole: {self.decode(whole[window], keep_specials=True)!r}"
-            f" {whole[window]}"
-        )
+    def _tracked(
+        self, messages: Sequence[Message], open_turn: bool, variables: Mapping[str, Any]
+    ) -> str:
+        return chat_templates.render(
+            self.chat_template, messages, open_turn,
+            specials=self.specials, now=self.now, variables=variables,
+        )  # fmt: skip
 
-    def _check_one_eos(self, ids: list[int]) -> None:
-        ends = [i for i in ids if i in self.eos_ids]
-        if len(ends) != 1:
-            names = [self.decode([i], keep_specials=True) for i in ends]
-            raise ValueError(
-                f"an assistant turn holds {len(ends)} EOS tokens {names}, expected exactly "
-                f"one at its end: {self.decode(ids[-32:], keep_specials=True)!r}"
-            )
+    def _with_end_of_turn(self) -> "Tokenizer":
+        """With the template's own end of turn, which becomes an EOS where it has to."""
 
-    def _check_one_bos(self, ids: list[int]) -> list[int]:
-        if self.bos_id is not None and ids[:2] == [self.bos_id] * 2:
-            text = self.decode(ids[:16], keep_specials=True)
-            raise ValueError(f"the text starts with two BOS tokens: {text!r}")
-        return ids
+        def render(messages: Sequence[Message], open_turn: bool) -> str:
+            return self._tracked(messages, open_turn, {})
+
+        control = self.encoder.control
+        ends = [self.encoder.name_of(i) for i in sorted(self.eos_ids)]
+        end, last = turns.end_of_turn(render, ends, control)
+        text = dataclasses.replace(self, end_of_turn=end)
+        if last is None or control[last] in self.eos_ids:
+            return text
+        log.warning(
+            "%s: the chat template ends turns with %r, which is not among the EOS tokens %s: "
+            "it is used as one", self.path or "the tokenizer", last, ends,
+        )  # fmt: skip
+        return dataclasses.replace(text, eos_ids=self.eos_ids | {control[last]})
+
+
+def _replace(text: Tokenizer, **changes: Any) -> Tokenizer:
+    text = dataclasses.replace(text, **changes)
+    return text._with_end_of_turn() if "chat_template" in changes else text
 
 
 def load(
@@ -305,11 +243,14 @@ def _load_bytes(now: datetime.datetime) -> Tokenizer:
                 out += names.get(i, f"<{i}>").encode()
         return out.decode("utf-8", errors="replace")
 
+    # In a text, these are private characters, which no text should hold.
+    control = {chr(PRIVATE + k): i for k, i in enumerate(names)}
     return Tokenizer(
         vocab_size=259, eos_ids=frozenset({257}), eos_id=257, bos_id=256, pad_id=258,
         add_bos=False, chat_template=None, specials=specials, now=now,
-        _encode=lambda text: list(text.encode()), _decode=decode, _vocab_hash="bytes",
-    )  # fmt: skip
+        encoder=ByteEncoder(control), _encode=lambda text: list(text.encode()),
+        _decode=decode, _vocab_hash="bytes",
+    )._with_end_of_turn()  # fmt: skip
 
 
 def _load_hf(path: pathlib.Path, now: datetime.datetime) -> Tokenizer:
@@ -332,12 +273,20 @@ def _load_hf(path: pathlib.Path, now: datetime.datetime) -> Tokenizer:
         template = {t["name"]: t["template"] for t in template}.get("default")
     file = path / "chat_template.jinja"
     template = file.read_text() if file.is_file() else template
-    ends = (read("generation_config.json") or read("config.json")).get("eos_token_id")
+    ends = [
+        read(name).get("eos_token_id")
+        for name in ("generation_config.json", "config.json")
+    ]
     return _wrap(
-        core, specials, template, now,
-        eos_ids=ends if isinstance(ends, list) else [] if ends is None else [ends],
+        core, specials, template, now, eos_ids=_union(ends),
         add_bos=config.get("add_bos_token"), where=path,
     )  # fmt: skip
+
+
+def _union(ends: Iterable[int | Sequence[int] | None]) -> list[int]:
+    """All EOS ids that the files of a model name, in order."""
+    lists = [e if isinstance(e, list) else [] if e is None else [e] for e in ends]
+    return list(dict.fromkeys(i for found in lists for i in found))
 
 
 def _load_gguf(path: pathlib.Path, now: datetime.datetime) -> Tokenizer:
@@ -398,9 +347,12 @@ def _wrap(core, specials, template, now, *, eos_ids, add_bos, where) -> Tokenize
     bos_id = ids.get("bos_token")
     if add_bos is None:  # then as the post-processor does
         add_bos = bos_id is not None and core.encode("a").ids[:1] == [bos_id]
+    definition = core.to_str()
+    known = [i for i in eos_ids if core.id_to_token(i) is not None]
+    encoder = Encoder(core, template, {eos_id, *known}, bos_id)
     return Tokenizer(
         vocab_size=max(core.get_vocab(with_added_tokens=True).values()) + 1,
-        eos_ids=frozenset({eos_id, *eos_ids}),
+        eos_ids=frozenset({eos_id, *known}),
         eos_id=eos_id,
         bos_id=bos_id,
         pad_id=ids.get("pad_token", eos_id),
@@ -408,22 +360,10 @@ def _wrap(core, specials, template, now, *, eos_ids, add_bos, where) -> Tokenize
         chat_template=template,
         specials=specials,
         now=now,
+        encoder=encoder,
         _encode=lambda text: core.encode(text, add_special_tokens=False).ids,
         _decode=lambda ids, keep: core.decode(ids, skip_special_tokens=not keep),
-        _vocab_hash=hashlib.sha256(core.to_str().encode()).hexdigest(),
+        _vocab_hash=hashlib.sha256(definition.encode()).hexdigest(),
         path=str(where),
-        _definition=core.to_str,
-    )
-
-
-def _messages(turns: str | Sequence[Message], role: str) -> list[Message]:
-    return [{"role": role, "content": turns}] if isinstance(turns, str) else list(turns)
-
-
-def _raw(response: str | Sequence[Message]) -> tuple[str, str] | None:
-    """(text, prefill) of a response that needs no template; None of one that does."""
-    if isinstance(response, str):
-        return response, ""
-    if len(response) == 1 and "prefill" in response[0]:
-        return response[0]["content"], response[0]["prefill"]
-    return None
+        _definition=lambda: definition,
+    )._with_end_of_turn()

@@ -6,12 +6,21 @@ from alignax.batch import Metrics
 
 
 def summary(report: dict[str, Any]) -> str:
-    """Counts of examples read, used, cut, dropped and malformed; ids of the last two."""
+    """Counts of examples read, used, cut, dropped and malformed, and what was remarkable.
+
+    Reasons follow: of rows that were dropped or malformed, and the first of every note.
+    """
     names = ("read", "used", "cut", "dropped", "malformed")
-    text = (
-        ", ".join(f"{report[n]} {n}" for n in names)
-        + f", {report['padding']:.1%} padding, {report['useful']:.1%} useful tokens"
-    )
+    text = ", ".join(f"{report[n]} {n}" for n in names)
+    for part in ("prompt", "response"):
+        if many := report.get(f"cut_{part}"):
+            text += f", {many} with a shorter {part}"
+    if "padding" in report:
+        text += (
+            f", {report['padding']:.1%} padding, {report['useful']:.1%} useful tokens"
+        )
+    for name, (many, first) in report.get("notes", {}).items():
+        text += f"\n  {name}: {many} rows; the first: {first}"
     for name in ("dropped_ids", "malformed_ids"):
         text += "".join(
             f"\n  {name.removesuffix('_ids')}: {line}" for line in report[name]

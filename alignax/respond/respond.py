@@ -7,7 +7,6 @@ The batches and their random keys depend on the prompts and the config alone. So
 was killed can be resumed, and ends with the same file as a run that was not.
 """
 
-import datetime
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,6 @@ from jaxtyping import Int
 
 from alignax import plugin, rewards
 from alignax.batch import Example
-from alignax.inputs import tokenizer
 from alignax.inputs.tokenizer import Tokenizer
 from alignax.models import sharding
 from alignax.reports.progress import progress
@@ -119,10 +117,8 @@ def check(config, model: ModelPath | None = None) -> Prompts:
     examples = plugin.load_examples(spec)
     if skipped := getattr(examples, "report", {}).get("malformed"):
         raise ValueError(f"{len(skipped)} prompts are malformed; first {skipped[0]}")
-    text = tokenizer.load(
-        loading.tokenizer_path(config, model),
-        now=datetime.datetime.fromisoformat(config.date),
-    )
+    text = loading.load_tokenizer(config, loading.tokenizer_path(config, model))
+    text = text.for_data(examples)
     return tokenized(
         examples, text, batch_size=config.batch_size, check=responder.checker(config, text),
         room=config.length - config.generate.max_new

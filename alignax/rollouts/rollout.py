@@ -19,7 +19,7 @@ from jaxtyping import Float
 
 from alignax.batch import LM, Batch, Example, Params
 from alignax.inputs.annotate import annotate
-from alignax.inputs.prompts import PromptBatch, prompt_batches
+from alignax.inputs.prompts import PromptBatch, prompt_batches, subset
 from alignax.plugin import Bound
 from alignax.rollouts.sampler import STREAM, Baseline, Drawn, Sampler
 from alignax.rollouts.selection import at, beside, differing, joined, select, slots
@@ -102,10 +102,10 @@ class Rollout(NamedTuple):
 class Sampled(NamedTuple):
     """Responses to the prompts of a rollout, before they are scored by LMs."""
 
-    examples: list[Example]
+    examples: Sequence[Example]
     drawn: Drawn
     places: int  # batches of B prompts that were drawn
-    counts: dict[str, int]  # of dynamic sampling
+    counts: dict[str, int]  # of dynamic sampling, and of prompts that were cut
 
 
 class Scored(NamedTuple):
@@ -170,9 +170,11 @@ def roll(
 def sample(setup: Setup, lm: LM, first: int, clock: dict[str, float]) -> Sampled:
     """Draws the responses of a rollout, from place `first` in the order of prompts on."""
     settings, examples = setup.settings, setup.examples
+    shorter = []
 
     def answer(i: int) -> Drawn:
-        prompts = _prompts(setup, [examples[j] for j in setup.pick(first + i)])
+        prompts = _prompts(setup, subset(examples, setup.pick(first + i)))
+        shorter.append(prompts.cut)
         key = _key(setup, STREAM, first + i)
         return setup.sampler.draw(
             setup.behaviour or lm, prompts, key, settings.group, clock=clock
@@ -187,7 +189,10 @@ def sample(setup: Setup, lm: LM, first: int, clock: dict[str, float]) -> Sampled
         rows = np.arange(settings.prompts)
     places = counts.get("prompts", settings.prompts) // settings.batch_size
     met = [j for i in range(places) for j in setup.pick(first + i)]
-    return Sampled([examples[met[row]] for row in rows], drawn, places, counts)
+    if setup.sampler.tokenizer.reading.truncate_prompts != "drop":
+        counts["cut_prompts"] = sum(shorter)
+    some = subset(examples, [met[row] for row in rows])
+    return Sampled(some, drawn, places, counts)
 
 
 def score_part(

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from alignax.batch import Batch, Example
+from alignax.inputs.prompts import subset
 from alignax.rollouts.sampler import Drawn
 
 PROMPTS = 1  # stream of numpy's generator under the seed of a run
@@ -39,7 +40,7 @@ def visited(examples: Sequence[Example], many: int, seed: int, places: int):
     """The examples of the first `places` places, each once."""
     pick = order(len(examples), many, seed)
     met = {i for number in range(places) for i in pick(number)}
-    return [examples[i] for i in sorted(met)]
+    return subset(examples, sorted(met))
 
 
 def differing(answer: Callable[[int], Drawn], many: int, most: int):

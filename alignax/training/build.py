@@ -1,7 +1,6 @@
 """From a config to the pieces of a run; nothing compiles before all of it is known."""
 
 import dataclasses
-import datetime
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,7 @@ from jax.sharding import Mesh
 
 from alignax import plugin
 from alignax.batch import LM, Example, Params
-from alignax.inputs import reference_cache, source, tokenizer
+from alignax.inputs import prompts, reference_cache, source, tokenizer
 from alignax.models import lora, sharding
 from alignax.reports import tables
 from alignax.runs import adapter_base, checkpoint, workdirs
@@ -52,6 +51,7 @@ class Run(NamedTuple):
     source: source.Source | None  # None when there is nothing to train on
     evals: dict[str, plugin.Bound]
     eval_data: Sequence[Example] | None
+    asked: dict[str, Sequence[Example]]  # evaluation -> those whose prompts are usable
     say: Callable[[str], None]
 
     def frozen(self, average: Params | None) -> dict[str, LM]:
@@ -78,8 +78,7 @@ def build(config, workdir: str, model: ModelPath | None = None) -> Run:
     sharding.check_batch_size(config.batch_size, config.accumulate, mesh)
     sharding.check_batch_size(config.eval_batch_size or config.batch_size, 1, mesh)
     model = model or loading.model_path(config)
-    now = datetime.datetime.fromisoformat(config.date)
-    text = tokenizer.load(loading.tokenizer_path(config, model), now=now)
+    text = loading.load_tokenizer(config, loading.tokenizer_path(config, model))
     whole = loading.make_policy(config, text, model)
     check_context(config, plugins.evals, whole.config.max_length)
     examples, data = training_data(config, text, whole.config.vocab_size, mesh)
@@ -92,9 +91,12 @@ def build(config, workdir: str, model: ModelPath | None = None) -> Run:
     if (config.reference_cache or config.reference_data) and data is not None:
         data = cached(config, data, text, lms["ref"], examples, mesh)
     if config.rollout.reward and examples is not None:
+        room = config.length - config.rollout.max_new
+        examples = prompts.usable(examples, text, length=room)
         data = on_policy.rollouts(
             config, examples, text, plugins, lms, assemble, mesh, workdir
         )
+    asked = evaluated_prompts(config, plugins.evals, eval_data, text)
     # Last, so that a config that cannot run leaves nothing behind.
     folder = workdirs.prepare(workdir, config)
     if config.lora.rank:
@@ -102,7 +104,7 @@ def build(config, workdir: str, model: ModelPath | None = None) -> Run:
     say = functools.partial(print, flush=True) if jax.process_index() == 0 else _quiet
     run = Run(
         epath.Path(folder).name, folder, mesh, text, policy, assemble, lms, moving,
-        plugins.loss, rate, tx, data, plugins.evals, eval_data, say,
+        plugins.loss, rate, tx, data, plugins.evals, eval_data, asked, say,
     )  # fmt: skip
     describe_data(config, run, examples)
     return run
@@ -117,6 +119,39 @@ def check_context(config, evals: Mapping[str, plugin.Bound], context: int) -> No
                 f"evals.{name}: config.length + max_new = {longest} is beyond the "
                 f"context of the policy, {context}"
             )
+
+
+def evaluated_prompts(
+    config, evals: Mapping[str, plugin.Bound], data: Sequence[Example] | None,
+    text: tokenizer.Tokenizer,
+) -> dict[str, Sequence[Example]]:  # fmt: skip
+    """The examples that each sampling evaluation can ask for a response to.
+
+    Raises:
+      ValueError: an evaluation without a usable prompt.
+    """
+    found: dict[int, prompts.Usable] = {}
+    out: dict[str, Sequence[Example]] = {}
+    for name, e in evals.items():
+        if not e.hyper.get("max_new") or data is None:
+            continue
+        room = sampled_length(config, e)
+        try:
+            if room not in found:
+                found[room] = prompts.usable(data, text, length=room)
+        except ValueError as error:
+            raise ValueError(f"evals.{name}: {error}") from error
+        out[name] = found[room]
+    return out
+
+
+def sampled_length(config, evaluation: plugin.Bound) -> int:
+    """Tokens that an evaluation may read: of a prompt, where it samples responses itself.
+
+    In a run with rollouts prompts are cut there as they are cut in these.
+    """
+    samples = "max_new" in evaluation.hyper and config.rollout.reward
+    return config.length - config.rollout.max_new * bool(samples)
 
 
 def check_evaluations(
@@ -161,8 +196,9 @@ def training_data(
 def describe_data(config, run: Run, examples: Any) -> None:
     """Says how many examples were read, used, cut, dropped and malformed."""
     if run.source is not None:
-        rolled = f"{len(examples)} prompts" if config.rollout.reward else ""
-        run.say(f"data: {rolled or tables.summary(run.source.report())}")
+        rolled = config.rollout.reward
+        counts = examples.counts if rolled else run.source.report()
+        run.say(f"{'prompts' if rolled else 'data'}: {tables.summary(counts)}")
     if run.eval_data is not None:
         batches = source.eval_batches(
             run.eval_data, run.tokenizer, length=config.length,
@@ -170,6 +206,8 @@ def describe_data(config, run: Run, examples: Any) -> None:
             vocab_size=run.policy.config.vocab_size,
         )  # fmt: skip
         run.say(f"evaluation data: {tables.summary(batches.report)}")
+    for name, data in run.asked.items():
+        run.say(f"prompts of evals.{name}: {tables.summary(data.counts)}")
 
 
 def pieces(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from alignax import plugin, shaping
+from alignax.inputs.dialogues import SPECIALS
 from alignax.plugin import Bound
 from alignax.rollouts import rollout, source
 from alignax.rollouts.sampler import Sampler
@@ -130,6 +131,14 @@ def check_data(config) -> None:
     """Data or a mixture, and what a reference that is read once needs."""
     if config.num_steps and bool(config.data) == bool(config.mixture):
         raise ValueError("a run that trains needs either config.data or config.mixture")
+    sections = {"data": config.data, "eval_data": config.eval_data}
+    sections |= {f"mixture.{part}": spec for part, spec in config.mixture.items()}
+    for name, spec in sections.items():
+        if (specials := spec.get("specials", SPECIALS[0])) not in SPECIALS:
+            raise ValueError(
+                f"config.{name}.specials is {specials!r}, expected {' or '.join(SPECIALS)}"
+            )
+    loading.reading(config)
     for part, spec in config.mixture.items():
         if "ratio" not in spec:
             raise ValueError(f"mixture.{part} has no 'ratio'")

@@ -23,6 +23,23 @@ def get_config() -> ConfigDict:
     c.date = "2024-07-26"  # what a chat template that prints a date prints
     c.tokenizer = ""  # 'bytes', a folder or a .gguf; '' = the one beside the weights
 
+    # How rows become ids. Every data section may also have `raw` (True: strings are no
+    # turns, the chat template is left out) and `specials` (what control tokens that users
+    # wrote are: text | tokens).
+    c.template = (
+        ConfigDict()
+    )  # variables of the chat template: enable_thinking, tools, ...
+    # A system turn under a template without one: refuse (the row is malformed) | user (its
+    # text goes in front of the first user turn).
+    c.template_system = "refuse"
+    # What rows lose that are longer than `length`. response: the response its end, and
+    # only then the prompt its oldest exchanges; prompt: the prompt its left end, and then
+    # the response; drop: nothing, they are dropped.
+    c.truncate = "response"
+    c.min_response = 0  # scored tokens that a prompt leaves room for; 0 = length // 4
+    # What prompts to generate from lose (rollouts, evaluations): drop | exchanges | left
+    c.truncate_prompts = "drop"
+
     c.model = ConfigDict()
     c.model.path = ""  # Hugging Face folder, .gguf, a run's folder, or 'stage:NAME'
     c.model.sizes = ConfigDict()  # without a path: train from scratch at these sizes
@@ -138,6 +155,7 @@ def get_config() -> ConfigDict:
     c.lock()
     for section in (
         c.model.sizes,
+        c.template,
         c.loss,
         c.reweight,
         c.lms,

@@ -2,10 +2,9 @@
 
 import jax
 
-from alignax import plugin
 from alignax.batch import LM, Metrics
 from alignax.reports import tables
-from alignax.training import parallel
+from alignax.training import build, parallel
 from alignax.training.build import Run
 
 
@@ -17,21 +16,12 @@ def evaluate(run: Run, lm: LM, lms: dict[str, LM], step: int, config) -> Metrics
     out: Metrics = {}
     for name, evaluation in run.evals.items():
         got = evaluation(
-            lm, lms, run.eval_data, key=jax.random.key(config.seed),
+            lm, lms, run.asked.get(name, run.eval_data), key=jax.random.key(config.seed),
             tokenizer=run.tokenizer, generate=generate, score=score, batch_size=batch_size,
-            length=sampled_length(config, evaluation),
+            length=build.sampled_length(config, evaluation),
         )  # fmt: skip
         out["samples"] = out.get("samples", []) + got.pop("samples", [])
         out |= {f"eval/{name}/{k}": v for k, v in got.items()}
     if out and jax.process_index() == 0:
         run.say(f"evaluation at step {step}\n{tables.table(out)}")
     return out
-
-
-def sampled_length(config, evaluation: plugin.Bound) -> int:
-    """Tokens that an evaluation may read: of a prompt, where it samples responses itself.
-
-    In a run with rollouts prompts are cut there as they are cut in these.
-    """
-    samples = "max_new" in evaluation.hyper and config.rollout.reward
-    return config.length - config.rollout.max_new * bool(samples)

@@ -1,13 +1,15 @@
 """The model and the tokenizer that a config, or the folder of a finished run, means."""
 
 import dataclasses
+import datetime
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from alignax.batch import LM
-from alignax.inputs import tokenizer
+from alignax.inputs import tokenizer, truncation
+from alignax.inputs.dialogues import SYSTEMS, Reading
 from alignax.models import load, lora, transformer
 from alignax.models.transformer import ModelConfig
 from alignax.runs import adapter_base, checkpoint, model_paths
@@ -92,6 +94,32 @@ def tokenizer_path(config, model: ModelPath | None = None) -> str:
             "config.tokenizer is empty and config.model.path names no weights"
         )
     return found.tokenizer
+
+
+def load_tokenizer(config, path: str) -> tokenizer.Tokenizer:
+    """The tokenizer at a path, which reads rows as the config says."""
+    text = tokenizer.load(path, now=datetime.datetime.fromisoformat(config.date))
+    return text.read_as(reading(config))
+
+
+def reading(config) -> Reading:
+    """How a config reads rows; what a data section says itself comes on top.
+
+    Raises:
+      ValueError: an unknown value of one of its keys.
+    """
+    found = Reading(
+        variables=config.template.to_dict(), system=config.template_system,
+        truncate=config.truncate, min_response=config.min_response,
+        truncate_prompts=config.truncate_prompts,
+    )  # fmt: skip
+    if found.system not in SYSTEMS:
+        raise ValueError(
+            f"config.template_system is {found.system!r}, expected one of "
+            f"{', '.join(SYSTEMS)}"
+        )
+    truncation.check(found, config.length)
+    return found
 
 
 def lora_settings(config) -> lora.Lora | None:

@@ -4,14 +4,12 @@ Not shown: `reference_data`, which only the reference reads, and the cut of prom
 evaluations that sample.
 """
 
-import datetime
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from alignax import plugin
 from alignax.batch import Example
 from alignax.inputs import rows as cutting
-from alignax.inputs import tokenizer
 from alignax.inputs.detokenize import marked
 from alignax.inputs.tokenizer import Tokenizer
 from alignax.runs import model_paths
@@ -53,7 +51,7 @@ def one_run(config, rows: int, path: str) -> str:
     plugins = bind(config)
     checks.check_data(config)
     checks.check_rollout(config, plugins)
-    text = tokenizer.load(path, now=datetime.datetime.fromisoformat(config.date))
+    text = loading.load_tokenizer(config, path)
     lines = [
         f"tokenizer {path}, {text.vocab_size} ids; what is scored stands between ⟦ and ⟧"
     ]

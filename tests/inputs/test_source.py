@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from alignax.batch import Example, check
 from alignax.data import Examples, synthetic
 from alignax.inputs import detokenize, prompts, rows, source, tokenizer
-from alignax.inputs.tokenizer import Tokenized
 
 TK = tokenizer.load("bytes")
 
@@ -154,35 +153,6 @@ def test_several_scored_turns_keep_their_gaps():
 # -- truncation
 
 
-def cut(prompt, responses, length, bos=None):
-    whole = Tokenized(prompt, responses, [[True] * len(r) for r in responses])
-    return rows.cut(whole, length, bos)
-
-
-def test_prompt_is_cut_from_the_left():
-    part, was_cut = cut([1, 2, 3, 4, 5], [[6, 7]], 4)
-    assert (part.prompt_ids, part.responses, was_cut) == ([4, 5], [[6, 7]], True)
-    assert cut([1, 2], [[6, 7]], 4) == (
-        Tokenized([1, 2], [[6, 7]], [[True, True]]),
-        False,
-    )
-
-
-def test_bos_stays_when_the_prompt_is_cut():
-    assert cut([9, 1, 2, 3], [[6, 7]], 4, bos=9)[0].prompt_ids == [9, 3]
-    assert cut([9, 1, 2, 3], [[6] * 7], 4, bos=9)[0].prompt_ids == [9]
-
-
-def test_response_loses_its_right_end_and_its_eos_only_when_the_prompt_is_gone():
-    part, _ = cut([1, 2, 3], [[6, 7, 8, 0]], 4)
-    assert part == Tokenized([3], [[6, 7, 8]], [[True] * 3])
-
-
-def test_a_group_keeps_one_common_prompt():
-    part, _ = cut([1, 2, 3, 4], [[6], [6, 7, 8]], 5)
-    assert part == Tokenized([3, 4], [[6], [6, 7, 8]], [[True], [True] * 3])
-
-
 def test_cut_examples_are_counted_and_a_cut_response_has_no_eos():
     rows = [Example("long", "p", ["x" * 40]), Example("fits", "p", ["x"])]
     src = build(rows, batch_size=2, length=16, epochs=1)
@@ -208,7 +178,7 @@ def test_example_whose_response_would_vanish_is_dropped_and_counted():
     src = build(rows)
     report = src.report()
     assert (report["read"], report["used"], report["dropped"]) == (4, 3, 1)
-    assert report["dropped_ids"] == ["gone: no response left at length 32"]
+    assert report["dropped_ids"] == ["gone: no room for a scored token at length 32"]
 
 
 # -- counts and errors

@@ -209,31 +209,53 @@ def test_two_bos_are_an_error(tmp_path):
         "'<|im_start|>' + m.role", "m.content"
     )
     tk = tokenizer.load(directory(tmp_path / "m", template=template))
+    assert tk.prompt([user("<s>a")]).count(tk.bos_id) == 1  # a user's '<s>' is text
+    tk = tk.read_as(tk.reading._replace(specials="tokens"))
     with pytest.raises(ValueError, match="two BOS"):
         tk.prompt([user("<s>a")])
 
 
-def test_prompt_that_is_no_prefix_shows_the_window_where_they_differ(tmp_path):
+def test_a_prompt_that_differs_from_the_dialogue_is_counted_with_a_window(tmp_path):
     template = CHATML.replace("assistant\n' }}", "assistant\n<think>' }}")
     tk = tokenizer.load(directory(tmp_path / "m", template=template))
-    with pytest.raises(tokenizer.PrefixError) as e:
-        tk.tokenize(Example("x", "question", ["answer"]))
-    message = str(e.value)
-    at = len(tk.encode("<|im_start|>user\nquestion<|im_end|>\n<|im_start|>assistant\n"))
-    assert f"differ from token {at} on" in message
-    assert "<think>" in message
-    assert "istant\\nanswer" in message
+    example = Example("x", "question", ["answer"])
+    got = tk.dialogues.ids(tk.dialogues.render(example))
+    head = tk.encode("<|im_start|>user\nquestion<|im_end|>\n<|im_start|>assistant\n")
+    assert f"from token {len(head)} on" in got.notes["prompt_differs"]
+    assert got.prompt == head  # of the dialogue itself
+    assert scored_text(tk, tk.tokenize(example)) == ["answer<|im_end|>"]
+    assert tk.decode(tk.prompt(example)).endswith("<think>")  # to generate from
 
 
-def test_merge_across_the_boundary_is_an_error_not_a_wrong_mask(chat):
-    with pytest.raises(tokenizer.PrefixError, match="prompt"):
-        chat.tokenize(Example("x", "a", ["\n\nb"]))  # two newlines are one token
+@pytest.mark.parametrize(
+    ("content", "lost"), [("\n\nb", 1), ("\nb", 0), ("\n\n\nb", 1)]
+)
+def test_a_token_that_straddles_prompt_and_response_is_scored(chat, content, lost):
+    """The line break of the header and the first one of the content are one token."""
+    example = Example("x", "a", [content, "b"])
+    t = chat.tokenize(example)
+    header = chat.prompt("a")
+    assert t.prompt_ids == header[: len(header) - lost]
+    for g, response in enumerate([content, "b"]):
+        whole = chat.render([user("a"), assistant(response)])
+        assert t.prompt_ids + t.responses[g] == chat.encode(whole)[:-1]
+        assert all(t.scored[g])  # both sides from the same place on
 
 
-def test_prefix_rule_holds_for_every_turn(chat):
+def test_a_straddling_token_of_a_later_turn_is_scored(chat):
     response = [assistant("b"), user("c"), assistant("\n\nd")]
-    with pytest.raises(tokenizer.PrefixError):
-        chat.tokenize(Example("x", "a", [response]))
+    t = chat.tokenize(Example("x", "a", [response]))
+    assert scored_text(chat, t) == ["b<|im_end|>", "\n\n\nd<|im_end|>"]
+
+
+def test_strings_without_a_template_are_tokenised_as_one_text(tmp_path):
+    tk = tokenizer.load(directory(tmp_path / "m"))
+    t = tk.tokenize(Example("x", "a t", ["he", "b"]))
+    assert t.prompt_ids == tk.encode("a")  # " the" is one token
+    assert t.responses[0] == [*tk.encode(" the"), tk.eos_id]
+    assert t.responses[1] == [*tk.encode(" tb"), tk.eos_id]
+    assert t.scored == [[True] * 2, [True] * 4]
+    assert tk.prompt("a t") == tk.encode("a t")
 
 
 def test_response_that_holds_eos_is_an_error(chat):
@@ -448,10 +470,10 @@ def test_a_prefill_is_given_and_not_scored(chat):
     assert t.responses == whole.responses
 
 
-def test_a_prefill_that_ends_inside_a_token_is_an_error(chat):
+def test_a_token_that_a_prefill_begins_is_scored(chat):
     """'the' is one token; half of it cannot be given."""
-    with pytest.raises(tokenizer.PrefixError, match="not a prefix of the whole"):
-        chat.tokenize(Example("p:0", "hi", begun("the end", "th")))
+    t = chat.tokenize(Example("p:0", "hi", begun("the end", "th")))
+    assert scored_text(chat, t) == ["the end<|im_end|>"]
 
 
 def test_a_prefill_that_is_not_the_beginning_is_an_error(chat):

@@ -3,7 +3,7 @@
 import tiny
 
 from alignax import plugin
-from alignax.training import evaluation
+from alignax.training import build
 
 
 def test_evaluations_cut_prompts_as_the_rollouts_do():
@@ -12,7 +12,7 @@ def test_evaluations_cut_prompts_as_the_rollouts_do():
     config.rollout.max_new = 6
     sampling = plugin.load("evals", "sample", {"reward": "constraints", "max_new": 2})
     reading = plugin.load("evals", "perplexity")
-    assert evaluation.sampled_length(config, sampling) == 18
-    assert evaluation.sampled_length(config, reading) == 24
+    assert build.sampled_length(config, sampling) == 18
+    assert build.sampled_length(config, reading) == 24
     config.rollout.reward = {}
-    assert evaluation.sampled_length(config, sampling) == 24
+    assert build.sampled_length(config, sampling) == 24

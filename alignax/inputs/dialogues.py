@@ -1,0 +1,393 @@
+"""From an example to ids: a prompt, its responses, and which of their tokens are scored.
+
+Every response is rendered together with its prompt, as one dialogue, and encoded whole. The
+prompt to train on is what all responses of the row and the prompt to generate from have in
+common; a token that straddles prompt and response belongs to the response.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from alignax.batch import Example, Message
+from alignax.inputs.encoder import Encoded, Encoder, Segment
+from alignax.inputs.turns import Reader, Rendering, Span, Turn
+
+SYSTEMS = ("refuse", "user")  # what happens to a system turn that a template lacks
+SPECIALS = ("text", "tokens")  # what control tokens in users' text are
+READERS = 256  # sets of template variables that are kept
+
+
+class Reading(NamedTuple):
+    """How the rows of a data set become ids.
+
+    Attributes:
+      variables: what the chat template gets besides messages and special tokens.
+      system: of a system turn under a template without one: 'refuse' (the row is
+        malformed) or 'user' (its text goes in front of the first user turn, with an empty
+        line between).
+      specials: what control tokens in the text of user and tool turns are: 'text' or
+        'tokens'. Markers that are plain text ('[INST]') are always what they are.
+      raw: strings are no turns: the chat template is left out.
+      truncate: what rows lose that are too long, one of `truncation.RULES`.
+      min_response: scored tokens of a response that a prompt leaves room for; 0 is a
+        quarter of the length.
+      truncate_prompts: what prompts to generate from lose, one of `truncation.PROMPT_RULES`.
+    """
+
+    variables: Mapping[str, Any] = MappingProxyType({})
+    system: str = "refuse"
+    specials: str = "text"
+    raw: bool = False
+    truncate: str = "response"
+    min_response: int = 0
+    truncate_prompts: str = "drop"
+
+    def identity(self) -> tuple[Any, ...]:
+        """What ids depend on before anything is cut; () by default."""
+        how = (dict(self.variables), self.system, self.specials, self.raw)
+        return () if how == ({}, "refuse", "text", False) else how
+
+
+class Side(NamedTuple):
+    """One response with its prompt in front, as text."""
+
+    text: str
+    segments: list[Segment]
+    turns: list[Turn]  # those of the response
+    marks: list[Span]  # of the template, [] without any
+
+
+class Rendered(NamedTuple):
+    """An example as text. Its segments can be encoded together with those of others."""
+
+    prompt: list[Segment]
+    prompt_text: str
+    sides: list[Side]
+    given: int  # ids in front of the text: BOS
+    opened: bool  # the responses begin with an assistant turn
+    user: Span | None  # the text of the last user turn in the prompt's text
+    notes: dict[str, str]  # what is remarkable: name -> details
+
+    def segments(self) -> list[Segment]:
+        return [*self.prompt, *(s for side in self.sides for s in side.segments)]
+
+
+class Tokens(NamedTuple):
+    """An example as ids, nothing cut yet."""
+
+    prompt: list[int]
+    responses: list[list[int]]  # G lists of ids, each ends in its last scored token
+    scored: list[list[bool]]  # G lists, True on assistant turns including their EOS
+    notes: dict[str, str]
+
+
+class Dialogues:
+    """Renders and encodes the examples of one tokenizer, read in one way.
+
+    Args:
+      encoder: of the tokenizer.
+      render: (messages, add_generation_prompt, variables) -> the rendering, with spans.
+      reading: how rows are read.
+      templated: whether there is a chat template.
+      eos_ids: every id that ends a turn.
+      eos_id: the one that is put where the text has none.
+      bos_id: of BOS, or None.
+      add_bos: whether text without a template starts with BOS.
+    """
+
+    def __init__(
+        self, encoder: Encoder, render, reading: Reading, *, templated: bool,
+        eos_ids: Iterable[int], eos_id: int, bos_id: int | None, add_bos: bool,
+        end_of_turn: str | None,
+    ):  # fmt: skip
+        self._encoder, self._render, self._reading = encoder, render, reading
+        self._templated, self._end = templated, end_of_turn
+        self._ends = {encoder.name_of(i): i for i in sorted(eos_ids)}
+        self._end_ids = set(eos_ids)
+        if end_of_turn:
+            self._ends[end_of_turn] = encoder.control[end_of_turn]
+            self._end_ids.add(encoder.control[end_of_turn])
+        self._eos = encoder.name_of(eos_id)
+        self._bos = None if bos_id is None else encoder.name_of(bos_id)
+        self._bos_id, self._add_bos = bos_id, add_bos
+        self._readers: dict[str, Reader] = {}
+
+    def render(self, example: Example) -> Rendered:
+        """An example as text.
+
+        Raises:
+          ValueError: messages that the template refuses, a response without an assistant
+            turn, an assistant turn that holds an EOS of its own, or an empty prompt.
+        """
+        texts = [_raw_text(r) for r in example.responses]
+        plain = not self._templated or self._reading.raw
+        if plain and isinstance(example.prompt, str) and None not in texts:
+            return self._raw(example.prompt, [t for t in texts if t is not None])
+        return self._chat(example)
+
+    def ids(self, rendered: Rendered) -> Tokens:
+        """The ids of a rendered example.
+
+        Raises:
+          ValueError: a prompt that starts with two BOS or differs between responses, or
+            whose first token is already part of the response.
+        """
+        notes = dict(rendered.notes)
+        prompt = Encoded(self._encoder, rendered.prompt)
+        self._check_start(prompt)
+        wholes = [Encoded(self._encoder, side.segments) for side in rendered.sides]
+        found = [
+            self._scored(side, whole, rendered.given)
+            for side, whole in zip(rendered.sides, wholes, strict=True)
+        ]
+        if not found:
+            return Tokens(prompt.ids, [], [], notes)
+        marks, firsts = [mark for mark, _ in found], [first for _, first in found]
+        shared = min(_common(prompt.ids, w.ids) for w in wholes)
+        straddle = differs = False
+        if shared < len(prompt.ids):
+            straddle = all(
+                s.text.startswith(rendered.prompt_text) for s in rendered.sides
+            )
+            differs = not straddle
+        if differs:
+            notes["prompt_differs"] = self._window(prompt.ids, wholes[0].ids)
+        if not differs:  # nothing of the prompt is scored, whatever the template marks
+            firsts = [max(first, shared) for first in firsts]
+        n = min(firsts if differs else (shared, *firsts))
+        if any(w.ids[:n] != wholes[0].ids[:n] for w in wholes):
+            raise ValueError("the responses of the row have different prompts")
+        if n < 1:
+            raise ValueError("the first token of the prompt is part of the response")
+        if rendered.opened and (straddle or n in firsts):
+            # All responses of a row are scored from the same place on.
+            for mark, first in zip(marks, firsts, strict=True):
+                mark[n:first] = [mark[first]] * (first - n)
+        stops = [len(mark) - mark[::-1].index(True) for mark in marks]
+        return Tokens(
+            wholes[0].ids[:n],
+            [w.ids[n:stop] for w, stop in zip(wholes, stops, strict=True)],
+            [mark[n:stop] for mark, stop in zip(marks, stops, strict=True)],
+            notes,
+        )
+
+    def joints(self, rendered: Rendered, g: int, start: int, stop: int) -> list[bool]:
+        """Whether a character ends with each of the ids [start, stop) of side g."""
+        places = Encoded(self._encoder, rendered.sides[g].segments).places()
+        many = min(stop + 1, len(places))
+        out = [places[k][0] >= places[k - 1][1] for k in range(start + 1, many)]
+        return out + [True] * (stop - start - len(out))
+
+    def loose(self, rendered: Rendered) -> list[list[int]]:
+        """Indices of ids of the prompt that are only text of its last user turn.
+
+        They are in order, and in lists of whole characters.
+        """
+        if rendered.user is None:
+            return []
+        start, stop = rendered.user
+        places = Encoded(self._encoder, rendered.prompt).places()
+        out: list[list[int]] = []
+        for k, (a, b) in enumerate(places):
+            if not start <= a < b <= stop:
+                continue
+            if out and a < places[k - 1][1]:  # a character of several ids
+                out[-1].append(k)
+            else:
+                out.append([k])
+        return out
+
+    def _scored(
+        self, side: Side, whole: Encoded, given: int
+    ) -> tuple[list[bool], int]:  # fmt: skip
+        """(which ids are scored, index of the first one of the response)."""
+        mark = [False] * len(whole.ids)
+        opens = [max(given, whole.index(turn.opened)) for turn in side.turns]
+        for turn, first in zip(side.turns, opens, strict=True):
+            if not turn.trained:
+                continue
+            last = turn.after >= len(side.text)
+            stop = len(mark) if last else whole.index(turn.after)
+            behind = range(whole.index(turn.closed), stop)
+            end = next((k for k in behind if whole.ids[k] in self._end_ids), None)
+            if end is None:
+                raise ValueError("the end of a turn is no token of its own")
+            inside = [m for m in side.marks if turn.opened < m[1] and m[0] < turn.after]
+            if not inside or any(
+                a <= turn.opened and turn.closed <= b for a, b in inside
+            ):
+                mark[first : end + 1] = [True] * (end + 1 - first)
+                continue
+            places = whole.places()
+            for k in range(first, end):
+                a, b = places[k]
+                mark[k] = any(x < b and a < y for x, y in inside)
+            mark[end] = True
+        return mark, opens[0]
+
+    def _check_start(self, encoded: Encoded) -> None:
+        if self._bos_id is not None and encoded.ids[:2] == [self._bos_id] * 2:
+            raise ValueError("the text starts with two BOS tokens")
+
+    def _window(self, prompt: list[int], whole: list[int]) -> str:
+        at = _common(prompt, whole)
+        window = slice(max(0, at - 8), at + 8)
+        return f"from token {at} on: {prompt[window]} to generate from, {whole[window]}"
+
+    # -- text without a template
+
+    def _raw(self, prompt: str, responses: Sequence[tuple[str, str]]) -> Rendered:
+        front = self._front(prompt)
+        if not prompt and not front:
+            raise ValueError(
+                "the prompt is empty and the tokenizer has no BOS to start from"
+            )
+        sides = []
+        for text, prefill in responses:
+            if not text.startswith(prefill):
+                raise ValueError(f"prefill {prefill!r} does not begin {text!r}")
+            whole = prompt + text
+            end = next((e for e in self._ends if text.endswith(e)), "")
+            closed = len(whole) - len(end)
+            self._check_ends(whole[len(prompt) : closed])
+            inserts = () if end else ((len(whole), self._eos),)
+            segments, _ = self._encoder.split(whole, inserts=inserts)
+            turn = Turn(0, len(prompt) + len(prefill), closed, len(whole), True)
+            sides.append(Side(whole, front + segments, [turn], []))
+        segments, _ = self._encoder.split(prompt)
+        own = (0, len(prompt))
+        return Rendered(front + segments, prompt, sides, len(front), True, own, {})
+
+    def _front(self, prompt: str) -> list[Segment]:
+        """BOS, where text without a template starts with it."""
+        if self._bos is None or not (self._add_bos or not prompt):
+            return []
+        if prompt.startswith(self._bos):
+            return []
+        return [Segment(0, self._bos, True, "", False)]
+
+    def _check_ends(self, text: str) -> None:
+        found = [end for end in self._ends if end in text]
+        if found:
+            raise ValueError(
+                f"an assistant turn holds 2 EOS tokens, {found} in its text and the one "
+                f"at its end; expected exactly one: {text[-80:]!r}"
+            )
+
+    # -- dialogues
+
+    def _chat(self, example: Example) -> Rendered:
+        reader = self._reader({**self._reading.variables, **example.template})
+        prompt = reader.adapted(as_messages(example.prompt, "user"))
+        answers = [
+            reader.adapted(as_messages(r, "assistant")) for r in example.responses
+        ]
+        opened = all(t and t[0]["role"] == "assistant" for t in answers)
+        begun = opened and bool(prompt) and prompt[-1]["role"] == "assistant"
+        asked = reader.read(prompt, open_turn=opened and not begun)
+        text = asked.text
+        if begun and (place := asked.own[-1]):
+            text = text[: place[1]]
+        inserts = [
+            (at, self._eos)
+            for at in reader.closing(asked, reader.turns(prompt, asked, len(prompt)))
+            if not begun or at < len(text)
+        ]
+        segments, hidden = self._split(text, asked, inserts)
+        if not segments:
+            raise ValueError("the prompt is empty")
+        done = asked.own[:-1] if begun else asked.own
+        tail = text[max((p[1] for p in done if p), default=0) :] if opened else None
+        sides, left_out = [], set(asked.left_out if not answers else ())
+        for answer in answers:
+            side, whole, several = self._side(reader, prompt, answer, begun, tail)
+            sides.append(side)
+            left_out.update(whole.left_out)
+            hidden |= several
+        notes = {f"left_out {k}": "the template does not show it" for k in left_out}
+        if hidden:
+            notes["specials_as_text"] = "control tokens in the text of a user or tool"
+        user = [
+            p for p, m in zip(asked.own, prompt, strict=True) if m["role"] == "user"
+        ]
+        last = user[-1] if user else None
+        return Rendered(segments, text, sides, 0, opened, last, notes)
+
+    def _side(
+        self, reader: Reader, prompt: list[Message], answer: list[Message], begun: bool,
+        tail: str | None,
+    ) -> tuple[Side, Rendering, bool]:  # fmt: skip
+        """(a response with its prompt, the rendering, control tokens in it are text)."""
+        first = len(prompt) - begun
+        if begun:
+            given = str(prompt[-1]["content"])
+            said = {**answer[0], "content": given + str(answer[0]["content"])}
+            answer = [{**said, "prefill": given}, *answer[1:]]
+        messages = [*prompt[:first], *answer]
+        for m in answer:
+            if not str(m.get("content")).startswith(m.get("prefill") or ""):
+                raise ValueError(
+                    f"prefill {m['prefill']!r} does not begin {m.get('content')!r}"
+                )
+        whole = reader.read(messages, open_turn=False)
+        turns = reader.turns(messages, whole, first, tail)
+        mine = [turn for turn in turns if turn.message >= first]
+        if not mine:
+            raise ValueError("the response has no assistant turn in the rendering")
+        if not any(turn.trained for turn in mine):
+            raise ValueError("the response has no turn that is trained (weight, train)")
+        for turn in mine:
+            for a, b in whole.pieces[turn.message]:
+                self._check_ends(whole.text[a:b])
+        inserts = [(at, self._eos) for at in reader.closing(whole, turns)]
+        segments, hidden = self._split(whole.text, whole, inserts)
+        return Side(whole.text, segments, mine, whole.marks), whole, hidden
+
+    def _split(
+        self, text: str, rendering: Rendering, inserts: Sequence[tuple[int, str]]
+    ) -> tuple[list[Segment], bool]:
+        keep = self._reading.specials == "tokens"
+        return self._encoder.split(text, () if keep else rendering.protected, inserts)
+
+    def _reader(self, variables: Mapping[str, Any]) -> Reader:
+        key = json.dumps(variables, sort_keys=True, default=repr) if variables else ""
+        reader = self._readers.get(key)
+        if reader is None:
+            if len(self._readers) >= READERS:
+                self._readers.clear()
+
+            def render(messages: Sequence[Message], open_turn: bool) -> str:
+                return self._render(messages, open_turn, variables)
+
+            reader = Reader(
+                render,
+                self._ends,
+                self._end,
+                merge_system=self._reading.system == "user",
+            )
+            self._readers[key] = reader
+        return reader
+
+
+def as_messages(turns: str | Sequence[Message], role: str) -> list[Message]:
+    """Turns as messages; a string is one turn of `role`."""
+    return [{"role": role, "content": turns}] if isinstance(turns, str) else list(turns)
+
+
+def _raw_text(response: str | Sequence[Message]) -> tuple[str, str] | None:
+    """(text, prefill) of a response that needs no template; None of one that does."""
+    if isinstance(response, str):
+        return response, ""
+    if len(response) == 1 and "prefill" in response[0]:
+        return response[0]["content"], response[0]["prefill"]
+    return None
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    """Length of the common beginning."""
+    if b[: len(a)] == a:
+        return len(a)
+    pairs = zip(a, b, strict=False)
+    return next((k for k, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))

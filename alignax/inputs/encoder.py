@@ -1,0 +1,308 @@
+"""Text to ids, segment by segment, with the place of each id and control tokens on demand.
+
+A control token is an added token that is special, ends a turn, or that the chat template
+writes. A text is cut in front of each of its control tokens; the segments are encoded one
+by one, which gives the ids of the whole text, and equal segments are encoded once. Control
+tokens in a protected part of the text (what a user wrote) are no control tokens: their
+segment is encoded by a shadow of the tokenizer, in which every control token has another
+name, a private character.
+"""
+
+import bisect
+import json
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+PRIVATE = 0xF0000  # the first character that names a control token in a shadow
+KEPT = 100_000  # segments whose ids are remembered
+
+
+class Segment(NamedTuple):
+    """A piece of a text that is encoded by itself."""
+
+    start: int  # its place in the text
+    lead: str  # the control token that it begins with, with blanks that belong to it
+    inserted: bool  # the lead is not in the text
+    body: str  # the text behind the lead
+    shadowed: bool  # the body holds control tokens that are text
+
+    @property
+    def key(self) -> tuple[str, str, bool]:
+        return self.lead, self.body, self.shadowed
+
+
+class Encoded:
+    """The ids of a text and their places in it."""
+
+    def __init__(self, encoder: "Encoder", segments: list[Segment]):
+        self._encoder, self._segments = encoder, segments
+        self.ids: list[int] = []
+        self._first: list[int] = []  # index of the first id of each segment
+        for segment in segments:
+            self._first.append(len(self.ids))
+            self.ids += encoder.ids(segment)
+
+    def index(self, place: int) -> int:
+        """Index of the first id that ends behind `place`, or is inserted there.
+
+        Args:
+          place: of a character, 0 to the length of the text.
+        """
+        k = bisect.bisect_left(self._segments, place, key=lambda s: s.start)
+        if k < len(self._segments) and self._segments[k].start == place:
+            return self._first[k]
+        if k == 0:
+            return 0
+        segment, first = self._segments[k - 1], self._first[k - 1]
+        header = place - segment.start - (0 if segment.inserted else len(segment.lead))
+        if header == 0:
+            ids = self._encoder.ids(segment._replace(body="", shadowed=False))
+            if self._starts(k - 1, ids):
+                return first + len(ids)
+        elif 0 < header <= len(segment.body):
+            # Most often the text up to the place is a header, whose ids are known.
+            ids = self._encoder.ids(segment._replace(body=segment.body[:header]))
+            if self._starts(k - 1, ids):
+                return first + len(ids)
+        ends = [end for _, end in self._encoder.places(segment)]
+        return first + bisect.bisect_right(ends, place - segment.start)
+
+    def places(self) -> list[tuple[int, int]]:
+        """(start, end) in the text of every id; those of one character share its place."""
+        return [
+            (segment.start + a, segment.start + b)
+            for segment in self._segments
+            for a, b in self._encoder.places(segment)
+        ]
+
+    def _starts(self, k: int, ids: list[int]) -> bool:
+        """Whether segment k starts with these ids."""
+        first = self._first[k]
+        stop = self._first[k + 1] if k + 1 < len(self._first) else len(self.ids)
+        return first + len(ids) <= stop and self.ids[first : first + len(ids)] == ids
+
+
+class Encoder:
+    """Encodes texts with a `tokenizers.Tokenizer`.
+
+    Attributes:
+      control: ids of the control tokens by their text.
+    """
+
+    def __init__(
+        self, core: Any, template: str | None, ends: Iterable[int], bos: int | None
+    ):
+        import tokenizers
+
+        self._core = core
+        # Its trim of offsets would hide blanks; specials are never added anyway.
+        core.post_processor = tokenizers.processors.Sequence([])
+        always = {*ends, *([] if bos is None else [bos])}
+        added = core.get_added_tokens_decoder()
+        if missing := [core.id_to_token(i) for i in sorted(always - set(added))]:
+            core.add_special_tokens(missing)
+            added = core.get_added_tokens_decoder()
+        written = template or ""
+        self.control = {
+            token.content: i
+            for i, token in added.items()
+            if i in always
+            or token.special
+            or (token.content.strip() and token.content in written)
+        }
+        self._names = {i: token for token, i in self.control.items()}
+        self._find = _pattern([added[i] for i in self.control.values()])
+        self._memo: dict[tuple[str, str, bool], list[int]] = {}
+        self._shadow: Shadow | None = None
+
+    def name_of(self, token: int) -> str:
+        """The text of a control token."""
+        return self._names[token]
+
+    def split(
+        self, text: str, protected: Sequence[tuple[int, int]] = (),
+        inserts: Sequence[tuple[int, str]] = (),
+    ) -> tuple[list[Segment], bool]:  # fmt: skip
+        """The segments of a text, and whether a control token in it is protected.
+
+        Args:
+          text: what is encoded.
+          protected: [start, end) of what users wrote, where no text is a control token.
+          inserts: (place, control token) of tokens that are put into the text.
+        """
+        leads: list[tuple[int, int, str, bool]] = []  # start, end, token, inserted
+        hidden: list[int] = []
+        if self._find is not None:
+            for match in self._find.finditer(text):
+                a, b = match.span()
+                if any(x < b and a < y for x, y in protected):
+                    hidden.append(a)
+                else:
+                    leads.append((a, b, match.group(), False))
+        for place, token in inserts:
+            leads.append((place, place, token, True))
+        leads.sort(key=lambda lead: lead[:2])
+        if not leads or leads[0][0] > 0:
+            leads.insert(0, (0, 0, "", False))
+        out = []
+        for k, (a, b, token, inserted) in enumerate(leads):
+            stop = leads[k + 1][0] if k + 1 < len(leads) else len(text)
+            shadowed = bool(hidden) and any(b <= at < stop for at in hidden)
+            if stop > a or inserted:
+                out.append(Segment(a, token, inserted, text[b:stop], shadowed))
+        return out, bool(hidden)
+
+    def prefetch(self, segments: Iterable[Segment]) -> None:
+        """Encodes in one batch what is not known yet."""
+        if len(self._memo) > KEPT:
+            self._memo = {}
+        missing = dict.fromkeys(s.key for s in segments)
+        for shadowed in (False, True):
+            keys = [k for k in missing if k[2] is shadowed and k not in self._memo]
+            if keys:
+                try:
+                    found = self._encode(keys, shadowed)
+                except (TypeError, UnicodeError) as e:
+                    raise ValueError(f"a text that is not Unicode: {e}") from e
+                self._memo.update(zip(keys, found, strict=True))
+
+    def encode(
+        self, text: str, protected: Sequence[tuple[int, int]] = (),
+        inserts: Sequence[tuple[int, str]] = (),
+    ) -> Encoded:  # fmt: skip
+        """The ids of a text and their places; arguments as for `split`."""
+        return Encoded(self, self.split(text, protected, inserts)[0])
+
+    def ids(self, segment: Segment) -> list[int]:
+        """The ids of a segment."""
+        found = self._memo.get(segment.key)
+        if found is None:
+            self.prefetch([segment])
+            found = self._memo[segment.key]
+        return found
+
+    def places(self, segment: Segment) -> list[tuple[int, int]]:
+        """(start, end) of the ids of a segment, counted from its start in the text."""
+        lead, body, shadowed = segment.key
+        if shadowed:
+            name = self._shadowed.name(lead)
+            offsets = self._shadowed.core.encode(
+                name + body, add_special_tokens=False
+            ).offsets
+            size = len(name)
+        else:
+            offsets = self._core.encode(lead + body, add_special_tokens=False).offsets
+            size = len(lead)
+        width = 0 if segment.inserted else len(lead)
+
+        def moved(at: int) -> int:
+            return at - size + width if at >= size else min(at, width)
+
+        out, last = [], 0
+        for a, b in offsets:
+            # A piece of a character without a place of its own is where the last one is.
+            last = moved(b) if b > a else last
+            out.append((moved(a) if b > a else last, last))
+        return out
+
+    def _encode(
+        self, keys: list[tuple[str, str, bool]], shadowed: bool
+    ) -> list[list[int]]:
+        if shadowed:
+            return self._shadowed.encode(keys)
+        texts = [lead + body for lead, body, _ in keys]
+        found = self._core.encode_batch_fast(texts, add_special_tokens=False)
+        return [e.ids for e in found]
+
+    @property
+    def _shadowed(self) -> "Shadow":
+        if self._shadow is None:
+            self._shadow = Shadow(self._core.to_str(), self.control)
+        return self._shadow
+
+
+class Shadow:
+    """A tokenizer whose control tokens are private characters: their texts are text."""
+
+    def __init__(self, definition: str, control: dict[str, int]):
+        import tokenizers
+
+        made = json.loads(definition)
+        names = {token: chr(PRIVATE + k) for k, token in enumerate(control)}
+        made["post_processor"] = None
+        ids = {}  # of added tokens, by their names in the shadow
+        for token in made["added_tokens"]:
+            token["content"] = names.get(token["content"], token["content"])
+            ids[token["content"]] = token["id"]
+        vocabulary = made["model"].get("vocab")  # may hold control tokens too
+        if isinstance(vocabulary, dict):
+            made["model"]["vocab"] = {names.get(k, k): i for k, i in vocabulary.items()}
+        elif isinstance(vocabulary, list):
+            made["model"]["vocab"] = [[names.get(k, k), x] for k, x in vocabulary]
+        self.core = tokenizers.Tokenizer.from_str(json.dumps(made))
+        self._names = names
+        self._back = {self.core.token_to_id(name): i for name, i in ids.items()}
+
+    def name(self, lead: str) -> str:
+        """The private character of a control token; blanks around it stay."""
+        token = lead.strip() if lead not in self._names else lead
+        return lead.replace(token, self._names[token]) if token else lead
+
+    def encode(self, keys: Sequence[tuple[str, str, bool]]) -> list[list[int]]:
+        """The ids of segments.
+
+        Raises:
+          ValueError: a text that holds a private character of the shadow.
+        """
+        last = PRIVATE + len(self._names)
+        for _, body, _ in keys:
+            if any(PRIVATE <= ord(c) < last for c in body):
+                raise ValueError(
+                    "a text with control tokens also holds private characters "
+                    f"(U+{PRIVATE:X} and following)"
+                )
+        texts = [self.name(lead) + body for lead, body, _ in keys]
+        found = self.core.encode_batch(texts, add_special_tokens=False)
+        return [[self._back.get(i, i) for i in e.ids] for e in found]
+
+
+class ByteEncoder(Encoder):
+    """Encodes texts as their UTF-8 bytes; control tokens are never in a text.
+
+    Args:
+      control: ids of the control tokens by their names.
+    """
+
+    def __init__(self, control: dict[str, int]):
+        self.control = control
+        self._names = {i: token for token, i in control.items()}
+        self._find = None
+        self._memo = {}
+
+    def places(self, segment: Segment) -> list[tuple[int, int]]:
+        out = [(0, 0)] if segment.inserted else []
+        for k, c in enumerate(segment.body):
+            out += [(k, k + 1)] * len(c.encode())
+        return out
+
+    def _encode(
+        self, keys: list[tuple[str, str, bool]], shadowed: bool
+    ) -> list[list[int]]:
+        return [
+            [*([self.control[lead]] if lead else []), *body.encode()]
+            for lead, body, _ in keys
+        ]
+
+
+def _pattern(tokens: list[Any]) -> re.Pattern[str] | None:
+    """Finds added tokens as `tokenizers` does: the longest at the first place."""
+    parts = []
+    for token in sorted(tokens, key=lambda t: -len(t.content)):
+        part = re.escape(token.content)
+        if token.single_word:
+            part = rf"(?<!\w){part}(?!\w)"
+        if token.lstrip:
+            part = rf"\s*{part}"
+        parts.append(part)
+    return re.compile("|".join(parts)) if parts else None
