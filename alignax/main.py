@@ -34,6 +34,12 @@ SHOW = flags.DEFINE_bool(
     "show", False, "Print the first rows of the data as the model gets them, and exit."
 )
 ROWS = flags.DEFINE_integer("rows", 3, "Rows per data section that --show prints.")
+REASONS = flags.DEFINE_string(
+    "reasons",
+    None,
+    "With --show: read all rows, count them, and write to this file what "
+    "was cut, left out or is remarkable.",
+)
 TASK = flags.DEFINE_enum(
     "task", None, ["train", "generate"], "Refuse a config that does something else."
 )
@@ -71,7 +77,7 @@ def main(argv):
             print(explain.explain(CONFIG.value))
             return
         if SHOW.value:
-            print(show.show(CONFIG.value, ROWS.value))
+            print(show.show(CONFIG.value, ROWS.value, REASONS.value))
             return
         responds = bool(CONFIG.value.get("prompts"))
         if TASK.value and responds != (TASK.value == "generate"):

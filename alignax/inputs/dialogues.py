@@ -57,6 +57,7 @@ class Side(NamedTuple):
     segments: list[Segment]
     turns: list[Turn]  # those of the response
     marks: list[Span]  # of the template, [] without any
+    begun: bool = False  # its first turn has a prefill, which is given and not scored
 
 
 class Rendered(NamedTuple):
@@ -161,9 +162,14 @@ class Dialogues:
             raise ValueError("the responses of the row have different prompts")
         if n < 1:
             raise ValueError("the first token of the prompt is part of the response")
-        if rendered.opened and (straddle or n in firsts):
+        alike = [
+            (mark, first)
+            for mark, first, side in zip(marks, firsts, rendered.sides, strict=True)
+            if rendered.opened and not side.begun
+        ]
+        if straddle or any(first == n for _, first in alike):
             # All responses of a row are scored from the same place on.
-            for mark, first in zip(marks, firsts, strict=True):
+            for mark, first in alike:
                 mark[n:first] = [mark[first]] * (first - n)
         stops = [len(mark) - mark[::-1].index(True) for mark in marks]
         return Tokens(
@@ -255,7 +261,7 @@ class Dialogues:
             inserts = () if end else ((len(whole), self._eos),)
             segments, _ = self._encoder.split(whole, inserts=inserts)
             turn = Turn(0, len(prompt) + len(prefill), closed, len(whole), True)
-            sides.append(Side(whole, front + segments, [turn], []))
+            sides.append(Side(whole, front + segments, [turn], [], bool(prefill)))
         segments, _ = self._encoder.split(prompt)
         own = (0, len(prompt))
         return Rendered(front + segments, prompt, sides, len(front), True, own, {})
@@ -320,11 +326,11 @@ class Dialogues:
         tail: str | None,
     ) -> tuple[Side, Rendering, bool]:  # fmt: skip
         """(a response with its prompt, the rendering, control tokens in it are text)."""
-        first = len(prompt) - begun
+        first, given = len(prompt) - begun, bool(answer[0].get("prefill"))
         if begun:
-            given = str(prompt[-1]["content"])
-            said = {**answer[0], "content": given + str(answer[0]["content"])}
-            answer = [{**said, "prefill": given}, *answer[1:]]
+            text = str(prompt[-1]["content"])
+            said = {**answer[0], "content": text + str(answer[0]["content"])}
+            answer = [{**said, "prefill": text}, *answer[1:]]
         messages = [*prompt[:first], *answer]
         for m in answer:
             if not str(m.get("content")).startswith(m.get("prefill") or ""):
@@ -343,7 +349,7 @@ class Dialogues:
                 self._check_ends(whole.text[a:b])
         inserts = [(at, self._eos) for at in reader.closing(whole, turns)]
         segments, hidden = self._split(whole.text, whole, inserts)
-        return Side(whole.text, segments, mine, whole.marks), whole, hidden
+        return Side(whole.text, segments, mine, whole.marks, given), whole, hidden
 
     def _split(
         self, text: str, rendering: Rendering, inserts: Sequence[tuple[int, str]]

@@ -49,7 +49,10 @@ class Usable(Sequence):
         return self._examples[self._places[index]]
 
 
-def usable(examples: Sequence[Example], tokenizer: Tokenizer, *, length: int) -> Usable:
+def usable(
+    examples: Sequence[Example], tokenizer: Tokenizer, *, length: int,
+    counts: dict[str, Any] | None = None,
+) -> Usable:  # fmt: skip
     """The examples whose prompts can be generated from, found before a run begins.
 
     A prompt that the template refuses is malformed; one that is too long is dropped, or
@@ -59,12 +62,13 @@ def usable(examples: Sequence[Example], tokenizer: Tokenizer, *, length: int) ->
       examples: only their prompts are read; `report` as for `rows.read`.
       tokenizer: from `tokenizer.load`.
       length: most tokens per prompt.
+      counts: from `rows.no_counts`, to be added to.
 
     Raises:
       ValueError: no usable prompt.
     """
     tokenizer = tokenizer.for_data(examples)
-    counts = rows.no_counts()
+    counts = rows.no_counts() if counts is None else counts
     rows.note_report(counts, examples)
     places = []
     for i in range(len(examples)):
@@ -83,6 +87,8 @@ def usable(examples: Sequence[Example], tokenizer: Tokenizer, *, length: int) ->
         counts["used"] += 1
         counts["cut"] += cut
         counts["cut_prompt"] += cut
+        if cut:
+            rows.explain(counts, example.id, "cut_prompt", f"at {length} tokens")
         places.append(i)
     if not places:
         reasons = [*counts["malformed_ids"], *counts["dropped_ids"]]

@@ -77,14 +77,17 @@ def read(
     return rows
 
 
-def no_counts() -> dict[str, Any]:
+def no_counts(*, reasons: bool = False) -> dict[str, Any]:
     """The counts that `read` adds to, all zero.
 
     'cut' rows lost some of their prompt ('cut_prompt'), of a response ('cut_response'), or
     of both. 'notes' is {what is remarkable: [rows, the first one's id and details]};
-    'forms' {form of a row: [rows, the first one's id]}.
+    'forms' {form of a row: [rows, the first one's id]}. With `reasons` there is also a
+    list of {id, kind, reason} of every row that was not used whole or has a note.
     """
     lists: dict[str, Any] = {"dropped_ids": [], "malformed_ids": []}
+    if reasons:
+        lists["reasons"] = []
     return {**dict.fromkeys(ZEROS, 0), **lists, "notes": {}, "forms": {}}
 
 
@@ -133,7 +136,11 @@ def _fit(
     counts["cut_response"] += fitted.cut_response
     counts["cut"] += fitted.cut_prompt or fitted.cut_response
     counts["used"] += 1
+    for kind, was in (("prompt", fitted.cut_prompt), ("response", fitted.cut_response)):
+        if was:
+            explain(counts, example.id, f"cut_{kind}", f"at length {length}")
     for name, details in tokens.notes.items():
+        explain(counts, example.id, name, details)
         _add(counts["notes"], name, f"{example.id}: {details}")
     return fitted
 
@@ -226,8 +233,17 @@ def note_report(counts: dict[str, Any], examples: Sequence[Example]) -> None:
         counts["read"] += len(lines)
 
 
+def explain(counts: dict[str, Any], example: str, kind: str, reason: str) -> None:
+    """Notes what happened to a row, where all reasons are wanted."""
+    if "reasons" in counts:
+        counts["reasons"].append({"id": example, "kind": kind, "reason": reason})
+
+
 def note(counts: dict[str, Any], name: str, *lines: str) -> None:
     """Counts rows that are not used, of which the first reasons are kept."""
     counts[name] += len(lines)
+    for line in lines:
+        place, _, reason = line.partition(": ")
+        explain(counts, place, name, reason)
     listed = counts[f"{name}_ids"]
     listed += lines[: LISTED - len(listed)]

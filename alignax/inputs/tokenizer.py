@@ -285,8 +285,10 @@ def _load_hf(path: pathlib.Path, now: datetime.datetime) -> Tokenizer:
 
 def _union(ends: Iterable[int | Sequence[int] | None]) -> list[int]:
     """All EOS ids that the files of a model name, in order."""
-    lists = [e if isinstance(e, list) else [] if e is None else [e] for e in ends]
-    return list(dict.fromkeys(i for found in lists for i in found))
+    out: list[int] = []
+    for found in ends:
+        out += [found] if isinstance(found, int) else found or []
+    return list(dict.fromkeys(out))
 
 
 def _load_gguf(path: pathlib.Path, now: datetime.datetime) -> Tokenizer:

@@ -112,7 +112,7 @@ class Tracked(str):
     def join(self, texts):
         return join(self, texts)
 
-    def _pieces(self, pieces: Sequence[str], sep: str | None) -> list[str]:
+    def _pieces(self, pieces: Sequence[str], sep: str | None) -> list["Tracked"]:
         """Parts of this text in their order, each found behind the one before."""
         out, at = [], 0
         for piece in pieces:

@@ -240,11 +240,11 @@ class Reader:
         before = max((p[1] for p in places[:i] if p), default=0)
         after = min((p[0] for p in places[i + 1 :] if p), default=len(text))
         if isinstance(content, str) and content.strip():
-            found = content.strip()
-            if text.count(found, before, after) != 1:
+            shown = content.strip()
+            if text.count(shown, before, after) != 1:
                 return None
-            at = text.index(found, before, after)
-            return at, at + len(found)
+            at = text.index(shown, before, after)
+            return at, at + len(shown)
         if messages[i]["role"] != "assistant":
             return None
         # A turn without text: its place is where a letter in it would be.
@@ -253,10 +253,10 @@ class Reader:
             other = self._render_any(marked, False)
         except ValueError:
             return None
-        at = [a for a, _, source in tracked_text.spans(other) if source[0] == i]
+        found = [a for a, _, source in tracked_text.spans(other) if source[0] == i]
         whole = tracked_text.plain(other)
-        if at and whole[: at[0]] + whole[at[0] + 1 :] == text:
-            return at[0], at[0]
+        if found and whole[: found[0]] + whole[found[0] + 1 :] == text:
+            return found[0], found[0]
         return None
 
     def _opened(

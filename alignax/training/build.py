@@ -51,7 +51,7 @@ class Run(NamedTuple):
     source: source.Source | None  # None when there is nothing to train on
     evals: dict[str, plugin.Bound]
     eval_data: Sequence[Example] | None
-    asked: dict[str, Sequence[Example]]  # evaluation -> those whose prompts are usable
+    asked: dict[str, prompts.Usable]  # evaluation -> those whose prompts are usable
     say: Callable[[str], None]
 
     def frozen(self, average: Params | None) -> dict[str, LM]:
@@ -124,14 +124,14 @@ def check_context(config, evals: Mapping[str, plugin.Bound], context: int) -> No
 def evaluated_prompts(
     config, evals: Mapping[str, plugin.Bound], data: Sequence[Example] | None,
     text: tokenizer.Tokenizer,
-) -> dict[str, Sequence[Example]]:  # fmt: skip
+) -> dict[str, prompts.Usable]:  # fmt: skip
     """The examples that each sampling evaluation can ask for a response to.
 
     Raises:
       ValueError: an evaluation without a usable prompt.
     """
     found: dict[int, prompts.Usable] = {}
-    out: dict[str, Sequence[Example]] = {}
+    out: dict[str, prompts.Usable] = {}
     for name, e in evals.items():
         if not e.hyper.get("max_new") or data is None:
             continue

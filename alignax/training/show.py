@@ -1,39 +1,51 @@
 """The first rows of a config's data exactly as the model gets them; no weights are read.
 
-Not shown: `reference_data`, which only the reference reads, and the cut of prompts by
-evaluations that sample.
+Not shown: `reference_data`, which only the reference reads.
 """
 
+import json
+import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from alignax import plugin
 from alignax.batch import Example
-from alignax.inputs import rows as cutting
+from alignax.inputs import prompts, rows, truncation
 from alignax.inputs.detokenize import marked
 from alignax.inputs.tokenizer import Tokenizer
+from alignax.inputs.truncation import TooLong
+from alignax.reports import tables
 from alignax.runs import model_paths
 from alignax.training import checks, loading
 from alignax.training.plugins import bind
 
 
-def show(config, rows: int = 3) -> str:
+def show(config, many: int = 3, reasons: str | None = None) -> str:
     """Prompts and responses as text, the scored tokens marked, and what was cut and why.
 
     Args:
       config: a ConfigDict; its weights need not exist, its tokenizer has to.
-      rows: of each data section: data, or the parts of a mixture, eval_data, prompts.
+      many: rows of each data section: data, or the parts of a mixture, eval_data, prompts.
+      reasons: a file; all rows are read, counted, and written to it where something was
+        cut, left out or is remarkable: JSON lines with section, id, kind and reason.
 
     Raises:
       ValueError, OSError: a config that cannot run, or data that cannot be read.
     """
+    found: list[dict[str, str]] | None = None if reasons is None else []
     if config.get("stages"):
         stages = config.copy_and_resolve_references().stages
-        return "\n".join(
-            f"== {name} ==\n{one_run(c, rows, tokenizer_of(c, stages))}"
+        shown = [
+            f"== {name} ==\n{one_run(c, many, tokenizer_of(c, stages), found, name)}"
             for name, c in stages.items()
-        )
-    return one_run(config, rows, tokenizer_of(config, {}))
+        ]
+    else:
+        shown = [one_run(config, many, tokenizer_of(config, {}), found)]
+    if reasons is not None and found is not None:
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in found)
+        pathlib.Path(reasons).write_text("".join(lines), encoding="utf-8")
+        shown.append(f"\n{len(found)} reasons are in {reasons}")
+    return "\n".join(shown)
 
 
 def tokenizer_of(config, stages: Any) -> str:
@@ -43,10 +55,16 @@ def tokenizer_of(config, stages: Any) -> str:
     return loading.tokenizer_path(config)
 
 
-def one_run(config, rows: int, path: str) -> str:
-    """The first rows of every data section of a run, by the tokenizer at `path`."""
-    if rows < 1:
-        raise ValueError(f"rows is {rows}, expected at least 1")
+def one_run(
+    config, many: int, path: str, reasons: list[dict[str, str]] | None = None,
+    stage: str = "",
+) -> str:  # fmt: skip
+    """The first rows of every data section of a run, by the tokenizer at `path`.
+
+    With `reasons`, all rows are read: what happened to them is counted, and appended.
+    """
+    if many < 1:
+        raise ValueError(f"rows is {many}, expected at least 1")
     checks.check_names(config)
     plugins = bind(config)
     checks.check_data(config)
@@ -55,92 +73,122 @@ def one_run(config, rows: int, path: str) -> str:
     lines = [
         f"tokenizer {path}, {text.vocab_size} ids; what is scored stands between ⟦ and ⟧"
     ]
-    for name, spec, one in sections(config):
+    for name, spec, one, room in sections(config):
         examples = plugin.load_examples(spec, drop=("ratio",))
-        lines += section(name, examples, text, rows, one)
+        own = text.for_data(examples)
+        lines += section(name, examples, own, many, (one, room))
+        if reasons is not None:
+            counts = counted(examples, text, room, whole=one is not prompt_alone)
+            lines.append(f"{name}: {tables.summary(counts)}")
+            where = f"{stage}.{name}" if stage else name
+            reasons += [{"section": where, **row} for row in counts["reasons"]]
     return "\n".join(lines)
 
 
-Show = Callable[[Example, Tokenizer], list[str]]
+Show = Callable[[Example, Tokenizer, int | None], list[str]]
 
 
-def sections(config) -> Iterator[tuple[str, object, Show]]:
-    """(name, spec, how one example is shown) of every data section."""
+def sections(config) -> Iterator[tuple[str, object, Show, int | None]]:
+    """(name, spec, how one example is shown, tokens of a row) of every data section."""
     length = config.length
-
-    def whole(example: Example, text: Tokenizer) -> list[str]:
-        return with_responses(example, text, length)
-
-    def prompt(example: Example, text: Tokenizer) -> list[str]:
-        room = length - config.rollout.max_new
-        why = f"config.length={length} less rollout.max_new={config.rollout.max_new}"
-        return prompt_alone(example, text, room, why)
-
-    def asked(example: Example, text: Tokenizer) -> list[str]:
-        return prompt_alone(example, text, None, "")
-
-    trains = prompt if config.rollout.reward else whole
+    trained: tuple[Show, int] = (with_responses, length)
+    if config.rollout.reward:
+        trained = (prompt_alone, length - config.rollout.max_new)
     if config.data:
-        yield "data", config.data, trains
+        yield "data", config.data, *trained
     for part, spec in config.mixture.items():
-        yield f"mixture.{part}", spec, trains
+        yield f"mixture.{part}", spec, *trained
     if config.eval_data:
-        yield "eval_data", config.eval_data, whole
+        yield "eval_data", config.eval_data, with_responses, length
     if config.prompts:
-        yield "prompts", config.prompts, asked
+        yield "prompts", config.prompts, prompt_alone, None
+
+
+def counted(
+    examples: Sequence[Example], text: Tokenizer, room: int | None, *, whole: bool
+) -> dict[str, Any]:
+    """What happens to every row: the counts of `rows.no_counts`, with all reasons."""
+    counts = rows.no_counts(reasons=True)
+    try:
+        if whole:
+            assert room is not None
+            rows.read(examples, text, length=room, vocab_size=None, counts=counts)
+        else:
+            prompts.usable(examples, text, length=room or 2**30, counts=counts)
+    except ValueError as error:  # no row is usable, say: the counts tell
+        counts["notes"].setdefault("error", [1, str(error)])
+    return counts
 
 
 def section(
-    name: str, examples: Sequence[Example], text: Tokenizer, rows: int, one: Show
-) -> list[str]:
+    name: str, examples: Sequence[Example], text: Tokenizer, many: int,
+    one: tuple[Show, int | None],
+) -> list[str]:  # fmt: skip
     """The first rows of one data section, and what the reader of the file left out."""
+    show_one, room = one
     size = len(examples)
-    lines = [f"\n{name}: {size} examples, the first {min(rows, size)}:"]
+    lines = [f"\n{name}: {size} examples, the first {min(many, size)}:"]
     for kind, reasons in (getattr(examples, "report", None) or {}).items():
         if reasons:
             lines.append(f"  {len(reasons)} {kind}, left out; the first: {reasons[0]}")
-    for i in range(min(rows, size)):
+    for i in range(min(many, size)):
         example = examples[i]
         lines.append(f"[{i}] {example.id}")
         try:
-            lines += [f"  {line}" for line in one(example, text)]
+            lines += [f"  {line}" for line in show_one(example, text, room)]
+        except TooLong as error:
+            lines.append(f"  dropped: {error}")
         except ValueError as error:
             lines.append(f"  malformed, left out: {error}")
     return lines
 
 
-def with_responses(example: Example, text: Tokenizer, length: int) -> list[str]:
-    """A prompt and its responses, cut to `length` tokens as in training."""
-    whole = cutting.tokenize(example, text)
-    part, _ = cutting.cut(whole, length, text.bos_id)
-    lines = prompt_lines(whole.prompt_ids, part.prompt_ids, text, f"length={length}")
+def with_responses(example: Example, text: Tokenizer, length: int | None) -> list[str]:
+    """A prompt and its responses, cut to `length` tokens as in training.
+
+    Raises:
+      ValueError: a row that is left out; TooLong: a row without room.
+    """
+    assert length is not None
+    rendered = rows.render(example, text)
+    whole = text.dialogues.ids(rendered)
+    part = rows.cut(example, rendered, whole, text, length)
+    lines = prompt_lines(whole.prompt, part.prompt, text, f"length={length}")
     for g, (ids, scored) in enumerate(zip(part.responses, part.scored, strict=True)):
         many, lost = len(ids), len(whole.responses[g]) - len(ids)
         line = f"response {g}: {many} tokens, {sum(scored)} scored"
         if example.feedback:
             line += f", feedback {float(example.feedback[g]):g}"
-        if lost:
+        if lost > 0:
             line += f"; the last {lost} of {many + lost} were cut: length={length}"
         lines += [line, f"  {marked(ids, scored, text)}"]
         if not any(scored):
-            lines.append(f"  dropped: no response left at length {length}")
-    return lines
+            lines.append(f"  dropped: no room for a scored token at length {length}")
+    return lines + [f"note: {name}: {details}" for name, details in whole.notes.items()]
 
 
-def prompt_alone(
-    example: Example, text: Tokenizer, room: int | None, why: str
-) -> list[str]:
-    """A prompt to respond to, cut to `room` tokens; None cuts nothing."""
+def prompt_alone(example: Example, text: Tokenizer, room: int | None) -> list[str]:
+    """A prompt to respond to, cut to `room` tokens; None cuts nothing.
+
+    Raises:
+      ValueError: a prompt that is left out; TooLong: one that is too long.
+    """
     whole = text.prompt(example)
-    part = whole if room is None else cutting.cut_prompt(whole, room, text.bos_id)
+    if room is None:
+        return prompt_lines(whole, whole, text, "")
+    part, _ = truncation.fit_prompt(
+        example, text.dialogues, room=room, rule=text.reading.truncate_prompts,
+        bos_id=text.bos_id,
+    )  # fmt: skip
+    why = f"config.length less rollout.max_new leaves {room}"
     return prompt_lines(whole, part, text, why)
 
 
 def prompt_lines(
     whole: list[int], part: list[int], text: Tokenizer, why: str
 ) -> list[str]:
-    """A prompt as text, and how much of its left end was cut."""
+    """A prompt as text, and how much of it was cut."""
     line, lost = f"prompt: {len(part)} tokens", len(whole) - len(part)
-    if lost:
-        line += f"; {lost} of {len(whole)} were cut on the left: {why}"
+    if lost > 0:
+        line += f"; {lost} of {len(whole)} were cut: {why}"
     return [line, f"  {text.decode(part, keep_specials=True)}"]

@@ -47,11 +47,11 @@ def test_what_is_scored_is_marked_and_a_cut_says_why(data):
     assert "⟦cd<eos>⟧" in text
     assert "response 0: 3 tokens, 3 scored, feedback 1" in text
     assert "response 1: 2 tokens, 2 scored, feedback 0" in text
-    assert "prompt: 8 tokens; 2 of 10 were cut on the left: length=24" in text
-    assert "23456789" in text
-    cut = "response 0: 23 tokens, 23 scored, feedback 1; the last 8 of 31 were cut: length=24"
+    assert "prompt: 10 tokens" in text
+    cut = "response 0: 14 tokens, 14 scored, feedback 1; the last 2 of 16 were cut: length=24"
     assert cut in text
-    assert f"⟦{'z' * 23}⟧" in text  # its EOS is gone
+    assert f"⟦{'x' * 14}⟧" in text  # its EOS is gone
+    assert f"⟦{'z' * 21}⟧" in text
 
 
 def test_the_rows_are_those_of_the_batches(tmp_path):
@@ -80,20 +80,24 @@ def test_a_response_without_room_is_shown_as_dropped():
     given = {"role": "assistant", "content": "p" * 40, "prefill": "p" * 39}
     example = Example("0", "q", ([given], "no"))
     text = tokenizer.load("bytes")
-    assert "  dropped: no response left at length 24" in show.with_responses(
-        example, text, 24
-    )
+    shown = show.section("data", [example], text, 1, (show.with_responses, 24))
+    assert "  dropped: no room for a scored token at length 24" in shown
 
 
 def test_rollouts_show_prompts_cut_as_they_are_sampled_from(data):
     config = data([pair("0123456789" * 3, "a", "b")])
+    config.truncate_prompts = "left"
     config.rollout.reward = {"name": "constraints", "pattern": "a"}
     config.rollout.max_new = 10
     config.loss, config.shaping = {"name": "policy_gradient"}, {"rloo": {}}
     shown = show.show(config)
-    why = "length=24 less rollout.max_new=10"
-    assert f"prompt: 14 tokens; 16 of 30 were cut on the left: config.{why}" in shown
+    why = "config.length less rollout.max_new leaves 14"
+    assert f"prompt: 14 tokens; 16 of 30 were cut: {why}" in shown
     assert "response" not in shown
+    config.truncate_prompts = "drop"
+    assert "dropped: the prompt has 30 tokens, there is room for 14" in show.show(
+        config
+    )
     config.rollout.max_new = 24
     with pytest.raises(ValueError, match="leaves no room"):
         show.show(config)
@@ -145,3 +149,24 @@ def test_marks_stand_around_runs_of_scored_tokens():
     assert detokenize.marked(ids, mask, text) == "a⟦é⟧b"
     assert detokenize.marked(np.array(ids), np.ones(4, bool), text) == "⟦aéb⟧"
     assert detokenize.marked([], [], text) == ""
+
+
+def test_reasons_of_all_rows_are_written_to_a_file(data, tmp_path):
+    config = data(
+        [
+            pair("ab", "cd", "e"), pair("abc", "z" * 30, "w"), pair("a", "b", ""),
+            pair("u" * 40, "y" * 9, "z"),
+        ]
+    )  # fmt: skip
+    file = tmp_path / "reasons.jsonl"
+    shown = show.show(config, 1, str(file))
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    kinds = {(row["id"].split(":")[-1], row["kind"]) for row in found}
+    assert {("2", "cut_response"), ("4", "cut_prompt")} <= kinds
+    assert any(
+        row["kind"] == "malformed" and "rows.jsonl:3" in row["id"] for row in found
+    )
+    assert all(row["section"] == "data" and row["reason"] for row in found)
+    assert f"{len(found)} reasons are in {file}" in shown
+    assert "data: 4 read, 3 used, 2 cut" in shown
+    assert "1 with a shorter prompt" in shown
