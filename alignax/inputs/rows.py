@@ -11,7 +11,7 @@ import numpy as np
 
 from alignax import batch
 from alignax.batch import Example
-from alignax.inputs import layout, truncation
+from alignax.inputs import forms, layout, truncation
 from alignax.inputs.dialogues import Rendered, Tokens
 from alignax.inputs.tokenizer import Tokenizer
 from alignax.inputs.truncation import Fitted, TooLong
@@ -149,16 +149,12 @@ def render(example: Example, tokenizer: Tokenizer) -> Rendered:
     """An example as text.
 
     Raises:
-      ValueError: no response, feedback of another number, or a conversation that the
-        tokenizer refuses.
+      ValueError: no response, feedback that its form does not have (see
+        `forms.feedback`), or a conversation that the tokenizer refuses.
     """
     if not example.responses:
         raise ValueError("no response")
-    if example.feedback and len(example.feedback) != len(example.responses):
-        raise ValueError(
-            f"{len(example.feedback)} feedback values for "
-            f"{len(example.responses)} responses"
-        )
+    forms.feedback(example)
     return tokenizer.dialogues.render(example)
 
 
@@ -191,7 +187,7 @@ def _row(example: Example, fitted: Fitted, carried: Sequence[str] | None) -> Row
         np.array(fitted.prompt, np.int32),
         responses,
         scored,
-        tuple(map(float, example.feedback)),
+        forms.feedback(example),
         {k: float(example.columns[k]) for k in names},
         len(fitted.prompt) + layout.group(responses, scored).size(),
     )
