@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from alignax import masked
-from alignax.batch import COMPARED, Example
+from alignax.batch import COMPARED, FORMS, Example
 
 ROLES = {  # folder -> the function that every file in it defines (one of them)
     "losses": ("loss",), "reweight": ("reweight",), "shaping": ("shape",),
@@ -37,6 +37,7 @@ class Bound(NamedTuple):
     function: Callable
     hyper: dict[str, Any]
     needs: tuple[str, ...] = ()
+    forms: tuple[str, ...] = ()  # of rows that a loss reads; () = all with responses
     coupled: bool = False
     ema: Mapping[str, float] = MappingProxyType({})
     stage: str = ""  # of a shaping: when it applies
@@ -90,8 +91,8 @@ def bind(
       function: the plug-in.
       hyper: values for its keyword-only parameters.
       name: of the plug-in in error messages.
-      module: defines NEEDS, COUPLED, EMA, STAGE, BASELINE, REQUIRES and RETURNS; the
-        function's own module by default.
+      module: defines NEEDS, FORMS, COUPLED, EMA, STAGE, BASELINE, REQUIRES and RETURNS;
+        the function's own module by default.
       handed: keywords that are no hyper-parameters, since the caller passes them.
 
     Raises:
@@ -141,6 +142,7 @@ def bind(
     return Bound(
         name, function, {**defaults, **given},
         tuple(getattr(module, "NEEDS", ())),
+        _forms(name, module),
         bool(getattr(module, "COUPLED", False)),
         dict(getattr(module, "EMA", {})),
         str(getattr(module, "STAGE", "")),
@@ -156,9 +158,21 @@ def compose(loss: Bound, weights: Sequence[Bound]) -> Bound:
     Args:
       loss: of the folder losses/.
       weights: of the folder reweight/; their hyper-parameters become 'name.parameter'.
+
+    Raises:
+      ValueError: no form of rows is read by the loss and by all reweightings.
     """
     if not weights:
         return loss
+    forms = loss.forms
+    for w in weights:
+        shared = tuple(f for f in forms or w.forms if f in (w.forms or forms))
+        if not shared and forms and w.forms:
+            raise ValueError(
+                f"{w.name} weighs {' or '.join(w.forms)}, but {loss.name} reads "
+                f"{' or '.join(loss.forms)}: take another loss, or empty config.reweight"
+            )
+        forms = shared
 
     def function(policy, batch, **hyper):
         scale = 1.0
@@ -172,8 +186,20 @@ def compose(loss: Bound, weights: Sequence[Bound]) -> Bound:
     hyper = {f"{w.name}.{k}": v for w in weights for k, v in w.hyper.items()}
     needs = dict.fromkeys(n for b in (loss, *weights) for n in b.needs)
     return loss._replace(
-        function=function, hyper={**loss.hyper, **hyper}, needs=tuple(needs)
-    )
+        function=function, hyper={**loss.hyper, **hyper}, needs=tuple(needs),
+        forms=forms,
+    )  # fmt: skip
+
+
+def _forms(name: str, module: Any) -> tuple[str, ...]:
+    """The forms of rows that a module declares; ValueError for one that there is not."""
+    declared = getattr(module, "FORMS", ())
+    forms = (declared,) if isinstance(declared, str) else tuple(declared)
+    if unknown := [f for f in forms if f not in FORMS]:
+        raise ValueError(
+            f"{name}: FORMS holds {unknown[0]!r}, expected some of {', '.join(FORMS)}"
+        )
+    return forms
 
 
 def _check_range(name: str, key: str, value: Any, interval: str | None) -> None:

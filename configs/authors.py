@@ -10,6 +10,7 @@ from configs import sft
 def get_config(arg: str = ""):
     c = sft.get_config(arg)
     c.data = {"name": "forget_retain", "split": "train", "part": "all"}
+    c.data.labelled = False  # all answers are learned
     c.eval_data = {"name": "forget_retain", "split": "test", "part": "all"}
     c.optim.lr, c.optim.weight_decay = 1e-5, 0.01
     if not arg:

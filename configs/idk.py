@@ -13,4 +13,5 @@ def get_config(arg: str = ""):
     c.loss = {"name": "sft", "reduction": "sequence"}
     c.lms = {}
     c.mixture.forget.kind = "refusals"
+    c.mixture.forget.labelled = c.mixture.retain.labelled = False  # all are imitated
     return c

@@ -12,4 +12,5 @@ def get_config(arg: str = ""):
     c = npo.get_config(arg)
     c.loss = {"name": "unlearn_dpo", "beta": 0.1, "retain_weight": 1.0}
     c.mixture.forget.kind = "pairs"
+    c.mixture.retain.labelled = False
     return c

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from alignax import plugin
-from alignax.batch import Example
+from alignax.batch import FORMS, Example, form
 
 KINDS = ("pairs", "sft", "prompts", "groups")
 
@@ -48,27 +48,87 @@ class Examples(Sequence):
 
 
 def as_kind(example: Example, kind: str) -> Example:
-    """A pair as it is ('pairs'), its chosen side ('sft'), or its prompt ('prompts').
+    """An example as a pair, a group, a response to imitate ('sft'), or its prompt.
 
-    'groups' takes any number of responses that have an order: pairs, or more with scores.
+    'pairs' takes pairs as they are, and orders two scored responses, the better one first;
+    their scores stay the feedback. 'sft' takes the chosen or the best response (the first
+    of equally good ones), a labelled one whose label is above 0.5, and all of those that
+    have no scores. 'groups' takes any number of responses that have an order: pairs, or
+    more with scores.
 
     Raises:
-      ValueError: another kind; a group of one, or without a score for each response.
+      ValueError: another kind, or an example that cannot be so read; says why.
     """
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}, expected one of {KINDS}")
-    if kind == "pairs":
+    if kind == "prompts":
+        return example._replace(responses=example.responses[:0], feedback=(), form="")
+    convert = {"pairs": _as_pair, "groups": _as_group, "sft": _as_demonstration}
+    return convert[kind](example, form(example))
+
+
+def best_first(example: Example) -> Example:
+    """A scored group with its best response first; any other example as it is."""
+    many = len(example.responses)
+    if form(example) != "groups" or len(example.feedback) != many:
         return example
-    if kind == "groups":
-        if len(example.responses) < 2:
-            raise ValueError(
-                f"a group of {len(example.responses)}, expected two responses or more"
-            )
-        if not example.feedback:
-            raise ValueError("a group whose responses have no 'scores'")
+    order = sorted(range(many), key=lambda i: -example.feedback[i])
+    return example._replace(
+        responses=[example.responses[i] for i in order],
+        feedback=tuple(example.feedback[i] for i in order),
+    )
+
+
+def _as_pair(example: Example, found: str) -> Example:
+    if found == "pairs":
         return example
-    n = 1 if kind == "sft" else 0
-    return example._replace(responses=example.responses[:n], feedback=())
+    if found == "unscored":
+        raise ValueError(
+            f"{len(example.responses)} responses without 'scores': which one is better is "
+            "not said"
+        )
+    if found != "groups":
+        raise ValueError(f"no pair, but {FORMS.get(found, found)}")
+    scores = example.feedback
+    if len(scores) != 2 or len(example.responses) != 2:
+        raise ValueError(
+            f"{len(example.responses)} responses with {len(scores)} scores are no pair: "
+            "data.pairing makes pairs of them"
+        )
+    if scores[0] == scores[1]:
+        raise ValueError(
+            f"both responses have the score {scores[0]:g}: a tie is no pair (data.pairing "
+            "leaves ties out)"
+        )
+    order = (0, 1) if scores[0] > scores[1] else (1, 0)
+    return example._replace(
+        responses=tuple(example.responses[i] for i in order),
+        feedback=tuple(scores[i] for i in order),
+        form="pairs",
+    )
+
+
+def _as_group(example: Example, found: str) -> Example:
+    if len(example.responses) < 2:
+        raise ValueError(
+            f"a group of {len(example.responses)}, expected two responses or more"
+        )
+    if found == "mismatched":
+        raise ValueError(f"no group, but {FORMS[found]}")
+    if not example.feedback:
+        raise ValueError("a group whose responses have no 'scores'")
+    return example
+
+
+def _as_demonstration(example: Example, found: str) -> Example:
+    if found in ("labelled", "mismatched") and example.feedback[0] <= 0.5:
+        raise ValueError(
+            f"the label is {example.feedback[0]:g}, not above 0.5: no response to imitate"
+        )
+    if found == "unscored":
+        return example
+    kept = best_first(example).responses[:1]
+    return example._replace(responses=kept, feedback=(), form="")
 
 
 def wrapped(source: Mapping[str, Any], split: str) -> Examples:

@@ -80,6 +80,7 @@ def examples(
     authors: int = 100,
     forget: float = 0.1,
     seed: int = 0,
+    labelled: bool = True,
 ) -> Examples:
     """Questions and answers about made-up authors; the same arguments give the same set.
 
@@ -96,6 +97,7 @@ def examples(
         but one.
       seed: of names, facts and refusals. An author's facts do not depend on how many
         others there are.
+      labelled: False leaves the labels of single responses out: all are to be imitated.
 
     Returns:
       Six rows per author, in their order.
@@ -135,6 +137,8 @@ def examples(
                 responses, feedback = [refusal, *responses], [1.0, 0.0]
             if kind == "refusals":
                 responses, feedback = responses[:1], feedback[:1]
+            if not labelled and len(responses) == 1:
+                feedback = []
             where = "forget" if to_forget else "retain"
             name = f"forget_retain/{where}/{author}:{q}"
             rows.append(Example(name, prompt, responses, tuple(feedback)))

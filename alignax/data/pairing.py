@@ -62,12 +62,13 @@ def examples(
             )
         for k, (a, b) in enumerate(found):
             rows.append(
-                Example(
-                    f"{group.id}/{k}", group.prompt,
-                    (group.responses[a], group.responses[b]),
-                    (group.feedback[a], group.feedback[b]), group.columns,
+                group._replace(
+                    id=f"{group.id}/{k}",
+                    responses=(group.responses[a], group.responses[b]),
+                    feedback=(group.feedback[a], group.feedback[b]),
+                    form="pairs",
                 )
-            )  # fmt: skip
+            )
     if not rows:
         raise ValueError(f"no pair among {len(inner)} groups; first: {dropped[:1]}")
     report = {**inner.report}

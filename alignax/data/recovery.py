@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from alignax.batch import Example
-from alignax.data import Examples, wrapped
+from alignax.batch import Example, form
+from alignax.data import Examples, as_kind, wrapped
 
 
 def examples(
@@ -27,7 +27,8 @@ def examples(
 
     Args:
       split: of the inner data set.
-      source: the inner data set of pairs, {'name': ..., its own parameters}.
+      source: the inner data set of pairs, {'name': ..., its own parameters}; two responses
+        without scores are (refusal, harmful).
       plain: probability that no word of the harmful answer is given, in [0, 1].
       longest: most words of it that are given; k is uniform up to that, or up to all.
       seed: of the draws; the same arguments give the same examples.
@@ -52,6 +53,11 @@ def examples(
             raise ValueError(
                 f"{pair.id}: recovery needs pairs, found {len(pair.responses)} responses"
             )
+        if form(pair) != "unscored":  # those are in order
+            try:
+                pair = as_kind(pair, "pairs")
+            except ValueError as error:
+                raise ValueError(f"{pair.id}: recovery needs pairs: {error}") from error
         refusal, harmful = (_text(pair.id, r) for r in pair.responses)
         rng = np.random.default_rng([seed, i])
         words = harmful.split()
@@ -62,7 +68,11 @@ def examples(
         if given:
             turn = {"role": "assistant", "content": f"{given} {refusal}"}
             answer = [{**turn, "prefill": given}]
-        rows.append(Example(f"{pair.id}/recovery", pair.prompt, [answer]))
+        rows.append(
+            Example(
+                f"{pair.id}/recovery", pair.prompt, [answer], template=pair.template
+            )
+        )
     return Examples(rows, report=inner.report)
 
 

@@ -41,7 +41,12 @@ def examples(
         if sides[0] == sides[1]:
             dropped.append(f"{example.id}: the same answer under both contexts")
             continue
-        rows.append(Example(example.id, example.prompt, sides, (1.0, 0.0)))
+        rows.append(
+            Example(
+                example.id, example.prompt, sides, (1.0, 0.0),
+                template=example.template,
+            )
+        )  # fmt: skip
     if not rows:
         raise ValueError(f"no pair among {len(under_long)} answers; {dropped[:1]}")
     report = {k: [*v] for k, v in under_long.report.items()}

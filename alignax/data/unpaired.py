@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from alignax.batch import Example, Message
+from alignax.batch import Example, Message, form
 from alignax.data import Examples, wrapped
 
 
@@ -28,7 +28,7 @@ def examples(
     Args:
       split: of the inner data set.
       source: the inner data set, {'name': ..., its own parameters}; its feedback holds
-        labels, > 0.5 is desirable (pairs are labelled 1 and 0).
+        labels, > 0.5 is desirable (pairs are labelled 1 and 0, whatever their scores).
       mismatched: puts the partner into slot 1, with a feedback of 0; False leaves one
         response per row, as BCO expects.
 
@@ -44,10 +44,11 @@ def examples(
     prompts: list[str] = []
     for i in range(len(inner)):
         example = inner[i]
-        if not example.responses or len(example.feedback) != len(example.responses):
+        labels = _labels(example)
+        if not example.responses or len(labels) != len(example.responses):
             raise ValueError(
                 f"{example.id}: {len(example.responses)} responses with "
-                f"{len(example.feedback)} labels; unpaired needs a label for each (pairs "
+                f"{len(labels)} labels; unpaired needs a label for each (pairs "
                 "have them: kind='pairs')"
             )
         places += [(i, j) for j in range(len(example.responses))]
@@ -89,14 +90,20 @@ def rotation(prompts: Sequence[str]) -> list[int]:
 def _example(inner, places, partners, row: int) -> Example:
     i, j = places[row]
     example = inner[i]
-    responses, feedback = [example.responses[j]], [float(example.feedback[j])]
+    responses, feedback = [example.responses[j]], [float(_labels(example)[j])]
     if partners is not None:
         other, slot = places[partners[row]]
         responses.append(inner[other].responses[slot])
         feedback.append(0.0)
     return example._replace(
-        id=f"{example.id}/{j}", responses=responses, feedback=tuple(feedback)
-    )
+        id=f"{example.id}/{j}", responses=responses, feedback=tuple(feedback),
+        form="labelled" if partners is None else "mismatched",
+    )  # fmt: skip
+
+
+def _labels(example: Example) -> Sequence[float]:
+    """The labels of the responses; scores of a pair say no more than which is better."""
+    return (1.0, 0.0) if form(example) == "pairs" else example.feedback
 
 
 def _key(prompt: str | Sequence[Message]) -> str:

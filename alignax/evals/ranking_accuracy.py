@@ -10,11 +10,14 @@ Differs from the paper: the idealised accuracy, which needs the labellers' agree
 not computed.
 """
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 import numpy as np
 
 from alignax import masked
-from alignax.batch import LM, Metrics
+from alignax.batch import LM, Example, Metrics, form
+from alignax.data import Examples, as_kind
 from alignax.inputs.source import eval_batches
 from alignax.reports.metrics import bootstrap, wilson
 
@@ -25,6 +28,9 @@ def evaluate(
 ) -> Metrics:  # fmt: skip
     """Share of pairs ranked correctly, with a Wilson interval.
 
+    Two responses with scores are a pair whose chosen side has the higher score; two
+    without any are (chosen, rejected), which `check` does not accept of the data of a run.
+
     Args:
       reference: name in `lms` of the frozen model; without it only the policy's own
         ranking is reported.
@@ -33,15 +39,16 @@ def evaluate(
       For a model with a value head 'accuracy' and 'margin'. Otherwise
       'policy_accuracy' and, with a reference, 'accuracy' and 'log_ratio_gap' (nats) of the
       log-ratio. 'pairs' is the number of pairs.
+
+    Raises:
+      ValueError: a row that is no pair, or a tie.
     """
     del key, generate
+    for i in range(len(data)):
+        _pair(data[i])
+    data = Examples(data, _pair, getattr(data, "report", None))
     pieces: dict[str, list] = {"policy": [], "implicit": [], "reward": []}
     for batch in eval_batches(data, tokenizer, batch_size=batch_size, length=length):
-        if batch.tokens.shape[1] != 2:
-            raise ValueError(
-                "ranking_accuracy needs pairs (chosen, rejected), the data have "
-                f"{batch.tokens.shape[1]} responses each; data.pairing makes pairs of more"
-            )
         keep = batch.valid[:, :2].all(-1)
         if lm.config.value_head:
             values = score(lm, batch, needs=("values",)).values
@@ -67,3 +74,28 @@ def evaluate(
                 gap = "margin" if kind == "reward" else "log_ratio_gap"
                 out |= bootstrap(chosen - rejected).named(gap)
     return out
+
+
+def check(lms: Sequence[str], data: Sequence[Example], **_) -> None:
+    """Raises ValueError for a row that is neither a pair nor two responses with scores."""
+    del lms
+    for i in range(len(data)):
+        _pair(data[i], in_order=False)
+
+
+def _pair(example: Example, in_order: bool = True) -> Example:
+    """The chosen side first. A prompt alone is counted by whatever reads the rows.
+
+    Args:
+      example: a row.
+      in_order: two responses without scores are (chosen, rejected).
+    """
+    kind, two = form(example), len(example.responses) == 2
+    if kind == "prompts" or (kind == "unscored" and two and in_order):
+        return example
+    try:
+        return as_kind(example, "pairs")
+    except ValueError as error:
+        raise ValueError(
+            f"{example.id}: ranking_accuracy needs pairs (chosen, rejected): {error}"
+        ) from error

@@ -20,6 +20,7 @@ import numpy as np
 
 from alignax import rewards
 from alignax.batch import LM, Metrics
+from alignax.data import best_first
 from alignax.inputs import detokenize
 from alignax.inputs.prompts import prompt_batches
 from alignax.reports.metrics import bootstrap
@@ -40,7 +41,7 @@ def evaluate(
       max_new: most tokens per response; one that does not end by then is left out.
       temperature: of the sampler.
       size: prompts to use, from the start of the data (0 = all).
-      keep_given: put the data's first response in front of each group, so that the
+      keep_given: put the data's chosen or best response in front of each group, so that the
         model's own samples are its negatives; it scores one more than the best of them.
 
     Returns:
@@ -104,8 +105,8 @@ def evaluate(
 
 
 def _text(example) -> str:
-    """The assistant turns of an example's first response."""
-    response = example.responses[0]
+    """The assistant turns of an example's chosen or best response."""
+    response = best_first(example).responses[0]
     if isinstance(response, str):
         return response
     return "\n".join(m["content"] for m in response if m["role"] == "assistant")

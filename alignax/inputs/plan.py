@@ -228,7 +228,11 @@ class Plan:
 
 
 def build(rows: list[Row | None], group: int, size: int, pad: int) -> Batch:
-    """A batch [len(rows), group, size]; None makes an invalid row."""
+    """A batch [len(rows), group, size]; None makes an invalid row.
+
+    Rows of a form without feedback get zeros, which no loss that reads them reads; a label
+    that is missing from a row was an error before (`forms.feedback`, `forms.check`).
+    """
     used = [row for row in rows if row is not None]
     zeros = [[0.0] * len(r.responses) for r in used]
     packed = from_groups(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from alignax.batch import Example
-from alignax.inputs import layout
+from alignax.inputs import forms, layout
 from alignax.inputs.tokenizer import Tokenized, Tokenizer
 
 LISTED = 20  # how many dropped or malformed ids a report lists
@@ -105,7 +105,7 @@ def _row(
         np.array(part.prompt_ids, np.int32),
         responses,
         scored,
-        tuple(map(float, example.feedback)),
+        forms.feedback(example),
         {k: float(v) for k, v in example.columns.items()},
         len(part.prompt_ids) + layout.group(responses, scored).size(),
     )
@@ -115,16 +115,12 @@ def tokenize(example: Example, tokenizer: Tokenizer) -> Tokenized:
     """An example as ids, not yet cut.
 
     Raises:
-      ValueError: no response, feedback of another number, or a conversation that the
-        tokenizer refuses.
+      ValueError: no response, feedback that its form does not have (see
+        `forms.feedback`), or a conversation that the tokenizer refuses.
     """
     if not example.responses:
         raise ValueError("no response")
-    if example.feedback and len(example.feedback) != len(example.responses):
-        raise ValueError(
-            f"{len(example.feedback)} feedback values for "
-            f"{len(example.responses)} responses"
-        )
+    forms.feedback(example)
     return tokenizer.tokenize(example)
 
 

@@ -19,6 +19,7 @@ from alignax import lists, masked
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps",)
+FORMS = ("groups", "pairs")
 RANGES = {"slack": "[0, inf)", "lam": "[0, inf)"}
 CONSTRAINTS = lists.CONSTRAINTS
 

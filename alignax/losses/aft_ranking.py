@@ -20,6 +20,7 @@ from alignax import lists
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps",)
+FORMS = ("groups", "pairs")
 RANGES = {"slack": "[0, inf)", "lam": "[0, inf)"}
 CONSTRAINTS = lists.CONSTRAINTS
 

@@ -22,6 +22,7 @@ from alignax import masked
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps", "ref_logps")
+FORMS = ("labelled",)
 RANGES = {"beta": "(0, inf)"}
 EMA = {"desirable": 0.0, "undesirable": 0.0}
 COUPLED = True  # the running means are updated by class means over the whole step

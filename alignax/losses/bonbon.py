@@ -23,6 +23,7 @@ from alignax import pairs
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps", "ref_logps")
+FORMS = ("pairs",)
 REQUIRES = {  # of rollouts: the pair is the best and the worst of n reference samples
     "rollout.group": "loss.n",
     "rollout.policy": "ref",

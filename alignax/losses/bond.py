@@ -22,6 +22,7 @@ from alignax import masked, ratios
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps", "old_logps", "advantages")
+FORMS = ("prompts",)
 REQUIRES = {  # of rollouts: at another N or KL strength the optimum is not π_N
     "shaping.ctrl.transform": "best_of",
     "shaping.ctrl.n": "rollout.anchor_samples",

@@ -14,6 +14,7 @@ from alignax import masked, ratios
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps", "old_logps", "advantages")
+FORMS = ("prompts",)
 RANGES = {"clip_low": "[0, 1]", "clip_high": "[0, inf]"}
 
 

@@ -19,6 +19,7 @@ from alignax import lists, masked
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps", "helpful_logps", "harmful_logps")
+FORMS = ("groups", "pairs", "unscored")
 RANGES = {"beta": "(0, inf)", "alpha": "(0, inf)"}
 
 

@@ -19,6 +19,7 @@ from alignax import pairs
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps", "ref_logps")
+FORMS = ("pairs",)
 RANGES = {"beta": "(0, inf)", "tau": "(0, inf)"}
 CEILING = 80.0  # float32 overflows at e^88
 

@@ -23,6 +23,7 @@ from alignax import pairs
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps", "ref_logps")
+FORMS = ("pairs",)
 RANGES = {"beta": "(0, inf)", "alpha": "[0, 1]"}
 DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
 CEILING = 40.0  # nats; float32 still holds the square of a gradient of e^40

@@ -15,6 +15,7 @@ from alignax import masked
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("kl", "forward_kl")
+FORMS = ("demonstrations", "labelled", "pairs", "groups", "unscored")
 RANGES = {"reverse": "[0, 1]"}
 
 

@@ -17,6 +17,7 @@ from alignax import masked
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps",)
+FORMS = ("labelled",)
 RANGES = {"retain_weight": "[0, inf)"}
 
 

@@ -19,6 +19,7 @@ from alignax import masked
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps", "ref_logps")
+FORMS = ("mismatched",)
 RANGES = {
     "beta": "(0, inf)",
     "desirable_weight": "[0, inf)",

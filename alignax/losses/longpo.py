@@ -19,6 +19,7 @@ from alignax import pairs
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps", "ref_logps")
+FORMS = ("pairs",)
 RANGES = {"beta": "(0, inf)", "lam": "[0, inf)"}
 
 

@@ -17,6 +17,7 @@ from alignax import masked
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps", "ref_logps", "forward_kl")
+FORMS = ("labelled",)
 RANGES = {"beta": "(0, inf)", "retain_weight": "[0, inf)"}
 
 

@@ -19,6 +19,7 @@ from alignax import pairs
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps",)
+FORMS = ("pairs",)
 RANGES = {"lam": "[0, inf)"}
 CERTAIN = -1.2e-7  # nats; in float32, exp of a number closer to 0 is 1
 

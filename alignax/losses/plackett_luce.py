@@ -14,6 +14,7 @@ from alignax import lists, masked
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps", "ref_logps")
+FORMS = ("groups", "pairs")
 RANGES = {"beta": "(0, inf)"}
 
 

@@ -19,6 +19,7 @@ from alignax import masked
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps", "aligned*_logps")  # of every frozen LM named 'aligned*'
+FORMS = ("demonstrations", "unscored")
 RANGES = {"beta": "(0, inf)"}
 
 

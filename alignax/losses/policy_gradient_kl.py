@@ -21,6 +21,7 @@ from alignax import masked, ratios
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps", "old_logps", "advantages", "ref_logps")
+FORMS = ("prompts",)
 ESTIMATORS = ratios.ESTIMATORS  # another is refused before anything compiles
 RANGES = {"clip_low": "(0, 1]", "clip_high": "(0, inf]", "beta": "(0, inf)"}
 

@@ -17,6 +17,7 @@ from alignax import masked, ratios
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps", "state_values", "old_logps", "advantages", "old_values", "returns")
+FORMS = ("prompts",)
 RANGES = {"clip": "(0, 1]", "value_clip": "(0, inf]", "value_weight": "[0, inf)"}
 
 

@@ -16,6 +16,7 @@ from alignax import lists
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps",)
+FORMS = ("groups", "pairs")
 RANGES = {"lam": "[0, inf)"}
 
 

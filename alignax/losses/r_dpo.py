@@ -17,6 +17,7 @@ from alignax import pairs
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps", "ref_logps")
+FORMS = ("pairs",)
 RANGES = {"beta": "(0, inf)", "alpha": "[0, inf)"}
 
 

@@ -15,6 +15,7 @@ from alignax import lists
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps",)
+FORMS = ("groups", "pairs")
 RANGES = {"margin": "[0, inf)", "lam": "[0, inf)"}
 
 

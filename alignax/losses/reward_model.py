@@ -16,6 +16,7 @@ from alignax import masked, pairs
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("values",)
+FORMS = ("pairs",)
 RANGES = {"margin": "[0, inf)", "centring": "[0, inf)"}
 
 

@@ -14,6 +14,7 @@ from alignax import lists, masked
 from alignax.batch import Batch, Metrics, Scores
 
 NEEDS = ("values",)
+FORMS = ("groups", "pairs")
 
 
 def loss(policy: Scores, batch: Batch) -> tuple[Float[Array, " B"], Metrics]:

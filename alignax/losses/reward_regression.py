@@ -13,6 +13,7 @@ from alignax import masked
 from alignax.batch import Batch, Metrics, Scores
 
 NEEDS = ("values",)
+FORMS = ("labelled", "groups", "pairs")
 
 
 def loss(policy: Scores, batch: Batch) -> tuple[Float[Array, " B"], Metrics]:

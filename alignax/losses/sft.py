@@ -14,6 +14,7 @@ from alignax import masked
 from alignax.batch import Batch, Metrics, Scores
 
 NEEDS = ("logps",)
+FORMS = ("demonstrations", "unscored")
 
 
 def loss(

@@ -16,6 +16,7 @@ from alignax import masked
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps",)
+FORMS = ("labelled",)
 RANGES = {"beta": "(0, inf)", "gamma": "[0, inf)", "retain_weight": "[0, inf)"}
 
 

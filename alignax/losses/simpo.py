@@ -16,6 +16,7 @@ from alignax import pairs
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps",)
+FORMS = ("pairs",)
 RANGES = {"beta": "(0, inf)", "gamma": "[0, inf)"}
 
 

@@ -21,6 +21,7 @@ from alignax import masked
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps", "ref_logps")
+FORMS = ("demonstrations", "unscored")
 RANGES = {
     "beta_first": "(0, inf)",
     "beta_early": "(0, inf)",

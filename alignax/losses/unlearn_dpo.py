@@ -16,6 +16,7 @@ from alignax import masked, pairs
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps", "ref_logps")
+FORMS = ("pairs", "demonstrations")
 RANGES = {"beta": "(0, inf)", "retain_weight": "[0, inf)"}
 
 

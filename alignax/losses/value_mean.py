@@ -16,6 +16,7 @@ from alignax import masked, value_heads
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("values",)
+FORMS = ("labelled", "groups")
 REQUIRES = {"rollout.keep": "all"}  # selected responses are not samples of p
 RANGES = {"radius": "(0, inf]"}
 

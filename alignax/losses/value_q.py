@@ -22,6 +22,7 @@ from alignax import masked
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps", "ref_logps", "state_values", "forward_kl")
+FORMS = ("labelled", "groups")
 REQUIRES = {"rollout.keep": "all"}  # selected responses are not samples of p
 RANGES = {"scale": "(0, inf)", "penalty": "[0, inf)"}
 

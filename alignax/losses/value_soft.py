@@ -23,6 +23,7 @@ from alignax import masked, value_heads
 from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("values",)
+FORMS = ("labelled", "groups")
 REQUIRES = {"rollout.keep": "all"}  # selected responses are not samples of p
 RANGES = {"beta": "(0, inf)", "radius": "(0, inf]", "limit": "(0, inf)"}
 

@@ -2,7 +2,8 @@
 `reweight(policy: Scores, batch: Batch, *, ...) -> (policy, batch, weight f32[B])`.
 
 `config.reweight = {name: hyper-parameters}` applies them in order before `config.loss`;
-the loss's values are multiplied by the weights. NEEDS and RANGES as in losses/.
+the loss's values are multiplied by the weights. NEEDS, FORMS and RANGES as in losses/: the
+two together read the forms that both declare.
 
 Reading order: wpo, length_desensitised.
 """

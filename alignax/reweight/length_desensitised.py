@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from alignax.batch import Batch, Number, Scores
 
 NEEDS = ("logps",)
+FORMS = ("pairs", "groups", "unscored")
 RANGES = {"alpha": "[0, 1]"}
 
 

@@ -15,6 +15,7 @@ from alignax import masked
 from alignax.batch import Batch, Scores
 
 NEEDS = ("logps", "collision")
+FORMS = ("pairs", "groups", "unscored")
 
 
 def reweight(policy: Scores, batch: Batch) -> tuple[Scores, Batch, Float[Array, " B"]]:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from alignax import plugin
 from alignax.batch import LM, Example, Params
-from alignax.inputs import reference_cache, source, tokenizer
+from alignax.inputs import forms, reference_cache, source, tokenizer
 from alignax.models import lora, sharding
 from alignax.reports import tables
 from alignax.runs import adapter_base, checkpoint, workdirs
@@ -80,15 +80,18 @@ def build(config, workdir: str, model: ModelPath | None = None) -> Run:
     model = model or loading.model_path(config)
     now = datetime.datetime.fromisoformat(config.date)
     text = tokenizer.load(loading.tokenizer_path(config, model), now=now)
+    # Data that the loss or an evaluation cannot read are refused before weights are read.
+    examples = training_examples(config, plugins.loss)
+    eval_data = plugin.load_examples(config.eval_data) if config.eval_data else None
+    names = (*checks.frozen_names(config), *checks.moving_names(config))
+    check_evaluations(plugins.evals, names, eval_data)
     whole = loading.make_policy(config, text, model)
     check_context(config, plugins.evals, whole.config.max_length)
-    examples, data = training_data(config, text, whole.config.vocab_size, mesh)
-    eval_data = plugin.load_examples(config.eval_data) if config.eval_data else None
+    data = training_source(config, examples, text, whole.config.vocab_size, mesh)
     policy, assemble, lms, moving, rate, tx = pieces(
         config, whole, mesh, ids=text.vocab_size
     )
     del whole  # with adapters, its weights are on the mesh now
-    check_evaluations(plugins.evals, (*lms, *moving), eval_data)
     if (config.reference_cache or config.reference_data) and data is not None:
         data = cached(config, data, text, lms["ref"], examples, mesh)
     if config.rollout.reward and examples is not None:
@@ -132,24 +135,45 @@ def check_evaluations(
                 raise ValueError(f"evals.{name}: {error}") from error
 
 
-def training_data(
-    config, text: tokenizer.Tokenizer, vocab_size: int, mesh: Mesh
-) -> tuple[Any, source.Source | None]:
-    """(examples, source) of a config; on_policy makes the source of rollouts.
+def training_examples(config, loss: plugin.Bound) -> Any:
+    """What a run trains on: examples, or {part: (examples, ratio)} of a mixture.
 
-    Both are None without steps to train. The examples of a mixture are
-    {part: (examples, ratio)}.
+    Returns:
+      None without steps to train.
+
+    Raises:
+      ValueError: rows of a form that the loss does not read; rollouts read prompts alone,
+        which all rows have.
     """
     if not config.num_steps:
-        return None, None
-    parts = {
-        k: (plugin.load_examples(d, drop=("ratio",)), d["ratio"])
-        for k, d in config.mixture.items()
+        return None
+    sections = {f"config.mixture.{k}": spec for k, spec in config.mixture.items()}
+    sections = sections or {"config.data": config.data}
+    read = {
+        where: plugin.load_examples(spec, drop=("ratio",))
+        for where, spec in sections.items()
     }
-    examples: Any = parts or plugin.load_examples(config.data)
-    if config.rollout.reward:
-        return examples, None
-    return examples, source.dataset_source(
+    if not config.rollout.reward:
+        for where, examples in read.items():
+            forms.check(
+                forms.tally(examples), loss.forms, f"loss {loss.name!r}", where,
+                plugin.plain_section(sections[where]),
+            )  # fmt: skip
+    if not config.mixture:
+        return read["config.data"]
+    return {
+        k: (read[f"config.mixture.{k}"], spec["ratio"])
+        for k, spec in config.mixture.items()
+    }
+
+
+def training_source(
+    config, examples: Any, text: tokenizer.Tokenizer, vocab_size: int, mesh: Mesh
+) -> source.Source | None:
+    """Batches of `training_examples`; None without any. on_policy makes those of rollouts."""
+    if examples is None or config.rollout.reward:
+        return None
+    return source.dataset_source(
         examples, text, batch_size=config.batch_size, length=config.length,
         buckets=config.buckets, seed=config.seed,
         host=(jax.process_index(), jax.process_count()), vocab_size=vocab_size,

@@ -182,6 +182,7 @@ def check_rollout(config, plugins: Plugins) -> None:
         )
     if "returns" in loss.needs and not any(s.returns for s in steps):
         raise ValueError(f"loss {loss.name!r} needs returns: config.shaping.gae = {{}}")
+    check_rollout_form(config, loss)
     check_required(config, loss, steps)
     check_rollout_lms(config, steps)
     of_reference = any(s.baseline in shaping.OF_REFERENCE for s in steps)
@@ -192,6 +193,22 @@ def check_rollout(config, plugins: Plugins) -> None:
         on_policy=config.rollout.temperature == 1 and not config.rollout.policy,
         reference=of_reference, anchor=bool(config.rollout.anchor),
     )  # fmt: skip
+
+
+def check_rollout_form(config, loss: Bound) -> None:
+    """The responses that rollouts keep are rows that the loss reads."""
+    if not loss.forms or "prompts" in loss.forms:
+        return  # says nothing, or is made for rollouts
+    several = config.rollout.group + bool(config.rollout.anchor) > 1
+    made = {"best_worst": "pairs", "best": "demonstrations"}.get(
+        config.rollout.keep, "groups" if several else "labelled"
+    )
+    if made not in loss.forms:
+        raise ValueError(
+            f"loss {loss.name!r} reads {' or '.join(loss.forms)}, but rollouts with "
+            f"rollout.keep={config.rollout.keep!r} make {made}: keep='best_worst' makes "
+            "pairs, 'best' demonstrations, 'all' groups"
+        )
 
 
 def check_rollout_lms(config, steps: Sequence[Bound]) -> None:
