@@ -2,6 +2,7 @@
 
 import pytest
 
+from alignax.batch import form
 from alignax.data import forget_retain
 
 
@@ -83,3 +84,13 @@ def test_an_author_does_not_depend_on_how_many_others_there_are():
 def test_bad_arguments_are_named(argument, value):
     with pytest.raises(ValueError, match=f"{argument} is {value!r}, expected"):
         make(**{argument: value})
+
+
+def test_answers_without_labels_are_demonstrations():
+    for kind in forget_retain.KINDS:
+        rows, labelled = make(kind=kind, labelled=False), make(kind=kind)
+        for row, other in zip(rows, labelled, strict=True):
+            pair = kind == "pairs" and "/forget/" in row.id
+            assert form(row) == ("pairs" if pair else "demonstrations")
+            assert form(other) == ("pairs" if pair else "labelled")
+            assert row.responses == other.responses

@@ -2,7 +2,7 @@
 
 import pytest
 
-from alignax.batch import Example
+from alignax.batch import Example, form
 from alignax.data import Examples, pairing
 
 GROUPS = Examples(
@@ -75,3 +75,7 @@ def test_a_group_without_scores_is_named(monkeypatch):
 def test_a_source_needs_a_name():
     with pytest.raises(ValueError, match="source has no 'name'"):
         pairing.examples(split="train", source={})
+
+
+def test_pairs_are_pairs_whatever_their_scores():
+    assert {form(row) for row in make(strategy="all")} == {"pairs"}

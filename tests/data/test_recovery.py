@@ -89,3 +89,24 @@ def test_what_is_no_pair_is_named(monkeypatch):
         ValueError, match="p:7: recovery needs pairs, found 1 responses"
     ):
         make()
+
+
+def scored(*, split):
+    """The refusal has the higher score, and comes second."""
+    del split
+    return Examples(
+        [Example("s:0", "How?", ("Take two cups", "I cannot."), (2.0, 8.0))]
+    )
+
+
+def tied(*, split):
+    del split
+    return Examples([Example("t:0", "How?", ("a", "b"), (2.0, 2.0))])
+
+
+def test_the_refusal_of_scored_responses_is_the_better_one():
+    spec = {"name": f"{__name__}.scored"}
+    (row,) = recovery.examples(split="train", source=spec, plain=1.0)
+    assert row.responses == ["I cannot."]
+    with pytest.raises(ValueError, match=r"t:0: recovery needs pairs.*tie"):
+        recovery.examples(split="train", source={"name": f"{__name__}.tied"})

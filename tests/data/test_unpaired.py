@@ -5,7 +5,7 @@ import collections
 import numpy as np
 import pytest
 
-from alignax.batch import Example
+from alignax.batch import Example, form
 from alignax.data import Examples, unpaired
 from alignax.inputs import source, tokenizer
 
@@ -109,3 +109,25 @@ def test_a_data_set_of_the_project_can_be_wrapped():
     rows = unpaired.examples(split="train", source=spec)
     assert len(rows) == 16
     assert all(len(row.responses) == 2 for row in rows)
+
+
+def test_rows_say_whether_they_have_a_partner():
+    assert {form(row) for row in make("pairs")} == {"mismatched"}
+    assert {form(row) for row in make("pairs", mismatched=False)} == {"labelled"}
+
+
+def scored(*, split):
+    """Pairs whose scores are both above 0.5."""
+    del split
+    feedback = [(9.0, 4.0), (1.0, 0.9), (-1.0, -2.0)]
+    return Examples(
+        [
+            Example(f"s:{i}", f"Say {i}!", ("yes", "no"), scores, form="pairs")
+            for i, scores in enumerate(feedback)
+        ]
+    )
+
+
+def test_the_chosen_side_of_a_pair_is_desirable_whatever_its_score():
+    rows = list(make("scored", mismatched=False))
+    assert [r.feedback for r in rows] == [(1.0,), (0.0,)] * 3

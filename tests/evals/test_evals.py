@@ -175,6 +175,49 @@ def test_ranking_single_responses_is_refused(tiny_config):
         run(ranking_accuracy, made_up(tiny_config, "pi"), {}, examples(("a", "b")), score_by(lambda *_: 0.0))  # fmt: skip
 
 
+def test_a_wrongly_ordered_pair_is_no_agreement(tiny_config):
+    """Scores say which side is chosen, not the order of the responses."""
+    score = score_by(lambda _, text: {"good": -1.0, "bad": -2.0}[text])
+    right = Example("a", "x", ("bad", "good"), (1.0, 9.0))
+    wrong = Example("b", "x", ("good", "bad"), (0.2, 0.7))
+    lm = made_up(tiny_config, "pi")
+    for data, want in (([right], 1.0), ([wrong], 0.0), ([right, wrong, right], 2 / 3)):
+        ranking_accuracy.check((), data, reference="ref")
+        got = run(ranking_accuracy, lm, {}, data, score)
+        assert got["policy_accuracy"] == pytest.approx(want)
+        assert got["pairs"] == len(data)
+
+
+@pytest.mark.parametrize(
+    "responses, scores, text",
+    [
+        (("a", "b"), (3.0, 3.0), "a tie"),
+        (("a", "b", "c"), (3.0, 2.0, 1.0), "data.pairing"),
+        (("a", "b"), (), "without 'scores'"),
+        (("a",), (1.0,), "no pair"),
+    ],
+)
+def test_ranking_accuracy_of_other_rows_is_refused_before_a_run(
+    responses, scores, text
+):
+    good = Example("a", "x", ("y", "n"), (1.0, 0.0))
+    odd = Example("odd:7", "x", responses, scores)
+    with pytest.raises(
+        ValueError, match=f"odd:7: ranking_accuracy needs pairs.*{text}"
+    ):
+        ranking_accuracy.check((), [good, odd], reference="ref")
+
+
+def test_perplexity_is_of_the_best_response_of_a_group(tiny_config):
+    score = score_by(lambda _, text: {"good": -1.0, "bad": -2.0, "poor": -3.0}[text])
+    data = [
+        Example("a", "x", ("poor", "good", "bad"), (1.0, 9.0, 2.0)),
+        Example("b", "x", ("bad", "good"), (1.0, 0.0)),  # a pair is in order
+    ]
+    got = run(perplexity, made_up(tiny_config, "pi"), {}, data, score)
+    assert got["log_prob"] == pytest.approx(-1.5)
+
+
 # -- win rate
 
 

@@ -7,6 +7,7 @@ whatever else its NEEDS names is put into `extra`.
 import functools
 import importlib
 import inspect
+import json
 import re
 
 import jax
@@ -15,7 +16,9 @@ import numpy as np
 import pytest
 
 from alignax import logprob, masked, plugin, ratios
-from alignax.batch import Batch, Scores
+from alignax.batch import FORMS, Batch, Scores
+from alignax.training import build
+from configs import common
 
 NAMES = plugin.available("losses")
 B, G = 4, 2
@@ -309,6 +312,52 @@ def test_the_module_states_its_source(module):
     known = {*Scores._fields, *Batch._fields, "old_values", "returns"}
     for need in module.NEEDS:
         assert need in known or need.endswith("_logps"), f"nothing fills {need!r}"
+
+
+def test_the_module_declares_the_forms_of_its_rows(module):
+    assert isinstance(module.FORMS, tuple)
+    assert module.FORMS
+    assert set(module.FORMS) <= set(FORMS)
+    rollouts = {"old_logps", "advantages"} & set(module.NEEDS)
+    assert (module.FORMS == ("prompts",)) == bool(rollouts)
+
+
+ROWS = {
+    "prompts": {"prompt": "Q"},
+    "demonstrations": {"prompt": "Q", "response": "an answer"},
+    "labelled": {"prompt": "Q", "response": "an answer", "label": 0},
+    "mismatched": {"prompt": "Q", "chosen": "good", "rejected": "bad"},
+    "pairs": {"prompt": "Q", "chosen": "good", "rejected": "bad"},
+    "groups": {"prompt": "Q", "responses": ["a", "b", "c"], "scores": [2, 9, 1]},
+    "unscored": {"prompt": "Q", "responses": ["a", "b", "c"]},
+}
+
+
+@pytest.fixture(scope="module")
+def data_of(tmp_path_factory):
+    """form -> config.data of rows of this form."""
+    folder, out = tmp_path_factory.mktemp("forms"), {}
+    for kind, row in ROWS.items():
+        path = folder / f"{kind}.jsonl"
+        rows = [{**row, "prompt": f"Q{i}"} for i in range(4)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        out[kind] = {"name": "jsonl", "split": "train", "path": str(path)}
+    source = out["mismatched"]
+    out["mismatched"] = {"name": "unpaired", "split": "train", "source": source}
+    return out
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_rows_are_read_exactly_where_the_declaration_says_so(bound, kind, data_of):
+    config = common.get_config()
+    config.num_steps, config.data = 1, data_of[kind]
+    if kind in bound.forms and kind != "prompts":
+        assert len(build.training_examples(config, bound)) in (4, 8)
+        return
+    # prompts alone are no rows: they serve rollouts
+    with pytest.raises(ValueError, match="reads " + bound.forms[0]) as error:
+        build.training_examples(config, bound)
+    assert FORMS[kind] in str(error.value)
 
 
 def test_the_function_states_its_arguments(bound):
