@@ -19,7 +19,7 @@ from alignax import plugin, rewards, shaping
 from alignax.batch import LM, Batch
 from alignax.inputs import tokenizer
 from alignax.models import sharding, transformer
-from alignax.training import loading, loop, optim, step
+from alignax.training import build, checks, loading, loop, optim, step
 from configs import common
 
 FILES = sorted(
@@ -163,6 +163,43 @@ def test_smoke_is_two_steps_that_need_no_file_and_no_network(name):
         sections += [innermost(s) for s in config.mixture.values()]
         assert {s.name for s in sections if s} <= MADE_HERE
         assert math.prod(config.mesh) == 1
+
+
+@names
+def test_the_rows_of_its_data_are_those_that_it_reads(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("ALIGNAX_CACHE", str(tmp_path / "cache"))
+    turns = [f"\n\nHuman: Q{i}\n\nAssistant: " for i in range(40)]
+    hh = [{"chosen": t + "good", "rejected": t + "bad"} for t in turns]
+    groups = [
+        {"prompt": f"Q{i}", "responses": ["a", "b"], "scores": [1, 2]}
+        for i in range(40)
+    ]
+    pairs = [
+        {"prompt": f"Q{i}", "chosen": "good", "rejected": "bad"} for i in range(40)
+    ]
+    for file, rows in (("hh", hh), ("groups", groups), ("pairs", pairs)):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{file}.jsonl").write_text(text)
+    for arg in ("", "smoke"):
+        for config in stages(load(name, arg)):
+            if not config.num_steps:
+                continue
+            sections = (config.data, config.eval_data, *config.mixture.values())
+            scored = "groups.jsonl" in (
+                importlib.import_module(f"configs.{name}").__doc__
+            )
+            for section in (innermost(s) for s in sections if s):
+                file = {"hh_rlhf": "hh"}.get(
+                    section.name, "groups" if scored else "pairs"
+                )
+                if "path" in section:
+                    section.path = str(tmp_path / f"{file}.jsonl")
+            plugins = checks.check(config)
+            assert build.training_examples(config, plugins.loss)
+            if plugins.evals:
+                names = (*checks.frozen_names(config), *checks.moving_names(config))
+                found = plugin.load_examples(config.eval_data)
+                build.check_evaluations(plugins.evals, names, found)
 
 
 def described(name):

@@ -17,7 +17,7 @@ WITH_FEEDBACK = ("labelled", "mismatched", "pairs", "groups")
 class Found(NamedTuple):
     """The rows of one form in a data set."""
 
-    count: int
+    number: int
     first: str  # id of the first one
 
 

@@ -29,7 +29,7 @@ def loss(
       policy: logps [B, 2, T]. A forget prompt has a refusal in slot 0 and the answer to
         forget in slot 1; a retain prompt has its answer in slot 0.
       batch: ref_logps, mask [B, 2, T]; feedback, valid [B, 2]: a prompt is to be
-        forgotten if slot 1 is valid and its feedback <= 0.5.
+        forgotten if slot 1 is valid and its feedback <= 0.5 or below that of slot 0.
       beta: inverse temperature, > 0.
       retain_weight: weight c of a retain answer's mean nats per token, >= 0.
 
@@ -43,7 +43,8 @@ def loss(
     """
     refusal, answer = pairs.log_ratios(policy, batch)
     nll = pairs.chosen_nll(policy, batch)  # of slot 0
-    forget = batch.valid[:, 1] & (batch.feedback[:, 1] <= 0.5)
+    first, second = batch.feedback[:, 0], batch.feedback[:, 1]
+    forget = batch.valid[:, 1] & ((second <= 0.5) | (second < first))
     margin = beta * (refusal - answer)
     value = jnp.where(
         forget, -2 / beta * jax.nn.log_sigmoid(margin), retain_weight * nll

@@ -45,3 +45,10 @@ def test_random_prompts_are_those_of_the_oracle(make_batch):
 def test_other_groups_are_errors():
     with pytest.raises(ValueError, match="pairs got 1 responses"):
         unlearn_dpo.loss(*group([-1.0], [1]))
+
+
+@pytest.mark.parametrize("feedback", [[9, 4], [1, 0.9], [0.2, 0.1]])
+def test_a_pair_with_scores_is_to_be_forgotten(feedback):
+    scores = [-1.5, -0.4]
+    want = cost(unlearn_dpo.loss, scores, [1, 0])
+    assert cost(unlearn_dpo.loss, scores, feedback) == pytest.approx(want)
