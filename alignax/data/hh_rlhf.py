@@ -22,7 +22,8 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from alignax.batch import Example, Message
-from alignax.data import Examples, as_kind, existing, held_out, read_json_lines
+from alignax.data import Examples, as_kind, held_out
+from alignax.records.files import existing, read_json_lines
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
