@@ -32,6 +32,7 @@ SCORES = (  # of chosen and rejected
     ("chosen-rating", "rejected-rating"), ("chosen_rating", "rejected_rating"),
 )  # fmt: skip
 SYSTEMS = ("system", "system_prompt")
+RESPONSES = ("response", "completion", "text", "content")
 RATINGS = ("overall_score", "fine-grained_score", "score", "rating")
 PREFERENCE = {"preferred_output": "chosen", "non_preferred_output": "rejected"}
 TEMPLATE = ("tools", "functions", "documents", "chat_template_kwargs")
@@ -40,6 +41,8 @@ KEYS = (
     "instruction", "input", "output", "history", *ANSWERS, *LABELS, *DIALOGUES,
     *SYSTEMS, *TEMPLATE, *PREFERENCE, *(key for pair in SCORES for key in pair),
 )  # fmt: skip
+_LISTED = frozenset(DIALOGUES)
+_VARIABLES = frozenset(TEMPLATE)
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
@@ -74,13 +77,13 @@ def parse(name: str, row: Any, names: Mapping[str, str] | None = None) -> Exampl
     own = rest.get("id")
     if isinstance(own, str | int) and not isinstance(own, bool) and own != "":
         name = str(rest.pop("id"))
-    if any(k in rest for k in PREFERENCE):
+    if not PREFERENCE.keys().isdisjoint(rest):
         _preference(rest)
-    template = _template(rest)
+    template = {} if _VARIABLES.isdisjoint(rest) else _template(rest)
     prompt, responses, feedback, form = _form(rest)
     if responses and all(map(messages.empty, responses)):
         raise ValueError("an empty assistant turn is all there is to learn from")
-    columns = values.columns(rest)
+    columns = values.columns(rest) if rest else {}
     return Example(name, prompt, responses, feedback, columns, form, template)
 
 
@@ -108,6 +111,7 @@ def hh_turns(dialogue: str) -> list[Message]:
     return [{"role": _ROLES[who], "content": text.strip()} for who, text in pairs]
 
 
+Side = tuple[str, Any]  # a key of a row, and a response under it
 Found = tuple[Turns, list[Turns], tuple[float, ...], str]  # fields of an Example
 
 
@@ -131,11 +135,13 @@ def _form(rest: Row) -> Found:
         return _rated(rest, prompt)
     if single is None:
         return prompt, [], (), ""
-    (answer,), prompt = _answers({single: rest.pop(single)}, prompt)
-    return prompt, [answer], _label(rest), ""
+    responses, prompt = _answers([(single, rest.pop(single))], prompt)
+    return prompt, responses, _label(rest), ""
 
 
 def _dialogue_key(rest: Row) -> str | None:
+    if _LISTED.isdisjoint(rest):
+        return None
     return next((k for k in DIALOGUES if isinstance(rest.get(k), list)), None) or next(
         (k for k in DIALOGUES if k in rest), None
     )
@@ -247,10 +253,7 @@ def _group(rest: Row, prompt: Turns) -> Found:
     responses, scores = rest.pop("responses"), rest.pop("scores", None)
     if not isinstance(responses, list) or not responses:
         raise ValueError("'responses' is empty, or no list")
-    answers = []
-    for r in responses:
-        (answer,), _ = _answers({"response": r}, prompt)
-        answers.append(answer)
+    answers, prompt = _answers([("response", r) for r in responses], prompt)
     if scores is None:
         return prompt, answers, (), ""
     good = isinstance(scores, list) and len(scores) == len(answers)
@@ -267,19 +270,23 @@ def _group(rest: Row, prompt: Turns) -> Found:
 
 def _rated(rest: Row, prompt: Turns) -> Found:
     """Completions that are objects of a response, its score and more."""
-    answers, scores, left = [], [], []
+    sides, scores, left = [], [], []
     for item in rest.pop("completions"):
-        item = {k: v for k, v in item.items() if v is not None} if isinstance(item, dict) else item  # fmt: skip
-        key = next((k for k in (*ANSWERS, "text", "content") if k in item), None) if isinstance(item, dict) else None  # fmt: skip
+        item = {k: v for k, v in item.items() if v is not None} if isinstance(item, dict) else {}  # fmt: skip
+        key = next((k for k in RESPONSES if k in item), None)
         if key is None:
-            raise ValueError(f"'completions' holds {brief(item)}, expected a response")
-        (answer,), _ = _answers({key: item.pop(key)}, prompt)
-        answers.append(answer)
+            raise ValueError(
+                f"'completions' holds what has none of {', '.join(RESPONSES)}"
+            )
+        sides.append((key, item.pop(key)))
         if rating := next((k for k in RATINGS if k in item), None):
             scores.append(number(rating, item.pop(rating)))
         left.append(item)
-    if len(scores) not in (0, len(answers)):
-        raise ValueError(f"'completions' has {len(scores)} scores of {len(answers)}")
+    if not sides or len(scores) not in (0, len(sides)):
+        raise ValueError(
+            f"'completions' has {len(scores)} scores of {len(sides)} responses"
+        )
+    answers, prompt = _answers(sides, prompt)
     if any(left):
         rest["completions"] = left
     return prompt, answers, tuple(scores), "groups" if len(scores) > 1 else ""
@@ -291,10 +298,12 @@ def _pair(rest: Row) -> Found:
             raise ValueError(
                 f"'{key}' is missing; the row has {sorted(map(str, rest))}"
             )
-    sides = {key: rest.pop(key) for key in ("chosen", "rejected")}
+    sides = [(key, rest.pop(key)) for key in ("chosen", "rejected")]
     dialogue = _dialogue_key(rest)
-    asked = any(isinstance(rest.get(k), str) for k in ("instruction", "input"))
-    if "prompt" in rest or (asked and not all(map(_starts, sides.values()))):
+    asked = "prompt" not in rest and any(
+        isinstance(rest.get(k), str) for k in ("instruction", "input")
+    )
+    if "prompt" in rest or (asked and not all(_starts(side) for _, side in sides)):
         found, prompt = _answers(sides, _prompt(rest))
         if dialogue:
             _forget_repeated(rest, dialogue, prompt, found)
@@ -303,10 +312,10 @@ def _pair(rest: Row) -> Found:
     chosen, rejected = found
     if messages.identical(chosen, rejected):
         raise ValueError("chosen and rejected are identical")
-    key = next((pair for pair in SCORES if all(k in rest for k in pair)), None)
-    if key is None:
+    keys = next((pair for pair in SCORES if all(k in rest for k in pair)), None)
+    if keys is None:
         return prompt, [chosen, rejected], (1.0, 0.0), ""
-    better, worse = (number(k, rest.pop(k)) for k in key)
+    better, worse = (number(k, rest.pop(k)) for k in keys)
     if better < worse:
         raise Dropped(f"chosen is scored {better:g}, below rejected with {worse:g}")
     return prompt, [chosen, rejected], (better, worse), "pairs"
@@ -318,26 +327,17 @@ def _starts(side: Any) -> bool:
 
 
 def _without_prompt(
-    rest: Row, sides: Row, dialogue: str | None
+    rest: Row, sides: Sequence[Side], dialogue: str | None
 ) -> tuple[list[Turns], Turns]:
     """(sides, prompt) of a pair whose prompt is what both begin with, or a dialogue."""
-    chosen, rejected = (messages.turns(k, v) for k, v in sides.items())
-    if isinstance(chosen, str) and isinstance(rejected, str) and not dialogue:
-        chosen, rejected = (_hh(k, v) for k, v in (("chosen", chosen), ("rejected", rejected)))  # fmt: skip
-    shared = 0
-    if not isinstance(chosen, str) and not isinstance(rejected, str):
-        both = list(zip(chosen, rejected, strict=False))
-        shared = next(
-            (i for i, (a, b) in enumerate(both) if not messages.identical([a], [b])),
-            len(both),
-        )
-        if shared == len(both):
-            raise ValueError(
-                "chosen and rejected are identical, or one begins the other"
-            )
-    if shared:
-        prompt = _with_system(rest, list(chosen[:shared]))
-        found = [_answer(k, side[shared:]) for k, side in zip(sides, (chosen, rejected), strict=True)]  # fmt: skip
+    read = [messages.turns(key, value) for key, value in sides]
+    if not dialogue and all(isinstance(side, str) for side in read):
+        read = [_hh(key, text) for key, text in sides]
+    if shared := _shared(*read):
+        prompt = _with_system(rest, read[0][:shared])
+        found = [side[shared:] for side in read]
+        for (key, _), side in zip(sides, found, strict=True):
+            _check_answered(key, side)
         if dialogue:
             _forget_repeated(rest, dialogue, prompt, found)
         return found, prompt
@@ -345,13 +345,22 @@ def _without_prompt(
         raise ValueError("'prompt' is missing and chosen and rejected share no turn")
     before = messages.turns(dialogue, rest.pop(dialogue))
     if not isinstance(before, str):
-        last = [i for i, m in enumerate(before) if m["role"] != "assistant"]
-        ended = before[last[-1] + 1 :] if last else []
-        if ended and any(messages.identical(ended, side) for side in (chosen, rejected)):  # fmt: skip
-            before = before[: last[-1] + 1]
-    return _answers(
-        {"chosen": chosen, "rejected": rejected}, _with_system(rest, before)
-    )
+        asked = [i for i, m in enumerate(before) if m["role"] != "assistant"]
+        ended = before[asked[-1] + 1 :] if asked else []
+        if ended and any(messages.identical(ended, side) for side in read):
+            before = before[: asked[-1] + 1]
+    return _answers(sides, _with_system(rest, before))
+
+
+def _shared(a: Turns, b: Turns) -> int:
+    """How many turns both sides begin with."""
+    if isinstance(a, str) or isinstance(b, str):
+        return 0
+    both = list(zip(a, b, strict=False))
+    for i, (x, y) in enumerate(both):
+        if not messages.identical([x], [y]):
+            return i
+    raise ValueError("chosen and rejected are identical, or one begins the other")
 
 
 def _hh(key: str, dialogue: str) -> list[Message]:
@@ -367,25 +376,44 @@ def _hh(key: str, dialogue: str) -> list[Message]:
     return turns
 
 
-def _answers(sides: Row, prompt: Turns) -> tuple[list[Turns], Turns]:
+def _answers(sides: Sequence[Side], prompt: Turns) -> tuple[list[Turns], Turns]:
     """(responses, prompt), where responses may repeat the prompt in front.
 
     A prompt in one string may be the user turn of responses that are lists, and a system
     turn may stand in front of it, which then belongs to the prompt.
     """
-    found = {key: messages.turns(key, value) for key, value in sides.items()}
-    before = (
-        [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    )
-    ends = {k: _repeated(before, v) for k, v in found.items() if not isinstance(v, str)}
-    lists = [k for k, end in ends.items() if end]
-    longer = [found[k][: ends[k]] for k in lists if ends[k] > len(before)]
-    if longer:
-        prompt = max(longer, key=len)
-        for k in lists:
-            if not _within(found[k][: ends[k]], prompt):
-                raise ValueError(f"'{k}' begins with other turns than the other side")
-    return [_answer(k, v[ends.get(k, 0) :] if k in ends else v) for k, v in found.items()], prompt  # fmt: skip
+    found = [messages.turns(key, value) for key, value in sides]
+    lists = {
+        i: turns
+        for i, turns in enumerate(found)
+        if not isinstance(turns, str) and turns[0]["role"] != "assistant"
+    }
+    if lists:
+        before = _listed(prompt)
+        ends = {i: _repeated(before, turns) for i, turns in lists.items()}
+        longest = max(lists, key=lambda i: ends[i])
+        if ends[longest] > len(before):
+            prompt = before = lists[longest][: ends[longest]]
+        for i, end in ends.items():
+            if end and not _begins(before[len(before) - end :], lists[i][:end]):
+                raise ValueError(
+                    f"'{sides[i][0]}' begins with other turns than another response"
+                )
+            found[i] = lists[i][end:]
+    for (key, _), turns in zip(sides, found, strict=True):
+        _check_answered(key, turns)
+    return found, prompt
+
+
+def _listed(turns: Turns) -> list[Message]:
+    """A prompt as messages: a string is one user turn."""
+    return [{"role": "user", "content": turns}] if isinstance(turns, str) else turns
+
+
+def _check_answered(key: str, turns: Turns) -> None:
+    """Raises ValueError for a response without an assistant turn."""
+    if not isinstance(turns, str) and not any(m["role"] == "assistant" for m in turns):
+        raise ValueError(f"'{key}' has no assistant turn")
 
 
 def _repeated(before: Sequence[Message], turns: Sequence[Message]) -> int:
@@ -406,33 +434,22 @@ def _begins(turns: Sequence[Message], before: Sequence[Message]) -> bool:
     return whole and all(messages.repeats(a, b) for a, b in pairs)
 
 
-def _within(turns: Sequence[Message], prompt: Sequence[Message]) -> bool:
-    """Whether turns are the end of a prompt."""
-    return _begins(prompt[len(prompt) - len(turns) :], turns)
-
-
-def _answer(key: str, turns: Turns) -> Turns:
-    if isinstance(turns, str):
-        return turns
-    if not any(m["role"] == "assistant" for m in turns):
-        raise ValueError(f"'{key}' has no assistant turn")
-    return list(turns)
-
-
 def _forget_repeated(
     rest: Row, key: str, prompt: Turns, sides: Sequence[Turns]
 ) -> None:
     """Takes a dialogue out of the row if it is the prompt, or a side of the pair."""
     turns = messages.turns(key, rest[key])
-    before = (
-        [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    )
-    known: list[list[Message]] = [list(before)]
+    if isinstance(turns, str):
+        return
     for side in sides:
-        answer: list[Message] = [{"role": "assistant", "content": side}] if isinstance(side, str) else list(side)  # fmt: skip
-        known.append([*before, *answer])
-    if not isinstance(turns, str) and any(_begins(whole, turns) or _begins(whole[1:], turns) for whole in known):  # fmt: skip
-        del rest[key]
+        answer = (
+            [{"role": "assistant", "content": side}] if isinstance(side, str) else side
+        )
+        full = [*_listed(prompt), *answer]
+        # the prompt may have a system turn that the dialogue lacks
+        if _begins(full, turns) or _begins(full[1:], turns):
+            del rest[key]
+            return
 
 
 # -- further parts of a row

@@ -54,6 +54,9 @@ def message(key: str, value: Any) -> Message:
     """
     if not isinstance(value, dict):
         raise ValueError(f"'{key}' holds {brief(value)}, expected role and content")
+    usual = len(value) == 2 and isinstance(value.get("role"), str)
+    if usual and isinstance(value.get("content"), str) and value["role"] != "function":
+        return value
     if "from" in value and "role" not in value:
         value = _sharegpt(key, value)
     role, content = value.get("role"), value.get("content")
@@ -80,9 +83,11 @@ def message(key: str, value: Any) -> Message:
 def text(turn: Message) -> str:
     """The text of a message's content, its parts put together."""
     content = turn["content"]
+    if isinstance(content, str):
+        return content
     if isinstance(content, list):
         return "".join(p if isinstance(p, str) else p["text"] for p in content)
-    return content or ""
+    return ""
 
 
 def whole(value: str | Sequence[Message]) -> str:
@@ -105,14 +110,17 @@ def further(value: str | Sequence[Message]) -> list[dict[str, Any]]:
 
 def identical(a: str | Sequence[Message], b: str | Sequence[Message]) -> bool:
     """Whether two responses are the same to a model."""
+    if a == b:
+        return True
     return whole(a) == whole(b) and further(a) == further(b)
 
 
 def repeats(a: Message, b: Message) -> bool:
     """Whether two messages are one, of which a file may give more keys in one place."""
-    calls = a.get("tool_calls"), b.get("tool_calls")
+    if a is b or a == b:
+        return True
     same = a["role"] == b["role"] and text(a) == text(b)
-    return same and calls[0] == calls[1]
+    return same and a.get("tool_calls") == b.get("tool_calls")
 
 
 def empty(value: str | Sequence[Message]) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 LIMIT = 400  # digits; a float has fewer in front of its point
-_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")  # of half a surrogate pair
+_ESCAPES = (b"\\ud", b"\\uD")  # of half a surrogate pair, and of some whole letters
 _LONE = re.compile("[\ud800-\udfff]")
 
 
@@ -37,7 +37,7 @@ def decode(line: bytes) -> Any:
         raise ValueError(f"not UTF-8: {e.reason} at byte {e.start}") from e
     except (json.JSONDecodeError, RecursionError) as e:
         raise ValueError(f"not JSON: {e}") from e
-    if _ESCAPE.search(line):
+    if any(escape in line for escape in _ESCAPES):
         _check_text(value)
     return value
 
