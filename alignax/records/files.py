@@ -20,6 +20,7 @@ from typing import Any
 from alignax.records import values
 
 TYPES = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".parquet")
+HEAD = 1 << 16  # bytes by which the kind of a file is told
 CHUNK = 1 << 20  # characters of an array that are read at a time
 LONGEST = 1 << 28  # characters of an element
 ROWS = 1024  # of Parquet that are converted at a time
@@ -101,7 +102,7 @@ def _open(path: pathlib.Path) -> Any:
 def _head(path: pathlib.Path) -> bytes:
     try:
         with _open(path) as f:
-            return f.read(CHUNK)
+            return f.read(HEAD)
     except (EOFError, OSError, zlib.error) as e:
         raise ValueError(f"{path} is damaged or not gzip: {e}") from e
 

@@ -385,22 +385,53 @@ SPOKEN = st.fixed_dictionaries(
     {"from": st.sampled_from(["human", "gpt", "system", "observation"]), "value": WORDS}
 )
 TURNS = st.lists(st.one_of(TURN, SPOKEN), min_size=1, max_size=4)
-SIDE = st.one_of(WORDS, TURNS)
-ROW = st.fixed_dictionaries(
-    {},
-    optional={
-        "prompt": SIDE, "chosen": SIDE, "rejected": SIDE, "messages": TURNS,
-        "conversations": TURNS, "response": SIDE, "completion": SIDE, "label": VALUES,
-        "responses": st.lists(SIDE, max_size=3), "scores": st.lists(st.integers(0, 9), max_size=3),
-        "instruction": WORDS, "input": WORDS, "output": WORDS, "system": WORDS,
-        "history": st.lists(st.lists(WORDS, min_size=2, max_size=2), max_size=2),
-        "completions": st.lists(st.fixed_dictionaries({"response": WORDS}, optional={"score": st.integers(0, 9), "model": WORDS}), max_size=2),
-        "preferred_output": TURNS, "non_preferred_output": TURNS, "kto_tag": VALUES,
-        "tools": st.lists(st.fixed_dictionaries({"name": WORDS}), max_size=2),
-        "documents": VALUES, "chat_template_kwargs": st.dictionaries(WORDS, VALUES.filter(lambda v: v is not None), max_size=2),
-        "id": VALUES, "extra": VALUES, "score_chosen": VALUES, "score_rejected": VALUES,
-    },
+ASKED = st.one_of(WORDS, TURNS.map(lambda turns: [*turns, user("<asked>")]))
+SIDE = st.one_of(WORDS, st.tuples(TURNS, WORDS).map(lambda x: [*x[0], assistant(x[1])]))
+DIALOGUE = SIDE.filter(lambda side: isinstance(side, list)).map(
+    lambda turns: [user("<asked>"), *turns]
+)
+RATED = st.fixed_dictionaries(
+    {"response": WORDS}, optional={"score": st.integers(0, 9), "model": WORDS}
+)
+FORMS = (
+    {"prompt": ASKED, "chosen": SIDE, "rejected": SIDE},
+    {"chosen": DIALOGUE, "rejected": DIALOGUE},
+    {"messages": TURNS, "chosen": SIDE, "rejected": SIDE},
+    {"prompt": ASKED, "response": SIDE},
+    {"prompt": ASKED, "completion": SIDE, "label": st.booleans()},
+    {"prompt": ASKED, "responses": st.lists(SIDE, min_size=1, max_size=3)},
+    {"prompt": ASKED, "responses": st.tuples(SIDE, SIDE).map(list),
+     "scores": st.just([3, 1])},
+    {"instruction": WORDS, "completions": st.lists(RATED, min_size=1, max_size=2)},
+    {"instruction": WORDS, "output": WORDS},
+    {"messages": DIALOGUE},
+    {"conversations": DIALOGUE},
+    {"preferred_output": SIDE, "non_preferred_output": SIDE,
+     "input": st.fixed_dictionaries({"messages": ASKED})},
+    {"prompt": ASKED},
 )  # fmt: skip
+MORE = {
+    "prompt": ASKED, "messages": DIALOGUE, "conversations": TURNS, "response": SIDE,
+    "completion": SIDE, "label": VALUES, "scores": VALUES, "instruction": WORDS,
+    "input": WORDS, "output": WORDS, "system": WORDS, "kto_tag": VALUES, "id": VALUES,
+    "history": st.lists(st.lists(WORDS, min_size=2, max_size=2), max_size=2),
+    "tools": st.lists(st.fixed_dictionaries({"name": WORDS}), max_size=2),
+    "documents": VALUES, "extra": VALUES, "score_chosen": VALUES, "score_rejected": VALUES,
+    "chat_template_kwargs": st.dictionaries(WORDS, st.booleans(), max_size=2),
+}  # fmt: skip
+
+
+def rows(keys):
+    """Rows of a form with up to four other keys."""
+    others = st.lists(
+        st.sampled_from(sorted({*MORE} - {*keys})), max_size=4, unique=True
+    )
+    return others.flatmap(
+        lambda names: st.fixed_dictionaries({**keys, **{k: MORE[k] for k in names}})
+    )
+
+
+ROW = st.one_of(*map(rows, FORMS))
 
 
 def texts(value):
