@@ -190,7 +190,7 @@ def share(test_fraction: float | None, split: str) -> float:
       split: 'train', 'test' or 'all'.
 
     Raises:
-      ValueError: another split, a share outside [0, 1), or the test split of a file that
+      ValueError: another split, a share outside [0, 1], or the test split of a file that
         is not divided.
     """
     if split not in ("train", "test", "all"):
@@ -203,8 +203,8 @@ def share(test_fraction: float | None, split: str) -> float:
             )
         return 0.0
     number = isinstance(test_fraction, int | float)
-    if isinstance(test_fraction, bool) or not number or not 0 <= test_fraction < 1:
-        raise ValueError(f"test_fraction is {test_fraction!r}, expected 0 <= x < 1")
+    if isinstance(test_fraction, bool) or not number or not 0 <= test_fraction <= 1:
+        raise ValueError(f"test_fraction is {test_fraction!r}, expected 0 to 1")
     return float(test_fraction)
 
 
