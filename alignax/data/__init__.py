@@ -59,6 +59,12 @@ class Examples(Sequence):
             self._rows if self._convert is None else map(self._convert, self._rows)
         )
 
+    def checked(self) -> "Examples":
+        """These examples, after each was made once, so that a bad one is an error now."""
+        for _ in self:
+            pass
+        return self
+
     def over(
         self,
         rows: Any,
