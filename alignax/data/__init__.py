@@ -3,7 +3,7 @@
 `examples` returns a random-access sequence of `Example`. What was malformed or dropped
 on the way is in its `report`, by kind, one line each with file and line number.
 
-Reading order: jsonl (your own files), hh_rlhf, synthetic (made here), prompts, pairing and
+Reading order: jsonl (your own files), hub, hh_rlhf, synthetic (made here), prompts, pairing and
 unpaired (pairs from scored responses, and single responses from pairs); then the data of
 single papers: forget_retain, recovery, urial, short_long, long_context, density_ratio. The
 forms that rows of a file may have are in README.md, the code that reads them in `records/`.
@@ -12,6 +12,8 @@ forms that rows of a file may have are in README.md, the code that reads them in
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from alignax import plugin
 from alignax.batch import FORMS, Example, form
@@ -180,6 +182,25 @@ def wrapped(source: Mapping[str, Any], split: str) -> Examples:
     if isinstance(inner, Examples):
         return inner
     return Examples(inner, report=getattr(inner, "report", None))
+
+
+def joined(parts: Sequence[Examples]) -> Examples:
+    """The examples of several files one after another; at least one file."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    ends = np.cumsum([len(part) for part in parts])
+
+    def convert(i: int) -> Example:
+        k = int(np.searchsorted(ends, i, side="right"))
+        return parts[k][i - int(ends[k]) + len(parts[k])]
+
+    rows = first.over(range(int(ends[-1])), convert)
+    for part in parts[1:]:
+        for kind, lines in part.report.items():
+            rows.report.setdefault(kind, []).extend(lines)
+    rows.files = tuple(name for part in parts for name in part.files)
+    return rows
 
 
 def held_out(text: str, fraction: float) -> bool:

@@ -26,7 +26,7 @@ from alignax.batch import Example, Message
 from alignax.data import Examples, as_kind, held_out, none_left, share
 from alignax.records import values
 from alignax.records.files import existing, read_json_lines
-from alignax.records.forms import hh_turns
+from alignax.records.row_forms import hh_turns
 
 
 def examples(

@@ -23,9 +23,9 @@ from collections.abc import Mapping
 
 from alignax.batch import Example
 from alignax.data import Examples, as_kind, held_out, none_left, share
-from alignax.records import forms, messages, store, values
+from alignax.records import messages, row_forms, store, values
 from alignax.records.files import existing
-from alignax.records.forms import parse
+from alignax.records.row_forms import parse
 
 __all__ = ["examples", "parse"]
 
@@ -63,19 +63,32 @@ def examples(
         that this file does not have or that would be empty, a key of `columns` that is in
         no row, or (strict) an unusable row.
     """
+    return read(split, path, kind, test_fraction, strict, columns, set())
+
+
+def read(
+    split: str, path: str, kind: str | None, test_fraction: float | None, strict: bool,
+    columns: Mapping[str, str] | None, ids: set[int],
+) -> Examples:  # fmt: skip
+    """Reads one of several files: see `examples`.
+
+    Args:
+      split, path, kind, test_fraction, strict, columns: as for `examples`.
+      ids: digests of the ids that rows of other files have; those of this one are added.
+    """
     if "{split}" in str(path):
         path, part = str(path).replace("{split}", split), "all"
     else:
         part = split
     fraction = share(test_fraction, part)
     names = dict(columns or {})
-    forms.known(names)
+    row_forms.known(names)
     file = existing(path)
     rows = store.Store(file)
     report: dict[str, list[str]] = {}
     total = usable = 0
     seen: set[str] = set()
-    identify = _Ids(file.name)
+    identify = _Ids(file.name, ids)
     for number, offset, line in rows.scan():
         total += 1
         name = f"{file.name}:{number}"
@@ -91,7 +104,7 @@ def examples(
         except ValueError as e:
             if strict:
                 raise ValueError(f"{name}: {e}") from e
-            reason = "dropped" if isinstance(e, forms.Dropped) else "malformed"
+            reason = "dropped" if isinstance(e, row_forms.Dropped) else "malformed"
             report.setdefault(reason, []).append(f"{name}: {e}")
             continue
         usable += 1
@@ -127,10 +140,9 @@ class _Ids:
     one can be met again in a row's own id only.
     """
 
-    def __init__(self, file: str):
-        self._file = file
+    def __init__(self, file: str, seen: set[int]):
+        self._file, self._seen = file, seen
         self._places = re.compile(re.escape(file) + r":(\d+)")
-        self._seen: set[int] = set()
 
     def __call__(self, id: str, number: int) -> int:
         place = f"{self._file}:{number}"

@@ -9,7 +9,8 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 LIMIT = 400  # digits; a float has fewer in front of its point
-_ESCAPES = (b"\\ud", b"\\uD")  # of half a surrogate pair, and of some whole letters
+# What a line has that holds half of a surrogate pair; so has one with a whole pair.
+_LOWER, _UPPER = b"\\ud", b"\\uD"
 _LONE = re.compile("[\ud800-\udfff]")
 
 
@@ -37,7 +38,7 @@ def decode(line: bytes) -> Any:
         raise ValueError(f"not UTF-8: {e.reason} at byte {e.start}") from e
     except (json.JSONDecodeError, RecursionError) as e:
         raise ValueError(f"not JSON: {e}") from e
-    if any(escape in line for escape in _ESCAPES):
+    if _LOWER in line or _UPPER in line:
         _check_text(value)
     return value
 

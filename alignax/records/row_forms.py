@@ -75,7 +75,8 @@ def parse(name: str, row: Any, names: Mapping[str, str] | None = None) -> Exampl
                 raise ValueError(f"'{key}' is read as '{ours}', but that is there too")
             rest[ours] = rest.pop(key)
     own = rest.get("id")
-    if isinstance(own, str | int) and not isinstance(own, bool) and own != "":
+    named = own is not None and isinstance(own, str | int) and own != ""
+    if named and not isinstance(own, bool):
         name = str(rest.pop("id"))
     if not PREFERENCE.keys().isdisjoint(rest):
         _preference(rest)
@@ -312,7 +313,8 @@ def _pair(rest: Row) -> Found:
     chosen, rejected = found
     if messages.identical(chosen, rejected):
         raise ValueError("chosen and rejected are identical")
-    keys = next((pair for pair in SCORES if all(k in rest for k in pair)), None)
+    scored = (pair for pair in SCORES if all(k in rest for k in pair))
+    keys = next(scored, None) if rest else None
     if keys is None:
         return prompt, [chosen, rejected], (1.0, 0.0), ""
     better, worse = (number(k, rest.pop(k)) for k in keys)
@@ -412,7 +414,9 @@ def _listed(turns: Turns) -> list[Message]:
 
 def _check_answered(key: str, turns: Turns) -> None:
     """Raises ValueError for a response without an assistant turn."""
-    if not isinstance(turns, str) and not any(m["role"] == "assistant" for m in turns):
+    if isinstance(turns, str) or (turns and turns[-1]["role"] == "assistant"):
+        return
+    if not any(m["role"] == "assistant" for m in turns):
         raise ValueError(f"'{key}' has no assistant turn")
 
 

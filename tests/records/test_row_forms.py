@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alignax.batch import form
-from alignax.records import forms, values
+from alignax.records import row_forms, values
 
 README = (tiny.ROOT / "alignax" / "data" / "README.md").read_text()
 TABLE = [
@@ -37,7 +37,7 @@ PAIR = {"prompt": "p", "chosen": "c", "rejected": "r"}
 
 
 def parse(row, **names):
-    return forms.parse("f:1", row, names)
+    return row_forms.parse("f:1", row, names)
 
 
 @pytest.mark.parametrize("name, row, read", TABLE, ids=[row[0] for row in TABLE])
@@ -59,7 +59,7 @@ def test_every_form_of_the_table_is_read_as_it_says(name, row, read):
 def test_every_key_that_is_read_is_in_the_table_or_below_it():
     assert len(TABLE) >= 20
     text = README.replace("also with `_`", "chosen_rating rejected_rating")
-    assert [key for key in forms.KEYS if not re.search(rf"\b{key}\b", text)] == [
+    assert [key for key in row_forms.KEYS if not re.search(rf"\b{key}\b", text)] == [
         "conversation"  # also read, but not to be recommended
     ]
 
@@ -251,14 +251,14 @@ def test_responses_that_differ_beside_their_text_are_not_identical():
 # -- scores, labels, columns, variables of the template
 
 
-@pytest.mark.parametrize("keys", forms.SCORES)
+@pytest.mark.parametrize("keys", row_forms.SCORES)
 def test_scores_of_a_pair_are_its_feedback_and_a_wrong_order_is_dropped(keys):
     example = parse({**PAIR, keys[0]: 7, keys[1]: 2.5})
     assert (example.feedback, form(example), example.columns) == ((7.0, 2.5), "pairs", {})  # fmt: skip
     tie = parse({**PAIR, keys[0]: 3, keys[1]: 3})
     assert (tie.feedback, form(tie)) == ((3.0, 3.0), "pairs")
     with pytest.raises(
-        forms.Dropped, match="chosen is scored 1, below rejected with 9"
+        row_forms.Dropped, match="chosen is scored 1, below rejected with 9"
     ):
         parse({**PAIR, keys[0]: 1, keys[1]: 9})
     one = parse({**PAIR, keys[0]: 7})
@@ -313,9 +313,9 @@ def test_keys_may_have_other_names():
 
 
 def test_a_name_that_is_almost_a_key_is_refused():
-    forms.known({"question": "prompt", "gold": "answer"})
+    row_forms.known({"question": "prompt", "gold": "answer"})
     with pytest.raises(ValueError, match="did you mean 'prompt'"):
-        forms.known({"question": "promt"})
+        row_forms.known({"question": "promt"})
 
 
 def test_names_that_no_row_has_are_refused_with_the_nearest():
@@ -448,7 +448,7 @@ def test_a_row_is_used_in_full_or_refused(row):
     # through a file, as all rows come
     line = json.dumps(row).encode()
     try:
-        example = forms.parse("f:1", values.decode(line))
+        example = row_forms.parse("f:1", values.decode(line))
     except ValueError as e:
         assert str(e)
         return
@@ -460,9 +460,9 @@ def test_a_row_is_used_in_full_or_refused(row):
     assert not example.feedback or len(example.feedback) == len(example.responses)
 
 
-@given(st.recursive(VALUES, lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(forms.KEYS), inner), max_leaves=8))  # fmt: skip
+@given(st.recursive(VALUES, lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(row_forms.KEYS), inner), max_leaves=8))  # fmt: skip
 def test_no_row_ends_a_run(row):
     try:
-        forms.parse("f:1", row)
+        row_forms.parse("f:1", row)
     except ValueError as e:
         assert str(e)
