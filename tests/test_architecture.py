@@ -64,7 +64,7 @@ def modules(path):
 # A line holds files on top of the package, or folders; those of one line stand in order.
 LAYERS = (
     ("batch", "masked", "pairs", "lists", "ratios", "value_heads", "plugin"),
-    ("theory", "losses", "reweight", "shaping", "data"),
+    ("theory", "losses", "reweight", "shaping", "records", "data"),
     ("models",),
     ("logprob",),
     ("reports",),

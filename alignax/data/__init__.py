@@ -3,18 +3,17 @@
 `examples` returns a random-access sequence of `Example`. What was malformed or dropped
 on the way is in its `report`, by kind, one line each with file and line number.
 
-Reading order: jsonl (your own files), hh_rlhf, synthetic (made here), prompts, pairing and
+Reading order: jsonl (your own files), hub, hh_rlhf, synthetic (made here), prompts, pairing and
 unpaired (pairs from scored responses, and single responses from pairs); then the data of
-single papers: forget_retain, recovery, urial, short_long, long_context, density_ratio.
+single papers: forget_retain, recovery, urial, short_long, long_context, density_ratio. The
+forms that rows of a file may have are in README.md, the code that reads them in `records/`.
 """
 
-import gzip
 import hashlib
-import json
-import pathlib
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from alignax import plugin
 from alignax.batch import FORMS, Example, form
@@ -23,28 +22,71 @@ KINDS = ("pairs", "sft", "prompts", "groups")
 
 
 class Examples(Sequence):
-    """A random-access sequence of Example over any random-access source of rows."""
+    """A random-access sequence of Example over any random-access source of rows.
+
+    Attributes:
+      report: lines that say what was left out and why, by kind: 'malformed', 'dropped'.
+      files: paths of the files that the rows were read from.
+      carried: names of the columns that are numbers for a batch (`Batch.extra`); others
+        travel with the example only.
+    """
 
     def __init__(
         self,
         rows: Any,
         convert: Callable[[Any], Example] | None = None,
         report: dict[str, list[str]] | None = None,
+        *,
+        files: Sequence[str] = (),
+        carried: Sequence[str] = (),
     ):
         self._rows, self._convert = rows, convert
         self.report = report or {}
+        self.files, self.carried = tuple(files), tuple(carried)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index):
         if isinstance(index, slice):
-            picked = [self._rows[i] for i in range(len(self))[index]]
-            return Examples(picked, self._convert, self.report)
+            return self.over(range(len(self))[index], self.__getitem__)
         if not -len(self) <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
         row = self._rows[index % len(self)]
         return row if self._convert is None else self._convert(row)
+
+    def __iter__(self) -> Iterator[Example]:
+        """The examples in order, which for a file is faster than one by one."""
+        return iter(
+            self._rows if self._convert is None else map(self._convert, self._rows)
+        )
+
+    def checked(self) -> "Examples":
+        """These examples, after each was made once, so that a bad one is an error now."""
+        for _ in self:
+            pass
+        return self
+
+    def over(
+        self,
+        rows: Any,
+        convert: Callable[[Any], Example] | None = None,
+        report: dict[str, list[str]] | None = None,
+        carried: Sequence[str] = (),
+    ) -> "Examples":
+        """Other examples made of these, with their files, columns and report.
+
+        Args:
+          rows: a random-access source, such as indices of these examples.
+          convert: from a row to an example.
+          report: what was left out further.
+          carried: columns for a batch that the new examples have in addition.
+        """
+        lines = {k: [*v] for k, v in self.report.items()}
+        for kind, more in (report or {}).items():
+            lines[kind] = [*lines.get(kind, []), *more]
+        both = dict.fromkeys((*self.carried, *carried))
+        return Examples(rows, convert, lines, files=self.files, carried=tuple(both))
 
 
 def as_kind(example: Example, kind: str) -> Example:
@@ -137,7 +179,28 @@ def wrapped(source: Mapping[str, Any], split: str) -> Examples:
     if "name" not in parameters:
         raise ValueError(f"source has no 'name': {dict(source)}")
     inner = plugin.load("data", parameters.pop("name"), parameters)()
+    if isinstance(inner, Examples):
+        return inner
     return Examples(inner, report=getattr(inner, "report", None))
+
+
+def joined(parts: Sequence[Examples]) -> Examples:
+    """The examples of several files one after another; at least one file."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    ends = np.cumsum([len(part) for part in parts])
+
+    def convert(i: int) -> Example:
+        k = int(np.searchsorted(ends, i, side="right"))
+        return parts[k][i - int(ends[k]) + len(parts[k])]
+
+    rows = first.over(range(int(ends[-1])), convert)
+    for part in parts[1:]:
+        for kind, lines in part.report.items():
+            rows.report.setdefault(kind, []).extend(lines)
+    rows.files = tuple(name for part in parts for name in part.files)
+    return rows
 
 
 def held_out(text: str, fraction: float) -> bool:
@@ -146,47 +209,37 @@ def held_out(text: str, fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
-def existing(path: str | pathlib.Path) -> pathlib.Path:
-    """`path`, if it is a file.
+def share(test_fraction: float | None, split: str) -> float:
+    """The share of a file that is held out.
+
+    Args:
+      test_fraction: None if the file is not divided, 0 if there is to be no test.
+      split: 'train', 'test' or 'all'.
 
     Raises:
-      FileNotFoundError: names the path and the files beside it.
+      ValueError: another split, a share outside [0, 1], or the test split of a file that
+        is not divided.
     """
-    path = pathlib.Path(path).expanduser()
-    if path.is_file():
-        return path
-    beside = sorted(p.name for p in path.parent.glob("*") if p.is_file())
-    found = (
-        f"files beside it: {beside[:20]}" if path.parent.is_dir() else "no such folder"
+    if split not in ("train", "test", "all"):
+        raise ValueError(f"split is {split!r}, expected 'train', 'test' or 'all'")
+    if test_fraction is None:
+        if split == "test":
+            raise ValueError(
+                "no part of the file is held out as split 'test': set test_fraction (0 "
+                "for no test), or put '{split}' in the path"
+            )
+        return 0.0
+    number = isinstance(test_fraction, int | float)
+    if isinstance(test_fraction, bool) or not number or not 0 <= test_fraction <= 1:
+        raise ValueError(f"test_fraction is {test_fraction!r}, expected 0 to 1")
+    return float(test_fraction)
+
+
+def none_left(path: Any, split: str, fraction: float, rows: int) -> str:
+    """What to set where a split of `rows` rows has none, as a message."""
+    what = "a larger" if split == "test" else "a smaller"
+    return (
+        f"{path} has no usable row for split {split!r} among {rows} rows: the hash of the "
+        f"prompt puts none of them there at test_fraction={fraction:g}; set {what} one, "
+        "test_fraction=0 for no test, or put '{split}' in the path of two files"
     )
-    raise FileNotFoundError(f"no data file {path}; {found}")
-
-
-def read_json_lines(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
-    """Yields (line number from 1, object or ValueError) of a .jsonl or .jsonl.gz file.
-
-    Blank lines are no data and are skipped. A line that cannot be read is yielded as
-    the error that says why: the caller counts it.
-
-    Raises:
-      ValueError: the compressed file is damaged.
-    """
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rb") as f:
-        lines = enumerate(f, 1)
-        while True:
-            try:
-                number, line = next(lines)
-            except StopIteration:
-                return
-            except (EOFError, OSError, zlib.error) as e:
-                raise ValueError(f"{path} is damaged or not gzip: {e}") from e
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError as e:
-                value = ValueError(f"not UTF-8: {e.reason} at byte {e.start}")
-            except (json.JSONDecodeError, RecursionError) as e:
-                value = ValueError(f"not JSON: {e}")
-            yield number, value

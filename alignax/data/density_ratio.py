@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from alignax.batch import Example
 from alignax.data import Examples, wrapped
+from alignax.records import messages
 
 
 def examples(
@@ -46,13 +48,17 @@ def examples(
     if ridge <= 0:
         raise ValueError(f"ridge is {ridge}, expected a positive number")
     inner = wrapped(source, split)
-    rows = [inner[i] for i in range(len(inner))]
-    if unlabelled := [row.id for row in rows if not row.feedback]:
-        raise ValueError(f"{unlabelled[0]}: density_ratio needs a label, found none")
-    desirable = np.array([row.feedback[0] > 0.5 for row in rows])
+    if not len(inner):  # a split that is to have no rows
+        return inner
+    labels = np.zeros(len(inner))
+    x = np.zeros((len(inner), features))
+    for i, row in enumerate(inner):
+        if not row.feedback:
+            raise ValueError(f"{row.id}: density_ratio needs a label, found none")
+        labels[i], x[i] = row.feedback[0], embed(_words(row.prompt), features)
+    desirable = labels > 0.5
     if desirable.all() or not desirable.any():
         raise ValueError("density_ratio needs rows of both labels")
-    x = np.stack([embed(_words(row.prompt), features) for row in rows])
     rng = np.random.default_rng(seed)
     count = min(fitted_on, int(desirable.sum()), int((~desirable).sum()))
     seen = np.concatenate(
@@ -60,20 +66,20 @@ def examples(
     )
     logit = fit(x[seen], desirable[seen], ridge)
     ratios = np.exp(np.clip(logit(x), -10.0, 10.0))
-    return Examples(
-        [
-            row._replace(columns={**row.columns, "density_ratio": float(w)})
-            for row, w in zip(rows, ratios, strict=True)
-        ],
-        report=inner.report,
-    )
+
+    def convert(i: int) -> Example:
+        row = inner[i]
+        columns = {**row.columns, "density_ratio": float(ratios[i])}
+        return row._replace(columns=columns)
+
+    return inner.over(range(len(inner)), convert, carried=("density_ratio",))
 
 
 def _words(prompt) -> str:
     """The text of a prompt, of all its turns."""
     if isinstance(prompt, str):
         return prompt
-    return " ".join(turn["content"] for turn in prompt)
+    return " ".join(map(messages.text, prompt))
 
 
 def embed(text: str, size: int) -> np.ndarray:

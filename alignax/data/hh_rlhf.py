@@ -12,20 +12,21 @@ import contextlib
 import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import pathlib
-import re
 import tempfile
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import tensorflow_datasets as tfds
 
 from alignax.batch import Example, Message
-from alignax.data import Examples, as_kind, existing, held_out, read_json_lines
-
-_TURN = re.compile(r"\n\n(Human|Assistant):")
-_ROLES = {"Human": "user", "Assistant": "assistant"}
+from alignax.data import Examples, as_kind, held_out, none_left, share
+from alignax.records import values
+from alignax.records.files import existing, read_json_lines
+from alignax.records.row_forms import hh_turns
 
 
 def examples(
@@ -42,11 +43,11 @@ def examples(
 
     Args:
       split: 'train', 'test' or 'all'.
-      path: a .jsonl or .jsonl.gz file.
+      path: a .jsonl or .jsonl.gz file, or another that `data.jsonl` reads.
       kind: 'pairs' (or 'groups', of two), 'sft' (the chosen side) or 'prompts'.
       test_fraction: share of dialogues held out as 'test', by a hash of the first human
         turn: dialogues with the same first turn are in the same split, and no prompt is
-        in both.
+        in both. At 0 the test split is empty, and no evaluation is made of it.
       size: number of pairs to use, from the start of the split; 0 uses all.
       cache_dir: folder of the prepared copies; by default $ALIGNAX_CACHE, or alignax/ in the
         user's cache folder.
@@ -61,8 +62,7 @@ def examples(
       FileNotFoundError: no such file; names the files beside it.
       ValueError: no usable row, an unknown split or kind, or (strict) an unusable row.
     """
-    if split not in ("train", "test", "all"):
-        raise ValueError(f"split is {split!r}, expected 'train', 'test' or 'all'")
+    fraction = share(test_fraction, split)
     source = existing(path)
     if cache_dir is None:
         home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
@@ -79,39 +79,33 @@ def examples(
     picked = [
         i
         for i, opening in enumerate(notes["openings"])
-        if split == "all" or held_out(opening, test_fraction) == (split == "test")
+        if split == "all" or held_out(opening, fraction) == (split == "test")
     ]
-    if not picked:
-        raise ValueError(f"{source} has no row in split {split!r} among {len(rows)}")
+    if not picked and (split != "test" or fraction):
+        raise ValueError(none_left(source, split, fraction, len(rows)))
     picked = picked[: size or None]
     convert = functools.partial(_example, rows, source.name, kind)
     # An unknown kind raises here and not at the first row that is read.
     as_kind(Example("", "", ["", ""], (1.0, 0.0)), kind)
-    return Examples(picked, convert, report)
+    return Examples(picked, convert, report, files=(str(source),))
 
 
-def parse(dialogue: str) -> list[Message]:
-    """The turns of "\\n\\nHuman: ...\\n\\nAssistant: ...", contents stripped of blanks.
+def parse_file(
+    path: pathlib.Path, report: dict[str, list[str]]
+) -> Iterator[dict[str, str]]:
+    """The rows of a file: texts, of which all but the id are JSON.
 
-    Raises:
-      ValueError: the text does not start with a turn.
+    Args:
+      path: of the file.
+      report: gets the lines that are no rows, by kind.
     """
-    pieces = _TURN.split(dialogue)
-    if pieces[0].strip() or len(pieces) < 3:
-        raise ValueError(f"not a dialogue: {dialogue[:40]!r}")
-    pairs = zip(pieces[1::2], pieces[2::2], strict=True)
-    return [{"role": _ROLES[who], "content": text.strip()} for who, text in pairs]
-
-
-def parse_file(path: pathlib.Path) -> tuple[list[dict[str, str]], dict[str, list[str]]]:
-    """(rows, report) of a file, by line number; a row's prompt and sides are JSON."""
-    rows: list[dict[str, str]] = []
-    report: dict[str, list[str]] = {}
     for number, value in read_json_lines(path):
         try:
             if isinstance(value, ValueError):
                 raise value
             chosen, rejected = (_dialogue(value, key) for key in ("chosen", "rejected"))
+            rest = {k: v for k, v in value.items() if k not in ("chosen", "rejected")}
+            columns = values.columns({k: v for k, v in rest.items() if v is not None})
         except ValueError as e:
             report.setdefault("malformed", []).append(f"{number}: {e}")
             continue
@@ -129,12 +123,9 @@ def parse_file(path: pathlib.Path) -> tuple[list[dict[str, str]], dict[str, list
             "prompt": chosen[:-1],
             "chosen": chosen[-1:],
             "rejected": rejected[-1:],
+            "columns": columns,
         }
-        rows.append({"id": str(number), **{k: json.dumps(v) for k, v in parts.items()}})
-    if not rows:
-        first = next(iter(report.values()), ["the file is empty"])[0]
-        raise ValueError(f"{path} has no usable row; first: line {first}")
-    return rows, report
+        yield {"id": str(number), **{k: json.dumps(v) for k, v in parts.items()}}
 
 
 def _dialogue(row: Any, key: str) -> list[Message]:
@@ -142,7 +133,7 @@ def _dialogue(row: Any, key: str) -> list[Message]:
         raise ValueError(f"not an object but {type(row).__name__}")
     if not isinstance(row.get(key), str) or not row[key].strip():
         raise ValueError(f"'{key}' is missing or empty")
-    turns = parse(row[key])
+    turns = hh_turns(row[key])
     if turns[-1]["role"] != "assistant" or len(turns) < 2:
         raise ValueError(
             f"'{key}' does not end in an assistant turn that answers another"
@@ -153,8 +144,9 @@ def _dialogue(row: Any, key: str) -> list[Message]:
 def _example(rows, file: str, kind: str, index: int) -> Example:
     row = {k: v.decode() if isinstance(v, bytes) else v for k, v in rows[index].items()}
     sides = [json.loads(row["chosen"]), json.loads(row["rejected"])]
-    prompt = json.loads(row["prompt"])
-    return as_kind(Example(f"{file}:{row['id']}", prompt, sides, (1.0, 0.0)), kind)
+    prompt, columns = json.loads(row["prompt"]), json.loads(row["columns"])
+    name = f"{file}:{row['id']}"
+    return as_kind(Example(name, prompt, sides, (1.0, 0.0), columns), kind)
 
 
 class HHRLHF(tfds.core.GeneratorBasedBuilder):
@@ -163,14 +155,14 @@ class HHRLHF(tfds.core.GeneratorBasedBuilder):
     Train and test are chosen at reading, so that `test_fraction` costs no preparation.
     """
 
-    VERSION = tfds.core.Version("1.0.0")  # of the parsing: a change makes copies stale
+    VERSION = tfds.core.Version("1.0.1")  # of the parsing: a change makes copies stale
 
-    def __init__(self, *, rows: list[dict[str, str]] | None = None, **kwargs):
+    def __init__(self, *, rows: Iterable[dict[str, str]] = (), **kwargs):
         self._rows = rows
         super().__init__(file_format="array_record", **kwargs)
 
     def _info(self):
-        names = ("id", "prompt", "chosen", "rejected")
+        names = ("id", "prompt", "chosen", "rejected", "columns")
         features = tfds.features.FeaturesDict({k: tfds.features.Text() for k in names})
         return self.dataset_info_from_configs(features=features, disable_shuffling=True)
 
@@ -179,7 +171,16 @@ class HHRLHF(tfds.core.GeneratorBasedBuilder):
         return {"rows": self._generate_examples()}
 
     def _generate_examples(self):
-        yield from enumerate(self._rows or ())
+        yield from enumerate(self._rows)
+
+
+def _noted(
+    rows: Iterable[dict[str, str]], openings: list[str]
+) -> Iterator[dict[str, str]]:
+    """The rows, while the first turn of each is noted."""
+    for row in rows:
+        openings.append(json.loads(row["prompt"])[0]["content"])
+        yield row
 
 
 def _prepared(folder: pathlib.Path, source: pathlib.Path) -> tuple[Any, dict[str, Any]]:
@@ -190,13 +191,18 @@ def _prepared(folder: pathlib.Path, source: pathlib.Path) -> tuple[Any, dict[str
     builder = HHRLHF(data_dir=str(folder))
     notes = pathlib.Path(builder.data_path, "notes.json")
     if not notes.is_file():
-        rows, report = parse_file(source)
-        openings = [json.loads(row["prompt"])[0]["content"] for row in rows]
+        report: dict[str, list[str]] = {}
+        openings: list[str] = []
+        rows = _noted(parse_file(source, report), openings)
+        first = next(rows, None)
+        if first is None:
+            why = next(iter(report.values()), ["the file is empty"])[0]
+            raise ValueError(f"{source} has no usable row; first: line {why}")
         # Concurrent runs prepare copies of their own; the first rename wins. The notes are
         # written last: where they exist, the rows are complete.
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            fresh = HHRLHF(rows=rows, data_dir=scratch)
+            fresh = HHRLHF(rows=itertools.chain([first], rows), data_dir=scratch)
             with contextlib.redirect_stdout(io.StringIO()):
                 fresh.download_and_prepare()
             pathlib.Path(fresh.data_path, "notes.json").write_text(

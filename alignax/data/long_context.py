@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from alignax.batch import Example
 from alignax.data import Examples, wrapped
 
 
@@ -33,16 +34,19 @@ def examples(
     inner = wrapped(source, split)
     if documents < 1:
         raise ValueError(f"documents is {documents}, expected at least 1")
+    if not len(inner):  # a split that is to have no rows
+        return inner
     if len(inner) <= documents:
         raise ValueError(
             f"{len(inner)} examples are too few for {documents} distractors each"
         )
-    rows = []
-    for i in range(len(inner)):
+
+    def convert(i: int) -> Example:
         rng = np.random.default_rng([seed, i])
         others = rng.choice(len(inner) - 1, documents, replace=False)
         texts = [inner[int(j) + (j >= i)].prompt for j in others] + [inner[i].prompt]
         if not all(isinstance(t, str) for t in texts):
             raise ValueError(f"{inner[i].id}: long_context needs prompts in one string")
-        rows.append(inner[i]._replace(prompt="\n\n".join(texts)))
-    return Examples(rows, report=inner.report)
+        return inner[i]._replace(prompt="\n\n".join(texts))
+
+    return inner.over(range(len(inner)), convert).checked()

@@ -5,6 +5,8 @@ Source: best against worst and against random, as in WildFeedback and CodeUltraF
 https://arxiv.org/abs/2403.09032)
 """
 
+import array
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,9 +49,11 @@ def examples(
     if margin < 0:
         raise ValueError(f"margin is {margin}, expected at least 0")
     inner = wrapped(source, split)
-    rows, dropped = [], []
-    for i in range(len(inner)):
-        group = inner[i]
+    if not len(inner):  # a split that is to have no rows
+        return inner
+    dropped: list[str] = []
+    places = array.array("q")  # (group, number within it, better, worse) after another
+    for i, group in enumerate(inner):
         if len(group.feedback) != len(group.responses):
             raise ValueError(
                 f"{group.id}: {len(group.responses)} responses, but "
@@ -61,20 +65,23 @@ def examples(
                 f"{group.id}: no two responses differ by more than {margin:g}"
             )
         for k, (a, b) in enumerate(found):
-            rows.append(
-                group._replace(
-                    id=f"{group.id}/{k}",
-                    responses=(group.responses[a], group.responses[b]),
-                    feedback=(group.feedback[a], group.feedback[b]),
-                    form="pairs",
-                )
-            )
-    if not rows:
+            places.extend((i, k, a, b))
+    if not places:
         raise ValueError(f"no pair among {len(inner)} groups; first: {dropped[:1]}")
-    report = {**inner.report}
-    if dropped:
-        report["dropped"] = [*report.get("dropped", []), *dropped]
-    return Examples(rows, report=report)
+    rows = np.array(places).reshape(-1, 4)
+    convert = functools.partial(_pair, inner)
+    return inner.over(rows, convert, {"dropped": dropped} if dropped else None)
+
+
+def _pair(inner: Examples, row: np.ndarray) -> Example:
+    i, k, a, b = row.tolist()
+    group = inner[i]
+    return group._replace(
+        id=f"{group.id}/{k}",
+        responses=(group.responses[a], group.responses[b]),
+        feedback=(group.feedback[a], group.feedback[b]),
+        form="pairs",
+    )
 
 
 def _pairs(group: Example, strategy: str, margin: float, rng) -> list[tuple[int, int]]:

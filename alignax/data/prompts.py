@@ -6,7 +6,8 @@ Source: the user's own files; rows are as in https://jsonlines.org
 """
 
 from alignax.batch import Example
-from alignax.data import Examples, existing, jsonl
+from alignax.data import Examples, jsonl
+from alignax.records.files import existing
 
 
 def examples(*, split: str = "all", path: str, size: int = 0) -> Examples:

@@ -13,6 +13,7 @@ import numpy as np
 
 from alignax.batch import Example, form
 from alignax.data import Examples, as_kind, wrapped
+from alignax.records import messages
 
 
 def examples(
@@ -46,8 +47,8 @@ def examples(
     if longest < 1:
         raise ValueError(f"longest is {longest}, expected at least 1")
     inner = wrapped(source, split)
-    rows = []
-    for i in range(len(inner)):
+
+    def convert(i: int) -> Example:
         pair = inner[i]
         if len(pair.responses) != 2:
             raise ValueError(
@@ -68,12 +69,12 @@ def examples(
         if given:
             turn = {"role": "assistant", "content": f"{given} {refusal}"}
             answer = [{**turn, "prefill": given}]
-        rows.append(
-            Example(
-                f"{pair.id}/recovery", pair.prompt, [answer], template=pair.template
-            )
-        )
-    return Examples(rows, report=inner.report)
+        return Example(
+            f"{pair.id}/recovery", pair.prompt, [answer], columns=pair.columns,
+            template=pair.template,
+        )  # fmt: skip
+
+    return inner.over(range(len(inner)), convert).checked()
 
 
 def _text(name: str, response) -> str:
@@ -82,4 +83,4 @@ def _text(name: str, response) -> str:
         return response.strip()
     if len(response) != 1 or response[0]["role"] != "assistant":
         raise ValueError(f"{name}: recovery needs answers of one assistant turn")
-    return response[0]["content"].strip()
+    return messages.text(response[0]).strip()

@@ -28,39 +28,41 @@ def examples(
       ValueError: no pair at all, or two examples of one data set with the same id.
     """
     answered, under_long = wrapped(short, split), wrapped(long, split)
-    under_short = {x.id: x for x in _distinct(answered, "short")}
-    _distinct(under_long, "long")
+    if not len(under_long):  # a split that is to have no rows
+        return under_long
+    places = _places(answered, "short")
+    _places(under_long, "long")
     rows, dropped = [], []
-    for i in range(len(under_long)):
-        example = under_long[i]
-        other = under_short.get(example.id)
+    for i, example in enumerate(under_long):
+        j = places.get(example.id)
+        other = None if j is None else answered[j]
         if other is None or not (other.responses and example.responses):
             dropped.append(f"{example.id}: no answer under one of the two contexts")
-            continue
-        sides = (other.responses[0], example.responses[0])
-        if sides[0] == sides[1]:
+        elif other.responses[0] == example.responses[0]:
             dropped.append(f"{example.id}: the same answer under both contexts")
-            continue
-        rows.append(
-            Example(
-                example.id, example.prompt, sides, (1.0, 0.0),
-                template=example.template,
-            )
-        )  # fmt: skip
+        else:
+            rows.append((j, i))
     if not rows:
         raise ValueError(f"no pair among {len(under_long)} answers; {dropped[:1]}")
-    report = {k: [*v] for k, v in under_long.report.items()}
-    for kind, lines in (*answered.report.items(), ("dropped", dropped)):
-        report[kind] = [*report.get(kind, []), *lines]
-    return Examples(rows, report=report)
+    report = {k: [*v] for k, v in answered.report.items()}
+    report["dropped"] = [*report.get("dropped", []), *dropped]
+
+    def convert(row: tuple[int, int]) -> Example:
+        other, example = answered[row[0]], under_long[row[1]]
+        sides = (other.responses[0], example.responses[0])
+        return example._replace(responses=sides, feedback=(1.0, 0.0), form="")
+
+    found = under_long.over(rows, convert, report, carried=answered.carried)
+    found.files = tuple(dict.fromkeys((*found.files, *answered.files)))
+    return found
 
 
-def _distinct(data: Examples, name: str) -> list[Example]:
-    """The examples; raises ValueError if two have the same id."""
+def _places(data: Examples, name: str) -> dict[str, int]:
+    """The index of every id; raises ValueError if two examples have the same one."""
     places: dict[str, int] = {}
     for i, example in enumerate(data):
         if (other := places.setdefault(example.id, i)) != i:
             raise ValueError(
                 f"examples {other} and {i} of {name} have the same id, {example.id!r}"
             )
-    return [*data]
+    return places

@@ -6,11 +6,15 @@ another prompt: KTO estimates the KL from the reference on those.
 Source: Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306, section 4
 """
 
+import array
 import collections
 import functools
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from alignax.batch import Example, Message, form
 from alignax.data import Examples, wrapped
@@ -37,13 +41,14 @@ def examples(
 
     Raises:
       ValueError: a response without a label, or a prompt that has more than half of all
-        rows, so that they cannot all be mismatched, or an empty data set.
+        rows, so that they cannot all be mismatched.
     """
     inner = wrapped(source, split)
-    places: list[tuple[int, int]] = []
-    prompts: list[str] = []
-    for i in range(len(inner)):
-        example = inner[i]
+    if not len(inner):  # a split that is to have no rows
+        return inner
+    rows, slots = array.array("q"), array.array("q")
+    prompts: list[bytes] = []
+    for i, example in enumerate(inner):
         labels = _labels(example)
         if not example.responses or len(labels) != len(example.responses):
             raise ValueError(
@@ -51,20 +56,29 @@ def examples(
                 f"{len(labels)} labels; unpaired needs a label for each (pairs "
                 "have them: kind='pairs')"
             )
-        places += [(i, j) for j in range(len(example.responses))]
-        prompts += [_key(example.prompt)] * len(example.responses)
-    if not places:
-        raise ValueError("unpaired found no response: the inner data set is empty")
-    partners = rotation(prompts) if mismatched else None
+        many = len(example.responses)
+        rows.extend([i] * many)
+        slots.extend(range(many))
+        # Texts are not held. Two that have one digest would not be partners, that is all.
+        prompts += [_digest(example.prompt)] * many
+    places = np.stack([np.array(rows), np.array(slots)], 1)
+    partners = None
+    if mismatched:
+        partners = np.array(
+            rotation(prompts, lambda row: _key(inner[rows[row]].prompt))
+        )
     convert = functools.partial(_example, inner, places, partners)
-    return Examples(range(len(places)), convert, inner.report)
+    return inner.over(range(len(places)), convert)
 
 
-def rotation(prompts: Sequence[str]) -> list[int]:
+def rotation(
+    prompts: Sequence[Hashable], text: Callable[[int], str] | None = None
+) -> list[int]:
     """For every row the index of another with a different prompt, each used once.
 
     Args:
-      prompts: of the rows, as text.
+      prompts: of the rows, as text or digests.
+      text: of the prompt of a row, for a message; by default the prompt itself.
 
     Raises:
       ValueError: more than half of the rows have the same prompt.
@@ -72,6 +86,7 @@ def rotation(prompts: Sequence[str]) -> list[int]:
     counts = collections.Counter(prompts)
     prompt, shift = counts.most_common(1)[0]
     if 2 * shift > len(prompts):
+        prompt = text(prompts.index(prompt)) if text else str(prompt)
         raise ValueError(
             f"{shift} of {len(prompts)} rows have the prompt {prompt[:60]!r}: there are "
             "not enough other prompts to mismatch them with; use more data, or "
@@ -88,11 +103,11 @@ def rotation(prompts: Sequence[str]) -> list[int]:
 
 
 def _example(inner, places, partners, row: int) -> Example:
-    i, j = places[row]
+    i, j = places[row].tolist()
     example = inner[i]
     responses, feedback = [example.responses[j]], [float(_labels(example)[j])]
     if partners is not None:
-        other, slot = places[partners[row]]
+        other, slot = places[partners[row]].tolist()
         responses.append(inner[other].responses[slot])
         feedback.append(0.0)
     return example._replace(
@@ -104,6 +119,10 @@ def _example(inner, places, partners, row: int) -> Example:
 def _labels(example: Example) -> Sequence[float]:
     """The labels of the responses; scores of a pair say no more than which is better."""
     return (1.0, 0.0) if form(example) == "pairs" else example.feedback
+
+
+def _digest(prompt: str | Sequence[Message]) -> bytes:
+    return hashlib.blake2b(_key(prompt).encode(), digest_size=16).digest()
 
 
 def _key(prompt: str | Sequence[Message]) -> str:

@@ -113,8 +113,7 @@ def examples(*, split: str, source: Mapping[str, Any], shots: int = 3) -> Exampl
             raise ValueError(f"{example.id}: the query holds ```, which ends a query")
         return example._replace(prompt=prompt(text, shots))
 
-    rows = [convert(inner[i]) for i in range(len(inner))]
-    return Examples(rows, report=inner.report)
+    return inner.over(inner, convert).checked()
 
 
 def _query(text: str) -> str:

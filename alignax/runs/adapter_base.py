@@ -12,6 +12,7 @@ import jax
 from etils import epath
 
 from alignax.batch import Params
+from alignax.records import fetch
 from alignax.runs import checkpoint
 
 NAME = "base.json"
@@ -33,8 +34,9 @@ def note(workdir, path: str, params: Params) -> None:
     if (folder / NAME).exists():
         _compare(folder, checksum)
     elif jax.process_index() == 0:
-        there = str(checkpoint.absolute(path)) if path else ""
-        local = path and "://" not in f"{there}{folder}"
+        named = path.startswith(fetch.PREFIX)
+        there = str(checkpoint.absolute(path)) if path and not named else path
+        local = path and not named and "://" not in f"{there}{folder}"
         seen = os.path.relpath(there, folder) if local else ""
         known = {"path": there, "from_here": seen, "checksum": checksum}
         fresh = folder / f".{NAME}"  # a kill must not leave half of it
@@ -65,7 +67,7 @@ def find(workdir, path: str) -> str:
     if known["from_here"]:
         places.insert(1, os.path.normpath(folder / known["from_here"]))
     for place in places:
-        if epath.Path(place).exists():
+        if place.startswith(fetch.PREFIX) or epath.Path(place).exists():
             return place
     raise FileNotFoundError(
         f"the base of the adapters in {folder} is in none of {list(dict.fromkeys(places))}"

@@ -5,6 +5,7 @@
   peft  a folder of PEFT adapters, and its base   adapter_config.json
   run   the folder of a run, or its 'best'        checkpoints/, config.json, base.json
 
+'hf:OWNER/NAME' is the folder of a model that is fetched by its name: see `records.fetch`.
 'stage:NAME' is the run of an earlier stage of the same config: see `of_stage`.
 """
 
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from alignax.models import lora
+from alignax.records import fetch
 from alignax.runs import adapter_base, checkpoint, workdirs
 
 STAGE = "stage:"
@@ -22,7 +24,7 @@ class ModelPath(NamedTuple):
     """The description of a path.
 
     Attributes:
-      path: as it was given.
+      path: as it was given, or the folder of what was fetched.
       kind: 'hf', 'gguf', 'peft' or 'run'.
       base: of kind peft, the model that the adapters belong to; of a run, the model that
         it started from, where that is needed to read its adapters or its tokenizer; None
@@ -48,11 +50,13 @@ def resolve(path: str) -> ModelPath:
 
     Raises:
       FileNotFoundError: the base of adapters is in none of the places that they name.
-      ValueError: a stage that was not resolved, or adapters of a kind that is not
-        supported.
+      ValueError: a stage that was not resolved, adapters of a kind that is not supported,
+        or a name that cannot be fetched.
     """
     if path.startswith(STAGE):
         raise ValueError(f"{path} is a path in a config with stages only")
+    if path.startswith(fetch.PREFIX):
+        path = fetch.model(path)
     if lora.is_peft(path):
         base = resolve(lora.peft_base(path))
         own = (epath.Path(path) / "tokenizer.json").exists()

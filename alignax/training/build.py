@@ -20,6 +20,7 @@ from alignax.reports import tables
 from alignax.runs import adapter_base, checkpoint, workdirs
 from alignax.runs.model_paths import ModelPath
 from alignax.training import checks, loading, on_policy, optim, parallel
+from alignax.training.plugins import Plugins
 from alignax.training.step import with_average
 
 
@@ -81,7 +82,7 @@ def build(config, workdir: str, model: ModelPath | None = None) -> Run:
     text = loading.load_tokenizer(config, loading.tokenizer_path(config, model))
     # Data that the loss or an evaluation cannot read are refused before weights are read.
     examples = training_examples(config, plugins.loss)
-    eval_data = plugin.load_examples(config.eval_data) if config.eval_data else None
+    plugins, eval_data = evaluation_data(config, plugins)
     names = (*checks.frozen_names(config), *checks.moving_names(config))
     check_evaluations(plugins.evals, names, eval_data)
     whole = loading.make_policy(config, text, model)
@@ -111,6 +112,26 @@ def build(config, workdir: str, model: ModelPath | None = None) -> Run:
     )  # fmt: skip
     describe_data(config, run, examples)
     return run
+
+
+def evaluation_data(
+    config, plugins: Plugins
+) -> tuple[Plugins, Sequence[Example] | None]:
+    """The plug-ins and the examples of the evaluations, or no evaluations and None.
+
+    Raises:
+      ValueError: the split of the evaluations is to have no rows (test_fraction=0), but
+        the best checkpoint is chosen by it.
+    """
+    examples = plugin.load_examples(config.eval_data) if config.eval_data else None
+    if examples is None or len(examples):
+        return plugins, examples
+    if config.best_metric.startswith("eval/"):
+        raise ValueError(
+            f"best_metric is {config.best_metric!r}, but eval_data has no rows at "
+            "test_fraction=0: set another fraction, or best_metric=''"
+        )
+    return plugins._replace(evals={}), None
 
 
 def check_context(config, evals: Mapping[str, plugin.Bound], context: int) -> None:
@@ -223,6 +244,8 @@ def describe_data(config, run: Run, examples: Any) -> None:
         rolled = config.rollout.reward
         counts = examples.counts if rolled else run.source.report()
         run.say(f"{'prompts' if rolled else 'data'}: {tables.summary(counts)}")
+    if run.eval_data is None and config.eval_data:
+        run.say("evaluation data: none at test_fraction=0, so there are no evaluations")
     if run.eval_data is not None:
         batches = source.eval_batches(
             run.eval_data, run.tokenizer, length=config.length,

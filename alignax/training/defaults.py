@@ -41,7 +41,9 @@ def get_config() -> ConfigDict:
     c.truncate_prompts = "drop"
 
     c.model = ConfigDict()
-    c.model.path = ""  # Hugging Face folder, .gguf, a run's folder, or 'stage:NAME'
+    c.model.path = (
+        ""  # a folder of Hugging Face's or a run, .gguf, 'hf:OWNER/NAME', 'stage:NAME'
+    )
     c.model.sizes = ConfigDict()  # without a path: train from scratch at these sizes
     c.model.value_head = False
     c.model.dtype = "float32"  # of the computation

@@ -93,6 +93,31 @@ def test_rows_are_prepared_once_and_anew_when_the_file_changes(
     assert len(read(file, tmp_path)) == len(first) + 1
 
 
+def test_hostile_rows_are_one_each_and_other_keys_are_columns(tmp_path):
+    half = json.dumps(row("q", "good \ud83d", "bad")).encode()
+    long = json.dumps({**row("q", "good", "bad"), "n": 0})[:-2].encode()
+    rows = [
+        row("a", "good", "bad"), half, long + b"1" * 5000 + b"}",
+        {**row("b", "good", "bad"), "n": 3, "who": "x", "none": None},
+    ]  # fmt: skip
+    got = read(write(tmp_path / "h.jsonl", rows), tmp_path)
+    assert [e.id for e in got] == ["h.jsonl:1", "h.jsonl:4"]
+    assert [dict(e.columns) for e in got] == [{}, {"n": 3, "who": "x"}]
+    first, second = got.report["malformed"]
+    assert first.startswith("h.jsonl:2: 'chosen' holds half of a surrogate pair")
+    assert second.startswith("h.jsonl:3: an integer of 5000 digits")
+    assert got.files == (str(tmp_path / "h.jsonl"),)
+
+
+def test_an_empty_split_says_what_to_set_and_zero_is_no_test(file, tmp_path):
+    assert len(read(file, tmp_path, "train", test_fraction=0)) == 35
+    assert len(read(file, tmp_path, "test", test_fraction=0)) == 0
+    with pytest.raises(ValueError, match=r"among 35 rows.*set a larger one"):
+        read(file, tmp_path, "test", test_fraction=1e-9)
+    with pytest.raises(ValueError, match="test_fraction is 2"):
+        read(file, tmp_path, test_fraction=2.0)
+
+
 def test_splits_share_no_opening(file, tmp_path):
     train, test = (
         read(file, tmp_path, s, test_fraction=0.3) for s in ("train", "test")

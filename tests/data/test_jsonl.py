@@ -2,14 +2,17 @@
 
 import gzip
 import json
+import pathlib
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from alignax.batch import Example
+from alignax.batch import Example, form
 from alignax.data import jsonl
 
+CASES = pathlib.Path(__file__).parents[3] / "shared" / "cases"
+needs_cases = pytest.mark.skipif(not CASES.is_dir(), reason="needs the shared cases")
 GOOD = {"prompt": "p", "chosen": "c", "rejected": "r"}
 
 
@@ -108,7 +111,7 @@ BAD = {
     "what data.hh_rlhf reads": {"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: b"},
     "empty assistant turn": {"messages": [user("a"), assistant("")]},
     "no assistant turn": {"messages": [user("a")]},
-    "expected role and content": {"messages": [{"from": "human", "value": "a"}]},
+    "expected role and content": {"messages": [{"text": "a"}]},
     "it has no prompt": {"messages": [assistant("a")]},
     "whose content is not text": {"messages": [user(3), assistant("a")]},
     "'label' is 'yes'": {"prompt": "p", "response": "r", "label": "yes"},
@@ -243,23 +246,160 @@ def test_groups_are_pairs_and_scored_responses_and_nothing_else(tmp_path):
     assert empty == "d.jsonl:5: a group of 0, expected two responses or more"
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_two_rows_with_one_id_are_refused_by_their_lines(tmp_path, split):
-    rows = [GOOD | {"id": str(i), "prompt": f"p{i}"} for i in range(40)]
-    file = write(tmp_path / "d.jsonl", *rows, GOOD | {"id": "7", "prompt": "other"})
-    with pytest.raises(
-        ValueError, match=r"^d\.jsonl:41 has the id of d\.jsonl:8, '7'$"
+@pytest.mark.parametrize("split", ["train", "test", "all"])
+def test_the_place_is_appended_to_an_id_that_another_row_has(tmp_path, split):
+    rows = [GOOD | {"id": str(i), "prompt": f"p{i % 30}"} for i in range(40)]
+    more = [GOOD | {"id": x, "prompt": "p7"} for x in ("7", 7, "7 (d.jsonl:41)")]
+    file = write(tmp_path / "d.jsonl", *rows, *more)
+    got = jsonl.examples(split=split, path=file, test_fraction=0.3)
+    ids = [r.id for r in got]
+    assert len({*ids}) == len(ids)
+    if "7" in ids:
+        assert ids[-3:] == [
+            "7 (d.jsonl:41)", "7 (d.jsonl:42)", "7 (d.jsonl:41) (d.jsonl:43)",
+        ]  # fmt: skip
+    assert [r.id for r in got] == [got[i].id for i in range(len(got))]
+
+
+def test_an_id_may_be_the_place_of_another_row(tmp_path):
+    for rows, want in (
+        ([GOOD | {"id": "d.jsonl:2"}, GOOD], ["d.jsonl:2", "d.jsonl:2 (d.jsonl:2)"]),
+        ([GOOD, GOOD | {"id": "d.jsonl:1"}], ["d.jsonl:1", "d.jsonl:1 (d.jsonl:2)"]),
+        ([GOOD | {"id": "d.jsonl:1"}, GOOD], ["d.jsonl:1", "d.jsonl:2"]),
     ):
-        jsonl.examples(split=split, path=file, test_fraction=0.3)
-
-
-def test_an_id_may_not_be_that_of_another_line(tmp_path):
-    file = write(tmp_path / "d.jsonl", GOOD | {"id": "d.jsonl:2"}, GOOD)
-    with pytest.raises(ValueError, match=r"d\.jsonl:2 has the id of d\.jsonl:1"):
-        read(file)
+        assert [r.id for r in read(write(tmp_path / "d.jsonl", *rows))] == want
 
 
 def test_a_malformed_row_takes_no_id(tmp_path):
     bad = {"prompt": "p", "chosen": "", "rejected": "r", "id": "a"}
     rows = read(write(tmp_path / "d.jsonl", bad, GOOD | {"id": "a"}))
     assert [r.id for r in rows] == ["a"]
+
+
+def test_rows_are_read_again_and_not_held(tmp_path):
+    file = write(tmp_path / "d.jsonl", *[GOOD] * 3)
+    rows = read(file)
+    assert rows[0] == rows[0]
+    assert rows[0] is not rows[0]
+    assert rows[0:2][1].id == "d.jsonl:2"
+    assert rows.files == (file,)
+    write(tmp_path / "d.jsonl", GOOD)
+    with pytest.raises(ValueError, match="has changed while it was being read"):
+        rows[0]
+
+
+def test_a_split_that_would_be_empty_says_what_to_set(tmp_path):
+    file = write(tmp_path / "d.jsonl", GOOD, GOOD)
+    for split, fraction, word in (("test", 1e-9, "larger"), ("train", 1 - 1e-9, "smaller")):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"among 2 rows.*set a {word} one, test_fraction=0 for"):  # fmt: skip
+            jsonl.examples(split=split, path=file, test_fraction=fraction)
+    for bad in (1.5, -0.1, True, float("nan")):
+        with pytest.raises(ValueError, match=r"test_fraction is .*, expected 0 to 1"):
+            jsonl.examples(split="train", path=file, test_fraction=bad)
+
+
+def test_a_fraction_of_zero_is_no_test(tmp_path):
+    file = write(tmp_path / "d.jsonl", GOOD, b"{", GOOD)
+    assert len(jsonl.examples(split="train", path=file, test_fraction=0)) == 2
+    none = jsonl.examples(split="test", path=file, test_fraction=0)
+    assert len(none) == 0
+    assert list(none) == []
+    assert len(none.report["malformed"]) == 1
+
+
+def test_keys_of_the_file_may_have_other_names(tmp_path):
+    rows = [{"question": "p", "good": "c", "bad": "r"}, {"question": "q", "bad": "r"}]
+    names = {"question": "prompt", "good": "chosen", "bad": "rejected"}
+    file = write(tmp_path / "d.jsonl", *rows)
+    got = read(file, columns=names)
+    assert list(got) == [Example("d.jsonl:1", "p", ["c", "r"], (1.0, 0.0))]
+    assert "'chosen' is missing" in got.report["malformed"][0]
+    with pytest.raises(ValueError, match=r"'qestion'.*did you mean 'question'"):
+        read(file, columns={"qestion": "prompt"})
+    with pytest.raises(ValueError, match=r"did you mean 'prompt'"):
+        read(file, columns={"question": "promt"})
+
+
+def test_a_pair_in_the_wrong_order_is_dropped_by_name(tmp_path):
+    scored = GOOD | {"score_chosen": 2, "score_rejected": 7}
+    file = write(tmp_path / "d.jsonl", GOOD, scored, b"{")
+    rows = read(file)
+    assert [r.id for r in rows] == ["d.jsonl:1"]
+    assert rows.report["dropped"] == ["d.jsonl:2: chosen is scored 2, below rejected with 7"]  # fmt: skip
+    assert len(rows.report["malformed"]) == 1
+    with pytest.raises(ValueError, match=r"^d\.jsonl:2: chosen is scored 2"):
+        read(file, strict=True)
+    only = write(tmp_path / "e.jsonl", scored)
+    with pytest.raises(
+        ValueError, match=r"first dropped row e\.jsonl:1: chosen is scor"
+    ):
+        read(only)
+
+
+HOSTILE = {
+    "surrogate": b'{"prompt": "p", "chosen": "c\\ud83d", "rejected": "r"}',
+    "surrogate in an id": b'{"id": "\\udc00", "prompt": "p"}',
+    "long integer": b'{"prompt": "p", "n": 1' + b"0" * 5000 + b"}",
+    "label": b'{"prompt": "p", "response": "r", "label": 1' + b"0" * 400 + b"}",
+    "score": b'{"prompt": "p", "responses": ["a", "b"], "scores": [1, 1e999]}',
+    "infinite column": b'{"prompt": "p", "n": -Infinity}',
+    "twice": b'{"prompt": "p", "chosen": "c", "rejected": "r", "chosen": "d"}',
+    "deep": b'{"prompt": "p", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "label in words": b'{"prompt": "p", "response": "r", "label": "true"}',
+}
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.jsonl.gz"])
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_row_is_one_malformed_row(tmp_path, name, kind):
+    rows = read(write(tmp_path / name, GOOD, HOSTILE[kind], GOOD))
+    assert [r.id for r in rows] == [f"{name}:1", f"{name}:3"]
+    (line,) = rows.report["malformed"]
+    assert line.startswith(f"{name}:2: ")
+    assert len(line) < 200
+    line.encode()
+
+
+@needs_cases
+@pytest.mark.parametrize(
+    "name, used",
+    [("consecutive_user.jsonl", 1), ("content_none_toolcalls.jsonl", 2),
+     ("developer_role.jsonl", 1), ("dup_id.jsonl", 2), ("five_pairs.jsonl", 5),
+     ("int_id.jsonl", 2), ("kto_label.jsonl", 2), ("one_json_array.json", 2),
+     ("pairs_all.jsonl", 64), ("two_system.jsonl", 1), ("utf16.jsonl", 1)],
+)  # fmt: skip
+def test_the_shared_rows_are_all_used(name, used):
+    rows = read(str(CASES / "rows" / name))
+    assert len(rows) == used
+    assert rows.report == {}
+    assert len({r.id for r in rows}) == used
+    if name == "dup_id.jsonl":
+        assert [r.id for r in rows] == ["x1", "x1 (dup_id.jsonl:2)"]
+    if name == "int_id.jsonl":
+        assert [r.id for r in rows] == ["1", "1 (int_id.jsonl:2)"]
+    if name == "kto_label.jsonl":
+        assert [(form(r), r.feedback) for r in rows] == [("labelled", (1.0,)), ("labelled", (0.0,))]  # fmt: skip
+
+
+@needs_cases
+@pytest.mark.parametrize(
+    "name", ["bigint_400_label", "bigint_5000", "surrogate_prompt", "surrogate_response"]
+)  # fmt: skip
+def test_the_shared_hostile_rows_are_one_each(name):
+    rows = read(str(CASES / "hostile" / "rows" / f"{name}.jsonl"))
+    assert len(rows) == 20
+    assert [*rows.report] == ["malformed"]
+    assert len(rows.report["malformed"]) == 1
+
+
+@needs_cases
+def test_the_shared_keys_of_messages_stay():
+    def first(name):
+        return read(str(CASES / "message_keys_dropped" / f"{name}.jsonl"))[0]
+
+    assert first("kwargs").template == {"enable_thinking": False}
+    assert first("reasoning").responses[0][0]["reasoning_content"] == "Easy one."
+    assert [m.get("weight") for m in first("weight").responses[0]] == [0, None, 1]
+    tools = first("tools")
+    assert tools.template["tools"][0]["function"]["name"] == "clock"
+    assert tools.responses[0][0]["tool_calls"][0]["function"]["name"] == "clock"

@@ -11,7 +11,8 @@ from etils import epath
 
 from alignax.batch import LM
 from alignax.models import save, transformer
-from alignax.runs import model_paths, workdirs
+from alignax.records import fetch
+from alignax.runs import adapter_base, model_paths, workdirs
 from alignax.runs.model_paths import resolve
 from alignax.training import build, loading
 
@@ -123,3 +124,21 @@ def test_the_start_of_a_run_resolves_a_path_once(tmp_path, monkeypatch):
     run = build.build(config, str(tmp_path / "run"))
     assert run.lms["again"].params["embed"] is run.lms["other"].params["embed"]
     assert calls == {str(tmp_path / "policy"): 1, str(tmp_path / "other"): 1}
+
+
+def test_a_name_of_the_hub_is_the_folder_that_was_fetched(tmp_path, monkeypatch):
+    there = str(GOLDEN / "llama_tied")
+    monkeypatch.setattr(fetch, "model", lambda name: {"hf:me/model@v1": there}[name])
+    assert resolve("hf:me/model@v1") == resolve(there)
+
+
+def test_the_base_of_adapters_may_be_a_name_of_the_hub(tmp_path, monkeypatch):
+    there = str(GOLDEN / "llama_tied")
+    monkeypatch.setattr(fetch, "model", lambda name: {"hf:me/model": there}[name])
+    folder = run(tmp_path / "run", **{"model.path": "hf:me/model", "lora.rank": 2})
+    lm = loading.load_lm(there)
+    adapter_base.note(folder, "hf:me/model", lm.params)
+    known = json.loads((tmp_path / "run" / "base.json").read_text())
+    assert (known["path"], known["from_here"]) == ("hf:me/model", "")
+    assert resolve(folder).base == resolve(there)
+    adapter_base.note(folder, "hf:me/model", lm.params)  # the same base: it resumes

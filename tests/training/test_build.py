@@ -1,5 +1,7 @@
 """A config that cannot run is refused before anything compiles, and leaves no trace."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -258,3 +260,21 @@ def test_a_config_alone_shows_what_is_wrong_with_it(case):
     changes = dict(changes)
     with pytest.raises(ValueError, match=message):
         checks.check(tiny.config(changes.pop("kind", "sft"), **changes))
+
+
+def test_a_test_fraction_of_zero_alone_is_enough_to_have_no_test(tmp_path, capsys):
+    rows = [{"prompt": f"p{i}", "chosen": "c", "rejected": "r"} for i in range(8)]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"name": "jsonl", "split": "train", "path": str(file), "test_fraction": 0.0}
+    config = tiny.config(
+        "pairs", data=data, eval_data={**data, "split": "test"},
+        evals={"ranking_accuracy": {}},
+    )  # fmt: skip
+    run = build.build(config, str(tmp_path / "run"))
+    assert run.evals == {}
+    assert run.eval_data is None
+    assert "none at test_fraction=0" in capsys.readouterr().out
+    config.best_metric = "eval/ranking_accuracy/accuracy"
+    with pytest.raises(ValueError, match="eval_data has no rows at test_fraction=0"):
+        build.build(config, str(tmp_path / "other"))
