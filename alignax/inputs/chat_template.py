@@ -138,6 +138,17 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     code_generator_class = _Code
     intercepted_binops = frozenset({"%"})
 
+    def getattr(self, obj, attribute):
+        # A key of a dict first, where it cannot be meant as a method.
+        if type(obj) is dict and attribute in obj and not hasattr(dict, attribute):
+            return obj[attribute]
+        return super().getattr(obj, attribute)
+
+    def getitem(self, obj, argument):
+        if type(obj) is dict and type(argument) is str and argument in obj:
+            return obj[argument]
+        return super().getitem(obj, argument)
+
     def call(self, context, function, *args, **kwargs):
         owner = getattr(function, "__self__", None)
         if isinstance(owner, str) and type(owner) is not Tracked:
@@ -166,9 +177,9 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 def _from(out: Any, *made_of: Any) -> Any:
     """A text that was made in a way that is not followed, with all sources of it."""
-    if not isinstance(out, str):
-        return out
-    return tracked_text.as_whole(tracked_text.plain(out), *made_of)
+    text = tracked_text.plain(out) if isinstance(out, str) else ""
+    tracked = tracked_text.as_whole(text, *made_of)  # also counts as an inspection
+    return tracked if isinstance(out, str) else out
 
 
 def _as_whole(function: Callable) -> Callable:
@@ -203,17 +214,47 @@ def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=F
     return tracked_text.as_whole(text, value)
 
 
+# What hands texts on, or reads them in a way that `tracked_text.inspections` counts.
+_FOLLOWED = frozenset(
+    {
+        "trim", "default", "d", "string", "safe", "tojson", "length", "count", "first", "last",
+        "join", "list", "replace", "upper", "lower", "title", "capitalize", "indent", "e",
+        "escape", "forceescape", "wordwrap", "truncate", "format", "striptags", "urlencode",
+        "urlize", "center", "items", "dictsort", "reverse", "sort", "unique", "max", "min",
+    }
+)  # fmt: skip
+_TESTS = frozenset(
+    {
+        "defined", "undefined", "none", "string", "mapping", "iterable", "sequence", "true",
+        "false", "boolean", "number", "integer", "float", "callable", "odd", "even",
+        "divisibleby", "sameas", "eq", "equalto", "==", "ne", "!=", "lt", "gt", "le", "ge",
+    }
+)  # fmt: skip
+
+
+@functools.lru_cache(maxsize=32)
+def is_followed(source: str | None) -> bool:
+    """Whether everything by which a template may read a text counts as an inspection."""
+    env: Any = _environment()
+    tree = env.parse(source or PLAIN_TEMPLATE)
+    if any(node.name not in _FOLLOWED for node in tree.find_all(jinja2.nodes.Filter)):
+        return False
+    if any(node.name not in _TESTS for node in tree.find_all(jinja2.nodes.Test)):
+        return False
+    # A text that is looked for in another one is read without a trace.
+    return all(
+        operand.op not in ("in", "notin") or isinstance(node.expr, jinja2.nodes.Const)
+        for node in tree.find_all(jinja2.nodes.Compare)
+        for operand in node.ops
+    )
+
+
 @functools.lru_cache(maxsize=32)
 def _compile(source: str, now: datetime.datetime) -> jinja2.Template:
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 
-    # Templates come with downloaded models: they run in a sandbox.
-    env: Any = _Environment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[jinja2.ext.loopcontrols, _Generation],
-    )
+    env = _environment()
     env.concat = tracked_text.concat
     for name in (
         "indent", "wordwrap", "truncate", "format", "title", "striptags",
@@ -225,3 +266,12 @@ def _compile(source: str, now: datetime.datetime) -> jinja2.Template:
     env.globals["raise_exception"] = raise_exception
     env.globals["strftime_now"] = lambda form: now.strftime(form)
     return env.from_string(source)
+
+
+def _environment() -> Any:
+    # Templates come with downloaded models: they run in a sandbox.
+    return _Environment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[jinja2.ext.loopcontrols, _Generation],
+    )

@@ -6,12 +6,12 @@ common; a token that straddles prompt and response belongs to the response.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from alignax.batch import Example, Message
-from alignax.inputs.encoder import Encoded, Encoder, Segment
+from alignax.inputs.encoder import Encoded, Encoder, Key, Segment
 from alignax.inputs.turns import Reader, Rendering, Span, Turn
 
 SYSTEMS = ("refuse", "user")  # what happens to a system turn that a template lacks
@@ -57,7 +57,23 @@ class Side(NamedTuple):
     segments: list[Segment]
     turns: list[Turn]  # those of the response
     marks: list[Span]  # of the template, [] without any
+    beside: bool = False  # it begins with the segments of the prompt, but for the last
     begun: bool = False  # its first turn has a prefill, which is given and not scored
+
+
+class Asked(NamedTuple):
+    """A prompt to generate from."""
+
+    text: str
+    inserts: list[tuple[int, str]]  # end tokens that were put into it
+    segments: list[Segment]
+
+    def begins(self, text: str, inserts: list[tuple[int, str]]) -> bool:
+        """Whether a text begins with all segments of this one but the last."""
+        last = self.segments[-1]
+        many = last.start + (0 if last.inserted else len(last.key.lead))
+        here = [x for x in inserts if x[0] <= last.start]
+        return here == self.inserts and text.startswith(self.text[:many])
 
 
 class Rendered(NamedTuple):
@@ -71,8 +87,12 @@ class Rendered(NamedTuple):
     user: Span | None  # the text of the last user turn in the prompt's text
     notes: dict[str, str]  # what is remarkable: name -> details
 
-    def segments(self) -> list[Segment]:
-        return [*self.prompt, *(s for side in self.sides for s in side.segments)]
+    def wanted(self) -> Iterator[Key]:
+        """What has to be encoded."""
+        yield from (s.key for s in self.prompt)
+        for side in self.sides:
+            shared = len(self.prompt) - 1 if side.beside else 0
+            yield from (s.key for s in side.segments[shared:])
 
 
 class Tokens(NamedTuple):
@@ -96,15 +116,17 @@ class Dialogues:
       eos_id: the one that is put where the text has none.
       bos_id: of BOS, or None.
       add_bos: whether text without a template starts with BOS.
+      end_of_turn: the token by which the template closes old turns, or None.
+      followed: as for `turns.Reader`.
     """
 
     def __init__(
         self, encoder: Encoder, render, reading: Reading, *, templated: bool,
         eos_ids: Iterable[int], eos_id: int, bos_id: int | None, add_bos: bool,
-        end_of_turn: str | None,
+        end_of_turn: str | None, followed: bool,
     ):  # fmt: skip
         self._encoder, self._render, self._reading = encoder, render, reading
-        self._templated, self._end = templated, end_of_turn
+        self._templated, self._end, self._followed = templated, end_of_turn, followed
         self._ends = {encoder.name_of(i): i for i in sorted(eos_ids)}
         self._end_ids = set(eos_ids)
         if end_of_turn:
@@ -138,7 +160,10 @@ class Dialogues:
         notes = dict(rendered.notes)
         prompt = Encoded(self._encoder, rendered.prompt)
         self._check_start(prompt)
-        wholes = [Encoded(self._encoder, side.segments) for side in rendered.sides]
+        wholes = [
+            Encoded(self._encoder, side.segments, prompt if side.beside else None)
+            for side in rendered.sides
+        ]
         found = [
             self._scored(side, whole, rendered.given)
             for side, whole in zip(rendered.sides, wholes, strict=True)
@@ -259,10 +284,10 @@ class Dialogues:
             closed = len(whole) - len(end)
             self._check_ends(whole[len(prompt) : closed])
             inserts = () if end else ((len(whole), self._eos),)
-            segments, _ = self._encoder.split(whole, inserts=inserts)
+            segments = self._encoder.split(whole, inserts=inserts)
             turn = Turn(0, len(prompt) + len(prefill), closed, len(whole), True)
-            sides.append(Side(whole, front + segments, [turn], [], bool(prefill)))
-        segments, _ = self._encoder.split(prompt)
+            sides.append(Side(whole, front + segments, [turn], [], begun=bool(prefill)))
+        segments = self._encoder.split(prompt)
         own = (0, len(prompt))
         return Rendered(front + segments, prompt, sides, len(front), True, own, {})
 
@@ -272,7 +297,7 @@ class Dialogues:
             return []
         if prompt.startswith(self._bos):
             return []
-        return [Segment(0, self._bos, True, "", False)]
+        return [Segment(0, True, Key(self._bos, "", False))]
 
     def _check_ends(self, text: str) -> None:
         found = [end for end in self._ends if end in text]
@@ -292,40 +317,49 @@ class Dialogues:
         ]
         opened = all(t and t[0]["role"] == "assistant" for t in answers)
         begun = opened and bool(prompt) and prompt[-1]["role"] == "assistant"
-        asked = reader.read(prompt, open_turn=opened and not begun)
-        text = asked.text
-        if begun and (place := asked.own[-1]):
+        rendering = reader.read(prompt, open_turn=opened and not begun)
+        asked = self._asked(reader, prompt, rendering, begun)
+        done = rendering.own[:-1] if begun else rendering.own
+        tail = None
+        if opened:
+            tail = asked.text[max((p[1] for p in done if p), default=0) :]
+        sides, left_out = [], set(rendering.left_out if not answers else ())
+        for answer in answers:
+            side, missing = self._side(reader, prompt, answer, asked, tail, begun)
+            sides.append(side)
+            left_out.update(missing)
+        notes = {f"left_out {k}": "the template does not show it" for k in left_out}
+        whole = [asked.segments, *(side.segments for side in sides)]
+        if any(s.key.shadowed for segments in whole for s in segments):
+            notes["specials_as_text"] = "control tokens in the text of a user or tool"
+        places = zip(rendering.own, prompt, strict=True)
+        user = [place for place, m in places if m["role"] == "user"]
+        last = user[-1] if user else None
+        return Rendered(asked.segments, asked.text, sides, 0, opened, last, notes)
+
+    def _asked(
+        self, reader: Reader, prompt: list[Message], rendering: Rendering, begun: bool
+    ) -> Asked:
+        """The prompt to generate from; a begun turn is open at the end of its text."""
+        text = rendering.text
+        if begun and (place := rendering.own[-1]):
             text = text[: place[1]]
+        turns = reader.turns(prompt, rendering, len(prompt))
         inserts = [
             (at, self._eos)
-            for at in reader.closing(asked, reader.turns(prompt, asked, len(prompt)))
+            for at in reader.closing(rendering, turns)
             if not begun or at < len(text)
         ]
-        segments, hidden = self._split(text, asked, inserts)
+        segments = self._encoder.split(text, self._protected(rendering), inserts)
         if not segments:
             raise ValueError("the prompt is empty")
-        done = asked.own[:-1] if begun else asked.own
-        tail = text[max((p[1] for p in done if p), default=0) :] if opened else None
-        sides, left_out = [], set(asked.left_out if not answers else ())
-        for answer in answers:
-            side, whole, several = self._side(reader, prompt, answer, begun, tail)
-            sides.append(side)
-            left_out.update(whole.left_out)
-            hidden |= several
-        notes = {f"left_out {k}": "the template does not show it" for k in left_out}
-        if hidden:
-            notes["specials_as_text"] = "control tokens in the text of a user or tool"
-        user = [
-            p for p, m in zip(asked.own, prompt, strict=True) if m["role"] == "user"
-        ]
-        last = user[-1] if user else None
-        return Rendered(segments, text, sides, 0, opened, last, notes)
+        return Asked(text, inserts, segments)
 
     def _side(
-        self, reader: Reader, prompt: list[Message], answer: list[Message], begun: bool,
-        tail: str | None,
-    ) -> tuple[Side, Rendering, bool]:  # fmt: skip
-        """(a response with its prompt, the rendering, control tokens in it are text)."""
+        self, reader: Reader, prompt: list[Message], answer: list[Message],
+        asked: Asked, tail: str | None, begun: bool,
+    ) -> tuple[Side, list[str]]:  # fmt: skip
+        """(a response with its prompt, what of it the template does not show)."""
         first, given = len(prompt) - begun, bool(answer[0].get("prefill"))
         if begun:
             text = str(prompt[-1]["content"])
@@ -348,14 +382,15 @@ class Dialogues:
             for a, b in whole.pieces[turn.message]:
                 self._check_ends(whole.text[a:b])
         inserts = [(at, self._eos) for at in reader.closing(whole, turns)]
-        segments, hidden = self._split(whole.text, whole, inserts)
-        return Side(whole.text, segments, mine, whole.marks, given), whole, hidden
+        head = asked.segments if asked.begins(whole.text, inserts) else []
+        segments = self._encoder.split(
+            whole.text, self._protected(whole), inserts, head
+        )
+        side = Side(whole.text, segments, mine, whole.marks, bool(head), given)
+        return side, whole.left_out
 
-    def _split(
-        self, text: str, rendering: Rendering, inserts: Sequence[tuple[int, str]]
-    ) -> tuple[list[Segment], bool]:
-        keep = self._reading.specials == "tokens"
-        return self._encoder.split(text, () if keep else rendering.protected, inserts)
+    def _protected(self, rendering: Rendering) -> Sequence[Span]:
+        return () if self._reading.specials == "tokens" else rendering.protected
 
     def _reader(self, variables: Mapping[str, Any]) -> Reader:
         key = json.dumps(variables, sort_keys=True, default=repr) if variables else ""
@@ -368,11 +403,9 @@ class Dialogues:
                 return self._render(messages, open_turn, variables)
 
             reader = Reader(
-                render,
-                self._ends,
-                self._end,
+                render, self._ends, self._end, followed=self._followed,
                 merge_system=self._reading.system == "user",
-            )
+            )  # fmt: skip
             self._readers[key] = reader
         return reader
 

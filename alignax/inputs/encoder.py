@@ -18,30 +18,46 @@ PRIVATE = 0xF0000  # the first character that names a control token in a shadow
 KEPT = 100_000  # segments whose ids are remembered
 
 
+class Key(NamedTuple):
+    """What the ids of a segment depend on."""
+
+    lead: str  # the control token that it begins with, with blanks that belong to it
+    body: str  # the text behind the lead
+    shadowed: bool  # the body holds control tokens that are text
+
+
 class Segment(NamedTuple):
     """A piece of a text that is encoded by itself."""
 
     start: int  # its place in the text
-    lead: str  # the control token that it begins with, with blanks that belong to it
     inserted: bool  # the lead is not in the text
-    body: str  # the text behind the lead
-    shadowed: bool  # the body holds control tokens that are text
-
-    @property
-    def key(self) -> tuple[str, str, bool]:
-        return self.lead, self.body, self.shadowed
+    key: Key
 
 
 class Encoded:
-    """The ids of a text and their places in it."""
+    """The ids of a text and their places in it.
 
-    def __init__(self, encoder: "Encoder", segments: list[Segment]):
+    Args:
+      encoder: that has the ids of segments.
+      segments: of the text.
+      head: a text with whose segments this one begins, but for its last one.
+    """
+
+    def __init__(
+        self, encoder: "Encoder", segments: list[Segment], head: "Encoded | None" = None
+    ):
         self._encoder, self._segments = encoder, segments
         self.ids: list[int] = []
         self._first: list[int] = []  # index of the first id of each segment
+        if head is not None and head._segments:
+            shared = len(head._segments) - 1
+            self._first = head._first[:shared]
+            self.ids = head.ids[: head._first[shared]]
+            segments = segments[shared:]
+        first, ids = self._first, self.ids
         for segment in segments:
-            self._first.append(len(self.ids))
-            self.ids += encoder.ids(segment)
+            first.append(len(ids))
+            ids += encoder.ids(segment.key)
 
     def index(self, place: int) -> int:
         """Index of the first id that ends behind `place`, or is inserted there.
@@ -55,14 +71,12 @@ class Encoded:
         if k == 0:
             return 0
         segment, first = self._segments[k - 1], self._first[k - 1]
-        header = place - segment.start - (0 if segment.inserted else len(segment.lead))
-        if header == 0:
-            ids = self._encoder.ids(segment._replace(body="", shadowed=False))
-            if self._starts(k - 1, ids):
-                return first + len(ids)
-        elif 0 < header <= len(segment.body):
+        lead, body, shadowed = segment.key
+        header = place - segment.start - (0 if segment.inserted else len(lead))
+        if 0 <= header <= len(body):
             # Most often the text up to the place is a header, whose ids are known.
-            ids = self._encoder.ids(segment._replace(body=segment.body[:header]))
+            shadowed = shadowed and header > 0
+            ids = self._encoder.ids(Key(lead, body[:header], shadowed))
             if self._starts(k - 1, ids):
                 return first + len(ids)
         ends = [end for _, end in self._encoder.places(segment)]
@@ -113,7 +127,7 @@ class Encoder:
         }
         self._names = {i: token for token, i in self.control.items()}
         self._find = _pattern([added[i] for i in self.control.values()])
-        self._memo: dict[tuple[str, str, bool], list[int]] = {}
+        self._memo: dict[Key, list[int]] = {}
         self._shadow: Shadow | None = None
 
     def name_of(self, token: int) -> str:
@@ -122,44 +136,51 @@ class Encoder:
 
     def split(
         self, text: str, protected: Sequence[tuple[int, int]] = (),
-        inserts: Sequence[tuple[int, str]] = (),
-    ) -> tuple[list[Segment], bool]:  # fmt: skip
-        """The segments of a text, and whether a control token in it is protected.
+        inserts: Sequence[tuple[int, str]] = (), head: Sequence[Segment] = (),
+    ) -> list[Segment]:  # fmt: skip
+        """The segments of a text.
 
         Args:
           text: what is encoded.
-          protected: [start, end) of what users wrote, where no text is a control token.
-          inserts: (place, control token) of tokens that are put into the text.
+          protected: [start, end) of what users wrote, where no text is a control token;
+            in order.
+          inserts: (place, control token) of tokens that are put into the text; in order.
+          head: segments of a text with which this one begins up to the start of the last
+            one; they begin with that one's, too.
         """
+        begin = head[-1].start if head else 0
         leads: list[tuple[int, int, str, bool]] = []  # start, end, token, inserted
         hidden: list[int] = []
         if self._find is not None:
-            for match in self._find.finditer(text):
+            k, many = 0, len(protected)
+            for match in self._find.finditer(text, begin):
                 a, b = match.span()
-                if any(x < b and a < y for x, y in protected):
+                while k < many and protected[k][1] <= a:
+                    k += 1
+                if k < many and protected[k][0] < b:
                     hidden.append(a)
                 else:
                     leads.append((a, b, match.group(), False))
-        for place, token in inserts:
-            leads.append((place, place, token, True))
-        leads.sort(key=lambda lead: lead[:2])
-        if not leads or leads[0][0] > 0:
-            leads.insert(0, (0, 0, "", False))
-        out = []
+        if inserts:
+            leads += [(at, at, token, True) for at, token in inserts if at >= begin]
+            leads.sort(key=lambda lead: lead[:2])
+        if not leads or leads[0][0] > begin:
+            leads.insert(0, (begin, begin, "", False))
+        out, stop = list(head[:-1]), len(text)
         for k, (a, b, token, inserted) in enumerate(leads):
             stop = leads[k + 1][0] if k + 1 < len(leads) else len(text)
             shadowed = bool(hidden) and any(b <= at < stop for at in hidden)
             if stop > a or inserted:
-                out.append(Segment(a, token, inserted, text[b:stop], shadowed))
-        return out, bool(hidden)
+                out.append(Segment(a, inserted, Key(token, text[b:stop], shadowed)))
+        return out
 
-    def prefetch(self, segments: Iterable[Segment]) -> None:
+    def prefetch(self, wanted: Iterable[Key]) -> None:
         """Encodes in one batch what is not known yet."""
         if len(self._memo) > KEPT:
             self._memo = {}
-        missing = dict.fromkeys(s.key for s in segments)
+        missing = [k for k in dict.fromkeys(wanted) if k not in self._memo]
         for shadowed in (False, True):
-            keys = [k for k in missing if k[2] is shadowed and k not in self._memo]
+            keys = [k for k in missing if k.shadowed is shadowed]
             if keys:
                 try:
                     found = self._encode(keys, shadowed)
@@ -172,14 +193,14 @@ class Encoder:
         inserts: Sequence[tuple[int, str]] = (),
     ) -> Encoded:  # fmt: skip
         """The ids of a text and their places; arguments as for `split`."""
-        return Encoded(self, self.split(text, protected, inserts)[0])
+        return Encoded(self, self.split(text, protected, inserts))
 
-    def ids(self, segment: Segment) -> list[int]:
+    def ids(self, key: Key) -> list[int]:
         """The ids of a segment."""
-        found = self._memo.get(segment.key)
+        found = self._memo.get(key)
         if found is None:
-            self.prefetch([segment])
-            found = self._memo[segment.key]
+            self.prefetch([key])
+            found = self._memo[key]
         return found
 
     def places(self, segment: Segment) -> list[tuple[int, int]]:
@@ -206,9 +227,7 @@ class Encoder:
             out.append((moved(a) if b > a else last, last))
         return out
 
-    def _encode(
-        self, keys: list[tuple[str, str, bool]], shadowed: bool
-    ) -> list[list[int]]:
+    def _encode(self, keys: list[Key], shadowed: bool) -> list[list[int]]:
         if shadowed:
             return self._shadowed.encode(keys)
         texts = [lead + body for lead, body, _ in keys]
@@ -249,7 +268,7 @@ class Shadow:
         token = lead.strip() if lead not in self._names else lead
         return lead.replace(token, self._names[token]) if token else lead
 
-    def encode(self, keys: Sequence[tuple[str, str, bool]]) -> list[list[int]]:
+    def encode(self, keys: Sequence[Key]) -> list[list[int]]:
         """The ids of segments.
 
         Raises:
@@ -282,13 +301,11 @@ class ByteEncoder(Encoder):
 
     def places(self, segment: Segment) -> list[tuple[int, int]]:
         out = [(0, 0)] if segment.inserted else []
-        for k, c in enumerate(segment.body):
+        for k, c in enumerate(segment.key.body):
             out += [(k, k + 1)] * len(c.encode())
         return out
 
-    def _encode(
-        self, keys: list[tuple[str, str, bool]], shadowed: bool
-    ) -> list[list[int]]:
+    def _encode(self, keys: list[Key], shadowed: bool) -> list[list[int]]:
         return [
             [*([self.control[lead]] if lead else []), *body.encode()]
             for lead, body, _ in keys

@@ -108,7 +108,7 @@ def _fitted(
             except ValueError as e:
                 note(counts, "malformed", f"{example.id}: {e}")
         with contextlib.suppress(ValueError):  # of one of them, which says so below
-            encoder.prefetch(s for _, rendered in some for s in rendered.segments())
+            encoder.prefetch(k for _, rendered in some for k in rendered.wanted())
         for example, rendered in some:
             try:
                 tokens = dialogues.ids(rendered)

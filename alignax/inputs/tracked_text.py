@@ -6,13 +6,30 @@ stripping, splitting, replacing and joining keep the spans exactly; what cannot 
 character by character (JSON, `%`) is as a whole from every source of its inputs. Spans of
 no characters are kept where nothing else is left of their source, so that an empty text
 has a place.
+
+A template that never reads a text but only writes it treats all texts alike. So everything
+that reads the characters of a `Tracked` is counted, see `inspections`.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 Source = tuple[int, str]  # (index of the message, key), or (-1, name of a mark)
 Span = tuple[int, int, Source]
+
+
+_counter = itertools.count(1)
+_seen = [0]
+
+
+def inspections() -> int:
+    """How often the characters of a `Tracked` were read so far, by anything but output."""
+    return _seen[0]
+
+
+def _inspect() -> None:
+    _seen[0] = next(_counter)
 
 
 class Tracked(str):
@@ -32,11 +49,31 @@ class Tracked(str):
     def __reduce__(self):
         return str, (plain(self),)
 
+    def __len__(self):
+        _inspect()
+        return size(self)
+
+    def __hash__(self):
+        _inspect()
+        return str.__hash__(self)
+
+    def __contains__(self, text):
+        _inspect()
+        return str.__contains__(self, text)
+
     def __add__(self, other):
-        return concat((self, other)) if isinstance(other, str) else NotImplemented
+        if type(other) is Tracked:
+            return concat((self, other))
+        if not isinstance(other, str):
+            return NotImplemented
+        return Tracked(str.__add__(self, other), self._spans)
 
     def __radd__(self, other):
-        return concat((other, self)) if isinstance(other, str) else NotImplemented
+        if not isinstance(other, str):
+            return NotImplemented
+        n = len(other)
+        moved = [(a + n, b + n, source) for a, b, source in self._spans]
+        return Tracked(str.__add__(other, self), moved)
 
     def __mul__(self, times):
         return concat([self] * times)
@@ -56,34 +93,40 @@ class Tracked(str):
         return (self[i] for i in range(len(self)))
 
     def __getitem__(self, key):
+        _inspect()
         text = str.__getitem__(self, key)
         if not isinstance(key, slice):
-            at = key if key >= 0 else len(self) + key
+            at = key if key >= 0 else size(self) + key
             return part(self, at, at + 1)
-        start, stop, step = key.indices(len(self))
+        start, stop, step = key.indices(size(self))
         return (
             part(self, start, max(start, stop)) if step == 1 else as_whole(text, self)
         )
 
     def lstrip(self, chars=None):
-        return part(self, len(self) - len(str.lstrip(self, chars)), len(self))
+        self._stripped(chars)
+        return part(self, size(self) - size(str.lstrip(self, chars)), size(self))
 
     def rstrip(self, chars=None):
-        return part(self, 0, len(str.rstrip(self, chars)))
+        self._stripped(chars)
+        return part(self, 0, size(str.rstrip(self, chars)))
 
     def strip(self, chars=None):
-        start = len(self) - len(str.lstrip(self, chars))
-        return part(self, start, start + len(str.strip(self, chars)))
+        self._stripped(chars)
+        start = size(self) - size(str.lstrip(self, chars))
+        return part(self, start, start + size(str.strip(self, chars)))
 
     def removeprefix(self, prefix):
-        return (
-            part(self, len(prefix), len(self)) if str.startswith(self, prefix) else self
-        )
+        _inspect()
+        if not str.startswith(self, prefix):
+            return self
+        return part(self, size(prefix), size(self))
 
     def removesuffix(self, suffix):
+        _inspect()
         if not suffix or not str.endswith(self, suffix):
             return self
-        return part(self, 0, len(self) - len(suffix))
+        return part(self, 0, size(self) - size(suffix))
 
     def split(self, sep=None, maxsplit=-1):
         return self._pieces(str.split(self, sep, maxsplit), sep)
@@ -95,17 +138,19 @@ class Tracked(str):
         return self._pieces(str.splitlines(self, keepends), None)
 
     def partition(self, sep):
+        _inspect()
         at = str.find(self, sep)
         return (self, "", "") if at < 0 else self._around(at, sep)
 
     def rpartition(self, sep):
+        _inspect()
         at = str.rfind(self, sep)
         return ("", "", self) if at < 0 else self._around(at, sep)
 
     def replace(self, old, new, count=-1):
         if not old:
             return as_whole(str.replace(self, old, new, count), self, new)
-        pieces = self.split(old, count)
+        pieces: list[str] = self.split(old, count)
         filled = new if type(new) is Tracked else as_whole(new, self)
         return join(filled, pieces)
 
@@ -114,26 +159,47 @@ class Tracked(str):
 
     def _pieces(self, pieces: Sequence[str], sep: str | None) -> list["Tracked"]:
         """Parts of this text in their order, each found behind the one before."""
+        _inspect()
         out, at = [], 0
         for piece in pieces:
             at = at if sep else str.index(self, piece, at)
-            out.append(part(self, at, at + len(piece)))
-            at += len(piece) + len(sep or "")
+            out.append(part(self, at, at + size(piece)))
+            at += size(piece) + size(sep or "")
         return out
 
     def _around(self, at: int, sep: str):
-        end = at + len(sep)
-        return part(self, 0, at), part(self, at, end), part(self, end, len(self))
+        end = at + size(sep)
+        return part(self, 0, at), part(self, at, end), part(self, end, size(self))
+
+    def _stripped(self, chars: str | None) -> None:
+        """Blanks around the whole of one text may go without its being read."""
+        whole = len(self._spans) == 1 and self._spans[0][:2] == (0, size(self))
+        if chars is not None or not whole:
+            _inspect()
+
+
+def size(text: str) -> int:
+    """The length of a text; this is no inspection."""
+    return str.__len__(text)
 
 
 def _same_length(method: Callable) -> Callable:
     def changed(self, *args):
         out = method(self, *args)
-        return (
-            Tracked(out, self._spans) if len(out) == len(self) else as_whole(out, self)
-        )
+        if size(out) != size(self):
+            return as_whole(out, self)
+        _inspect()
+        return Tracked(out, self._spans)
 
     return changed
+
+
+def _inspecting(method: Callable) -> Callable:
+    def inspected(self, *args):
+        _inspect()
+        return method(self, *args)
+
+    return inspected
 
 
 def _whole(method: Callable) -> Callable:
@@ -145,6 +211,13 @@ def _whole(method: Callable) -> Callable:
 
 for _name in ("upper", "lower", "title", "capitalize", "swapcase", "casefold"):
     setattr(Tracked, _name, _same_length(getattr(str, _name)))
+for _name in (
+    "__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "startswith", "endswith",
+    "find", "rfind", "index", "rindex", "count", "encode", "isalnum", "isalpha", "isascii",
+    "isdecimal", "isdigit", "isidentifier", "islower", "isnumeric", "isprintable",
+    "isspace", "istitle", "isupper",
+):  # fmt: skip
+    setattr(Tracked, _name, _inspecting(getattr(str, _name)))
 for _name in (
     "center", "ljust", "rjust", "zfill", "expandtabs", "format", "format_map", "translate",
 ):  # fmt: skip
@@ -163,7 +236,7 @@ def spans(text: str) -> tuple[Span, ...]:
 
 def part(text: Tracked, start: int, stop: int) -> Tracked:
     """text[start:stop] with its spans."""
-    if start == 0 and stop >= len(text):
+    if start == 0 and stop >= size(text):
         return text
     kept, full = [], set()
     for a, b, source in text._spans:
@@ -181,16 +254,18 @@ def part(text: Tracked, start: int, stop: int) -> Tracked:
 def concat(texts: Iterable[Any]) -> str:
     """The texts one behind the other."""
     out: list[Span] = []
-    pieces, size = [], 0
+    pieces, many = [], 0
     for text in texts:
         if type(text) is Tracked:
             for a, b, source in text._spans:
-                if out and out[-1][1] == size + a and out[-1][2] == source:
-                    out[-1] = (out[-1][0], size + b, source)
+                if out and out[-1][1] == many + a and out[-1][2] == source:
+                    out[-1] = (out[-1][0], many + b, source)
                 else:
-                    out.append((size + a, size + b, source))
+                    out.append((many + a, many + b, source))
+            many += size(text)
+        else:
+            many += len(text)
         pieces.append(text)
-        size += len(text)
     whole = "".join(pieces)
     return Tracked(whole, out) if out else whole
 
@@ -227,7 +302,10 @@ def sources(*values: Any) -> list[Source]:
 def as_whole(text: str, *made_of: Any) -> str:
     """`text`, which was made of values in an unknown way: all of it is from each source."""
     found = sources(*made_of)
-    return Tracked(text, [(0, len(text), s) for s in found]) if found else text
+    if not found:
+        return text
+    _inspect()
+    return Tracked(text, [(0, size(text), s) for s in found])
 
 
 def track(value: Any, source: Source) -> Any:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from alignax.batch import Message
 from alignax.inputs import tracked_text
 from alignax.inputs.chat_template import MARK, THOUGHTS
+from alignax.inputs.skeleton import Skeleton, build, fill
 
 Span = tuple[int, int]
 
@@ -62,13 +63,17 @@ class Reader:
       end: the one of them by which the template closes old turns; None if it closes none.
       merge_system: under a template without system turns, they go in front of the first
         user turn; otherwise they are refused.
+      followed: whether all reading of texts by the template is counted as an inspection
+        (`chat_template.is_followed`).
     """
 
     def __init__(
         self, render: Callable[[Sequence[Message], bool], str], ends: Iterable[str],
-        end: str | None, *, merge_system: bool = False,
+        end: str | None, *, merge_system: bool = False, followed: bool = False,
     ):  # fmt: skip
         self._render, self._end, self._merge_system = render, end, merge_system
+        self._followed = followed
+        self._skeletons: dict[tuple[bool, tuple[str, ...]], Skeleton | None] = {}
         self._ends = tuple(ends)
         self._tails: dict[str | None, dict[str, None]] = {}  # by the role in front
         self._gaps: set[tuple[str | None, str]] = set()
@@ -99,6 +104,8 @@ class Reader:
         Raises:
           ValueError: the template refuses the messages.
         """
+        if found := self._filled(messages, open_turn):
+            return found
         tracked = self._render_any(messages, open_turn)
         text = tracked_text.plain(tracked)
         own: list[list[tuple[int, int, str]]] = [[] for _ in messages]
@@ -124,7 +131,35 @@ class Reader:
                     protected.append(place)
             left_out += _left_out(message, {key for _, _, key in own[i]}, places[i])
         pieces = [[(a, b) for a, b, _ in found] for found in own]
+        protected.sort()
         return Rendering(text, places, pieces, given, marks, protected, left_out)
+
+    def _filled(self, messages: Sequence[Message], open_turn: bool) -> Rendering | None:
+        """The rendering of texts that the template does not read; None of others."""
+        if not self._followed:
+            return None
+        for m in messages:
+            if len(m) != 2 or type(m.get("content")) is not str:
+                return None
+        shape = open_turn, tuple([m["role"] for m in messages])
+        try:
+            skeleton = self._skeletons[shape]
+        except KeyError:
+            skeleton = build(self._render, shape[1], open_turn)
+            self._skeletons[shape] = skeleton
+        if skeleton is None:
+            return None
+        text, places = fill(skeleton, [m["content"] for m in messages])
+        protected = [
+            place
+            for place, m in zip(places, messages, strict=True)
+            if m["role"] in ("user", "tool")
+        ]
+        protected.sort()
+        pieces = [[place] for place in places]
+        return Rendering(
+            text, list(places), pieces, [-1] * len(messages), [], protected, []
+        )
 
     def turns(
         self, messages: Sequence[Message], whole: Rendering, first: int,
