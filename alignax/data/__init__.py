@@ -28,7 +28,7 @@ class Examples(Sequence):
       report: lines that say what was left out and why, by kind: 'malformed', 'dropped'.
       files: paths of the files that the rows were read from.
       carried: names of the columns that are numbers for a batch (`Batch.extra`); others
-        travel with the example only.
+        travel with the example only. None stands for all numbers.
     """
 
     def __init__(
@@ -38,11 +38,12 @@ class Examples(Sequence):
         report: dict[str, list[str]] | None = None,
         *,
         files: Sequence[str] = (),
-        carried: Sequence[str] = (),
+        carried: Sequence[str] | None = None,
     ):
         self._rows, self._convert = rows, convert
         self.report = report or {}
-        self.files, self.carried = tuple(files), tuple(carried)
+        self.files = tuple(files)
+        self.carried = None if carried is None else tuple(carried)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -85,8 +86,10 @@ class Examples(Sequence):
         lines = {k: [*v] for k, v in self.report.items()}
         for kind, more in (report or {}).items():
             lines[kind] = [*lines.get(kind, []), *more]
-        both = dict.fromkeys((*self.carried, *carried))
-        return Examples(rows, convert, lines, files=self.files, carried=tuple(both))
+        both = self.carried
+        if both is not None:
+            both = tuple(dict.fromkeys((*both, *carried)))
+        return Examples(rows, convert, lines, files=self.files, carried=both)
 
 
 def as_kind(example: Example, kind: str) -> Example:

@@ -87,7 +87,7 @@ def examples(
     convert = functools.partial(_example, rows, source.name, kind)
     # An unknown kind raises here and not at the first row that is read.
     as_kind(Example("", "", ["", ""], (1.0, 0.0)), kind)
-    return Examples(picked, convert, report, files=(str(source),))
+    return Examples(picked, convert, report, files=(str(source),), carried=())
 
 
 def parse_file(

@@ -122,7 +122,7 @@ def read(
     if not len(rows) and (part == "train" or fraction):
         raise ValueError(none_left(path, split, fraction, usable))
     convert = functools.partial(_example, file.name, kind, names)
-    return Examples(rows, convert, report, files=(str(file),))
+    return Examples(rows, convert, report, files=(str(file),), carried=())
 
 
 def _example(file: str, kind: str | None, names: dict[str, str], line: store.Line):

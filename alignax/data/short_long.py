@@ -52,7 +52,7 @@ def examples(
         sides = (other.responses[0], example.responses[0])
         return example._replace(responses=sides, feedback=(1.0, 0.0), form="")
 
-    found = under_long.over(rows, convert, report, carried=answered.carried)
+    found = under_long.over(rows, convert, report, carried=answered.carried or ())
     found.files = tuple(dict.fromkeys((*found.files, *answered.files)))
     return found
 

@@ -36,6 +36,7 @@ def test_other_examples_made_of_these_add_to_what_they_say():
     assert outer.report == {"dropped": ["x", "y"], "z": ["w"]}
     assert inner.report == {"dropped": ["x"]}
     assert (outer.files, outer.carried) == (("f",), ("c", "d"))
+    assert Examples(ROWS).over(range(2), carried=("c",)).carried is None
 
 
 def test_a_bad_example_is_an_error_when_all_are_checked():
