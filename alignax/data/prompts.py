@@ -15,8 +15,8 @@ def examples(*, split: str = "all", path: str, size: int = 0) -> Examples:
 
     Args:
       split: only 'all'.
-      path: a .txt file, or a .jsonl, .jsonl.gz or .parquet file whose rows have a
-        'prompt' (text or messages); of its other keys only 'id' is read.
+      path: a .txt file, or another that `data.jsonl` reads, whose rows have a 'prompt'
+        (text or messages); other keys are columns of the example.
       size: prompts to take, from the start; 0 takes all.
 
     Raises:
@@ -45,4 +45,4 @@ def examples(*, split: str = "all", path: str, size: int = 0) -> Examples:
         found.append(Example(f"{file.name}:{number}", line.removesuffix("\r"), []))
     if not found:
         raise ValueError(f"{file} has no prompt")
-    return Examples(found)
+    return Examples(found, files=(str(file),))
