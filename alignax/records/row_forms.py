@@ -421,9 +421,12 @@ def _check_answered(key: str, turns: Turns) -> None:
 
 
 def _repeated(before: Sequence[Message], turns: Sequence[Message]) -> int:
-    """How many of the turns are the prompt again; 0 if they do not repeat it."""
-    if turns[0]["role"] == "assistant":
-        return 0
+    """How many of the turns are the prompt again; 0 if they do not repeat it.
+
+    Args:
+      before: the prompt.
+      turns: of a response; an assistant turn does not begin it.
+    """
     for i in range(len(turns) - len(before) + 1):
         if _begins(turns[i:], before):
             return i + len(before)

@@ -53,6 +53,13 @@ def test_an_array_is_read_element_by_element(
     assert not files.in_place(path)
 
 
+def test_a_number_that_a_chunk_cuts_is_one_element(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "CHUNK", 8)
+    numbers = [123456789012, 3, 0.12345678]
+    path = write(tmp_path / "d.json", json.dumps(numbers))
+    assert [value for _, value in read(path)] == numbers
+
+
 def test_lists_in_lines_are_lines(tmp_path):
     path = write(tmp_path / "d.jsonl", "[1, 2]\n[3]\n")
     assert read(path) == [(1, [1, 2]), (2, [3])]
