@@ -121,7 +121,7 @@ def _form(rest: Row) -> Found:
     if "chosen" in rest or "rejected" in rest:
         return _pair(rest)
     several = isinstance(rest.get("responses"), list)
-    rated = isinstance(rest.get("completions"), list)
+    rated = _objects(rest.get("completions"), RESPONSES)
     single = next((k for k in ANSWERS if k in rest), None)
     key = _dialogue_key(rest)
     if key and not ((several or rated or single) and _asks(rest[key])):
@@ -141,10 +141,25 @@ def _form(rest: Row) -> Found:
 
 
 def _dialogue_key(rest: Row) -> str | None:
+    """The key of a dialogue: 'messages', or another whose list holds messages.
+
+    Beside a prompt only 'messages' are one: elsewhere the other keys mean other things.
+    """
     if _LISTED.isdisjoint(rest):
         return None
-    return next((k for k in DIALOGUES if isinstance(rest.get(k), list)), None) or next(
-        (k for k in DIALOGUES if k in rest), None
+    if isinstance(rest.get("messages"), list):
+        return "messages"
+    others = () if "prompt" in rest else DIALOGUES[1:]
+    found = (k for k in others if _objects(rest.get(k), ("role", "from")))
+    return next(found, "messages" if "messages" in rest else None)
+
+
+def _objects(value: Any, keys: Sequence[str]) -> bool:
+    """Whether a value is a list of objects that have one of `keys`."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(m, dict) and any(k in m for k in keys) for m in value)
     )
 
 
@@ -240,7 +255,7 @@ def _dialogue(rest: Row, key: str) -> Found:
     ):
         del rest["prompt"]
     prompt = _with_system(rest, turns[: at[0]])
-    labelled = any(isinstance(rest.get(k), bool | int) for k in LABELS)
+    labelled = any(rest.get(k) in (0, 1) for k in LABELS)  # else it is another label
     feedback = _label(rest) if labelled else ()
     return prompt, [turns[at[0] : at[-1] + 1]], feedback, ""
 
@@ -273,12 +288,10 @@ def _rated(rest: Row, prompt: Turns) -> Found:
     """Completions that are objects of a response, its score and more."""
     sides, scores, left = [], [], []
     for item in rest.pop("completions"):
-        item = {k: v for k, v in item.items() if v is not None} if isinstance(item, dict) else {}  # fmt: skip
-        key = next((k for k in RESPONSES if k in item), None)
-        if key is None:
-            raise ValueError(
-                f"'completions' holds what has none of {', '.join(RESPONSES)}"
-            )
+        item = {k: v for k, v in item.items() if v is not None}
+        key = next((k for k in RESPONSES if k in item), RESPONSES[0])
+        if key not in item:
+            raise ValueError("'completions' holds a response that is null")
         sides.append((key, item.pop(key)))
         if rating := next((k for k in RATINGS if k in item), None):
             scores.append(number(rating, item.pop(rating)))
@@ -445,7 +458,10 @@ def _forget_repeated(
     rest: Row, key: str, prompt: Turns, sides: Sequence[Turns]
 ) -> None:
     """Takes a dialogue out of the row if it is the prompt, or a side of the pair."""
-    turns = messages.turns(key, rest[key])
+    try:
+        turns = messages.turns(key, rest[key])
+    except ValueError:  # of another meaning
+        return
     if isinstance(turns, str):
         return
     for side in sides:
@@ -472,8 +488,9 @@ def _template(rest: Row) -> dict[str, Any]:
             rest.pop(key, None)
             continue
         if not isinstance(value, kind):
-            if key in ("functions", "documents"):  # of another meaning
-                continue
+            text = isinstance(value, str) and not value.lstrip().startswith(("[", "{"))
+            if key != "chat_template_kwargs" and (text or key != "tools"):
+                continue  # of another meaning
             what = "a list" if kind is list else "an object"
             raise ValueError(f"'{key}' is {brief(value)}, expected {what}, or its JSON")
         rest.pop(key)

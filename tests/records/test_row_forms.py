@@ -140,6 +140,30 @@ def test_a_dialogue_may_be_the_prompt_of_texts():
     assert (group.prompt, group.form) == (turns, "groups")
 
 
+def test_keys_that_mean_something_else_are_columns():
+    asked = {"prompt": "p", "conversations": [{"from": "human", "value": "x"}]}
+    exchanges = [{"input": "a", "output": "b"}]
+    sides = {
+        "chosen": [user("p"), assistant("c")],
+        "rejected": [user("p"), assistant("r")],
+    }
+    turns = [user("a"), assistant("b")]
+    for row, key, many in (
+        (asked, "conversations", 0),
+        ({**asked, "response": "c"}, "conversations", 1),
+        ({"prompt": "p", "response": "c", "conversation": "c1"}, "conversation", 1),
+        ({**sides, "conversation": exchanges}, "conversation", 2),
+        ({**sides, "messages": [{"text": "a"}]}, "messages", 2),
+        ({"prompt": "p", "completions": ["a", "b"]}, "completions", 0),
+        ({"messages": turns, "label": 7}, "label", 1),
+        ({"messages": turns, "label": "spam"}, "label", 1),
+    ):
+        example = parse(row)
+        assert len(example.responses) == many
+        assert [*example.columns] == [key]
+        assert not example.feedback or many == 2
+
+
 def test_turns_behind_the_last_answer_are_a_column():
     row = {"messages": [user("a"), assistant("b"), user("left over")]}
     example = parse(row)
@@ -336,10 +360,10 @@ def test_the_template_gets_tools_documents_and_keywords_also_as_json():
         }  # fmt: skip
     for empty in (None, [], "", "[]"):
         assert parse({"prompt": "p", "tools": empty}).template == {}
-    with pytest.raises(
-        ValueError, match="'tools' is 'x', expected a list, or its JSON"
-    ):
-        parse({"prompt": "p", "tools": "x"})
+    for key in ("tools", "functions", "documents"):
+        assert parse({"prompt": "p", key: "none"}).columns == {key: "none"}
+    with pytest.raises(ValueError, match=r"'tools' is '\[{', expected a list, or its"):
+        parse({"prompt": "p", "tools": "[{"})
     with pytest.raises(ValueError, match="'chat_template_kwargs' is"):
         parse({"prompt": "p", "chat_template_kwargs": [1]})
     with pytest.raises(ValueError, match="'tools' is there twice"):
