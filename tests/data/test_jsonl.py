@@ -3,6 +3,7 @@
 import gzip
 import json
 import pathlib
+import tracemalloc
 
 import pyarrow
 import pyarrow.parquet
@@ -403,3 +404,22 @@ def test_the_shared_keys_of_messages_stay():
     tools = first("tools")
     assert tools.template["tools"][0]["function"]["name"] == "clock"
     assert tools.responses[0][0]["tool_calls"][0]["function"]["name"] == "clock"
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.jsonl.gz", "d.json"])
+def test_memory_does_not_grow_with_the_file(tmp_path, name):
+    rows = [{"id": i, "prompt": f"p{i}", "response": "long " * 8000} for i in range(400)]  # fmt: skip
+    if name == "d.json":
+        (tmp_path / name).write_text(json.dumps(rows))
+    else:
+        write(tmp_path / name, *rows)
+    del rows
+    read(str(tmp_path / name))  # what is made once
+    tracemalloc.start()
+    try:
+        got = read(str(tmp_path / name))
+        assert sum(len(r.responses[0]) for r in got) == 400 * 40_000
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 8e6  # of 16 MB
