@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 PRIVATE = 0xF0000  # the first character that names a control token in a shadow
-KEPT = 100_000  # segments whose ids are remembered
+KEPT = 10_000  # segments whose ids are remembered; twice as many for a while
 
 
 class Key(NamedTuple):
@@ -128,6 +128,7 @@ class Encoder:
         self._names = {i: token for token, i in self.control.items()}
         self._find = _pattern([added[i] for i in self.control.values()])
         self._memo: dict[Key, list[int]] = {}
+        self._older: dict[Key, list[int]] = {}
         self._shadow: Shadow | None = None
 
     def name_of(self, token: int) -> str:
@@ -177,8 +178,8 @@ class Encoder:
     def prefetch(self, wanted: Iterable[Key]) -> None:
         """Encodes in one batch what is not known yet."""
         if len(self._memo) > KEPT:
-            self._memo = {}
-        missing = [k for k in dict.fromkeys(wanted) if k not in self._memo]
+            self._older, self._memo = self._memo, {}
+        missing = [k for k in dict.fromkeys(wanted) if self._known(k) is None]
         for shadowed in (False, True):
             keys = [k for k in missing if k.shadowed is shadowed]
             if keys:
@@ -197,11 +198,16 @@ class Encoder:
 
     def ids(self, key: Key) -> list[int]:
         """The ids of a segment."""
-        found = self._memo.get(key)
+        found = self._known(key)
         if found is None:
             self.prefetch([key])
-            found = self._memo[key]
+            found = self._known(key)
+            assert found is not None
         return found
+
+    def _known(self, key: Key) -> list[int] | None:
+        found = self._memo.get(key)
+        return self._older.get(key) if found is None else found
 
     def places(self, segment: Segment) -> list[tuple[int, int]]:
         """(start, end) of the ids of a segment, counted from its start in the text."""
@@ -297,7 +303,7 @@ class ByteEncoder(Encoder):
         self.control = control
         self._names = {i: token for token, i in control.items()}
         self._find = None
-        self._memo = {}
+        self._memo, self._older = {}, {}
 
     def places(self, segment: Segment) -> list[tuple[int, int]]:
         out = [(0, 0)] if segment.inserted else []

@@ -16,7 +16,7 @@ import numpy as np
 
 from alignax.batch import Batch, from_groups
 from alignax.inputs import layout
-from alignax.inputs.rows import Row
+from alignax.inputs.rows import Row, Rows
 
 ENDLESS = 2**62  # steps
 LAST = 8  # batches over which the remainder of an epoch is divided
@@ -134,6 +134,13 @@ class Filled:
         return [batch + [None] * (self.prompts - len(batch)) for batch in out]
 
 
+class Place(NamedTuple):
+    """An example of a plan."""
+
+    part: int  # of the mixture
+    row: int
+
+
 class Plan:
     """Random access to the batches of all steps, over which Grain iterates."""
 
@@ -142,79 +149,80 @@ class Plan:
     ):
         self.data, self.orders, self.steps = data, orders, steps
         self.buckets, self.host, self.pad, self.mixture = buckets, host, pad, mixture
-        self.group = max(len(row.responses) for rows in data for row in rows)
+        self.group = max(rows.group for rows in data)
         self.packing: Packing | None = packing
 
     def __len__(self) -> int:
         return self.steps
 
-    def rows(self, k: int) -> list[tuple[int, Row | None]]:
-        """(which part of the mixture, example or None) of all hosts' rows."""
+    def places(self, k: int) -> list[Place | None]:
+        """Which example is in each row of a batch of all hosts; None is an empty row."""
         rows = [
-            (part, None if i is None else self.data[part][i])
+            None if i is None else Place(part, i)
             for part, order in enumerate(self.orders)
             for i in order.batch(k)
         ]
         if self.packing is None or self.mixture:
             return rows
         each = len(rows) // self.packing.blocks
-        sizes = [0 if row is None else row.distinct for _, row in rows]
-        out: list[tuple[int, Row | None]] = []
-        for block in layout.spread(sizes, self.packing.blocks):
-            out += [rows[i] for i in block] + [(0, None)] * (each - len(block))
+        out: list[Place | None] = []
+        for block in layout.spread(self._distinct(rows), self.packing.blocks):
+            out += [rows[i] for i in block] + [None] * (each - len(block))
         return out
 
     def ids(self, k: int) -> list[str]:
-        return [row.id for _, row in self.rows(k) if row is not None]
+        return [self.data[p.part][p.row].id for p in self.places(k) if p is not None]
 
     def __getitem__(self, k: int) -> tuple[Batch, list[str], dict[str, float]]:
         """(this host's rows, ids of all hosts' examples, shares of all hosts' tokens)."""
-        rows = self.rows(k)
+        places = self.places(k)
         index, count = self.host
-        each = len(rows) // count
-        mine = rows[index * each : (index + 1) * each]
-        batch = build([row for _, row in mine], self.group, self.size(rows), self.pad)
+        each = len(places) // count
+        mine = slice(index * each, (index + 1) * each)
+        read = [None if p is None else self.data[p.part][p.row] for p in places]
+        batch = build(read[mine], self.group, self.size(places), self.pad)
         if self.mixture:
-            parts: Any = np.array([part for part, _ in mine], np.int32)
+            starts = [
+                part for part, order in enumerate(self.orders) for _ in order.batch(k)
+            ]
+            parts: Any = np.array(starts[mine], np.int32)
             batch = batch._replace(extra={**(batch.extra or {}), "source": parts})
         if self.packing is not None:
-            p, (many, long) = self.packing, self.packed_shape(rows)
+            p, (many, long) = self.packing, self.packed_shape(places)
             batch = batch._replace(
                 layout=layout.build(
                     batch, shards=p.shards // count, accumulate=p.accumulate,
                     rows=many, length=long,
                 )
             )  # fmt: skip
-        real, distinct, total = self.tokens(rows)
+        real, distinct, total = self.tokens(places)
         shares = {"padding": 1 - real / total, "useful_tokens": distinct / total}
-        return batch, [row.id for _, row in rows if row is not None], shares
+        return batch, [row.id for row in read if row is not None], shares
 
-    def size(self, rows) -> int:
+    def size(self, places: Sequence[Place | None]) -> int:
         """T of a batch."""
-        return fit(
-            max(row.length() for _, row in rows if row is not None), self.buckets
-        )
+        lengths = [int(self.data[p.part].lengths[p.row]) for p in places if p]
+        return fit(max(lengths), self.buckets)
 
-    def packed_shape(self, rows) -> tuple[int, int]:
+    def packed_shape(self, places: Sequence[Place | None]) -> tuple[int, int]:
         """(R, L) of a batch, the same on all hosts; few batches need more than usual."""
         assert self.packing is not None
-        each = len(rows) // self.packing.blocks
-        sizes = [0 if row is None else row.distinct for _, row in rows]
-        blocks = [sizes[i : i + each] for i in range(0, len(rows), each)]
+        each = len(places) // self.packing.blocks
+        sizes = self._distinct(places)
+        blocks = [sizes[i : i + each] for i in range(0, len(places), each)]
         if not self.packing.rows:
-            return layout.choose(blocks, each, self.group * self.size(rows))
+            return layout.choose(blocks, each, self.group * self.size(places))
         need = max(len(layout.pack(block, self.packing.length)) for block in blocks)
         usual = self.packing.rows
         return usual if need <= usual else layout.steps(need), self.packing.length
 
-    def tokens(self, rows) -> tuple[int, int, int]:
+    def tokens(self, places: Sequence[Place | None]) -> tuple[int, int, int]:
         """Tokens of a batch: real ones, distinct real ones, and computed ones."""
-        used = [row for _, row in rows if row is not None]
-        distinct = sum(row.distinct for row in used)
+        distinct = sum(self._distinct(places))
         if self.packing is None:
-            real = sum(len(r.prompt) + len(a) for r in used for a in r.responses)
-            return real, distinct, len(rows) * self.group * self.size(rows)
-        many, long = self.packed_shape(rows)
+            real = sum(int(self.data[p.part].tokens[p.row]) for p in places if p)
+            return real, distinct, len(places) * self.group * self.size(places)
+        many, long = self.packed_shape(places)
         return distinct, distinct, self.packing.blocks * many * long
 
     def shares(self, steps: int) -> dict[str, float]:
@@ -222,9 +230,14 @@ class Plan:
 
         Tokens that are computed again, such as a prompt in each plain row, are neither.
         """
-        found = np.sum([self.tokens(self.rows(k)) for k in range(steps)], 0)
+        found = np.sum([self.tokens(self.places(k)) for k in range(steps)], 0)
         real, distinct, total = found.tolist()
         return {"padding": 1.0 - real / total, "useful": distinct / total}
+
+    def _distinct(self, places: Sequence[Place | None]) -> list[int]:
+        return [
+            0 if p is None else int(self.data[p.part].distinct[p.row]) for p in places
+        ]
 
 
 def build(rows: list[Row | None], group: int, size: int, pad: int) -> Batch:
@@ -272,11 +285,9 @@ def fit(tokens: int, buckets: tuple[int, ...]) -> int:
     return next(b for b in buckets if b >= tokens)
 
 
-def identity(data: list[list[Row]], settings: tuple) -> str:
+def identity(data: Sequence[Rows], settings: tuple) -> str:
     digest = hashlib.sha256(json.dumps([str(s) for s in settings]).encode())
     for rows in data:
-        for row in rows:
-            for ids in (row.prompt, *row.responses, *row.scored):
-                digest.update(len(ids).to_bytes(4, "big") + ids.tobytes())
-            digest.update(repr((row.feedback, sorted(row.columns.items()))).encode())
+        for content in rows.contents():
+            digest.update(content)
     return digest.hexdigest()[:16]

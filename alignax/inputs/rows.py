@@ -3,6 +3,8 @@
 How an example that is too long is cut is in `truncation`.
 """
 
+import array
+import concurrent.futures
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -36,45 +38,160 @@ class Row(NamedTuple):
         return len(self.prompt) + max(len(r) for r in self.responses)
 
 
+class Rows(Sequence[Row]):
+    """The usable rows of a data set, random access.
+
+    Attributes:
+      lengths: int32, tokens of each row.
+      distinct: int32, tokens of each row, a shared prefix counted once.
+      tokens: int32, tokens of each row, the prompt counted with every response.
+      group: the most responses of a row.
+      columns: names of those that go into a Batch.
+      top: the largest id.
+      counts: of all examples that were read, from `no_counts`.
+    """
+
+    def __init__(self, rows: Sequence[Row], sizes: "Sizes", counts: dict[str, Any]):
+        self._rows = rows
+        self.lengths, self.distinct, self.tokens = sizes.arrays()
+        self.group, self.columns, self.top = sizes.group, sizes.columns or (), sizes.top
+        self.counts = counts
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index):
+        return self._rows[index]
+
+    def contents(self) -> Iterator[bytes]:
+        """What every row holds, as bytes: for digests."""
+        return (content(row) for row in self._rows)
+
+    def check_ids(self, vocab_size: int, tokenizer: Tokenizer) -> None:
+        """Raises ValueError for an id at or beyond the vocabulary of a model."""
+        if self.top < vocab_size:
+            return
+        for row in self:
+            found = max(int(x.max()) for x in (row.prompt, *row.responses))
+            if found >= vocab_size:
+                raise ValueError(
+                    f"{row.id}: token id {found} "
+                    f"({tokenizer.decode([found], keep_specials=True)!r}) is beyond the "
+                    f"model's vocabulary of {vocab_size}"
+                )
+
+
+class Sizes:
+    """What a plan has to know of all rows, gathered one by one."""
+
+    def __init__(self) -> None:
+        self._sizes = [array.array("i") for _ in range(3)]
+        self.group, self.top, self.first = 0, 0, ""
+        self.columns: tuple[str, ...] | None = None
+
+    def add(self, row: Row) -> None:
+        """Adds a row.
+
+        Raises:
+          ValueError: it has other columns than the first one.
+        """
+        names = tuple(sorted(row.columns))
+        if self.columns is None:
+            self.columns, self.first = names, row.id
+        elif names != self.columns:
+            raise ValueError(
+                f"{row.id} has columns {list(names)}, {self.first} has "
+                f"{list(self.columns)}"
+            )
+        many = sum(len(row.prompt) + len(r) for r in row.responses)
+        numbers = (row.length(), row.distinct, many)
+        for sizes, number in zip(self._sizes, numbers, strict=True):
+            sizes.append(number)
+        self.group = max(self.group, len(row.responses))
+        self.top = max(self.top, *(int(x.max()) for x in (row.prompt, *row.responses)))
+
+    def arrays(self) -> list[np.ndarray]:
+        """Lengths, distinct tokens and all tokens of the rows, int32."""
+        return [np.array(sizes, np.int32) for sizes in self._sizes]
+
+
+def content(row: Row) -> bytes:
+    """What a row holds, as bytes; not its id."""
+    parts = []
+    for ids in (row.prompt, *row.responses, *row.scored):
+        parts += [len(ids).to_bytes(4, "big"), ids.tobytes()]
+    parts.append(repr((row.feedback, sorted(row.columns.items()))).encode())
+    return b"".join(parts)
+
+
 def read(
     examples: Sequence[Example], tokenizer: Tokenizer, *, length: int,
-    vocab_size: int | None, counts: dict[str, Any],
-) -> list[Row]:  # fmt: skip
+    counts: dict[str, Any] | None = None,
+) -> Rows:  # fmt: skip
     """Tokenises and cuts all examples.
+
+    Args: as for `stream`.
+
+    Raises:
+      ValueError: no usable example; examples with different columns.
+    """
+    counts = no_counts() if counts is None else counts
+    rows, sizes = [], Sizes()
+    for row in stream(examples, tokenizer, length=length, counts=counts):
+        sizes.add(row)
+        rows.append(row)
+    check_any(len(rows), counts)
+    return Rows(rows, sizes, counts)
+
+
+def stream(
+    examples: Sequence[Example], tokenizer: Tokenizer, *, length: int,
+    counts: dict[str, Any],
+) -> Iterator[Row]:  # fmt: skip
+    """The usable rows one after another.
 
     Args:
       examples: their attribute `report`, if any, has the lines that were not readable;
         `carried`, the names of the columns that go into a Batch (all numbers by default).
       tokenizer: from `tokenizer.load`; its `reading` says how rows are read and cut.
       length: tokens of a row, at least 2.
-      vocab_size: V of the model, or None for no check.
       counts: from `no_counts`; updated in place.
 
     Raises:
-      ValueError: no usable example; examples with different columns; an id at or beyond
-        `vocab_size`.
+      ValueError: a length that is too small.
     """
     if length < 2:
         raise ValueError(f"length is {length}, expected at least 2")
-    truncation.check(tokenizer.reading, length)
     tokenizer = tokenizer.for_data(examples)
+    truncation.check(tokenizer.reading, length)
     note_report(counts, examples)
     carried = getattr(examples, "carried", None)
-    rows: list[Row] = []
     for example, fitted in _fitted(examples, tokenizer, length, counts):
-        row = _row(example, fitted, carried)
-        if rows and row.columns.keys() != rows[0].columns.keys():
-            raise ValueError(
-                f"{row.id} has columns {sorted(row.columns)}, {rows[0].id} has "
-                f"{sorted(rows[0].columns)}"
-            )
-        _check_ids(row, tokenizer, vocab_size)
-        rows.append(row)
-    if not rows:
+        yield _row(example, fitted, carried)
+
+
+def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The counts of several data sets together."""
+    out = no_counts(reasons=any("reasons" in part for part in parts))
+    for part in parts:
+        for name, value in part.items():
+            if isinstance(value, dict):
+                for kind, (many, first) in value.items():
+                    known = out[name].setdefault(kind, [0, first])
+                    known[0] += many
+            else:
+                out[name] = out[name] + value
+    for name in ("dropped_ids", "malformed_ids"):
+        out[name] = out[name][:LISTED]
+    return out
+
+
+def check_any(used: int, counts: dict[str, Any]) -> None:
+    """Raises ValueError if no row is usable, with the first reason."""
+    if not used:
         reasons = counts["malformed_ids"] + counts["dropped_ids"]
         why = "; first: " + reasons[0] if reasons else ": the data set is empty"
         raise ValueError(f"no usable example among {counts['read']} read{why}")
-    return rows
 
 
 def no_counts(*, reasons: bool = False) -> dict[str, Any]:
@@ -95,31 +212,56 @@ def _fitted(
     examples: Sequence[Example], tokenizer: Tokenizer, length: int,
     counts: dict[str, Any],
 ) -> Iterator[tuple[Example, Fitted]]:  # fmt: skip
-    """(example, its ids) of all that are usable; the others are counted."""
-    dialogues, encoder = tokenizer.dialogues, tokenizer.encoder
-    for start in range(0, len(examples), CHUNK):
-        some: list[tuple[Example, Rendered]] = []
-        for i in range(start, min(start + CHUNK, len(examples))):
-            example = examples[i]
-            counts["read"] += 1
-            _add(counts["forms"], batch.form(example), example.id)
-            try:
-                some.append((example, render(example, tokenizer)))
-            except ValueError as e:
-                note(counts, "malformed", f"{example.id}: {e}")
-        with contextlib.suppress(ValueError):  # of one of them, which says so below
-            encoder.prefetch(k for _, rendered in some for k in rendered.wanted())
-        for example, rendered in some:
-            try:
-                tokens = dialogues.ids(rendered)
-                yield (
-                    example,
-                    _fit(example, rendered, tokens, tokenizer, length, counts),
-                )
-            except TooLong as e:
-                note(counts, "dropped", f"{example.id}: {e}")
-            except ValueError as e:
-                note(counts, "malformed", f"{example.id}: {e}")
+    """(example, its ids) of all that are usable; the others are counted.
+
+    While a chunk of texts is encoded, which needs no Python, the next one is rendered.
+    """
+    waiting: tuple[list[tuple[Example, Rendered]], Any] | None = None
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        for some in _rendered(examples, tokenizer, counts):
+            keys = [key for _, rendered in some for key in rendered.wanted()]
+            encoding = pool.submit(tokenizer.encoder.prefetch, keys)
+            if waiting is not None:
+                yield from _finished(*waiting, tokenizer, length, counts)
+            waiting = some, encoding
+        if waiting is not None:
+            yield from _finished(*waiting, tokenizer, length, counts)
+
+
+def _rendered(
+    examples: Sequence[Example], tokenizer: Tokenizer, counts: dict[str, Any]
+) -> Iterator[list[tuple[Example, Rendered]]]:
+    """Chunks of examples as text; what the template refuses is counted."""
+    some: list[tuple[Example, Rendered]] = []
+    for example in examples:
+        counts["read"] += 1
+        _add(counts["forms"], batch.form(example), example.id)
+        try:
+            some.append((example, render(example, tokenizer)))
+        except ValueError as e:
+            note(counts, "malformed", f"{example.id}: {e}")
+        if len(some) == CHUNK:
+            yield some
+            some = []
+    yield some
+
+
+def _finished(
+    some: list[tuple[Example, Rendered]], encoding: Any, tokenizer: Tokenizer,
+    length: int, counts: dict[str, Any],
+) -> Iterator[tuple[Example, Fitted]]:  # fmt: skip
+    with contextlib.suppress(ValueError):  # of one of them, which says so below
+        encoding.result()
+    for example, rendered in some:
+        try:
+            tokens = tokenizer.dialogues.ids(rendered)
+            fitted = _fit(example, rendered, tokens, tokenizer, length, counts)
+        except TooLong as e:
+            note(counts, "dropped", f"{example.id}: {e}")
+        except ValueError as e:
+            note(counts, "malformed", f"{example.id}: {e}")
+        else:
+            yield example, fitted
 
 
 def _fit(
@@ -191,18 +333,6 @@ def _row(example: Example, fitted: Fitted, carried: Sequence[str] | None) -> Row
         {k: float(example.columns[k]) for k in names},
         len(fitted.prompt) + layout.group(responses, scored).size(),
     )
-
-
-def _check_ids(row: Row, tokenizer: Tokenizer, vocab_size: int | None) -> None:
-    if vocab_size is None:
-        return
-    top = max(int(x.max()) for x in (row.prompt, *row.responses))
-    if top >= vocab_size:
-        raise ValueError(
-            f"{row.id}: token id {top} "
-            f"({tokenizer.decode([top], keep_specials=True)!r}) is beyond the "
-            f"model's vocabulary of {vocab_size}"
-        )
 
 
 def _add(found: dict[str, list], name: str, example: str) -> None:

@@ -28,10 +28,11 @@ from alignax.inputs.plan import (
     fit,
 )
 from alignax.inputs.plan import identity as plan_identity
-from alignax.inputs.rows import Row, no_counts, read
+from alignax.inputs.rows import Rows, merged, read
 from alignax.inputs.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+Data = Sequence[Example] | Rows  # rows that were read before are taken as they are
 
 
 class Source(NamedTuple):
@@ -56,7 +57,7 @@ class Source(NamedTuple):
 
 
 def dataset_source(
-    examples: Sequence[Example] | Mapping[str, tuple[Sequence[Example], float]],
+    examples: Data | Mapping[str, tuple[Data, float]],
     tokenizer: Tokenizer,
     *,
     batch_size: int,
@@ -89,7 +90,7 @@ def dataset_source(
     turn holds two EOS, ...) counts as malformed and is named with its reason.
 
     Args:
-      examples: random-access examples, or {name: (examples, ratio)}. In a mixture each
+      examples: random-access examples or rows, or {name: (they, ratio)}. In a mixture each
         step holds exactly that ratio, in blocks of rows in the order of the names, and
         `extra['source']` (int32 [B]) is the index of the name.
       tokenizer: from `tokenizer.load`.
@@ -121,11 +122,11 @@ def dataset_source(
     parts = examples if isinstance(examples, Mapping) else {"data": (examples, 1)}
     shares = _shares({k: ratio for k, (_, ratio) in parts.items()}, batch_size)
     _check_division(batch_size, host, grid)
-    counts = no_counts()
-    data = [
-        read(d, tokenizer, length=length, vocab_size=vocab_size, counts=counts)
-        for d, _ in parts.values()
-    ]
+    data = [read_rows(d, tokenizer, length) for d, _ in parts.values()]
+    if vocab_size is not None:
+        for part in data:
+            part.check_ids(vocab_size, tokenizer)
+    counts = merged([part.counts for part in data])
     _check_columns(dict(zip(parts, data, strict=True)))
     schedule = Schedule(batch_size, shares, seed, window, shuffle, epochs)
     build = functools.partial(
@@ -157,7 +158,7 @@ class Schedule(NamedTuple):
 
 
 def plan_by_length(
-    build: Callable[..., Plan], data: list[list[Row]], schedule: Schedule,
+    build: Callable[..., Plan], data: Sequence[Rows], schedule: Schedule,
     grid: tuple[int, int] | None,
 ) -> tuple[Plan, dict[str, float]]:  # fmt: skip
     """Batches of a fixed number of examples of like length, plain or packed.
@@ -179,7 +180,7 @@ def plan_by_length(
     steps = ENDLESS if schedule.epochs is None else max(need)
     orders = [
         Order(
-            [row.length() if grid is None else row.distinct for row in rows],
+            (rows.lengths if grid is None else rows.distinct).tolist(),
             share,
             window=schedule.window,
             seed=schedule.seed + i,
@@ -195,12 +196,12 @@ def plan_by_length(
 
 
 def plan_filled(
-    build: Callable[..., Plan], rows: list[Row], schedule: Schedule,
+    build: Callable[..., Plan], rows: Rows, schedule: Schedule,
     grid: tuple[int, int],
 ) -> tuple[Plan, dict[str, float]]:  # fmt: skip
     """Batches of as many examples as fill packed rows; as `plan_by_length`."""
     order = Filled(
-        [row.distinct for row in rows], schedule.batch_size,
+        rows.distinct.tolist(), schedule.batch_size,
         window=schedule.window, seed=schedule.seed, shuffle=schedule.shuffle,
     )  # fmt: skip
     steps = ENDLESS if schedule.epochs is None else order.steps(schedule.epochs)
@@ -282,13 +283,11 @@ def eval_batches(
         raise ValueError(
             f"batch_size {batch_size} does not divide over {host[1]} hosts"
         )
-    counts = no_counts()
-    rows = read(
-        examples, tokenizer, length=length, vocab_size=vocab_size, counts=counts
-    )
-    rows.sort(key=Row.length)
-    lengths = [row.length() for row in rows]
-    order = Order(lengths, batch_size, window=1, seed=0, shuffle=False, limit=len(rows))
+    rows = read_rows(examples, tokenizer, length)
+    if vocab_size is not None:
+        rows.check_ids(vocab_size, tokenizer)
+    counts = dict(rows.counts)
+    order = ByLength(rows.lengths, batch_size)
     plan = Plan(
         [rows], [order], -(-len(rows) // batch_size),
         buckets=bucket_sizes(buckets, length), host=host, pad=tokenizer.pad_id, mixture=False,
@@ -315,19 +314,41 @@ def _check_division(
         )
 
 
-def _check_columns(parts: dict[str, list[Row]]) -> None:
-    named = {k: sorted(rows[0].columns) for k, rows in parts.items()}
+def read_rows(
+    examples: Sequence[Example] | Rows, tokenizer: Tokenizer, length: int
+) -> Rows:
+    """The usable rows of examples, or rows that were read before."""
+    if isinstance(examples, Rows):
+        return examples
+    return read(examples, tokenizer, length=length)
+
+
+class ByLength:
+    """Which examples make up batch k of an evaluation: the shortest first."""
+
+    def __init__(self, lengths: np.ndarray, batch_size: int):
+        self._order = np.argsort(lengths, kind="stable")
+        self._size = batch_size
+
+    def batch(self, k: int) -> list[int | None]:
+        """Indices of the examples in batch k; None fills up the last one."""
+        found = self._order[k * self._size : (k + 1) * self._size].tolist()
+        return found + [None] * (self._size - len(found))
+
+
+def _check_columns(parts: dict[str, Rows]) -> None:
+    named = {k: list(rows.columns) for k, rows in parts.items()}
     if len({tuple(names) for names in named.values()}) > 1:
         raise ValueError(f"the parts of a mixture have different columns: {named}")
 
 
 def _buckets(
-    data: list[list[Row]], sizes: tuple[int, ...], *, packed: bool
+    data: Sequence[Rows], sizes: tuple[int, ...], *, packed: bool
 ) -> tuple[int, ...]:
     """The values of T that occur: one where rows are packed, for there T is cheap."""
     if not packed:
         return sizes
-    return (fit(max(row.length() for rows in data for row in rows), sizes),)
+    return (fit(max(int(rows.lengths.max()) for rows in data), sizes),)
 
 
 def _warn_if_emptier(filled: dict[str, float], grouped: dict[str, float]) -> None:

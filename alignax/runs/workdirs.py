@@ -16,6 +16,9 @@ RESPONSES = "responses.jsonl"  # of a run that answers prompts
 VOLATILE = (
     "log_every", "checkpoint", "profile", "wandb", "mesh", "patience", "watchdog"
 )  # fmt: skip
+# Keys that runs of earlier versions lack. They only decide how rows become ids, which the
+# saved position in the data is checked by.
+ADDED = ("template", "template_system", "truncate", "min_response", "truncate_prompts")
 
 
 def check_owner(workdir: str, config) -> None:
@@ -31,7 +34,9 @@ def check_owner(workdir: str, config) -> None:
     differ = [
         f"{k} ({a.get(k, 'absent')} there, {b.get(k, 'absent')} here)"
         for k in sorted({*a, *b})
-        if a.get(k) != b.get(k) and not k.startswith(VOLATILE)
+        if a.get(k) != b.get(k)
+        and not k.startswith(VOLATILE)
+        and not (k not in a and k.partition(".")[0] in ADDED)
     ]
     if differ:
         raise ValueError(

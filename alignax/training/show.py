@@ -112,7 +112,7 @@ def counted(
     try:
         if whole:
             assert room is not None
-            rows.read(examples, text, length=room, vocab_size=None, counts=counts)
+            rows.read(examples, text, length=room, counts=counts)
         else:
             prompts.usable(examples, text, length=room or 2**30, counts=counts)
     except ValueError as error:  # no row is usable, say: the counts tell

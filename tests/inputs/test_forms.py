@@ -231,7 +231,7 @@ def test_a_row_without_its_label_is_malformed():
     ]
     counts = rows.no_counts()
     text = tokenizer.load("bytes")
-    (row,) = rows.read(data, text, length=16, vocab_size=None, counts=counts)
+    (row,) = rows.read(data, text, length=16, counts=counts)
     assert isinstance(row, Row)
     np.testing.assert_array_equal(row.feedback, (1.0, 0.0))
     assert "a: its form is 'labelled'" in counts["malformed_ids"][0]
