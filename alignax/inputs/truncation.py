@@ -129,7 +129,10 @@ def fit_prompt(
     if rule == "left":
         return left_cut(tokens.prompt, room, bos_id), True
     if rule == "drop":
-        raise TooLong(f"the prompt has {size} tokens, there is room for {room}")
+        raise TooLong(
+            f"the prompt has {size} tokens, there is room for {room} "
+            "(config.truncate_prompts = 'exchanges' or 'left' cuts it)"
+        )
     rendered, tokens, _ = _shorter(
         asked, rendered, tokens, dialogues, least=0, length=room, own=None
     )

@@ -17,6 +17,7 @@ import numpy as np
 from alignax.batch import LM, Batch, Example, Params
 from alignax.inputs import layout, serialisation
 from alignax.inputs.prompts import column_names
+from alignax.inputs.rows import carried_columns
 from alignax.inputs.source import Source
 from alignax.plugin import Bound
 from alignax.rollouts.rollout import Settings, Setup, compiled, roll
@@ -250,7 +251,14 @@ def identity(setup: Setup, *, earlier: bool = False) -> str:
 
 def contents(examples: Sequence[Example]) -> str:
     """The prompts and columns that rollouts depend on, as text for digests."""
-    return repr([(e.id, e.prompt, sorted(e.columns.items())) for e in examples])
+    carried = getattr(examples, "carried", None)
+    out: list[tuple] = []
+    for i in range(len(examples)):
+        e = examples[i]
+        columns = [(k, e.columns[k]) for k in carried_columns(e, carried)]
+        own = (dict(e.template),) if e.template else ()
+        out.append((e.id, e.prompt, columns, *own))
+    return repr(out)
 
 
 def check(
