@@ -153,6 +153,11 @@ def bind(
     )  # fmt: skip
 
 
+def find(folder: str, name: str) -> Callable:
+    """The function of a plug-in, nothing bound."""
+    return _find(folder, name)[1]
+
+
 def compose(loss: Bound, weights: Sequence[Bound]) -> Bound:
     """A loss with reweightings, as one loss; they are applied in order, before the loss.
 

@@ -6,6 +6,7 @@ How an example that is too long is cut is in `truncation`.
 import array
 import concurrent.futures
 import contextlib
+import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -109,6 +110,30 @@ class Sizes:
             sizes.append(number)
         self.group = max(self.group, len(row.responses))
         self.top = max(self.top, *(int(x.max()) for x in (row.prompt, *row.responses)))
+
+    def __len__(self) -> int:
+        return len(self._sizes[0])
+
+    def described(self) -> dict[str, Any]:
+        """What is known of all rows together."""
+        return {
+            "group": self.group, "top": self.top, "columns": list(self.columns or ()),
+            "first": self.first,
+        }  # fmt: skip
+
+    def save(self, path: pathlib.Path) -> None:
+        """Writes the sizes of the rows."""
+        np.savez(path, sizes=np.stack(self.arrays()))
+
+    @classmethod
+    def loaded(cls, path: pathlib.Path, described: Mapping[str, Any]) -> "Sizes":
+        """What `save` wrote, beside `described`."""
+        out = cls()
+        with np.load(path) as saved:
+            out._sizes = [array.array("i", row.tobytes()) for row in saved["sizes"]]
+        out.group, out.top = described["group"], described["top"]
+        out.columns, out.first = tuple(described["columns"]), described["first"]
+        return out
 
     def arrays(self) -> list[np.ndarray]:
         """Lengths, distinct tokens and all tokens of the rows, int32."""

@@ -14,7 +14,8 @@ from alignax.runs import checkpoint
 RESPONSES = "responses.jsonl"  # of a run that answers prompts
 # Keys that may differ when a run is resumed: they do not change what is computed.
 VOLATILE = (
-    "log_every", "checkpoint", "profile", "wandb", "mesh", "patience", "watchdog"
+    "log_every", "checkpoint", "profile", "wandb", "mesh", "patience", "watchdog",
+    "row_cache",
 )  # fmt: skip
 # Keys that runs of earlier versions lack. They only decide how rows become ids, which the
 # saved position in the data is checked by.

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from alignax import plugin
 from alignax.batch import LM, Example, Params
-from alignax.inputs import forms, prompts, reference_cache, source, tokenizer
+from alignax.inputs import forms, prompts, reference_cache, row_store, source, tokenizer
+from alignax.inputs.rows import Rows
 from alignax.models import lora, sharding
 from alignax.reports import tables
 from alignax.runs import adapter_base, checkpoint, workdirs
@@ -81,7 +82,7 @@ def build(config, workdir: str, model: ModelPath | None = None) -> Run:
     model = model or loading.model_path(config)
     text = loading.load_tokenizer(config, loading.tokenizer_path(config, model))
     # Data that the loss or an evaluation cannot read are refused before weights are read.
-    examples = training_examples(config, plugins.loss)
+    examples = training_examples(config, plugins.loss, text)
     plugins, eval_data = evaluation_data(config, plugins)
     names = (*checks.frozen_names(config), *checks.moving_names(config))
     check_evaluations(plugins.evals, names, eval_data)
@@ -191,8 +192,8 @@ def check_evaluations(
                 raise ValueError(f"evals.{name}: {error}") from error
 
 
-def training_examples(config, loss: plugin.Bound) -> Any:
-    """What a run trains on: examples, or {part: (examples, ratio)} of a mixture.
+def training_examples(config, loss: plugin.Bound, text: tokenizer.Tokenizer) -> Any:
+    """What a run trains on: rows, or {part: (rows, ratio)}; examples where it rolls out.
 
     Returns:
       None without steps to train.
@@ -203,22 +204,23 @@ def training_examples(config, loss: plugin.Bound) -> Any:
     """
     if not config.num_steps:
         return None
-    sections = {f"config.mixture.{k}": spec for k, spec in config.mixture.items()}
-    sections = sections or {"config.data": config.data}
-    read = {
-        where: plugin.load_examples(spec, drop=("ratio",))
-        for where, spec in sections.items()
-    }
-    if not config.rollout.reward:
-        for where, examples in read.items():
-            forms.check(
-                forms.tally(examples), loss.forms, f"loss {loss.name!r}", where,
-                plugin.plain_section(sections[where]),
-            )  # fmt: skip
+    if config.rollout.reward:
+        return plugin.load_examples(config.data)
+
+    def rows(where: str, section: Any) -> Rows:
+        spec = plugin.plain_section(section)
+
+        def check(counts: dict[str, Any]) -> None:
+            forms.check(counts["forms"], loss.forms, f"loss {loss.name!r}", where, spec)
+
+        return row_store.read(
+            spec, text, length=config.length, folder=config.row_cache, check=check
+        )
+
     if not config.mixture:
-        return read["config.data"]
+        return rows("config.data", config.data)
     return {
-        k: (read[f"config.mixture.{k}"], spec["ratio"])
+        k: (rows(f"config.mixture.{k}", spec), spec["ratio"])
         for k, spec in config.mixture.items()
     }
 

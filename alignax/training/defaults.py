@@ -39,6 +39,9 @@ def get_config() -> ConfigDict:
     c.min_response = 0  # scored tokens that a prompt leaves room for; 0 = length // 4
     # What prompts to generate from lose (rollouts, evaluations): drop | exchanges | left
     c.truncate_prompts = "drop"
+    # Folder for the token ids of rows, made once; '' = $ALIGNAX_CACHE or the user's cache
+    # folder, 'off' = none
+    c.row_cache = ""
 
     c.model = ConfigDict()
     c.model.path = (
