@@ -68,7 +68,9 @@ def score(
       needs: fields of Scores to return besides `logps`. Names of fields of the batch
         (such as 'ref_logps') are ignored here.
       kl_to: the frozen LM that 'kl' and 'forward_kl' compare with; no gradient reaches
-        it. It must have the same vocabulary, not the same architecture.
+        it. Its ids mean the same tokens; the architecture may differ, and the number
+        of ids (one tokenizer, tables padded differently): then both distributions are
+        restricted to the common ids and renormalised in these two fields.
       mesh: devices that hold the batch; None for a single device.
       tiles: tokens and vocabulary entries per logit tile.
       precision: of the head matmul (on TPU, float32 runs in bf16 passes unless raised).
@@ -81,14 +83,14 @@ def score(
       tokens[<t], in nats. Every field is [B, G, T] and exactly 0 where mask is False.
 
     Raises:
-      ValueError: values of a model without a value head; a KL without `kl_to`, or to an
-        LM with another vocabulary; B that the mesh does not divide.
+      ValueError: values of a model without a value head; a KL without `kl_to`; B that
+        the mesh does not divide.
     """
     inputs = _plain(batch) if batch.layout is None else _packed(batch, batch.layout)
     fields = tuple(n for n in READ if n in needs)
     other = None
     if compared := [n for n in fields if n in COMPARED]:
-        other = _frozen(lm, kl_to, inputs, compared)
+        other = _frozen(kl_to, inputs, compared)
     h = _hidden(lm, inputs)
     tokens, scored = inputs.tokens, inputs.scored
     read = _read(
@@ -182,16 +184,11 @@ def _before(inputs, x):
     return jnp.pad(x[:, :-1], ((0, 0), (1, 0)))
 
 
-def _frozen(lm, kl_to, inputs, compared):
+def _frozen(kl_to, inputs, compared):
     """(the LM to compare with, its hidden states)."""
     if kl_to is None:
         raise ValueError(
             f"{compared} compare with a frozen LM: pass kl_to (config.lms.ref)"
-        )
-    ours, theirs = lm.config.vocab_size, kl_to.config.vocab_size
-    if ours != theirs:
-        raise ValueError(
-            f"{compared}: the LM has a vocabulary of {ours}, kl_to one of {theirs}"
         )
     kl_to = jax.lax.stop_gradient(kl_to)
     return kl_to, _hidden(kl_to, inputs)
@@ -232,12 +229,16 @@ def _read(
     if previous is None:
         targets, scored = (jnp.roll(x, -1, axis=1) for x in (targets, scored))
     weight, axis = transformer.head(lm)
-    sides, heads = [(h, weight)], [Head(axis, lm.config.final_softcap)]
+    sides, heads, common = [(h, weight)], [Head(axis, lm.config.final_softcap)], None
     if other is not None:
+        size = weight.shape[axis]
         weight, axis = transformer.head(other[0])
+        if weight.shape[axis] < size:  # the columns that are added are never counted
+            common = weight.shape[axis]
+            weight = _columns(weight, axis, size)
         sides.append((other[1], weight))
         heads.append(Head(axis, other[0].config.final_softcap))
-    tiling = Tiling(tuple(heads), fields, tiles, precision)
+    tiling = Tiling(tuple(heads), fields, tiles, precision, common=common)
     run = functools.partial(_local, lm.config.head_kernel)
     if mesh is not None and mesh.size > 1:
         run = functools.partial(_sharded, lm.config.head_kernel, mesh)
@@ -245,6 +246,15 @@ def _read(
     if previous is None:
         out = {k: jnp.roll(v, 1, axis=1) for k, v in out.items()}
     return out
+
+
+def _columns(weight, axis, size):
+    """The weight of a head with its first `size` columns, or zeros behind the last."""
+    if weight.shape[axis] >= size:
+        return jax.lax.slice_in_dim(weight, 0, size, axis=axis)
+    grow = [(0, 0), (0, 0)]
+    grow[axis] = (0, size - weight.shape[axis])
+    return jnp.pad(weight, grow)
 
 
 def _local(kernel, tiling, sides, targets, scored, columns):
@@ -294,6 +304,11 @@ def _sharded(kernel, mesh, tiling, sides, targets, scored, columns):
         )
     v = sides[0][1].shape[tiling.heads[0].vocab_axis]
     split = v % mesh.shape["model"] == 0
+    if split:  # a shard has the same ids of both heads
+        sides = tuple(
+            (h, w if w.shape[head.vocab_axis] == v else _columns(w, head.vocab_axis, v))
+            for (h, w), head in zip(sides, tiling.heads, strict=True)
+        )
     gather = [
         w.shape[1 - head.vocab_axis] % mesh.shape["fsdp"] == 0
         for (_, w), head in zip(sides, tiling.heads, strict=True)

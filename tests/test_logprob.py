@@ -321,14 +321,16 @@ def fields(configs, arrays, tokens, mask, *, needs, tiles=(8, 16)):
 
 def naive_fields(configs, arrays, mask, needs):
     """The definitions, on whole rows of whatever dtype the arrays have."""
-    logps = []
-    for config, (h, w) in zip(configs, arrays, strict=True):
-        z = oracle.cap(h @ (w.T if config.tied else w), config.final_softcap)
-        logps.append(z - jax.scipy.special.logsumexp(z, -1, keepdims=True))
-    p, r = logps[0], logps[-1]
+    logits = [
+        oracle.cap(h @ (w.T if config.tied else w), config.final_softcap)
+        for config, (h, w) in zip(configs, arrays, strict=True)
+    ]
+    common = min(z.shape[-1] for z in logits)
+    whole = jax.nn.log_softmax(logits[0])
+    p, r = (jax.nn.log_softmax(logits[i][..., :common]) for i in (0, -1))
     all_of_them = {
-        "entropy": -(jnp.exp(p) * p).sum(-1),
-        "collision": jnp.log(jnp.exp(2 * p).sum(-1)),
+        "entropy": -(jnp.exp(whole) * whole).sum(-1),
+        "collision": jnp.log(jnp.exp(2 * whole).sum(-1)),
         "kl": (jnp.exp(p) * (p - r)).sum(-1),
         "forward_kl": (jnp.exp(r) * (r - p)).sum(-1),
     }
@@ -339,11 +341,19 @@ def naive_fields(configs, arrays, mask, needs):
 
 @pytest.mark.parametrize("tiles", TILES.values(), ids=TILES)
 @pytest.mark.parametrize(
-    "heads", [("untied", "tied-softcap"), ("tied-softcap", "untied")]
+    ("heads", "size"),
+    [
+        (("untied", "tied-softcap"), V),
+        (("tied-softcap", "untied"), V),
+        (("untied", "tied-softcap"), V + 4),
+        (("untied", "tied-softcap"), V - 3),
+        (("tied-softcap", "untied"), 9),
+    ],
 )
-def test_fields_and_their_gradients_are_those_of_float64(heads, tiles):
-    """All four at once; the frozen LM has another width, head and soft-cap."""
-    ours, theirs = head_only(**HEADS[heads[0]]), head_only(**HEADS[heads[1]], width=5)
+def test_fields_and_their_gradients_are_those_of_float64(heads, size, tiles):
+    """All four at once; the frozen LM has another width, head, soft-cap and table."""
+    ours = head_only(**HEADS[heads[0]])
+    theirs = head_only(**HEADS[heads[1]], width=5, vocab=size)
     h, weight, tokens, mask = case(ours)
     frozen = case(theirs, seed=1)[:2]
     needs = logprob.READ
@@ -415,16 +425,39 @@ def test_kl_is_to_the_lm_that_is_given_and_no_gradient_reaches_it(
     assert not any(np.asarray(x).any() for x in jax.tree.leaves(theirs))
 
 
-def test_a_kl_to_nothing_or_to_another_vocabulary_is_an_error(
-    tiny_lm, make_lm, make_batch
-):
+def test_a_kl_to_nothing_is_an_error(tiny_lm, make_batch):
     with pytest.raises(
         ValueError, match=r"\['kl'\] compare with a frozen LM: pass kl_to"
     ):
         logprob.score(tiny_lm, make_batch(), needs=("kl",))
-    other = make_lm(dataclasses.replace(tiny_lm.config, vocab_size=41))
-    with pytest.raises(ValueError, match="vocabulary of 37, kl_to one of 41"):
-        logprob.score(tiny_lm, make_batch(), needs=("kl",), kl_to=other)
+
+
+@pytest.mark.parametrize("grow", ["the LM", "kl_to"])
+def test_a_kl_does_not_see_rows_that_one_table_is_padded_with(
+    grow, tiny_lm, make_lm, make_batch
+):
+    """As between Qwen2.5 up to 3B and from 7B on. Other scores are of the whole table."""
+    batch, other = make_batch(2, 2, 12), make_lm(tiny_lm.config, seed=1)
+    wide = dataclasses.replace(tiny_lm.config, vocab_size=41)
+    needs = ("kl", "forward_kl", "entropy")
+
+    def padded(lm):
+        more, tables = make_lm(wide, seed=2).params, {}
+        for name, axis in (("embed", 0), ("head", 1)):
+            if name in lm.params:
+                rest = jax.lax.slice_in_dim(more[name], 37, 41, axis=axis)
+                tables[name] = jnp.concatenate([lm.params[name], rest], axis)
+        return LM(wide, {**lm.params, **tables})
+
+    pair = [tiny_lm, other]
+    i = ["the LM", "kl_to"].index(grow)
+    pair[i] = padded(pair[i])
+    want = score(tiny_lm, batch, needs=needs, kl_to=other)
+    got = score(pair[0], batch, needs=needs, kl_to=pair[1])
+    for name in ("kl", "forward_kl"):
+        np.testing.assert_allclose(getattr(got, name), getattr(want, name), atol=2e-5)
+    same = np.allclose(got.entropy, want.entropy, atol=1e-5)
+    assert same == (grow == "kl_to")
 
 
 # Memory, as XLA plans it: nothing below is run.

@@ -9,7 +9,9 @@ from the saved log-sum-exp:
 The loop over the vocabulary is the outer one: a tile of the head's weight is cast once, and
 its gradient is complete when the inner loop ends. Between tiles every token keeps a few
 numbers. The same loops compute what else a loss may need of a whole row: the entropy,
-log Σ p², and the exact KL to and from a frozen LM, whose logits have the same tiles.
+log Σ p², and the exact KL to and from a frozen LM, whose logits have the same tiles. Where
+the two vocabularies differ in size (one tokenizer, tables padded differently), the KL is of
+both distributions restricted to the ids that they have in common, and renormalised.
 """
 
 import functools
@@ -40,11 +42,28 @@ class Tiling(NamedTuple):
     precision: str  # of the matrix products
     mesh_axes: tuple[str, ...] = ()  # non-empty inside shard_map
     split: bool = False  # the vocabulary is split over the mesh axis 'model'
+    common: int | None = None  # ids of the frozen LM where the policy has more of them
+
+    @property
+    def compared(self) -> str:
+        """Name of the distribution that is compared with the frozen LM's."""
+        return "p" if self.common is None else "c"
 
     @property
     def distributions(self) -> tuple[str, ...]:
-        """Names of the distributions: 'p' is the policy, 'r' the frozen LM."""
-        return ("p", "r")[: len(self.heads)]
+        """Names of the distributions that are normalised.
+
+        'p' is the policy, 'c' the policy on the common ids where these are fewer, 'r' the
+        frozen LM on them.
+        """
+        if len(self.heads) == 1:
+            return ("p",)
+        return ("p", "r") if self.common is None else ("p", "c", "r")
+
+    @property
+    def sums(self) -> dict[str, str]:
+        """{field: name of its sum}, of the fields that are computed."""
+        return {f: SUMS[f].replace("c", self.compared) for f in self.fields}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -57,7 +76,9 @@ def read(
     Args:
       tiling: the static settings.
       sides: (hidden states [K, D], weight of the head) of the policy and, if it is
-        compared, of the frozen LM; differentiable in the policy's.
+        compared, of the frozen LM; differentiable in the policy's. Of a frozen LM with
+        more ids than the policy, those are not read; one with fewer is padded to as many
+        columns, and `tiling.common` says how many of them it has.
       targets: ids, counted from the first column of this shard of the vocabulary; an id
         of another shard is out of range here.
       scored: True on the positions that are computed.
@@ -138,25 +159,39 @@ def _logits(tiling, weights, xs):
 
 # The sums over the vocabulary from which each field is computed, of the policy's logits z
 # and the frozen LM's logits a. The first letter of a sum is the distribution whose weights
-# it has, p ~ e^z or r ~ e^a.
-#   p: Σ e^z   pz: Σ e^z z   pp: Σ e^2z   pd: Σ e^z (z - a)   r: Σ e^a   rd: Σ e^a (a - z)
-SUMS = {"entropy": "pz", "collision": "pp", "kl": "pd", "forward_kl": "rd"}
+# it has, p ~ e^z or r ~ e^a; c is p on the common ids.
+#   p: Σ e^z   pz: Σ e^z z   pp: Σ e^2z   cd: Σ e^z (z - a)   r: Σ e^a   rd: Σ e^a (a - z)
+SUMS = {"entropy": "pz", "collision": "pp", "kl": "cd", "forward_kl": "rd"}
 
 
-def _sums(tiling, logits, new):
+def _columns(tiling, sides, start, new):
+    """{distribution: [1, VB] which columns of a tile it has}, of the new ones."""
+    if tiling.common is None:
+        return dict.fromkeys(tiling.distributions, new)
+    first = start
+    if tiling.split:  # a column's id is counted over all shards
+        width = sides[0][1].shape[tiling.heads[0].vocab_axis]
+        first += width * jax.lax.axis_index("model")
+    shared = new & (first + jnp.arange(new.shape[1]) < tiling.common)[None]
+    return {"p": new, "c": shared, "r": shared}
+
+
+def _sums(tiling, logits, columns):
     """(maxima {name: [C]}, sums {name: [C]}) of one tile, relative to its maxima."""
-    logits = [jnp.where(new, z, 0.0) for z in logits]
+    logits = [jnp.where(columns["p"], z, 0.0) for z in logits]
     tops, weights = {}, {}
-    for name, z in zip(tiling.distributions, logits, strict=True):
-        tops[name] = jnp.where(new, z, -jnp.inf).max(-1)
-        weights[name] = jnp.where(new, jnp.exp(z - tops[name][:, None]), 0.0)
+    for name, here in columns.items():
+        z = logits[1 if name == "r" else 0]
+        tops[name] = jnp.where(here, z, -jnp.inf).max(-1)
+        weights[name] = jnp.where(here, jnp.exp(z - tops[name][:, None]), 0.0)
     sums = {name: e.sum(-1) for name, e in weights.items()}
     if "collision" in tiling.fields:
         sums["pp"] = (weights["p"] ** 2).sum(-1)
     if "entropy" in tiling.fields:
         sums["pz"] = (weights["p"] * logits[0]).sum(-1)
     if "kl" in tiling.fields:
-        sums["pd"] = (weights["p"] * (logits[0] - logits[1])).sum(-1)
+        own = tiling.compared
+        sums[own + "d"] = (weights[own] * (logits[0] - logits[1])).sum(-1)
     if "forward_kl" in tiling.fields:
         sums["rd"] = (weights["r"] * (logits[1] - logits[0])).sum(-1)
     return tops, sums
@@ -180,10 +215,13 @@ def _fields(tiling, tops, sums, target):
     if "collision" in tiling.fields:
         out["collision"] = jnp.log(sums["pp"]) - 2 * log_total["p"]
     if len(tiling.heads) > 1:
+        own = tiling.compared
         out["other_lse"] = lse["r"]
-        shift = lse["p"] - lse["r"]
+        if own != "p":
+            out["common_lse"] = lse[own]
+        shift = lse[own] - lse["r"]
     if "kl" in tiling.fields:
-        out["kl"] = sums["pd"] / sums["p"] - shift
+        out["kl"] = sums[own + "d"] / sums[own] - shift
     if "forward_kl" in tiling.fields:
         out["forward_kl"] = sums["rd"] / sums["r"] + shift
     return out
@@ -195,12 +233,13 @@ def _forward(tiling, sides, targets, scored, source):
 
     def block(j, carry):
         weights, start, new = _block(tiling, sides, j, plan)
+        columns = _columns(tiling, sides, start, new)
 
         def tile(i, carry):
             rows, y = _slice((plan.source, wanted), i * c, c)
             logits = _logits(tiling, weights, [_take(h, rows) for h, _ in sides])
             tops, sums, target = _slice(carry, i * c, c)
-            here = _sums(tiling, logits, new)
+            here = _sums(tiling, logits, columns)
             top = jax.tree.map(jnp.maximum, tops, here[0])
             sums = jax.tree.map(
                 jnp.add, _rescale(tops, sums, top), _rescale(here[0], here[1], top)
@@ -213,7 +252,7 @@ def _forward(tiling, sides, targets, scored, source):
         return jax.lax.fori_loop(0, plan.many, tile, carry)
 
     zero = vary(jnp.zeros(len(plan.order), jnp.float32), tiling.mesh_axes)
-    names = tiling.distributions + tuple(SUMS[field] for field in tiling.fields)
+    names = tiling.distributions + tuple(tiling.sums.values())
     least = {name: zero + jnp.finfo(jnp.float32).min for name in tiling.distributions}
     first = (least, dict.fromkeys(names, zero), zero)
     tops, sums, target = jax.lax.fori_loop(0, plan.blocks, block, first)
@@ -229,7 +268,7 @@ def _forward(tiling, sides, targets, scored, source):
     return out, (sides, targets, scored, source, full)
 
 
-def _slope(tiling, g, read, logits, hit):
+def _slope(tiling, g, read, logits, hit, columns):
     """[C, VB] gradient with respect to the logits, from the fields' cotangents g."""
     logp = logits[0] - read["lse"]
     p = jnp.exp(logp)
@@ -240,10 +279,15 @@ def _slope(tiling, g, read, logits, hit):
         dz += 2 * g["collision"] * (jnp.exp(2 * logp - read["collision"]) - p)
     if len(tiling.heads) > 1:
         logr = logits[1] - read["other_lse"]
+        r = jnp.exp(logr)
+    if tiling.common is not None:
+        logp = logits[0] - read["common_lse"]
+        p = jnp.where(columns["c"], jnp.exp(logp), 0.0)
+        r = jnp.where(columns["r"], r, 0.0)
     if "kl" in tiling.fields:
         dz += g["kl"] * p * (logp - logr - read["kl"])
     if "forward_kl" in tiling.fields:
-        dz += g["forward_kl"] * (p - jnp.exp(logr))
+        dz += g["forward_kl"] * (p - r)
     return dz
 
 
@@ -257,6 +301,7 @@ def _backward(tiling, residuals, g):
     def block(j, carry):
         dh, dweight = carry
         weights, start, new = _block(tiling, sides, j, plan)
+        columns = _columns(tiling, sides, start, new)
 
         def tile(i, carry):
             dh, dw = carry
@@ -265,7 +310,7 @@ def _backward(tiling, residuals, g):
             xs = [_take(h, rows) for h, _ in sides]
             logits = _logits(tiling, weights, xs)
             hit = y[:, None] == (start + jnp.arange(plan.vb))[None]
-            dz = _slope(tiling, g_x, read_x, logits, hit)
+            dz = _slope(tiling, g_x, read_x, logits, hit, columns)
             if head.cap is not None:
                 dz = dz * (1 - (logits[0] / head.cap) ** 2)
             # Repeated columns of the last tile add nothing.

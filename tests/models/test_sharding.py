@@ -25,7 +25,10 @@ CASES = {
     "tied-ragged": dict(vocab_size=37, num_heads=3, num_kv_heads=3),
     "untied": dict(vocab_size=40, tied=False, final_softcap=3.0),
     "odd-width": dict(vocab_size=40, width=15, tied=False),
+    "frozen-wider": dict(vocab_size=40),
+    "frozen-narrower": dict(vocab_size=40, tied=False),
 }  # ragged: neither vocabulary nor heads divide over 'model'
+FROZEN = {"frozen-wider": 44, "frozen-narrower": 37}  # its vocabulary, if it is another
 PAIRS = [(name, shape) for name in CASES for shape in MESHES
          if name in ("tied", "untied-ragged") or shape == (2, 2, 2)]  # fmt: skip
 
@@ -40,7 +43,13 @@ def close(got, want, tolerance):
         )
 
 
-def scored(config, mesh):
+def frozen(name, config):
+    """The config of the LM that this one is compared with."""
+    size = FROZEN.get(name, config.vocab_size)
+    return dataclasses.replace(config, vocab_size=size)
+
+
+def scored(config, other, mesh):
     """jitted (params, frozen, batch, cotangent) -> (scores, gradient of their sum with it)."""
     needs = logprob.READ + (("values",) if config.value_head else ())
 
@@ -48,7 +57,7 @@ def scored(config, mesh):
     def run(params, frozen, batch, cotangent):
         def total(params):
             scores = logprob.score(
-                LM(config, params), batch, needs=needs, kl_to=LM(config, frozen),
+                LM(config, params), batch, needs=needs, kl_to=LM(other, frozen),
                 mesh=mesh, tiles=(16, 8),
             )  # fmt: skip
             # Powers, so that no two fields have gradients that cancel.
@@ -69,14 +78,16 @@ def on_one_device(tiny_config, make_lm, make_batch):
     @functools.cache
     def run(name):
         config = dataclasses.replace(tiny_config, **CASES[name])
-        lms = [make_lm(config, seed) for seed in (0, 1)]
-        batch = make_batch(8, 2, 12, vocab=config.vocab_size)
+        lms = [make_lm(config), make_lm(frozen(name, config), 1)]
+        ids = min(lm.config.vocab_size for lm in lms)
+        batch = make_batch(8, 2, 12, vocab=ids)
         batch = batch._replace(
             mask=batch.mask.at[0].set(False)
         )  # shards differ in work
         cotangent = np.random.default_rng(0).normal(size=batch.mask.shape)
         rows = batch, jnp.asarray(cotangent, jnp.float32)
-        return lms, rows, *scored(config, None)(*[lm.params for lm in lms], *rows)
+        run = scored(*[lm.config for lm in lms], None)
+        return lms, rows, *run(*[lm.params for lm in lms], *rows)
 
     return run
 
@@ -90,7 +101,7 @@ def test_kernel_on_a_mesh_is_the_kernel_on_one_device(name, shape, on_one_device
     lms, rows, want_scores, want_grads = on_one_device(name)
     mesh, batch = make_mesh(shape), rows[0]
     params = [sharding.put_params(lm.params, mesh) for lm in lms]
-    run = scored(lms[0].config, mesh)
+    run = scored(*[lm.config for lm in lms], mesh)
     scores, grads = run(*params, *sharding.put_batch(rows, mesh))
     close(scores, want_scores, 1e-5)
     close(grads, want_grads, 1e-5)
