@@ -18,15 +18,16 @@ from ml_collections import ConfigDict
 from alignax import logprob
 from alignax.batch import LM, Batch, Example, Message, from_groups
 from alignax.inputs import tokenizer as tokenizers
-from alignax.inputs import tokenizer_files
+from alignax.inputs import tokenizer_files, vocabulary
 from alignax.inputs.tokenizer import Tokenizer
 from alignax.models import save as model_files
+from alignax.models import transformer
 from alignax.respond import output, responder
 from alignax.runs import model_paths
 from alignax.sampling import automaton, decode, drafts, generation_settings
 from alignax.sampling import speculate as speculation
 from alignax.sampling.decode import Generated
-from alignax.training import defaults, loading, loop
+from alignax.training import defaults, loading, loop, parallel
 from alignax.training.step import TrainState
 
 Ids = Sequence[int] | np.ndarray | Array  # of tokens, one axis
@@ -249,7 +250,7 @@ def generate(
 
     def sample(tokens: Array, lengths: Array, **asked: Any) -> Generated:
         key = jax.random.key(seed)
-        return decode.generate(model.lm, tokens, lengths, key, **asked)
+        return decode.generate(_decoded(model), tokens, lengths, key, **asked)
 
     asked = dict(settings, max_new=max_new, group=group, temperature=temperature)
     return _respond(model, prompts, sample, stops, prefill, asked)
@@ -274,7 +275,7 @@ def speculate(
 
     Args:
       model: the target, whose distribution is sampled.
-      draft: a smaller model of the same vocabulary; 'ngram', which repeats what followed
+      draft: a smaller model of the same tokenizer; 'ngram', which repeats what followed
         the last tokens before; or 'layers:K', the first K layers of the model.
       prompts, max_new, group, temperature, stops, prefill, seed: as for `generate`.
       **settings: all others of `sampling.speculate.speculate`: draft_length, rule, guide,
@@ -284,7 +285,7 @@ def speculate(
       Responses; `generated.stats['tokens_per_target_call']` says what the draft saved.
 
     Raises:
-      ValueError: as for `generate`; a draft with another vocabulary.
+      ValueError: as for `generate`; a draft with another tokenizer.
 
     Example:
       model = ax.load("SmolLM2-135M-Instruct")
@@ -302,13 +303,16 @@ def speculate(
                 f"draft is {draft!r}, expected a Model, 'ngram', or 'layers:K' with K from "
                 f"1 to {layers}"
             )
-        proposes = responder.drafter(draft, {"target": model.lm})
+        proposes = responder.drafter(draft, {"target": _decoded(model)})
     else:
+        if isinstance(draft, Model):
+            _check_same_tokens(model, draft)
         proposes = draft.lm if isinstance(draft, Model) else draft
 
     def sample(tokens: Array, lengths: Array, **asked: Any) -> Generated:
         key = jax.random.key(seed)
-        return speculation.speculate(model.lm, proposes, tokens, lengths, key, **asked)
+        lm = _decoded(model)
+        return speculation.speculate(lm, proposes, tokens, lengths, key, **asked)
 
     asked = dict(settings, max_new=max_new, group=group, temperature=temperature)
     return _respond(model, prompts, sample, stops, prefill, asked)
@@ -423,6 +427,17 @@ def _check_same_ids(rows, text: Tokenizer, prompts, responses) -> None:
             )
 
 
+def _decoded(model: Model) -> LM:
+    """What samples: the LM without the rows that pad its table beyond the tokenizer."""
+    return transformer.limit_ids(model.lm, model.tokenizer.vocab_size)
+
+
+def _check_same_tokens(model: Model, other: Model) -> None:
+    """Raises ValueError for two models whose ids do not mean the same tokens."""
+    if found := vocabulary.difference(model.tokenizer, other.tokenizer):
+        raise ValueError(f"the draft has another tokenizer than the model: {found}")
+
+
 def _check_length(lm: LM, sizes: Sequence[int], what: str = "tokens") -> None:
     if max(sizes) > lm.config.max_length:
         raise ValueError(
@@ -443,7 +458,7 @@ def _respond(
     prefill: str, asked: dict[str, Any],
 ) -> Responses:  # fmt: skip
     """Prompts as ids, a call of the sampler, and its responses as text."""
-    text, lm = model.tokenizer, model.lm
+    text, lm = model.tokenizer, _decoded(model)
     prompts = _several(prompts)
     ids = [list(p) if _is_ids(p) else text.prompt(p) for p in prompts]
     if not isinstance(prefill, str):
@@ -461,7 +476,7 @@ def _respond(
         asked["stops"] = automaton.stop_strings(stops, pieces)
     if given:
         asked["prefill"] = np.repeat(np.array([given], np.int32), len(ids), 0)
-    asked.setdefault("eos_ids", sorted(text.eos_ids))
+    asked.setdefault("eos_ids", parallel.known(text.eos_ids, lm))
     out = jax.device_get(sample(jnp.asarray(tokens), jnp.asarray(lengths), **asked))
     batch: Batch = out.batch
     found = [

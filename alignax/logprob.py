@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
@@ -42,12 +43,21 @@ def token_logps(
     return target - jax.nn.logsumexp(logits, -1)
 
 
-def rows(lm: LM, h: Float[Array, "N K D"]) -> Float[Array, "N K V"]:
+def rows(
+    lm: LM, h: Float[Array, "N K D"], *, whole: bool = True
+) -> Float[Array, "N K V"]:
     """Log-probabilities of every next token in nats, for a few positions.
 
     For decoding: a sampler needs the whole distribution.
+
+    Args:
+      lm: the model.
+      h: hidden states.
+      whole: under `transformer.limit_ids`, normalise over the whole table, as the kernel
+        does; the ids that are left do not sum to 1 then. False: over these ids.
     """
-    return jax.nn.log_softmax(transformer.unembed(lm, h), -1)
+    logps = jax.nn.log_softmax(transformer.unembed(lm, h, whole=whole), -1)
+    return logps[..., : lm.config.vocab_size]
 
 
 def score(
@@ -83,9 +93,10 @@ def score(
       tokens[<t], in nats. Every field is [B, G, T] and exactly 0 where mask is False.
 
     Raises:
-      ValueError: values of a model without a value head; a KL without `kl_to`; B that
-        the mesh does not divide.
+      ValueError: values of a model without a value head; a KL without `kl_to`; an LM of
+        another tokenizer; B that the mesh does not divide.
     """
+    check_tokenizer(lm)
     inputs = _plain(batch) if batch.layout is None else _packed(batch, batch.layout)
     fields = tuple(n for n in READ if n in needs)
     other = None
@@ -184,12 +195,36 @@ def _before(inputs, x):
     return jnp.pad(x[:, :-1], ((0, 0), (1, 0)))
 
 
+def check_ids(lm: LM, batch: Batch) -> None:
+    """Raises ValueError for an id of a batch, on the host, that an LM does not have."""
+    tokens, size = np.asarray(batch.tokens), lm.config.vocab_size
+    real = np.arange(tokens.shape[-1]) < np.asarray(batch.lengths)[..., None]
+    top = int(np.where(real, tokens, 0).max(initial=0))
+    if top >= size:
+        raise ValueError(
+            f"a row has the id {top}, which is beyond the ids 0..{size - 1} of an LM that "
+            "has to read it: take one whose table has a row for it"
+        )
+
+
+def check_tokenizer(lm: LM, name: str = "") -> None:
+    """Raises ValueError for an LM whose ids are not those of the run's tokenizer."""
+    if lm.config.tokenizer:
+        raise ValueError(
+            f"the LM {name!r} has another tokenizer than the run, that of "
+            f"{lm.config.tokenizer}: the run's ids mean other tokens to it. A reference, a "
+            "teacher, a draft and a guide model need the run's tokenizer; rewards.model "
+            "reads text"
+        )
+
+
 def _frozen(kl_to, inputs, compared):
     """(the LM to compare with, its hidden states)."""
     if kl_to is None:
         raise ValueError(
             f"{compared} compare with a frozen LM: pass kl_to (config.lms.ref)"
         )
+    check_tokenizer(kl_to)
     kl_to = jax.lax.stop_gradient(kl_to)
     return kl_to, _hidden(kl_to, inputs)
 

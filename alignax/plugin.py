@@ -26,7 +26,16 @@ ROLES = {  # folder -> the function that every file in it defines (one of them)
 
 # Keywords that the caller passes (to a `search` those of SEARCH); all others are
 # hyper-parameters.
-HANDED = ("key", "tokenizer", "generate", "score", "batch_size", "length", "ema")
+HANDED = (
+    "key",
+    "tokenizer",
+    "generate",
+    "score",
+    "batch_size",
+    "length",
+    "ema",
+    "asked",
+)
 READING = ("raw", "specials")  # keys of every data section: see `dialogues.Reading`
 SEARCH = (*HANDED, "max_new", "judge", "temperature", "eos_ids", "reader")
 

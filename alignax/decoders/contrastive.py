@@ -35,7 +35,7 @@ def guide(
     """An *exact* vector guide: weight (log p - log p_amateur), -inf on the implausible.
 
     Args:
-      lms: has the amateur, which shares the target's vocabulary.
+      lms: has the amateur, whose ids are the target's.
       amateur: its name; it is also the draft to speculate with.
       weight: b; 0 only removes implausible tokens.
       plausible: a, least share of the best token's probability.
@@ -58,7 +58,7 @@ def guide(
 
 def _update(models, numbers, caches, tokens, start, logits):
     weight, plausible, temperature = numbers
-    (amateur,), after = guide_models.rows(models, caches, tokens, start, logits)
+    logits, (amateur,), after = guide_models.rows(models, caches, tokens, start, logits)
     keep = logits >= logits.max(-1, keepdims=True) + jnp.log(plausible)
     # the normaliser of either distribution is the same for all tokens
     tilted = (1 + weight) * logits - weight * amateur / temperature

@@ -76,14 +76,14 @@ def search(
 
     Raises:
       ValueError: an argument out of its range, a draft that `lms` does not have or that
-        has another vocabulary, or scores that are not [B, n].
+        has another tokenizer, or scores that are not [B, n].
     """
     if n < 1 or step < 1 or beta <= 0 or temperature <= 0:
         raise ValueError(
             f"n={n}, step={step}, beta={beta}, temperature={temperature}; expected n and "
             "step >= 1, beta and temperature > 0"
         )
-    small = hypotheses.draft_of(lm, lms, draft)
+    small, lm = hypotheses.with_draft(lm, lms, draft)
     h = hypotheses.start(prompts, lengths, max_new)
     score = np.zeros(h.ends.shape)
     one = np.zeros(h.ends.shape, int)

@@ -37,7 +37,7 @@ def guide(
     excluded for the nudging model too.
 
     Args:
-      lms: has the nudging model, which shares the target's vocabulary.
+      lms: has the nudging model, whose ids are the target's.
       nudge: its name; it is also the draft to speculate with.
       gamma: γ; 0 is the target alone, anything above 1 the nudging model alone.
       nudge_temperature: of the nudging model; the same as of the call, if its drafts are to
@@ -60,7 +60,7 @@ def guide(
 
 def _update(models, numbers, caches, tokens, start, logits):
     gamma, temperature = numbers
-    (nudge,), after = guide_models.rows(models, caches, tokens, start, logits)
+    logits, (nudge,), after = guide_models.rows(models, caches, tokens, start, logits)
     nudge = jnp.where(jnp.isneginf(logits), -jnp.inf, nudge / temperature)
     sure = jax.nn.softmax(logits).max(-1, keepdims=True) >= gamma
     return jnp.where(sure, logits, nudge), after

@@ -30,7 +30,7 @@ def guide(
     """An *exact* vector guide: g = weight (log π_expert - log π_base).
 
     Args:
-      lms: has both models; they share the target's vocabulary.
+      lms: has both models; their ids are the target's.
       expert: name of the tuned one, which is also the draft to speculate with.
       base: name of what it was tuned from.
       weight: 1 is proxy tuning; 0 does not change the target.
@@ -39,7 +39,7 @@ def guide(
       A Guide whose state is the KV caches of both models.
 
     Raises:
-      ValueError: a name that `lms` does not have, or two vocabularies.
+      ValueError: a name that `lms` does not have.
     """
     pair = guide_models.find(lms, expert, base)
     return Guide(
@@ -50,5 +50,7 @@ def guide(
 
 
 def _update(pair, weight, caches, tokens, start, logits):
-    (tuned, plain), after = guide_models.rows(pair, caches, tokens, start, logits)
+    logits, (tuned, plain), after = guide_models.rows(
+        pair, caches, tokens, start, logits
+    )
     return logits + weight * (tuned - plain), after

@@ -66,11 +66,11 @@ def search(
 
     Raises:
       ValueError: an argument out of its range, a draft that `lms` does not have or that
-        has another vocabulary, or scores that are not [B, 1].
+        has another tokenizer, or scores that are not [B, 1].
     """
     if step < 1:
         raise ValueError(f"step={step}, expected at least 1")
-    models = hypotheses.draft_of(lm, lms, draft), lm
+    models = hypotheses.with_draft(lm, lms, draft)
     h = hypotheses.start(prompts, lengths, max_new)
     one = np.zeros(h.ends.shape, int)
     drawn, kept, steps, rounds = [0, 0], 0, 0, 0

@@ -40,7 +40,7 @@ def guide(
     """An *exact* vector guide: the distribution above, which is that of the method.
 
     Args:
-      lms: has the expert, which shares the target's vocabulary.
+      lms: has the expert, whose ids are the target's.
       expert: its name; it is also a draft to speculate with.
       alpha: α; 0 is the target on S, 1 the expert on S.
       first: m, tokens of a response, after any prefill.
@@ -71,7 +71,7 @@ def _update(models, numbers, counts, state, tokens, start, logits):
     alpha, temperature = numbers
     first, common = counts
     caches, lengths = state
-    (expert,), after = guide_models.rows(models, caches, tokens, start, logits)
+    logits, (expert,), after = guide_models.rows(models, caches, tokens, start, logits)
     forbidden = jnp.isneginf(logits)
     expert = jnp.where(forbidden, -jnp.inf, expert / temperature)
     p, p_expert = jax.nn.softmax(logits), jax.nn.softmax(expert)

@@ -18,7 +18,6 @@ from typing import Any
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from alignax import logprob
 from alignax.batch import LM
 from alignax.models import transformer
 from alignax.sampling import guide_models, steering_vectors
@@ -40,7 +39,7 @@ def guide(
     """An *exact* vector guide: weight (log p of the steered model - log p of the model).
 
     Args:
-      lms: has the model that is steered, which shares the target's vocabulary.
+      lms: has the model that is steered, whose ids are the target's.
       model: its name.
       vectors: a path of [L, D] unit vectors as `numpy.save` writes them, the vectors, or
         'random': the control of any effect.
@@ -76,7 +75,9 @@ def _init(models, push, tokens, lengths, length):
 
 def _update(models, push, weight, caches, tokens, start, logits):
     plain, steered = caches
-    (before,), (plain,) = guide_models.rows(models, (plain,), tokens, start, logits)
+    logits, (before,), (plain,) = guide_models.rows(
+        models, (plain,), tokens, start, logits
+    )
     positions = start[:, None] + jnp.arange(tokens.shape[1])
     h, steered = transformer.hidden(
         models[0],
@@ -85,5 +86,5 @@ def _update(models, push, weight, caches, tokens, start, logits):
         cache=steered,
         edit=steering_vectors.edit(push, 1.0),
     )
-    after = logprob.rows(models[0], h)
+    after = guide_models.on_ids(models[0], h, logits.shape[-1])
     return logits + weight * (after - before), (plain, steered)

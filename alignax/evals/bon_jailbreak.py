@@ -87,7 +87,13 @@ def evaluate(
             batch = out.batch._replace(valid=out.batch.valid & p.valid[:, None])
             texts = detokenize.texts(batch, tokenizer)
             found = rewards.call(
-                decides, batch, texts, lms, tokenizer=tokenizer, score=score
+                decides,
+                batch,
+                texts,
+                lms,
+                tokenizer=tokenizer,
+                score=score,
+                asked=p.prompts,
             )
             responses = [t[0] for t in texts]
             bad = harmful(found[:, 0], responses, words, refusals)

@@ -100,7 +100,7 @@ def measure(
             batch = got.batch._replace(extra=p.columns or None)
             r = rewards.call(
                 judge, batch, detokenize.texts(batch, tokenizer), lms, tokenizer=tokenizer,
-                score=score,
+                score=score, asked=p.prompts,
             )  # fmt: skip
             sides[side].extend(r[p.valid])
             if not side:

@@ -66,7 +66,15 @@ def evaluate(
             )
         )  # fmt: skip
         texts = detokenize.texts(out.batch, tokenizer)
-        r = rewards.call(judge, out.batch, texts, lms, tokenizer=tokenizer, score=score)
+        r = rewards.call(
+            judge,
+            out.batch,
+            texts,
+            lms,
+            tokenizer=tokenizer,
+            score=score,
+            asked=p.prompts,
+        )
         for j in np.flatnonzero(p.valid):
             example = data[i * batch_size + int(j)]
             done = ~out.truncated[j]

@@ -66,7 +66,7 @@ def evaluate(
       'shifted/01'.
 
     Raises:
-      ValueError: no LM of that name, another vocabulary, or `positions` < 1.
+      ValueError: no LM of that name, one that lacks an id, or `positions` < 1.
     """
     if baseline not in lms:
         raise ValueError(
@@ -158,9 +158,10 @@ def _compare(
       batch: [B, G, T].
       prompts: of the first, valid rows of B; None for those of the batch.
     """
-    sizes = lm.config.vocab_size, base.config.vocab_size
-    if sizes[0] != sizes[1]:
-        raise ValueError(f"token_shift: vocabularies of {sizes} tokens")
+    for reader in (lm, base):
+        logprob.check_ids(reader, batch)
+    common = min(lm.config.vocab_size, base.config.vocab_size)  # as in `logprob.score`
+    lm, base = (transformer.limit_ids(x, common) for x in (lm, base))
     mask, tokens = np.asarray(batch.mask), np.asarray(batch.tokens)
     places = [(b, g) for b, g in np.argwhere(batch.valid) if mask[b, g].any()]
     ours, theirs, responses, at = [], [], [], []
@@ -204,7 +205,7 @@ def _read(lm, base, ours, theirs, at_ours, at_theirs, responses):
 
     def tile(xs):
         h, g, token = xs
-        p, q = logprob.rows(lm, h), logprob.rows(base, g)
+        p, q = (logprob.rows(*x, whole=False) for x in ((lm, h), (base, g)))
         logp = jnp.take_along_axis(q, token[..., None], -1)
         before = jnp.arange(q.shape[-1]) < token[..., None]
         ahead = (q > logp) | ((q == logp) & before)

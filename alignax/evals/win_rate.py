@@ -73,7 +73,12 @@ def evaluate(
         (mine, texts), (base, base_texts) = got
         keep = p.valid
         judged = functools.partial(
-            rewards.call, judge, lms=lms, tokenizer=tokenizer, score=score
+            rewards.call,
+            judge,
+            lms=lms,
+            tokenizer=tokenizer,
+            score=score,
+            asked=p.prompts,
         )
         r = judged(mine.batch, texts)[keep, 0]
         r_base = judged(base.batch, base_texts)[keep, 0]

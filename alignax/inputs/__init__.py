@@ -10,5 +10,6 @@ batches), plan (which examples share a batch), layout (packed rows), prompts (pr
 generate from), annotate (columns that frozen LMs fill), reference_cache (log-probabilities of
 the reference, computed once), detokenize (a batch as readable text), serialisation (a batch
 in a checkpoint), gguf_vocab (the vocabulary of a .gguf file), tokenizer_files (a tokenizer as
-a Hugging Face folder).
+a Hugging Face folder), vocabulary (whether two tokenizers have the same tokens), retokenize
+(responses in the ids of another tokenizer).
 """

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from alignax.batch import Example
+from alignax.batch import Example, Message
 from alignax.inputs import rows, truncation
 from alignax.inputs.plan import bucket_sizes, fit
 from alignax.inputs.tokenizer import Tokenizer
@@ -22,6 +22,7 @@ class PromptBatch(NamedTuple):
     ids: list[str]
     columns: dict[str, Float[np.ndarray, " B"]]  # of the examples
     cut: int = 0  # how many valid rows lost a part of their prompt
+    prompts: Sequence[str | Sequence[Message]] = ()  # B, before they became ids
 
 
 class Usable(Sequence):
@@ -153,6 +154,7 @@ def prompt_batches(
                 [e.id for e in some[: batch_size - fill]],
                 {k: np.array([e.columns[k] for e in some], np.float32) for k in names},
                 cut,
+                [e.prompt for e in some],
             )
         )
     return out

@@ -38,7 +38,7 @@ def files(text: Tokenizer) -> dict[str, bytes]:
 
 def made(text: Tokenizer) -> dict[str, bytes]:
     """The files of a tokenizer that was not read from a Hugging Face folder."""
-    core = _core(text)
+    core = as_core(text)
     if text.add_bos and text.bos_id is not None:
         # transformers adds BOS by the post-processor; alignax adds it by `add_bos`
         bos = text.specials["bos_token"]
@@ -60,7 +60,8 @@ def made(text: Tokenizer) -> dict[str, bytes]:
     }
 
 
-def _core(text: Tokenizer) -> tokenizers.Tokenizer:
+def as_core(text: Tokenizer) -> tokenizers.Tokenizer:
+    """The tokenizer as the library `tokenizers` has it."""
     if text._definition is not None:
         return tokenizers.Tokenizer.from_str(text._definition())
     # bytes: a byte-level vocabulary without merges, in which an id is its byte

@@ -44,7 +44,7 @@ ACTIVATIONS = {
 }
 REMAT = ("none", "block", "dots")
 # fields that decide how a model is computed, not what
-HOW = ("dtype", "remat", "head_kernel", "attn_kernel", "attn_tile")
+HOW = ("dtype", "remat", "head_kernel", "attn_kernel", "attn_tile", "tokenizer")
 HEAD_KERNELS = (
     "xla",
     "pallas",
@@ -93,6 +93,7 @@ class ModelConfig:
     head_kernel: str = "xla"  # of the head's log-probabilities: HEAD_KERNELS
     attn_kernel: str = "xla"  # of attention without a cache: kernels.NAMES
     attn_tile: int = 0  # queries and keys of a tile of scores; 0: by platform
+    tokenizer: str = ""  # path of the tokenizer of its ids, if it is not the run's
 
     def __post_init__(self):
         if self.activation not in ACTIVATIONS:
@@ -425,15 +426,36 @@ def softcap(logits: Array, cap: float | None) -> Array:
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
-def unembed(lm: LM, h: Float[Array, "... D"]) -> Float[Array, "... V"]:
-    """Logits in float32, accumulated in float32 whatever the model's dtype."""
+def limit_ids(lm: LM, ids: int) -> LM:
+    """The LM with its first `ids` ids alone to decode; itself if it has no more.
+
+    For a table that is padded beyond the ids of a tokenizer. The parameters are the same
+    arrays. Log-probabilities stay those of the whole table; `unembed` and all that samples
+    knows the first ids only, so that no other is ever drawn.
+    """
+    if ids >= lm.config.vocab_size:
+        return lm
+    return LM(dataclasses.replace(lm.config, vocab_size=ids), lm.params)
+
+
+def unembed(
+    lm: LM, h: Float[Array, "... D"], *, whole: bool = False
+) -> Float[Array, "... V"]:
+    """Logits in float32, accumulated in float32 whatever the model's dtype.
+
+    Args:
+      lm: the model.
+      h: hidden states.
+      whole: of every row of the table, also of those that `limit_ids` leaves out.
+    """
     weight, axis = head(lm)
     logits = jax.lax.dot_general(
         h, weight.astype(h.dtype),
         (((h.ndim - 1,), (1 - axis,)), ((), ())),
         precision="highest", preferred_element_type=jnp.float32,
     )  # fmt: skip
-    return softcap(logits, lm.config.final_softcap)
+    logits = softcap(logits, lm.config.final_softcap)
+    return logits if whole else logits[..., : lm.config.vocab_size]
 
 
 def num_params(params: Params) -> int:

@@ -81,7 +81,7 @@ def plan(config, mesh: Mesh, data: Shape = UNKNOWN) -> Plan:
         """The start of `build.build` and `loop.train`, without the data."""
         policy = loading.make_policy(config, ids)
         load = functools.partial(_frozen, policy.config, notes)
-        pieces = build.pieces(config, policy, mesh, ids=ids.vocab_size, load=load)
+        pieces = build.pieces(config, policy, mesh, load=load)
         state = step.init_state(
             pieces.policy.params, pieces.tx, mesh, ema=loss.ema,
             average=config.average > 0,

@@ -242,8 +242,16 @@ def rows(
     scores = None
     if reward is not None:
         texts = [[a.text for a in group] for group in answers]
+        asked = [now.examples[place].prompt for place in places]
+        asked += asked[:1] * (len(texts) - len(asked))
         scores = rewards.call(
-            reward, batch, texts, run.lms, tokenizer=text, score=score
+            reward,
+            batch,
+            texts,
+            run.lms,
+            tokenizer=text,
+            score=score,
+            asked=asked,
         ).tolist()
 
     def sums(logps, b: int) -> list[float | None]:

@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from alignax import plugin, rewards
+from alignax import logprob, plugin, rewards
 from alignax.batch import LM, Batch
 from alignax.inputs.tokenizer import Tokenizer
+from alignax.models import transformer
 from alignax.respond import output
 from alignax.sampling import automaton, drafts, generation_settings, prefill
 from alignax.sampling.speculate import speculate
@@ -104,10 +105,17 @@ def build(
     the argument `reader` read it with every prompt.
     """
     decoder, text, generate = bind(config), run.tokenizer, config.generate
-    key, eos_ids = jax.random.key(config.seed), sorted(run.tokenizer.eos_ids)
+    lm = transformer.limit_ids(lm, text.vocab_size)
+    key, eos_ids = jax.random.key(config.seed), parallel.known(text.eos_ids, lm)
     asked = settings(config, text, lm.config.vocab_size)
     search = decoder if decoder and decoder.role == "search" else None
-    lms = {**run.lms, "target": lm}
+    lms = {
+        name: x if x.config.tokenizer else transformer.limit_ids(x, text.vocab_size)
+        for name, x in run.lms.items()
+    }
+    lms["target"] = lm
+    if decoder is not None:
+        check_tokenizers(decoder, lms)
     takes = {*inspect.signature(search.function).parameters} if search else {"reader"}
     if shared and "reader" in takes:
         run.say(f"the first {len(shared)} tokens of all prompts are prefilled once")
@@ -159,6 +167,15 @@ def build(
         return search(lm, lms, tokens, lengths, own, **mine, **handed)
 
     return lambda *batch: jax.device_get(make(*batch))
+
+
+def check_tokenizers(decoder: plugin.Bound, lms: dict[str, LM]) -> None:
+    """Raises ValueError for an LM of another tokenizer that a decoder reads ids with."""
+    if decoder.hyper.get("nudge_tokenizer"):  # it exchanges text
+        return
+    for name in decoder.hyper.values():
+        if isinstance(name, str) and name in lms:
+            logprob.check_tokenizer(lms[name], name)
 
 
 def check_draft(name: str, lms: Collection[str]) -> None:

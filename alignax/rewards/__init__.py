@@ -1,7 +1,8 @@
 """Rewards: `reward(batch, texts, lms, *, ...) -> f32[B, G]`, one file per judge.
 
 A dotted name may also point to any function from a response's text to a number. A reward
-that takes the keywords `tokenizer` or `score` receives those of the run.
+that takes the keywords `tokenizer` or `score` receives those of the run, and as `asked` the
+prompts as messages or text.
 
 Reading order: constraints (a program), model (a trained reward model), ensemble, relevance.
 """
@@ -12,7 +13,7 @@ import hashlib
 import inspect
 import textwrap
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -44,7 +45,7 @@ def load(reward: str | Mapping[str, Any]) -> Bound:
 
 def call(
     reward: Bound, batch, texts: list[list[str]], lms, *, tokenizer=None,
-    score: Callable | None = None,
+    score: Callable | None = None, asked: Sequence[Any] | None = None,
 ) -> np.ndarray:  # fmt: skip
     """Scores B groups of G responses with a reward file or a function of text.
 
@@ -56,6 +57,8 @@ def call(
       tokenizer: the one that made the batch; for rewards that read the prompt's text.
       score: `logprob.score` of host batches, spread over the run's devices (see
         `parallel.scorer`); for rewards that read an LM, which otherwise use one device.
+      asked: the B prompts as messages or text, where they are known; for rewards that
+        read an LM of another tokenizer.
 
     Returns:
       [B, G] float32, finite on valid responses and 0 on the others; on every host the
@@ -67,10 +70,10 @@ def call(
         given. It raised on some hosts only, or its numbers differ between hosts.
     """
     if jax.process_count() == 1:
-        return _judged(reward, batch, texts, lms, tokenizer, score)
+        return _judged(reward, batch, texts, lms, tokenizer, score, asked)
     values, failure = None, None
     try:
-        values = _judged(reward, batch, texts, lms, tokenizer, score)
+        values = _judged(reward, batch, texts, lms, tokenizer, score, asked)
     except Exception as error:  # the other hosts wait in the allgather
         failure = error
     digest = 0 if values is None else zlib.crc32(np.ascontiguousarray(values).tobytes())
@@ -99,9 +102,9 @@ def identity(reward: Bound, *, digest: Callable[[Callable], str] | None = None) 
 
     Args:
       reward: from `load`.
-      digest: of a function; `code_digest` by default.
+      digest: of a function; `saved_digest` by default.
     """
-    digest = digest or code_digest
+    digest = digest or saved_digest
     members = {
         label: identity(
             load(member if isinstance(member, str) else dict(member)), digest=digest
@@ -123,20 +126,33 @@ def earlier_identity(reward: Bound) -> str:
     """
 
     def digest(function: Callable) -> str:
-        now = code_digest(function)
+        now = saved_digest(function)
         return EARLIER.get(now) or _digest(_source(function))
 
     return identity(reward, digest=digest)
 
 
-# code_digest of a reward -> the digest of its source at commit 2628565. An entry holds
-# only as long as the code is the same.
+# saved_digest of a reward -> the digest of its source at commit 2628565.
 EARLIER: dict[str, str] = {
     "6a0459135f010bb8": "28455d78bbf2763d",  # constraints
     "91989e8a084975b2": "c071a8295fc8a781",  # ensemble
     "ded57b2fd2be0487": "7607432f0f4c40e8",  # model
     "e33aeb694ca0fedd": "c98c8c18b9c2a89f",  # relevance
 }
+
+
+# code_digest of a reward -> that of earlier code with the same numbers, which runs have
+# saved. An entry holds only as long as the code is the same.
+SAME: dict[str, str] = {
+    "23bd83a425404267": "ded57b2fd2be0487",  # model: text for another tokenizer
+    "fea3581b95690c66": "91989e8a084975b2",  # ensemble: hands on the prompts
+}
+
+
+def saved_digest(function: Callable) -> str:
+    """`code_digest`; of code that changed without its numbers, the digest from before."""
+    now = code_digest(function)
+    return SAME.get(now, now)
 
 
 def code_digest(function: Callable) -> str:
@@ -187,12 +203,12 @@ def _digest(text: str) -> str:
 
 
 def _judged(
-    reward: Bound, batch, texts: list[list[str]], lms, tokenizer, score
+    reward: Bound, batch, texts: list[list[str]], lms, tokenizer, score, asked
 ) -> np.ndarray:
     """The rewards that this host computes, [B, G]."""
     parameters = inspect.signature(reward.function).parameters
     if "batch" in parameters:
-        handed = {"tokenizer": tokenizer, "score": score}
+        handed = {"tokenizer": tokenizer, "score": score, "asked": asked}
         handed = {k: v for k, v in handed.items() if k in parameters and v is not None}
         for name, p in parameters.items():
             if name in plugin.HANDED and p.default is p.empty and name not in handed:
@@ -236,9 +252,12 @@ def _culprit(reward: Bound, batch, texts, lms, handed) -> str | None:
     for b, group in enumerate(texts):
         for g, text in enumerate(group):
             rows = (slice(b, b + 1), slice(g, g + 1))
+            mine = dict(handed)
+            if "asked" in mine:
+                mine["asked"] = mine["asked"][b : b + 1]
             try:
                 some = jax.tree.map(lambda x, at=rows: x[at[: min(x.ndim, 2)]], batch)
-                reward(some, [[text]], lms, **handed)
+                reward(some, [[text]], lms, **mine)
             except Exception:
                 return text
     return None

@@ -13,7 +13,7 @@ Differs from the paper: members may be any rewards, with a scale s each; std is 
 units of the reward.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ def reward(
     batch: Batch, texts: list[list[str]], lms: dict[str, LM], *,
     members: Mapping[str, Any], rule: str = "mean", k: float = 1.0,
     scales: Mapping[str, float] | None = None, tokenizer=None,
-    score: Callable | None = None,
+    score: Callable | None = None, asked: Sequence[Any] | None = None,
 ) -> np.ndarray:  # fmt: skip
     """Scores responses with every member and combines them by a rule.
 
@@ -41,7 +41,7 @@ def reward(
       rule: one of RULES.
       k: of 'std' and 'var', >= 0: weight of the disagreement.
       scales: s by label, default 1 each: for members in different units.
-      tokenizer, score: passed on to the members.
+      tokenizer, score, asked: passed on to the members.
 
     Returns:
       [B, G] rewards; 0 on invalid responses.
@@ -61,7 +61,9 @@ def reward(
     for label, member in members.items():
         try:
             judge = rewards.load(member)
-            r = rewards.call(judge, batch, texts, lms, tokenizer=tokenizer, score=score)
+            r = rewards.call(
+                judge, batch, texts, lms, tokenizer=tokenizer, score=score, asked=asked
+            )
         except ValueError as error:
             raise ValueError(f"member {label!r}: {error}") from error
         found.append(scales.get(label, 1.0) * r)

@@ -1,43 +1,81 @@
 """A trained reward model as a reward: its scalar head on the last scored token.
 
+A model of another tokenizer than the run's gets the text: prompt and response are rendered
+by its own chat template and tokenised by its own tokenizer.
+
 Source: Ouyang et al. 2022, https://arxiv.org/abs/2203.02155
 """
 
-from collections.abc import Callable
+import dataclasses
+import datetime
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from alignax import logprob, masked
-from alignax.batch import LM, Batch
+from alignax.batch import LM, Batch, Message
+from alignax.inputs import tokenizer as tokenizers
+from alignax.inputs.retokenize import retokenize
+from alignax.inputs.tokenizer import Tokenizer
 
 _one_device = jax.jit(logprob.score, static_argnames=("needs",))
 
 
 def reward(
     batch: Batch, texts: list[list[str]], lms: dict[str, LM], *,
-    model: str = "reward", score: Callable | None = None,
+    model: str = "reward", tokenizer=None, score: Callable | None = None,
+    asked: Sequence[str | Sequence[Message]] | None = None,
 ) -> np.ndarray:  # fmt: skip
     """Scores responses with a Bradley-Terry reward model.
 
     Args:
-      batch: tokens of prompts and responses, made with the model's own tokenizer.
-      texts: not read.
+      batch: tokens of prompts and responses.
+      texts: B groups of G responses; read if the model's tokenizer is not the run's.
       lms: holds the reward model.
       model: its name in `lms`.
+      tokenizer: the one that made the batch.
       score: `logprob.score` over the run's devices and hosts; one device by default.
+      asked: the B prompts; read if the model's tokenizer is not the run's.
 
     Returns:
       [B, G] unnormalised rewards (differences are log-odds); 0 on invalid responses.
 
     Raises:
-      ValueError: no such LM, or it has no value head.
+      ValueError: no such LM, or it has no value head; a model of another tokenizer where
+        the prompts are not known, as in a search.
     """
     if model not in lms:
         raise ValueError(
             f"rewards.model needs an LM {model!r}; there are {sorted(lms)}"
         )
-    values = (score or _one_device)(lms[model], batch, needs=("values",)).values
+    lm = lms[model]
+    if lm.config.tokenizer:
+        lm, batch = _own_ids(lm, model, batch, texts, tokenizer, asked)
+    values = (score or _one_device)(lm, batch, needs=("values",)).values
     last = masked.last(jnp.asarray(values), jnp.asarray(batch.mask))
     return np.where(np.asarray(batch.valid), np.asarray(last), np.float32(0))
+
+
+def _own_ids(
+    lm: LM, name: str, batch: Batch, texts: list[list[str]], tokenizer: Tokenizer | None,
+    asked: Sequence[str | Sequence[Message]] | None,
+) -> tuple[LM, Batch]:  # fmt: skip
+    """The model as one that reads ids, and the batch in the ids of its tokenizer."""
+    path = lm.config.tokenizer
+    if asked is None or tokenizer is None:
+        raise ValueError(
+            f"rewards.model: lms.{name} has another tokenizer than the run ({path}), so it "
+            "needs the prompts as text; here they are ids, as in a search with a judge"
+        )
+    own = _tokenizer(path, tokenizer.now)
+    valid = np.asarray(batch.valid)
+    batch = retokenize(asked, texts, valid, own, length=lm.config.max_length)
+    return LM(dataclasses.replace(lm.config, tokenizer=""), lm.params), batch
+
+
+@functools.lru_cache(maxsize=8)
+def _tokenizer(path: str, now: datetime.datetime) -> Tokenizer:
+    return tokenizers.load(path, now=now)

@@ -120,7 +120,7 @@ class Sampler(NamedTuple):
         batch = out.batch._replace(valid=valid, extra=prompts.columns or None)
         earned = rewards.call(
             self.reward, batch, texts(batch, self.tokenizer), self.lms,
-            tokenizer=self.tokenizer, score=self.score,
+            tokenizer=self.tokenizer, score=self.score, asked=prompts.prompts or None,
         )  # fmt: skip
         punished = valid & out.truncated & (self.truncated == "punish")
         earned = np.where(punished, np.float32(self.punishment), earned)

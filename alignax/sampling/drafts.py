@@ -17,6 +17,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Int
 
+from alignax import logprob
 from alignax.batch import LM
 from alignax.models import transformer
 from alignax.sampling import decode, response_state
@@ -30,13 +31,13 @@ class Draft(NamedTuple):
       init: (prompts [B, P], lengths [B], length) -> state before the last token; B rows
         first in every leaf. It is indexed by position: entries after a row's last token
         are never read, so nothing is removed when proposals are rejected.
-      propose: (state, Ask) -> (drafts [N, γ], q [N, γ, V], state).
-      vocab_size: V.
+      propose: (state, Ask) -> (drafts [N, γ], q [N, γ, V], state), V = Ask.size.
+      vocab_size: the only V that it can propose for; None: any.
     """
 
     init: Callable[..., Any]
     propose: Callable[..., Any]
-    vocab_size: int
+    vocab_size: int | None
 
 
 class Ask(NamedTuple):
@@ -52,6 +53,7 @@ class Ask(NamedTuple):
       tilt: (state, token [N], position [N], logits [N, V]) -> (logits, state) of the
         target's guide, if the draft is guided too.
       guide: that guide's state before the last token.
+      size: V, how many ids the target decodes; None: as many as the draft.
     """
 
     tokens: Int[Array, "N T"]
@@ -62,11 +64,17 @@ class Ask(NamedTuple):
     gamma: int
     tilt: Callable[..., Any] | None = None
     guide: Any = None
+    size: int | None = None
 
 
 def model(lm: LM) -> Draft:
-    """An LM of the target's vocabulary, under the target's logits processors."""
-    return Draft(Partial(_init, lm), Partial(_sample, lm), lm.config.vocab_size)
+    """An LM of the target's tokenizer, under the target's logits processors.
+
+    Its table may have another size: ids that the target lacks are not proposed, and ids
+    that the draft lacks have q = 0, so that only the target itself draws them.
+    """
+    logprob.check_tokenizer(lm, "draft")
+    return Draft(Partial(_init, lm), Partial(_sample, lm), None)
 
 
 def ngram(vocab_size: int, longest: int = 3) -> Draft:
@@ -130,6 +138,9 @@ def _init(lm, prompts, lengths, length):
 
 def _sample(lm, cache, ask):
     rules, temperature = ask.rules, ask.rules.processors.temperature
+    size = lm.config.vocab_size if ask.size is None else ask.size
+    lm = transformer.limit_ids(lm, size)
+    lacks = ((0, 0), (0, size - lm.config.vocab_size))
     live = jnp.ones(len(ask.ends), bool)
 
     def step(carry, i):
@@ -139,6 +150,7 @@ def _sample(lm, cache, ask):
             lm, token[:, None], position[:, None], cache=cache
         )
         logits = decode.read(lm, h, rules)[1][:, 0]
+        logits = jnp.pad(logits, lacks, constant_values=-jnp.inf)
         logits = response_state.processed_logits(rules, response, logits)
         if ask.tilt is not None:
             logits, guide = ask.tilt(guide, token, position, logits)

@@ -1,4 +1,8 @@
-"""Guide models: LMs that a guide evaluates beside the target, with a KV cache each."""
+"""Guide models: LMs that a guide evaluates beside the target, with a KV cache each.
+
+The target and its guide models have one tokenizer. Their tables may be padded to different
+sizes: an id that one of them lacks is never drawn under the guide.
+"""
 
 from typing import Any
 
@@ -13,7 +17,7 @@ from alignax.sampling.guides import Guide, by_position
 
 
 def find(lms: dict[str, LM], *names: str, value_head: bool = False) -> tuple[LM, ...]:
-    """LMs of one vocabulary.
+    """LMs of one tokenizer, limited to the ids that all of them have.
 
     Args:
       lms: by name.
@@ -21,17 +25,17 @@ def find(lms: dict[str, LM], *names: str, value_head: bool = False) -> tuple[LM,
       value_head: whether they need a scalar value head.
 
     Raises:
-      ValueError: a name that `lms` does not have, two vocabularies, or no value head.
+      ValueError: a name that `lms` does not have, an LM of another tokenizer than the
+        run's, or no value head.
     """
     for name in names:
         if name not in lms:
             raise ValueError(f"no LM {name!r}; there are {sorted(lms)}")
         if value_head and not lms[name].config.value_head:
             raise ValueError(f"LM {name!r} has no scalar head (value_head=True)")
-    sizes = [lms[name].config.vocab_size for name in names]
-    if len(set(sizes)) > 1:
-        raise ValueError(f"{', '.join(names)} have vocabularies of {sizes} tokens")
-    return tuple(lms[name] for name in names)
+        logprob.check_tokenizer(lms[name], name)
+    common = min(lms[name].config.vocab_size for name in names)
+    return tuple(transformer.limit_ids(lms[name], common) for name in names)
 
 
 def init(models: tuple[LM, ...], tokens, lengths, length: int) -> Any:
@@ -57,19 +61,35 @@ def read(models: tuple[LM, ...], caches, tokens, start) -> tuple[list[Array], An
     return states, tuple(after)
 
 
-def rows(models: tuple[LM, ...], caches, tokens, start, logits):
-    """Log-probabilities [N, K, V] of the next token under each, and the caches.
+def rows(
+    models: tuple[LM, ...], caches, tokens, start, logits: Float[Array, "N K V"]
+) -> tuple[Float[Array, "N K V"], list[Array], Any]:
+    """Log-probabilities of the next token under each of the models.
 
-    Raises:
-      ValueError: the target, whose `logits` are given, has another vocabulary.
+    Args:
+      models: from `find`.
+      caches: of theirs.
+      tokens: [N, K].
+      start: position of the first, [N].
+      logits: of the target.
+
+    Returns:
+      (the target's logits, -inf on ids that the models lack; log-probabilities
+      [N, K, V] of each model in nats, 0 on these ids; the caches).
     """
-    size = models[0].config.vocab_size
-    if logits.shape[-1] != size:
-        raise ValueError(
-            f"the target has {logits.shape[-1]} tokens, the guide's models have {size}"
-        )
+    size = logits.shape[-1]
     states, after = read(models, caches, tokens, start)
-    return [logprob.rows(lm, h) for lm, h in zip(models, states, strict=True)], after
+    found = [on_ids(lm, h, size) for lm, h in zip(models, states, strict=True)]
+    common = min(lm.config.vocab_size for lm in models)
+    if common < size:
+        logits = jnp.where(jnp.arange(size) < common, logits, -jnp.inf)
+    return logits, found, after
+
+
+def on_ids(lm: LM, h: Float[Array, "N K D"], size: int) -> Float[Array, "N K V"]:
+    """Log-probabilities in nats of the first `size` ids; 0 on those that it lacks."""
+    logps = logprob.rows(transformer.limit_ids(lm, size), h)
+    return jnp.pad(logps, ((0, 0), (0, 0), (0, size - logps.shape[-1])))
 
 
 def value(lm: LM, h: Float[Array, "N K D"]) -> Float[Array, "N K"]:

@@ -7,6 +7,9 @@
   5  the guide            (decode.py)
   6  renormalise          (decode.py)
 
+Ids beyond a tokenizer's, with which tables are padded, are not there from the beginning
+(`transformer.limit_ids`): step 6 normalises over the others.
+
 Another order is another distribution. Settings are arrays with one entry per row, so that
 one compiled program serves different settings; a setting that is None compiles to nothing.
 """

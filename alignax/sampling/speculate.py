@@ -68,7 +68,7 @@ def speculate(
 
     Args:
       lm: the target.
-      draft: an LM or one of `drafts`, of the same vocabulary.
+      draft: an LM or one of `drafts`, of the target's tokenizer.
       prompts: as in `generate`.
       lengths: likewise.
       key: likewise.
@@ -101,8 +101,8 @@ def speculate(
       is not known.
 
     Raises:
-      ValueError: an argument out of its range, another vocabulary, a mode of another
-        kind of guide, no token left to draw, or a guide that gives NaN, leaves its
+      ValueError: an argument out of its range, a draft made for another vocabulary, a
+        mode of another kind of guide, no token left to draw, or a guide that gives NaN, leaves its
         bounds, or rejects everything.
     """
     gammas = (draft_length,) if isinstance(draft_length, int) else tuple(draft_length)
@@ -115,7 +115,7 @@ def speculate(
         raise ValueError(f"unknown rule {rule!r}; known: {sorted(RULES)}")
     draft = drafts.as_draft(draft)
     size = lm.config.vocab_size
-    if draft.vocab_size != size:
+    if draft.vocab_size not in (None, size):
         raise ValueError(
             f"the draft has a vocabulary of {draft.vocab_size}, expected the target's "
             f"{size}"

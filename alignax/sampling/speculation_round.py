@@ -134,8 +134,9 @@ def propose(setup: Setup, s: State, keys: Array, gamma: int) -> Proposal:
         assert setup.guide is not None
         tilt = functools.partial(guides.step, setup.guide)
     ask = drafts.Ask(
-        s.tokens, s.ends, keys, setup.rules, s.response, gamma, tilt, s.guide
-    )
+        s.tokens, s.ends, keys, setup.rules, s.response, gamma,
+        tilt, s.guide, setup.lm.config.vocab_size,
+    )  # fmt: skip
     return Proposal(*setup.propose(s.draft, ask))
 
 

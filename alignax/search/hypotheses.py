@@ -282,15 +282,14 @@ def scored(
     return scores
 
 
-def draft_of(lm: LM, lms: dict[str, LM], name: str) -> LM:
-    """lms[name], which drafts for `lm`.
+def with_draft(lm: LM, lms: dict[str, LM], name: str) -> tuple[LM, ...]:
+    """(lms[name], which drafts for `lm`; `lm`), limited to the ids that both have.
 
     Raises:
-      ValueError: there is none, or it has another vocabulary.
+      ValueError: there is none, or it has another tokenizer.
     """
     (draft,) = guide_models.find(lms, name)
-    guide_models.find({"draft": draft, "target": lm}, "draft", "target")
-    return draft
+    return guide_models.find({"draft": draft, "target": lm}, "draft", "target")
 
 
 def with_logps(lm: LM, h: Hypotheses) -> Hypotheses:

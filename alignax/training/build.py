@@ -87,12 +87,14 @@ def build(config, workdir: str, model: ModelPath | None = None) -> Run:
     names = (*checks.frozen_names(config), *checks.moving_names(config))
     check_evaluations(plugins.evals, names, eval_data)
     whole = loading.make_policy(config, text, model)
+    if text.pad_id >= whole.config.vocab_size:  # nothing is ever read from it
+        text = dataclasses.replace(text, pad_id=text.eos_id)
     check_context(config, plugins.evals, whole.config.max_length)
-    data = training_source(config, examples, text, whole.config.vocab_size, mesh)
-    policy, assemble, lms, moving, rate, tx = pieces(
-        config, whole, mesh, ids=text.vocab_size
-    )
+    policy, assemble, lms, moving, rate, tx = pieces(config, whole, mesh, text=text)
     del whole  # with adapters, its weights are on the mesh now
+    readers = [policy, *(lm for lm in lms.values() if not lm.config.tokenizer)]
+    ids = min(lm.config.vocab_size for lm in readers)
+    data = training_source(config, examples, text, ids, mesh)
     if (config.reference_cache or config.reference_data) and data is not None:
         data = cached(config, data, text, lms["ref"], examples, mesh)
     if config.rollout.reward and examples is not None:
@@ -260,7 +262,7 @@ def describe_data(config, run: Run, examples: Any) -> None:
 
 
 def pieces(
-    config, policy: LM, mesh: Mesh, *, ids: int,
+    config, policy: LM, mesh: Mesh, *, text: tokenizer.Tokenizer | None = None,
     load: Callable[[str], LM] = loading.load_lm,
 ) -> Pieces:  # fmt: skip
     """What the step of a config is made of; `preflight` traces it, no array is held.
@@ -269,7 +271,7 @@ def pieces(
       config: a ConfigDict.
       policy: with all its parameters; adapters are drawn here.
       mesh: devices that hold the frozen LMs.
-      ids: how many the tokenizer has.
+      text: the tokenizer; None leaves out the check whether the frozen LMs have it too.
       load: what reads the frozen LMs that the config gives a path for.
 
     Raises:
@@ -278,7 +280,7 @@ def pieces(
     """
     rate, tx = optim.from_config(config)
     adapters = loading.lora_settings(config)
-    lms, moving = place_lms(config, policy, mesh, ids=ids, load=load)
+    lms, moving = place_lms(config, policy, mesh, text=text, load=load)
     model = policy.config
 
     def assemble(params: Params, lms: Mapping[str, LM]) -> LM:
@@ -302,20 +304,23 @@ def settings(config, pieces: Pieces | Run) -> dict[str, Any]:
 
 
 def place_lms(
-    config, policy: LM, mesh: Mesh, *, ids: int,
+    config, policy: LM, mesh: Mesh, *, text: tokenizer.Tokenizer | None = None,
     load: Callable[[str], LM] = loading.load_lm,
 ) -> tuple[dict[str, LM], list[str]]:  # fmt: skip
     """The frozen LMs of a config on the mesh, and the names that mean the average.
 
-    Beside adapters the policy's base is one of them, as 'base'.
+    Beside adapters the policy's base is one of them, as 'base'. The config of an LM of
+    another tokenizer has the path of that tokenizer.
 
     Raises:
-      ValueError: an average that nobody keeps; an LM that cannot read the rows.
+      ValueError: an LM that cannot read the rows: another tokenizer where ids are read,
+        or a context that is too short.
     """
     lms: dict[str, LM] = {}
     moving: list[str] = []
     on_mesh = {}  # frozen weights by where they came from
     read = functools.cache(load)  # two names may have one path
+    readers = checks.readers_of_ids(config)
     if loading.lora_settings(config):
         base = LM(policy.config, sharding.put_params(policy.params, mesh))
         on_mesh["init"] = lms["base"] = base
@@ -326,16 +331,20 @@ def place_lms(
         lm = policy if path == "init" else read(path)
         if lm is policy and lm.config.value_head:
             lm = loading.with_value_head(lm, False)
-        if lm.config.vocab_size < ids:
+        own, found = "", ""
+        if text is not None and path != "init":
+            own, found = loading.other_tokenizer(path, text)
+        if own and name in readers:
             raise ValueError(
-                f"the tokenizer has {ids} ids, lms.{name} only {lm.config.vocab_size}"
+                f"lms.{name}: {path} has another tokenizer than the run ({found}), and "
+                f"{readers[name]} reads ids: take a model of the run's tokenizer"
             )
-        if lm.config.max_length < config.length:
+        if lm.config.max_length < config.length and not own:
             raise ValueError(
                 f"config.length={config.length} is beyond the context of lms.{name}, "
                 f"{lm.config.max_length}"
             )
-        changes = {**loading.computed(config), "remat": "none"}
+        changes = {**loading.computed(config), "remat": "none", "tokenizer": own}
         lm = LM(dataclasses.replace(lm.config, **changes), lm.params)
         if path in on_mesh:  # one copy of the same weights is enough
             params = {k: on_mesh[path].params[k] for k in lm.params}

@@ -127,6 +127,28 @@ def check_lms(config, loss: Bound) -> None:
         )
 
 
+def readers_of_ids(config) -> dict[str, str]:
+    """{name of an LM: what reads the run's ids with it}; another tokenizer cannot.
+
+    A reward model is not among them: it may read text.
+    """
+    loss = plugin.load_loss(config)
+    readers = {
+        "rollout.policy": [config.rollout.policy],
+        "rollout.anchor": [config.rollout.anchor],
+        "generate.draft": [config.generate.draft],
+        f"loss {loss.name}": [plugin.frozen_lm(n) for n in loss.needs],
+    }
+    for name, hyper in config.shaping.items():
+        shape = plugin.load_section("shaping", {"name": name, **hyper})
+        readers[f"shaping.{name}"] = [plugin.frozen_lm(n) for n in shape.needs]
+    for name, hyper in config.evals.items():
+        bound = plugin.load_section("evals", {"name": name, **hyper}).hyper
+        named = [v for k, v in bound.items() if isinstance(v, str) and k != "reward"]
+        readers[f"evals.{name}"] = named
+    return {lm: reader for reader, lms in readers.items() for lm in lms if lm}
+
+
 def check_data(config) -> None:
     """Data or a mixture, and what a reference that is read once needs."""
     if config.num_steps and bool(config.data) == bool(config.mixture):

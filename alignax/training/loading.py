@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from alignax.batch import LM
-from alignax.inputs import tokenizer, truncation
+from alignax.inputs import tokenizer, truncation, vocabulary
 from alignax.inputs.dialogues import SYSTEMS, Reading
 from alignax.models import load, lora, transformer
 from alignax.models.transformer import ModelConfig
@@ -27,8 +27,9 @@ def make_policy(
       model: from `model_path`, where that is known already.
 
     Raises:
-      ValueError: neither path nor sizes; a tokenizer with more ids than the model; rows
-        longer than the model's context.
+      ValueError: neither path nor sizes; sizes with fewer ids than the tokenizer, or
+        weights without its EOS; rows longer than the model's context. Of weights with
+        fewer ids than the tokenizer, a row that has such an id is refused where it is read.
     """
     m = config.model
     if m.path:
@@ -40,9 +41,11 @@ def make_policy(
         raise ValueError(
             "config.model needs a path to weights, or sizes to start from scratch"
         )
-    if text.vocab_size > lm.config.vocab_size:
+    ids, size = text.vocab_size, lm.config.vocab_size
+    if ids > size and (not m.path or text.eos_id >= size):
         raise ValueError(
-            f"the tokenizer has {text.vocab_size} ids, the model only {lm.config.vocab_size}"
+            f"the tokenizer has {ids} ids, the model only {size}"
+            + (f", without EOS, {text.eos_id}" if m.path else "")
         )
     if config.length > lm.config.max_length:
         raise ValueError(
@@ -176,6 +179,27 @@ def merged(found: ModelPath, adapters: LM) -> LM:
     adapter_base.check(found.folder, found.base.path if found.base else "", params)
     base = LM(adapters.config, params)
     return lora.merge(base, adapters.params, as_lora(config["lora"]))
+
+
+def other_tokenizer(path: str, text: tokenizer.Tokenizer) -> tuple[str, str]:
+    """The tokenizer of a model, if its ids mean other tokens than those of `text`.
+
+    Args:
+      path: of the model.
+      text: the run's tokenizer.
+
+    Returns:
+      (path of the tokenizer, the first difference); ('', '') where the ids mean the same,
+      or where no tokenizer lies with the model.
+    """
+    own = model_paths.resolve(path).tokenizer
+    if not own:
+        return "", ""
+    try:
+        found = vocabulary.difference(text, tokenizer.load(own, now=text.now))
+    except FileNotFoundError:  # weights alone: their ids are taken to be the run's
+        return "", ""
+    return (own, found) if found else ("", "")
 
 
 def with_value_head(lm: LM, wanted: bool) -> LM:

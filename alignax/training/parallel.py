@@ -1,7 +1,7 @@
 """Scoring and sampling with the rows of a batch spread over the mesh, for every host."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
@@ -10,8 +10,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from alignax import logprob
+from alignax.batch import LM
 from alignax.inputs import layout, tokenizer
-from alignax.models import sharding
+from alignax.models import sharding, transformer
 from alignax.sampling import decode
 
 
@@ -27,6 +28,9 @@ def scorer(mesh: Mesh, *, packed: bool = False) -> Callable:
 
     def score(lm, batch, needs=(), **more):
         many = len(batch.tokens)
+        for reader in (lm, more.get("kl_to")):
+            if reader is not None:
+                logprob.check_ids(reader, batch)
         # copies of the first row fill up what does not divide; they are cut off again
         at = np.r_[:many, np.zeros(-many % shards, int)]
         batch = batch._replace(layout=None)  # of other shards, if there is one
@@ -48,12 +52,18 @@ def compiled_score(mesh: Mesh, needs: tuple[str, ...]) -> Callable:
     return jax.jit(score, out_shardings=whole)
 
 
+def known(ids: Iterable[int], lm: LM) -> list[int]:
+    """Those of the ids that an LM decodes, in order."""
+    return sorted(i for i in ids if i < lm.config.vocab_size)
+
+
 def generator(text: tokenizer.Tokenizer, mesh: Mesh) -> Callable:
-    """decode.generate that ends at the tokenizer's EOS, prompts spread over the mesh."""
-    eos_ids = sorted(text.eos_ids)
+    """decode.generate of the tokenizer's ids and EOS, prompts spread over the mesh."""
     shards = sharding.num_shards(mesh)
 
     def generate(lm, prompts, lengths, key, **settings):
+        lm = transformer.limit_ids(lm, text.vocab_size)
+        eos_ids = known(text.eos_ids, lm)
         spec = P() if len(prompts) % shards else sharding.BATCH
         place = functools.partial(jax.device_put, device=NamedSharding(mesh, spec))
         prompts, lengths = place(np.asarray(prompts)), place(np.asarray(lengths))

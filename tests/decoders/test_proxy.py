@@ -110,10 +110,6 @@ def test_the_expert_drafts_better_than_its_base(lms, weight):
     assert kept["policy"] > kept["ref"] + 0.05
 
 
-def test_bad_models_are_named(lms, tiny_lm):
+def test_bad_models_are_named(lms):
     with pytest.raises(ValueError, match=r"no LM 'gpt'; there are \['policy', 'ref'"):
         proxy.guide(lms, base="gpt")
-    with pytest.raises(ValueError, match=r"vocabularies of \[7, 37\]"):
-        proxy.guide(lms | {"ref": tiny_lm})
-    with pytest.raises(ValueError, match="the target has 37 tokens"):
-        run(decode.generate, tiny_lm, guide=proxy.guide(lms))

@@ -118,6 +118,17 @@ def test_of_equally_likely_tokens_the_lower_id_ranks_first(lms):
     assert got["rank/02"] == 258
 
 
-def test_another_vocabulary_is_refused(lms, tiny_lm):
-    with pytest.raises(ValueError, match=r"token_shift: vocabularies of \(259, 37\)"):
+def test_a_baseline_that_lacks_an_id_is_refused(lms, tiny_lm):
+    with pytest.raises(
+        ValueError, match=r"the id \d+, which is beyond the ids 0\.\.36"
+    ):
         run((lms[0], tiny_lm), ranks=True)
+
+
+def test_both_ways_compare_the_common_ids_of_two_tables(lms, make_lm):
+    """The kernel's KL and that beside the ranks, with a baseline of a larger table."""
+    wide = make_lm(dataclasses.replace(lms[1].config, vocab_size=270), 3)
+    one, other = (run((lms[0], wide), ranks=ranks) for ranks in (False, True))
+    assert one["kl"] == pytest.approx(other["kl"], abs=1e-4)
+    swapped = [run((wide, lms[0]), ranks=ranks) for ranks in (False, True)]
+    assert swapped[0]["kl"] == pytest.approx(swapped[1]["kl"], abs=1e-4)

@@ -256,7 +256,7 @@ def test_the_table_of_earlier_sources_is_of_the_rewards_as_they_are():
     """A key that no reward has is stale: saved runs with that reward would be refused."""
     names = ("constraints", "ensemble", "model", "relevance")
     files = [importlib.import_module(f"alignax.rewards.{name}") for name in names]
-    assert [rewards.code_digest(f.reward) for f in files] == [*rewards.EARLIER]
+    assert [rewards.saved_digest(f.reward) for f in files] == [*rewards.EARLIER]
 
 
 def reads_both(batch, texts, lms, *, tokenizer, score=None, shift=0.0):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from alignax import logprob
+from alignax.batch import LM
 from alignax.models import transformer
 from alignax.sampling import guide_models
 
@@ -32,7 +33,7 @@ def test_blocks_read_what_the_whole_row_says(lm, make_batch):
 
     @jax.jit
     def read(caches, block, start):
-        (rows,), _ = guide_models.rows(
+        _, (rows,), _ = guide_models.rows(
             (lm,), caches, block, start, jnp.zeros((2, 2, 7))
         )
         (h,), caches = guide_models.read((lm,), caches, block, start)
@@ -59,7 +60,8 @@ def test_what_cannot_be_read_is_named(lm, tiny_lm):
     assert guide_models.find(lms, "b", "b") == (tiny_lm, tiny_lm)
     with pytest.raises(ValueError, match=r"no LM 'c'; there are \['a', 'b'\]"):
         guide_models.find(lms, "c")
-    with pytest.raises(ValueError, match=r"a, b have vocabularies of \[7, 37\] tokens"):
-        guide_models.find(lms, "a", "b")
+    other = dataclasses.replace(lm.config, tokenizer="there")
+    with pytest.raises(ValueError, match=r"LM 'b' has another tokenizer .* of there"):
+        guide_models.find({"b": LM(other, lm.params)}, "b")
     with pytest.raises(ValueError, match="LM 'b' has no scalar head"):
         guide_models.find(lms, "b", value_head=True)

@@ -328,9 +328,9 @@ def test_bad_input_is_named(lms, name):
         guess(lms, **BAD[name])
 
 
-def test_a_draft_of_another_vocabulary_is_refused(lms, tiny_lm):
+def test_a_draft_made_for_another_vocabulary_is_refused(lms):
     with pytest.raises(ValueError, match=r"vocabulary of 37, expected the target's 5"):
-        guess((lms[0], tiny_lm))
+        guess((lms[0], drafts.ngram(37)))
 
 
 def test_a_guide_that_gives_nan_is_an_error(lms):

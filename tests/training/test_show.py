@@ -95,8 +95,9 @@ def test_rollouts_show_prompts_cut_as_they_are_sampled_from(data):
     assert f"prompt: 14 tokens; 16 of 30 were cut: {why}" in shown
     assert "response" not in shown
     config.truncate_prompts = "drop"
-    assert "dropped: the prompt has 30 tokens, there is room for 14 (config.truncate_prompts" in show.show(
-        config
+    assert (
+        "dropped: the prompt has 30 tokens, there is room for 14 (config.truncate_prompts"
+        in show.show(config)
     )
     config.rollout.max_new = 24
     with pytest.raises(ValueError, match="leaves no room"):
