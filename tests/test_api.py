@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import textwrap
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ import alignax as ax
 from alignax import api, logprob
 from alignax.batch import LM, from_groups
 from alignax.models import transformer
+from alignax.sampling import decode
 
 NAME = "SmolLM2-135M-Instruct"  # what the examples load; here a small model
 TEMPLATE = (
@@ -336,6 +338,47 @@ def test_greedy_speculation_generates_the_same_text(model, make_lm, kind):
     got = ax.speculate(model, draft, ["ab", "abab"], max_new=10, temperature=0)
     assert got.texts == want.texts
     assert got.generated.stats["tokens_per_target_call"] >= 1
+
+
+def padded(model, make_lm, size, seed=0):
+    """The model with other weights, in which rows that pad the table are loud."""
+    lm = make_lm(dataclasses.replace(model.lm.config, vocab_size=size), seed)
+    scale = np.where(np.arange(size) < 259, 1.0, 9.0)[:, None]
+    return model._replace(
+        lm=LM(lm.config, {**lm.params, "embed": lm.params["embed"] * scale})
+    )
+
+
+def test_no_id_beyond_the_tokenizer_is_generated(model, make_lm):
+    wide, wider = (padded(model, make_lm, size, size) for size in (270, 300))
+    ids = decode.generate(
+        wide.lm,
+        jnp.array([[3]]),
+        jnp.array([1]),
+        jax.random.key(0),
+        max_new=20,
+        group=4,
+    ).batch.tokens
+    assert ids.max() >= 259, "the case is empty"
+    settings = dict(max_new=20, group=4, stops=["ab"], top_k=50)
+    plain = ax.generate(wide, "ab", **settings).generated
+    assert plain.batch.tokens.max() < 259
+    fast = ax.speculate(wide, wider, "ab", **settings).generated
+    assert fast.batch.tokens.max() < 259
+    again = logprob.score(wide.lm, jax.tree.map(jnp.asarray, plain.batch)).logps
+    np.testing.assert_allclose(plain.raw_logps, again, atol=1e-4)
+    mask = plain.batch.mask
+    assert (plain.batch.old_logps[mask] > plain.raw_logps[mask]).all()
+
+
+def test_a_draft_of_another_tokenizer_is_refused(model, tmp_path):
+    with zipfile.ZipFile(tiny.ROOT / "tests/golden/templates/chatml.zip") as packed:
+        packed.extractall(tmp_path)
+    other = model._replace(tokenizer=ax.tokenizer(str(tmp_path)))
+    with pytest.raises(
+        ValueError, match=r"the draft has another tokenizer .*: id 0 is"
+    ):
+        ax.speculate(model, other, "ab", max_new=4)
 
 
 def test_what_cannot_be_generated_is_refused(model):
