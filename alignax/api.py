@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from alignax import logprob
 from alignax.batch import LM, Batch, Example, Message, from_groups
 from alignax.inputs import tokenizer as tokenizers
-from alignax.inputs import tokenizer_files, vocabulary
+from alignax.inputs import tokenizer_files
 from alignax.inputs.tokenizer import Tokenizer
 from alignax.models import save as model_files
 from alignax.models import transformer
@@ -434,7 +434,7 @@ def _decoded(model: Model) -> LM:
 
 def _check_same_tokens(model: Model, other: Model) -> None:
     """Raises ValueError for two models whose ids do not mean the same tokens."""
-    if found := vocabulary.difference(model.tokenizer, other.tokenizer):
+    if found := tokenizer_files.difference(model.tokenizer, other.tokenizer):
         raise ValueError(f"the draft has another tokenizer than the model: {found}")
 
 

@@ -8,8 +8,8 @@ model), truncation (examples that are too long), forms (which rows a loss can re
 (examples cut to a length, and counted), row_store (rows on the disk), source (a data set as
 batches), plan (which examples share a batch), layout (packed rows), prompts (prompts to
 generate from), annotate (columns that frozen LMs fill), reference_cache (log-probabilities of
-the reference, computed once), detokenize (a batch as readable text), serialisation (a batch
-in a checkpoint), gguf_vocab (the vocabulary of a .gguf file), tokenizer_files (a tokenizer as
-a Hugging Face folder), vocabulary (whether two tokenizers have the same tokens), retokenize
-(responses in the ids of another tokenizer).
+the reference, computed once), detokenize (a batch as text, also in the ids of another
+tokenizer), serialisation (a batch in a checkpoint), gguf_vocab (the vocabulary of a .gguf
+file), tokenizer_files (a tokenizer as a Hugging Face folder; whether two have the same
+tokens).
 """

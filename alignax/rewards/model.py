@@ -18,7 +18,7 @@ import numpy as np
 from alignax import logprob, masked
 from alignax.batch import LM, Batch, Message
 from alignax.inputs import tokenizer as tokenizers
-from alignax.inputs.retokenize import retokenize
+from alignax.inputs.detokenize import retokenize
 from alignax.inputs.tokenizer import Tokenizer
 
 _one_device = jax.jit(logprob.score, static_argnames=("needs",))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from alignax.batch import LM
-from alignax.inputs import tokenizer, truncation, vocabulary
+from alignax.inputs import tokenizer, tokenizer_files, truncation
 from alignax.inputs.dialogues import SYSTEMS, Reading
 from alignax.models import load, lora, transformer
 from alignax.models.transformer import ModelConfig
@@ -196,7 +196,7 @@ def other_tokenizer(path: str, text: tokenizer.Tokenizer) -> tuple[str, str]:
     if not own:
         return "", ""
     try:
-        found = vocabulary.difference(text, tokenizer.load(own, now=text.now))
+        found = tokenizer_files.difference(text, tokenizer.load(own, now=text.now))
     except FileNotFoundError:  # weights alone: their ids are taken to be the run's
         return "", ""
     return (own, found) if found else ("", "")

@@ -13,7 +13,7 @@ import tiny
 
 from alignax import rewards
 from alignax.batch import LM, from_groups
-from alignax.inputs import retokenize, tokenizer, vocabulary
+from alignax.inputs import detokenize, tokenizer, tokenizer_files
 from alignax.models import save, transformer
 from alignax.training import build, loading, loop, parallel
 
@@ -238,12 +238,12 @@ def test_a_response_that_writes_the_other_eos_is_scored_all_the_same(model):
 def test_a_row_beyond_the_context_loses_the_left_of_its_prompt(model):
     own = tokenizer.load(model("generation"))
     valid = np.ones((1, 1), bool)
-    whole = retokenize.retokenize(["a b c " * 40], [["d"]], valid, own, length=999)
-    cut = retokenize.retokenize(["a b c " * 40], [["d"]], valid, own, length=50)
+    whole = detokenize.retokenize(["a b c " * 40], [["d"]], valid, own, length=999)
+    cut = detokenize.retokenize(["a b c " * 40], [["d"]], valid, own, length=50)
     n = int(whole.lengths[0, 0])
     assert cut.lengths[0, 0] == 50
     np.testing.assert_array_equal(cut.tokens[0, 0, :50], whole.tokens[0, 0, n - 50 : n])
-    long = retokenize.retokenize(["a"], [["d e " * 60]], valid, own, length=50)
+    long = detokenize.retokenize(["a"], [["d e " * 60]], valid, own, length=50)
     assert long.lengths[0, 0] == 50
     assert long.mask[0, 0, 1:50].all()
 
@@ -277,16 +277,16 @@ def test_rollouts_and_evaluations_are_judged_by_another_tokenizer(model, tmp_pat
 
 def test_more_ids_and_another_template_are_the_same_tokenizer(model):
     chatml, think = (tokenizer.load(model(k)) for k in ("chatml", "open_think"))
-    assert vocabulary.difference(chatml, think) == ""
-    assert vocabulary.difference(think, chatml) == ""
+    assert tokenizer_files.difference(chatml, think) == ""
+    assert tokenizer_files.difference(think, chatml) == ""
 
 
 def test_the_first_token_that_differs_is_named(model):
     one, other = (tokenizer.load(model(k)) for k in ("llama2", "chatml"))
-    found = vocabulary.difference(one, other)
+    found = tokenizer_files.difference(one, other)
     assert found.startswith("id 0 is '<unk>' in ")
     assert found.count(" is ") == 1
-    assert "in bytes" in vocabulary.difference(tokenizer.load("bytes"), one)
+    assert "in bytes" in tokenizer_files.difference(tokenizer.load("bytes"), one)
 
 
 def test_weights_without_a_tokenizer_are_taken_to_have_the_runs(model, tmp_path):
