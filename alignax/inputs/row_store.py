@@ -17,6 +17,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -102,7 +103,9 @@ def _load(entry: pathlib.Path) -> Rows | None:
         if len(stored) != len(sizes):
             raise ValueError(f"{len(stored)} rows, expected {len(sizes)}")
         return Kept(stored, sizes, entry_of["counts"])
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (
+        OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile,
+    ) as error:  # fmt: skip
         log.warning("%s does not read back (%s): tokenised again", entry, error)
         return None
 
