@@ -6,16 +6,22 @@ common; a token that straddles prompt and response belongs to the response.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from alignax.batch import Example, Message
 from alignax.inputs.encoder import Encoded, Encoder, Key, Segment
+from alignax.inputs.shapes import Filled, Shape, shape
+from alignax.inputs.skeleton import LEFT, RIGHT
 from alignax.inputs.turns import Reader, Rendering, Span, Turn
 
 SYSTEMS = ("refuse", "user")  # what happens to a system turn that a template lacks
 SPECIALS = ("text", "tokens")  # what control tokens in users' text are
+PLAIN = (
+    "plain strings are turns of the chat template (raw = True in the data section leaves "
+    "the template out)"
+)
 READERS = 256  # sets of template variables that are kept
 
 
@@ -104,6 +110,48 @@ class Tokens(NamedTuple):
     notes: dict[str, str]
 
 
+class Prepared:
+    """An example of which the texts are known that have to be encoded.
+
+    Args:
+      dialogues: that prepare it.
+      example: which one.
+
+    Raises:
+      ValueError: as `Dialogues.render`.
+    """
+
+    def __init__(self, dialogues: "Dialogues", example: Example):
+        self._dialogues, self._example = dialogues, example
+        self._rendered: Rendered | None = None
+        self._filled = dialogues.filled(example)
+        if self._filled is None:
+            self._rendered = dialogues.render(example)
+
+    @property
+    def rendered(self) -> Rendered:
+        """The example as text."""
+        if self._rendered is None:
+            self._rendered = self._dialogues.render(self._example)
+        return self._rendered
+
+    def wanted(self) -> Iterable[Key]:
+        """What has to be encoded."""
+        return self._filled.wanted() if self._filled else self.rendered.wanted()
+
+    def tokens(self) -> Tokens:
+        """The ids.
+
+        Raises:
+          ValueError: as `Dialogues.ids`.
+        """
+        if self._filled is not None:
+            found = self._dialogues.quick(self._filled)
+            if found is not None:
+                return found
+        return self._dialogues.ids(self.rendered)
+
+
 class Dialogues:
     """Renders and encodes the examples of one tokenizer, read in one way.
 
@@ -136,6 +184,69 @@ class Dialogues:
         self._bos = None if bos_id is None else encoder.name_of(bos_id)
         self._bos_id, self._add_bos = bos_id, add_bos
         self._readers: dict[str, Reader] = {}
+        self._shapes: dict[tuple[str, ...], Shape | None] = {}
+
+    def filled(self, example: Example) -> Filled | None:
+        """The segments of an example whose shape is known; None of others."""
+        if example.template or not example.responses or isinstance(example.prompt, str):
+            return None
+        texts = _only_texts(example.prompt)
+        answers: list[str] = []
+        for response in example.responses:
+            if isinstance(response, str):
+                answers.append(response)
+                continue
+            said = _only_texts(response)
+            if not said or len(said) > 1 or response[0]["role"] != "assistant":
+                return None
+            answers += said
+        if texts is None:
+            return None
+        roles = tuple([m["role"] for m in example.prompt])
+        try:
+            shape = self._shapes[roles]
+        except KeyError:
+            shape = self._shapes[roles] = self._shape(roles)
+        if shape is None:
+            return None
+        for text in (*texts, *answers):
+            if self._encoder.holds_control(text):
+                return None
+        return shape.keys(texts, answers)
+
+    def quick(self, filled: Filled) -> Tokens | None:
+        """The ids of segments; None where a token straddles prompt and response."""
+        found = filled.ids(self._encoder)
+        if found is None or found[0][:2] == [self._bos_id] * 2:
+            return None
+        prompt, responses = found
+        return Tokens(prompt, responses, [[True] * len(r) for r in responses], {})
+
+    def _shape(self, roles: tuple[str, ...]) -> Shape | None:
+        """What rows with these roles and an answer have in common; None if too little."""
+        usual = (
+            self._followed and self._encoder.separate and roles[-1:] != ("assistant",)
+        )
+        if not usual:
+            return None
+        marks = [f"{LEFT}{i}{RIGHT}" for i in range(len(roles) + 1)]
+        said = [
+            {"role": role, "content": text}
+            for role, text in zip((*roles, "assistant"), marks, strict=True)
+        ]
+        try:
+            rendered = self._chat(Example("", said[:-1], [said[-1:]]))
+        except ValueError:
+            return None
+        (side,) = rendered.sides
+        (turn,) = side.turns
+        reader = self._reader(self._reading.variables)
+        plain = reader.is_filled(said[:-1], True) and reader.is_filled(said, False)
+        if not plain or rendered.notes or side.marks or not side.beside:
+            return None
+        if turn.opened != len(rendered.prompt_text):
+            return None
+        return shape(rendered.prompt, side.segments, [*self._ends], len(roles))
 
     def render(self, example: Example) -> Rendered:
         """An example as text.
@@ -148,7 +259,10 @@ class Dialogues:
         plain = not self._templated or self._reading.raw
         if plain and isinstance(example.prompt, str) and None not in texts:
             return self._raw(example.prompt, [t for t in texts if t is not None])
-        return self._chat(example)
+        rendered = self._chat(example)
+        if self._templated and isinstance(example.prompt, str):
+            rendered.notes["plain_strings"] = PLAIN
+        return rendered
 
     def ids(self, rendered: Rendered) -> Tokens:
         """The ids of a rendered example.
@@ -204,12 +318,9 @@ class Dialogues:
             notes,
         )
 
-    def joints(self, rendered: Rendered, g: int, start: int, stop: int) -> list[bool]:
-        """Whether a character ends with each of the ids [start, stop) of side g."""
-        places = Encoded(self._encoder, rendered.sides[g].segments).places()
-        many = min(stop + 1, len(places))
-        out = [places[k][0] >= places[k - 1][1] for k in range(start + 1, many)]
-        return out + [True] * (stop - start - len(out))
+    def joint(self, rendered: Rendered, g: int) -> Callable[[int], bool]:
+        """Index of an id of side g -> whether a character ends with it."""
+        return Encoded(self._encoder, rendered.sides[g].segments).joint
 
     def loose(self, rendered: Rendered) -> list[list[int]]:
         """Indices of ids of the prompt that are only text of its last user turn.
@@ -413,6 +524,17 @@ class Dialogues:
 def as_messages(turns: str | Sequence[Message], role: str) -> list[Message]:
     """Turns as messages; a string is one turn of `role`."""
     return [{"role": role, "content": turns}] if isinstance(turns, str) else list(turns)
+
+
+def _only_texts(messages: Sequence[Message]) -> list[str] | None:
+    """The contents of messages that have a role and a text and nothing else."""
+    out = []
+    for message in messages:
+        text = message.get("content")
+        if len(message) != 2 or type(text) is not str:
+            return None
+        out.append(text)
+    return out
 
 
 def _raw_text(response: str | Sequence[Message]) -> tuple[str, str] | None:

@@ -82,6 +82,13 @@ class Encoded:
         ends = [end for _, end in self._encoder.places(segment)]
         return first + bisect.bisect_right(ends, place - segment.start)
 
+    def joint(self, k: int) -> bool:
+        """Whether a character ends with id k: the next one does not begin inside it."""
+        number = bisect.bisect_right(self._first, k) - 1
+        places = self._encoder.places(self._segments[number])
+        at = k - self._first[number]
+        return at + 1 >= len(places) or places[at + 1][0] >= places[at][1]
+
     def places(self) -> list[tuple[int, int]]:
         """(start, end) in the text of every id; those of one character share its place."""
         return [
@@ -126,7 +133,14 @@ class Encoder:
             or (token.content.strip() and token.content in written)
         }
         self._names = {i: token for token, i in self.control.items()}
-        self._find = _pattern([added[i] for i in self.control.values()])
+        tokens = [added[i] for i in self.control.values()]
+        self._find = _pattern(tokens)
+        starts = {token.content[0] for token in tokens}
+        # Whether a control token begins only where its first character is, whatever is
+        # in front of it.
+        self.separate = not any(
+            t.lstrip or t.single_word or starts & {*t.content[1:]} for t in tokens
+        )
         self._memo: dict[Key, list[int]] = {}
         self._older: dict[Key, list[int]] = {}
         self._shadow: Shadow | None = None
@@ -134,6 +148,10 @@ class Encoder:
     def name_of(self, token: int) -> str:
         """The text of a control token."""
         return self._names[token]
+
+    def holds_control(self, text: str) -> bool:
+        """Whether a text holds a control token."""
+        return self._find is not None and self._find.search(text) is not None
 
     def split(
         self, text: str, protected: Sequence[tuple[int, int]] = (),
@@ -303,6 +321,7 @@ class ByteEncoder(Encoder):
         self.control = control
         self._names = {i: token for token, i in control.items()}
         self._find = None
+        self.separate = True
         self._memo, self._older = {}, {}
 
     def places(self, segment: Segment) -> list[tuple[int, int]]:

@@ -70,7 +70,7 @@ def tally(examples: Sequence[Example]) -> dict[str, Found]:
 
 
 def check(
-    found: Mapping[str, tuple[int, str]], accepted: Sequence[str], loss: str,
+    found: Mapping[str, Sequence[Any]], accepted: Sequence[str], loss: str,
     where: str = "config.data", section: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Raises ValueError if a loss cannot read all rows of a data set.
@@ -117,7 +117,7 @@ def check(
 
 
 def _check_labels(
-    found: Mapping[str, tuple[int, str]], loss: str, where: str
+    found: Mapping[str, Sequence[Any]], loss: str, where: str
 ) -> None:  # fmt: skip
     """Raises ValueError where some rows have feedback and others would get zeros."""
     without = [k for k in found if k not in WITH_FEEDBACK]
@@ -130,7 +130,7 @@ def _check_labels(
         )
 
 
-def _described(kind: str, found: Mapping[str, tuple[int, str]]) -> str:
+def _described(kind: str, found: Mapping[str, Sequence[Any]]) -> str:
     """Such as "3 groups (two or more ..., the first is train.jsonl:1)"."""
     count, first = found[kind]
     return (

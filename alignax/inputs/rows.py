@@ -15,7 +15,7 @@ import numpy as np
 from alignax import batch
 from alignax.batch import Example
 from alignax.inputs import forms, layout, truncation
-from alignax.inputs.dialogues import Rendered, Tokens
+from alignax.inputs.dialogues import Prepared, Tokens
 from alignax.inputs.tokenizer import Tokenizer
 from alignax.inputs.truncation import Fitted, TooLong
 
@@ -241,10 +241,10 @@ def _fitted(
 
     While a chunk of texts is encoded, which needs no Python, the next one is rendered.
     """
-    waiting: tuple[list[tuple[Example, Rendered]], Any] | None = None
+    waiting: tuple[list[tuple[Example, Prepared]], Any] | None = None
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        for some in _rendered(examples, tokenizer, counts):
-            keys = [key for _, rendered in some for key in rendered.wanted()]
+        for some in _prepared(examples, tokenizer, counts):
+            keys = [key for _, prepared in some for key in prepared.wanted()]
             encoding = pool.submit(tokenizer.encoder.prefetch, keys)
             if waiting is not None:
                 yield from _finished(*waiting, tokenizer, length, counts)
@@ -253,16 +253,17 @@ def _fitted(
             yield from _finished(*waiting, tokenizer, length, counts)
 
 
-def _rendered(
+def _prepared(
     examples: Sequence[Example], tokenizer: Tokenizer, counts: dict[str, Any]
-) -> Iterator[list[tuple[Example, Rendered]]]:
+) -> Iterator[list[tuple[Example, Prepared]]]:
     """Chunks of examples as text; what the template refuses is counted."""
-    some: list[tuple[Example, Rendered]] = []
+    some: list[tuple[Example, Prepared]] = []
     for example in examples:
         counts["read"] += 1
         _add(counts["forms"], batch.form(example), example.id)
         try:
-            some.append((example, render(example, tokenizer)))
+            check(example)
+            some.append((example, Prepared(tokenizer.dialogues, example)))
         except ValueError as e:
             note(counts, "malformed", f"{example.id}: {e}")
         if len(some) == CHUNK:
@@ -272,15 +273,14 @@ def _rendered(
 
 
 def _finished(
-    some: list[tuple[Example, Rendered]], encoding: Any, tokenizer: Tokenizer,
+    some: list[tuple[Example, Prepared]], encoding: Any, tokenizer: Tokenizer,
     length: int, counts: dict[str, Any],
 ) -> Iterator[tuple[Example, Fitted]]:  # fmt: skip
     with contextlib.suppress(ValueError):  # of one of them, which says so below
         encoding.result()
-    for example, rendered in some:
+    for example, prepared in some:
         try:
-            tokens = tokenizer.dialogues.ids(rendered)
-            fitted = _fit(example, rendered, tokens, tokenizer, length, counts)
+            fitted = _fit(example, prepared, tokenizer, length, counts)
         except TooLong as e:
             note(counts, "dropped", f"{example.id}: {e}")
         except ValueError as e:
@@ -290,11 +290,12 @@ def _finished(
 
 
 def _fit(
-    example: Example, rendered: Rendered, tokens: Tokens, tokenizer: Tokenizer,
-    length: int, counts: dict[str, Any],
+    example: Example, prepared: Prepared, tokenizer: Tokenizer, length: int,
+    counts: dict[str, Any],
 ) -> Fitted:  # fmt: skip
     """The ids of one usable example; what is remarkable is counted."""
-    fitted = cut(example, rendered, tokens, tokenizer, length)
+    tokens = prepared.tokens()
+    fitted = cut(example, prepared, tokens, tokenizer, length)
     own = fitted.scored[: own_responses(example)]
     # A scored token needs a prefix, which the prompt always gives.
     if not all(any(s) for s in own):
@@ -307,26 +308,21 @@ def _fit(
         if was:
             explain(counts, example.id, f"cut_{kind}", f"at length {length}")
     for name, details in tokens.notes.items():
-        explain(counts, example.id, name, details)
+        if name != "plain_strings":  # said once, of all rows
+            explain(counts, example.id, name, details)
         _add(counts["notes"], name, f"{example.id}: {details}")
     return fitted
 
 
-def render(example: Example, tokenizer: Tokenizer) -> Rendered:
-    """An example as text.
-
-    Raises:
-      ValueError: no response, feedback that its form does not have (see
-        `forms.feedback`), or a conversation that the tokenizer refuses.
-    """
+def check(example: Example) -> None:
+    """Raises ValueError for an example without a response, or with other feedback."""
     if not example.responses:
         raise ValueError("no response")
     forms.feedback(example)
-    return tokenizer.dialogues.render(example)
 
 
 def cut(
-    example: Example, rendered: Rendered, tokens: Tokens, tokenizer: Tokenizer,
+    example: Example, prepared: Prepared, tokens: Tokens, tokenizer: Tokenizer,
     length: int,
 ) -> Fitted:  # fmt: skip
     """An example in at most `length` tokens, as the tokenizer's `reading` has it.
@@ -334,8 +330,11 @@ def cut(
     Raises:
       TooLong: nothing usable is left.
     """
+    whole = Fitted(tokens.prompt, tokens.responses, tokens.scored, False, False)
+    if len(tokens.prompt) + max(map(len, tokens.responses)) <= length:
+        return whole
     return truncation.fit(
-        example, rendered, tokens, tokenizer.dialogues, length=length,
+        example, prepared.rendered, tokens, tokenizer.dialogues, length=length,
         reading=tokenizer.reading, bos_id=tokenizer.bos_id, own=own_responses(example),
     )  # fmt: skip
 

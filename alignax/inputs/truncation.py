@@ -6,7 +6,7 @@ again; then the front of the last user's text; never a system turn or a header. 
 responses are cut at their end, at a whole character, and end without an EOS.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from alignax.batch import Example, Message
@@ -92,9 +92,7 @@ def fit(
     for g, (ids, mark) in enumerate(zip(tokens.responses, tokens.scored, strict=True)):
         n = len(ids)
         if n > room:
-            start = len(tokens.prompt)
-            joints = dialogues.joints(rendered, g, start, start + room)
-            n = _usable(mark[:room], joints)
+            n = _usable(mark[:room], dialogues.joint(rendered, g), len(tokens.prompt))
         if not n and (own is None or g < own):
             raise TooLong(f"no whole character of response {g} fits into {room} tokens")
         out.append((ids[: n or room], mark[:n] or [False] * room))
@@ -224,10 +222,15 @@ def _without_front(
     )
 
 
-def _usable(mark: list[bool], joints: list[bool]) -> int:
-    """Ids of a response up to its last scored one with which a character ends."""
-    whole = [scored and joint for scored, joint in zip(mark, joints, strict=True)]
-    return len(whole) - whole[::-1].index(True) if any(whole) else 0
+def _usable(mark: list[bool], joint: Callable[[int], bool], start: int) -> int:
+    """Ids of a response up to its last scored one with which a character ends.
+
+    Args:
+      mark: which ids are scored.
+      joint: whether a character ends with an id, counted from `start`.
+    """
+    ends = (n for n in range(len(mark), 0, -1) if mark[n - 1] and joint(start + n - 1))
+    return next(ends, 0)
 
 
 def _from_the_left(tokens: Tokens, length: int, bos_id: int | None) -> Fitted:

@@ -134,6 +134,10 @@ class Reader:
         protected.sort()
         return Rendering(text, places, pieces, given, marks, protected, left_out)
 
+    def is_filled(self, messages: Sequence[Message], open_turn: bool) -> bool:
+        """Whether the template does not read the texts of these messages."""
+        return self._filled(messages, open_turn) is not None
+
     def _filled(self, messages: Sequence[Message], open_turn: bool) -> Rendering | None:
         """The rendering of texts that the template does not read; None of others."""
         if not self._followed:

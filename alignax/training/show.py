@@ -12,6 +12,7 @@ from alignax import plugin
 from alignax.batch import Example
 from alignax.inputs import prompts, rows, truncation
 from alignax.inputs.detokenize import marked
+from alignax.inputs.dialogues import Prepared
 from alignax.inputs.tokenizer import Tokenizer
 from alignax.inputs.truncation import TooLong
 from alignax.reports import tables
@@ -150,9 +151,10 @@ def with_responses(example: Example, text: Tokenizer, length: int | None) -> lis
       ValueError: a row that is left out; TooLong: a row without room.
     """
     assert length is not None
-    rendered = rows.render(example, text)
-    whole = text.dialogues.ids(rendered)
-    part = rows.cut(example, rendered, whole, text, length)
+    rows.check(example)
+    prepared = Prepared(text.dialogues, example)
+    whole = prepared.tokens()
+    part = rows.cut(example, prepared, whole, text, length)
     lines = prompt_lines(whole.prompt, part.prompt, text, f"length={length}")
     for g, (ids, scored) in enumerate(zip(part.responses, part.scored, strict=True)):
         many, lost = len(ids), len(whole.responses[g]) - len(ids)

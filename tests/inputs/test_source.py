@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from alignax.batch import Example, check
 from alignax.data import Examples, synthetic
-from alignax.inputs import detokenize, prompts, rows, source, tokenizer
+from alignax.inputs import detokenize, prompts, source, tokenizer
 
 TK = tokenizer.load("bytes")
 

@@ -7,6 +7,7 @@ import pytest
 
 from alignax.batch import Example
 from alignax.inputs import rows, tokenizer, truncation
+from alignax.inputs.dialogues import Prepared
 from alignax.inputs.truncation import TooLong, exchanges
 
 TK = tokenizer.load("bytes")
@@ -27,8 +28,8 @@ def system(text):
 
 def fit(example, length, tk=TK, **reading):
     tk = tk.read_as(tk.reading._replace(**reading))
-    rendered = rows.render(example, tk)
-    return rows.cut(example, rendered, tk.dialogues.ids(rendered), tk, length)
+    prepared = Prepared(tk.dialogues, example)
+    return rows.cut(example, prepared, prepared.tokens(), tk, length)
 
 
 def text(ids):
