@@ -16,15 +16,16 @@ from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
 from alignax import logprob
-from alignax.batch import LM, Batch, Example, Message, from_groups
+from alignax.batch import LM, Example, Message, from_groups
 from alignax.inputs import tokenizer as tokenizers
 from alignax.inputs import tokenizer_files
 from alignax.inputs.tokenizer import Tokenizer
 from alignax.models import save as model_files
 from alignax.models import transformer
-from alignax.respond import output, responder
+from alignax.respond import output, responder, starts
+from alignax.respond import stops as stop_places
 from alignax.runs import model_paths
-from alignax.sampling import automaton, decode, drafts, generation_settings
+from alignax.sampling import decode, drafts, generation_settings
 from alignax.sampling import speculate as speculation
 from alignax.sampling.decode import Generated
 from alignax.training import defaults, loading, loop, parallel
@@ -153,6 +154,7 @@ def score(
     responses: Text | Sequence[Text],
     *,
     ref: Model | None = None,
+    template: Mapping[str, Any] | None = None,
 ) -> Scored:
     """Log-probabilities of responses, token by token, as every loss of the package reads them.
 
@@ -163,6 +165,8 @@ def score(
         end in EOS; of messages the assistant's are scored. All rows are one batch: split
         a long list yourself.
       ref: a reference whose tokenizer gives the same ids, for log-ratios.
+      template: what the chat template of both gets besides the messages: 'tools',
+        'documents', 'enable_thinking', ...
 
     Returns:
       Scored, with T the longest row.
@@ -183,7 +187,8 @@ def score(
             f"{len(prompts)} prompts and {len(responses)} responses; expected as many"
         )
     rows = [
-        _row(model.tokenizer, *pair) for pair in zip(prompts, responses, strict=True)
+        _row(model.tokenizer, *pair, template)
+        for pair in zip(prompts, responses, strict=True)
     ]
     sizes = [len(prompt) + len(response) for prompt, response, _ in rows]
     for lm in (model.lm, *([ref.lm] if ref is not None else [])):
@@ -198,7 +203,7 @@ def score(
     logps = np.asarray(_score(model.lm, batch).logps)[:, 0, longest]
     ratios = None
     if ref is not None:
-        _check_same_ids(rows, ref.tokenizer, prompts, responses)
+        _check_same_ids(rows, ref.tokenizer, prompts, responses, template)
         ratios = logps - np.asarray(_score(ref.lm, batch).logps)[:, 0, longest]
     tokens = [
         [model.tokenizer.decode([i], keep_specials=True) for i in row[:size]]
@@ -215,9 +220,10 @@ def generate(
     max_new: int = 256,
     group: int = 1,
     temperature: float = 1.0,
-    stops: Sequence[str] = (),
+    stops: str | int | Sequence[str | int] = (),
     prefill: str = "",
     seed: int = 0,
+    template: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Responses:
     """Samples responses to prompts.
@@ -229,9 +235,14 @@ def generate(
       max_new: most tokens of a response.
       group: G, responses per prompt.
       temperature: 0 is greedy.
-      stops: strings in front of which a response is cut.
-      prefill: how every response begins: given, not sampled.
+      stops: strings in front of which a response is cut, also special tokens by their
+        text ('<|eot_id|>'); or ids.
+      prefill: how every response begins: given, not sampled. It is encoded with the
+        prompt as one text. (Messages that end in an assistant turn are continued at the
+        end of its text, too.)
       seed: of the samples.
+      template: what the chat template gets besides the messages: 'tools', 'documents',
+        'enable_thinking', ...
       **settings: all others of `sampling.decode.generate`: top_k, top_p, min_p,
         repetition_penalty, logit_bias, grammar, guide, ...
 
@@ -239,8 +250,9 @@ def generate(
       Responses.
 
     Raises:
-      ValueError: a prompt that leaves no room for max_new tokens in the context, an id
-        beyond the vocabulary, or a setting out of its range.
+      ValueError: a prompt that leaves no room for max_new tokens in the context or that
+        the chat template refuses, an id beyond the vocabulary, or a setting out of its
+        range.
 
     Example:
       model = ax.load("SmolLM2-135M-Instruct")
@@ -253,7 +265,7 @@ def generate(
         return decode.generate(_decoded(model), tokens, lengths, key, **asked)
 
     asked = dict(settings, max_new=max_new, group=group, temperature=temperature)
-    return _respond(model, prompts, sample, stops, prefill, asked)
+    return _respond(model, prompts, sample, stops, prefill, template, asked)
 
 
 def speculate(
@@ -264,9 +276,10 @@ def speculate(
     max_new: int = 256,
     group: int = 1,
     temperature: float = 1.0,
-    stops: Sequence[str] = (),
+    stops: str | int | Sequence[str | int] = (),
     prefill: str = "",
     seed: int = 0,
+    template: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Responses:
     """Samples from the distribution of `generate`, with fewer calls of the model.
@@ -277,7 +290,8 @@ def speculate(
       model: the target, whose distribution is sampled.
       draft: a smaller model of the same tokenizer; 'ngram', which repeats what followed
         the last tokens before; or 'layers:K', the first K layers of the model.
-      prompts, max_new, group, temperature, stops, prefill, seed: as for `generate`.
+      prompts, max_new, group, temperature, stops, prefill, seed, template: as for
+        `generate`.
       **settings: all others of `sampling.speculate.speculate`: draft_length, rule, guide,
         mode, top_k, ...
 
@@ -315,7 +329,7 @@ def speculate(
         return speculation.speculate(lm, proposes, tokens, lengths, key, **asked)
 
     asked = dict(settings, max_new=max_new, group=group, temperature=temperature)
-    return _respond(model, prompts, sample, stops, prefill, asked)
+    return _respond(model, prompts, sample, stops, prefill, template, asked)
 
 
 def config(**changes: Any) -> ConfigDict:
@@ -407,21 +421,23 @@ def _is_ids(text: Any) -> bool:
     return not words
 
 
-def _row(text: Tokenizer, prompt: Text, response: Text):
+def _row(
+    text: Tokenizer, prompt: Text, response: Text, template: Mapping[str, Any] | None
+):
     """(ids of the prompt, ids of the response, which of these are scored)."""
     if _is_ids(prompt) != _is_ids(response):
         raise ValueError("a prompt and its response are both ids, or both text")
     if _is_ids(prompt):
         return list(prompt), list(response), [True] * len(response)
-    example: Any = Example("", prompt, (response,))  # type: ignore[arg-type]
+    example: Any = Example("", prompt, (response,), template=template or {})  # type: ignore[arg-type]
     ids, responses, scored = text.tokenize(example)
     return ids, responses[0], scored[0]
 
 
-def _check_same_ids(rows, text: Tokenizer, prompts, responses) -> None:
+def _check_same_ids(rows, text: Tokenizer, prompts, responses, template) -> None:
     """Raises ValueError where the tokenizer of a reference gives other ids."""
     for i, row in enumerate(rows):
-        if _row(text, prompts[i], responses[i]) != row:
+        if _row(text, prompts[i], responses[i], template) != row:
             raise ValueError(
                 f"row {i}: the tokenizer of the reference gives other ids than the model's"
             )
@@ -454,42 +470,32 @@ def _check_ids(lm: LM, rows: Sequence[Sequence[int]]) -> None:
 
 
 def _respond(
-    model: Model, prompts: Any, sample: Callable[..., Generated], stops: Sequence[str],
-    prefill: str, asked: dict[str, Any],
+    model: Model, prompts: Any, sample: Callable[..., Generated], stops: Any,
+    prefill: str, template: Mapping[str, Any] | None, asked: dict[str, Any],
 ) -> Responses:  # fmt: skip
     """Prompts as ids, a call of the sampler, and its responses as text."""
     text, lm = model.tokenizer, _decoded(model)
-    prompts = _several(prompts)
-    ids = [list(p) if _is_ids(p) else text.prompt(p) for p in prompts]
     if not isinstance(prefill, str):
         raise ValueError(f"prefill is {prefill!r}, expected a string")
-    stops = (stops,) if isinstance(stops, str) else tuple(stops)
-    if not all(isinstance(s, str) and s for s in stops):
-        raise ValueError(f"stops are {stops}, expected strings that are not empty")
+    groups = stop_places.parse(stops, text)
+    begun = [
+        starts.start(
+            text, p if _is_ids(p) else Example("", p, (), template=template or {}), prefill
+        )
+        for p in _several(prompts)
+    ]  # fmt: skip
+    ids = [[*s.prompt, *s.prefill] for s in begun]
     _check_ids(lm, ids)
-    given = text.encode(prefill)
-    sizes = [len(i) + len(given) + asked["max_new"] for i in ids]
-    _check_length(lm, sizes, "tokens with max_new")
-    tokens, lengths = generation_settings.ragged(ids)
-    if stops:
+    _check_length(lm, [len(i) + asked["max_new"] for i in ids], "tokens with max_new")
+    tokens, lengths = generation_settings.ragged([s.prompt for s in begun])
+    if groups:
         pieces = responder.pieces(text, lm.config.vocab_size)
-        asked["stops"] = automaton.stop_strings(stops, pieces)
-    if given:
-        asked["prefill"] = np.repeat(np.array([given], np.int32), len(ids), 0)
+        asked["stops"] = stop_places.table(groups, pieces)
+    asked |= starts.arrays(begun, begun)
     asked.setdefault("eos_ids", parallel.known(text.eos_ids, lm))
     out = jax.device_get(sample(jnp.asarray(tokens), jnp.asarray(lengths), **asked))
-    batch: Batch = out.batch
-    found = [
-        [
-            output.response(
-                batch.tokens[b, g][batch.mask[b, g]].tolist(),
-                bool(out.truncated[b, g]), text, given=given, stops=stops,
-                min_new=int(asked.get("min_new") or 0),
-            )
-            for g in range(batch.mask.shape[1])
-        ]
-        for b in range(len(ids))
-    ]  # fmt: skip
+    rules = output.Rules(stops, prefill, min_new=int(asked.get("min_new") or 0))
+    found = output.answers(out.batch, out.truncated, text, rules)
     return Responses(
         [[r.text for r in group] for group in found],
         [[r.finish for r in group] for group in found],

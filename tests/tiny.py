@@ -14,11 +14,18 @@ import jax
 
 from alignax.data import synthetic
 from alignax.losses import dpo
-from configs import common
+from configs import common, generate
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAUSE = "ALIGNAX_TEST_PAUSE"  # seconds that `slow_dpo` waits in every step
 NEEDS = dpo.NEEDS  # of the losses below
+PROMPTS = [
+    "Say a word",
+    "Two?",
+    "A prompt that is longer than the others",
+    "é",
+    "Five",
+]
 
 
 def config(kind: str = "sft", **changes):
@@ -38,6 +45,19 @@ def config(kind: str = "sft", **changes):
     c.optim.lr = 1e-2
     c.checkpoint.asynchronous = False
     c.plots = False
+    with c.unlocked():
+        c.update_from_flattened_dict(changes)
+    return c
+
+
+def to_respond(folder: pathlib.Path, variant: str = "", lines=PROMPTS, **changes):
+    """A config that answers a file of these lines, six tokens twice each."""
+    path = folder / "prompts.txt"
+    path.write_text("\n".join(lines) + "\n")
+    c = generate.get_config(f"{variant},smoke" if variant else "smoke")
+    c.model.sizes = config().model.sizes
+    c.prompts = {"name": "prompts", "path": str(path), "size": 0}
+    c.batch_size, c.generate.max_new, c.generate.group = 2, 6, 2
     with c.unlocked():
         c.update_from_flattened_dict(changes)
     return c

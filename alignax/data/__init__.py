@@ -10,6 +10,7 @@ forms that rows of a file may have are in README.md, the code that reads them in
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -61,6 +62,18 @@ class Examples(Sequence):
         return iter(
             self._rows if self._convert is None else map(self._convert, self._rows)
         )
+
+    def place(self, index: int) -> str:
+        """The id of an example, with its file and line where these are known."""
+        row, own = self._rows[index], self[index].id
+        inner = getattr(self._convert, "__self__", None)
+        if isinstance(inner, Examples):
+            return inner.place(row)
+        line = getattr(row, "number", None)
+        if line is None or not self.files:
+            return own
+        where = f"{os.path.basename(self.files[0])}:{line}"
+        return own if where in own else f"{where} ({own})"
 
     def checked(self) -> "Examples":
         """These examples, after each was made once, so that a bad one is an error now."""

@@ -33,6 +33,7 @@ RANGES = {
 }  # fmt: skip
 REPEATED = 30  # characters: a longer ending that is repeated is kept once
 KNOWN = 5  # words: a longer chunk of the base that repeats earlier text is dropped
+SPECIALS = False  # responses are text: no stop can be a special token
 
 
 class Continuation(NamedTuple):

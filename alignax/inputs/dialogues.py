@@ -248,8 +248,13 @@ class Dialogues:
             return None
         return shape(rendered.prompt, side.segments, [*self._ends], len(roles))
 
-    def render(self, example: Example) -> Rendered:
+    def render(self, example: Example, prefill: str = "") -> Rendered:
         """An example as text.
+
+        Args:
+          example: a prompt and its responses.
+          prefill: text behind the prompt of an example without responses, with which the
+            response begins.
 
         Raises:
           ValueError: messages that the template refuses, a response without an assistant
@@ -258,8 +263,9 @@ class Dialogues:
         texts = [_raw_text(r) for r in example.responses]
         plain = not self._templated or self._reading.raw
         if plain and isinstance(example.prompt, str) and None not in texts:
-            return self._raw(example.prompt, [t for t in texts if t is not None])
-        rendered = self._chat(example)
+            given = [t for t in texts if t is not None]
+            return self._raw(example.prompt, given, prefill)
+        rendered = self._chat(example, prefill)
         if self._templated and isinstance(example.prompt, str):
             rendered.notes["plain_strings"] = PLAIN
         return rendered
@@ -285,7 +291,7 @@ class Dialogues:
         if not found:
             return Tokens(prompt.ids, [], [], notes)
         marks, firsts = [mark for mark, _ in found], [first for _, first in found]
-        shared = min(_common(prompt.ids, w.ids) for w in wholes)
+        shared = min(common(prompt.ids, w.ids) for w in wholes)
         straddle = differs = False
         if shared < len(prompt.ids):
             straddle = all(
@@ -374,13 +380,15 @@ class Dialogues:
             raise ValueError("the text starts with two BOS tokens")
 
     def _window(self, prompt: list[int], whole: list[int]) -> str:
-        at = _common(prompt, whole)
+        at = common(prompt, whole)
         window = slice(max(0, at - 8), at + 8)
         return f"from token {at} on: {prompt[window]} to generate from, {whole[window]}"
 
     # -- text without a template
 
-    def _raw(self, prompt: str, responses: Sequence[tuple[str, str]]) -> Rendered:
+    def _raw(
+        self, prompt: str, responses: Sequence[tuple[str, str]], begun: str
+    ) -> Rendered:
         front = self._front(prompt)
         if not prompt and not front:
             raise ValueError(
@@ -398,7 +406,7 @@ class Dialogues:
             segments = self._encoder.split(whole, inserts=inserts)
             turn = Turn(0, len(prompt) + len(prefill), closed, len(whole), True)
             sides.append(Side(whole, front + segments, [turn], [], begun=bool(prefill)))
-        segments = self._encoder.split(prompt)
+        segments = self._encoder.split(prompt + begun)
         own = (0, len(prompt))
         return Rendered(front + segments, prompt, sides, len(front), True, own, {})
 
@@ -420,7 +428,7 @@ class Dialogues:
 
     # -- dialogues
 
-    def _chat(self, example: Example) -> Rendered:
+    def _chat(self, example: Example, prefill: str = "") -> Rendered:
         reader = self._reader({**self._reading.variables, **example.template})
         prompt = reader.adapted(as_messages(example.prompt, "user"))
         answers = [
@@ -429,7 +437,7 @@ class Dialogues:
         opened = all(t and t[0]["role"] == "assistant" for t in answers)
         begun = opened and bool(prompt) and prompt[-1]["role"] == "assistant"
         rendering = reader.read(prompt, open_turn=opened and not begun)
-        asked = self._asked(reader, prompt, rendering, begun)
+        asked = self._asked(reader, prompt, rendering, begun, prefill)
         done = rendering.own[:-1] if begun else rendering.own
         tail = None
         if opened:
@@ -449,8 +457,9 @@ class Dialogues:
         return Rendered(asked.segments, asked.text, sides, 0, opened, last, notes)
 
     def _asked(
-        self, reader: Reader, prompt: list[Message], rendering: Rendering, begun: bool
-    ) -> Asked:
+        self, reader: Reader, prompt: list[Message], rendering: Rendering, begun: bool,
+        prefill: str,
+    ) -> Asked:  # fmt: skip
         """The prompt to generate from; a begun turn is open at the end of its text."""
         text = rendering.text
         if begun and (place := rendering.own[-1]):
@@ -461,7 +470,9 @@ class Dialogues:
             for at in reader.closing(rendering, turns)
             if not begun or at < len(text)
         ]
-        segments = self._encoder.split(text, self._protected(rendering), inserts)
+        segments = self._encoder.split(
+            text + prefill, self._protected(rendering), inserts
+        )
         if not segments:
             raise ValueError("the prompt is empty")
         return Asked(text, inserts, segments)
@@ -546,8 +557,8 @@ def _raw_text(response: str | Sequence[Message]) -> tuple[str, str] | None:
     return None
 
 
-def _common(a: list[int], b: list[int]) -> int:
-    """Length of the common beginning."""
+def common(a: list[int], b: list[int]) -> int:
+    """Length of the common beginning of two lists of ids."""
     if b[: len(a)] == a:
         return len(a)
     pairs = zip(a, b, strict=False)

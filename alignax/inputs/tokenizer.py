@@ -134,10 +134,24 @@ class Tokenizer:
         given = {**self.reading.variables, **variables}
         return tracked_text.plain(self._tracked(messages, add_generation_prompt, given))
 
-    def prompt(self, example: Example | str | Sequence[Message]) -> list[int]:
+    @functools.cached_property
+    def hidden(self) -> dict[str, int]:
+        """Ids of the special tokens, which `decode` leaves out, by their text."""
+        own = self.encoder.control.items()
+        found = [(t, i) for t, i in own if not self.decode([i])]
+        shown = {self.decode([i], keep_specials=True): i for _, i in found}
+        return {**dict(found), **shown}
+
+    def prompt(
+        self, example: Example | str | Sequence[Message], prefill: str = ""
+    ) -> list[int]:
         """Ids to generate from: the prompt, up to where an assistant turn starts.
 
         A prompt whose last message is an assistant's is continued at the end of its text.
+
+        Args:
+          example: only its prompt and its template variables are read.
+          prefill: how the response begins; encoded with the prompt, as one text.
 
         Raises:
           ValueError: the template refuses the messages, or the prompt is empty.
@@ -145,7 +159,7 @@ class Tokenizer:
         if not isinstance(example, Example):
             example = Example("", example, [])
         example = example._replace(responses=(), feedback=())
-        return self.dialogues.ids(self.dialogues.render(example)).prompt
+        return self.dialogues.ids(self.dialogues.render(example, prefill)).prompt
 
     def tokenize(self, example: Example) -> Tokenized:
         """Ids of a prompt and its G responses, and which of them are scored.

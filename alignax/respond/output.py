@@ -13,9 +13,11 @@ from etils import epath
 
 from alignax.batch import LM, Batch, Example
 from alignax.inputs.tokenizer import Tokenizer
+from alignax.respond import stops as stop_places
 from alignax.runs import checkpoint
 
 log = logging.getLogger(__name__)
+CONTEXT = 8  # tokens in front of a response, with which it is decoded
 
 
 class Response(NamedTuple):
@@ -26,39 +28,76 @@ class Response(NamedTuple):
     finish: str  # 'eos', 'stop' or 'length'
 
 
+class Rules(NamedTuple):
+    """What the text of a response is: the settings of `response` that all share.
+
+    Attributes:
+      stops: strings and ids, in front of which it is cut: see `stops`.
+      prefill: text in front of it, which was given.
+      forced: text that it begins with, which was given too and is scored.
+      min_new: a stop that ends before this number of tokens does not count.
+    """
+
+    stops: Any = ()
+    prefill: str = ""
+    forced: str = ""
+    min_new: int = 0
+
+
 def response(
     ids: list[int], truncated: bool, text: Tokenizer, *, given: Sequence[int] = (),
-    stops: Sequence[str] = (), min_new: int = 0,
+    prefill: str | None = None, forced: str = "", stops: Any = (), min_new: int = 0,
 ) -> Response:  # fmt: skip
-    """The text of a response, cut before the first stop string.
+    """The text of a response, cut in front of the first stop.
 
     Args:
       ids: sampled tokens.
       truncated: whether the response ended because of max_new.
       text: their tokenizer.
-      given: ids of the prefill, whose text begins the response.
-      stops: stop strings.
-      min_new: a stop string that ends before this number of tokens does not count.
+      given: the ids in front of them, or the last of these: those of the prefill.
+      prefill: the text that is put in front of the response; that of `given` by default.
+      forced: text that the response begins with; what its first token has of the prompt
+        is left out.
+      stops: strings and ids, as `stops.parse` reads them.
+      min_new: a stop that ends before this number of tokens does not count.
     """
-    begun = len(text.decode(given))
-    early = len(text.decode([*given, *ids[: max(0, min_new - 1)]]))
+    groups = stop_places.parse(stops, text)
+    before, whole = text.decode(given), text.decode([*given, *ids])
+    begin = len(before)
+    if forced:
+        begin += _straddled(ids, text, given, begin, forced)
 
     def hits(n: int) -> list[int]:
-        begin = text.decode([*given, *ids[:n]])
-        least = {s: max(begun, early - len(s) + 1) for s in stops}
-        return [at for s in stops if (at := begin.find(s, least[s])) >= 0]
+        return stop_places.places(
+            groups, text, given, ids[:n], begin=begin, min_new=min_new
+        )
 
-    n, whole = len(ids), text.decode([*given, *ids])
+    def written(end: int | None) -> str:
+        return (before if prefill is None else prefill) + whole[begin:end]
+
+    n = len(ids)
     if found := hits(n):
         while n > 1 and hits(n - 1):
             n -= 1
-        return Response(whole[: min(found)], n, "stop")
+        return Response(written(min(found)), n, "stop")
     ended = "eos" if ids and ids[-1] in text.eos_ids else "stop"
-    return Response(whole, n, "length" if truncated else ended)
+    return Response(written(None), n, "length" if truncated else ended)
+
+
+def _straddled(
+    ids: Sequence[int], text: Tokenizer, given: Sequence[int], begin: int, forced: str
+) -> int:
+    """Characters of the prompt in the first token of a response."""
+    shown = text.decode(text.encode(forced))
+    for n in range(1, min(len(ids), len(shown) + 1) + 1):
+        found = text.decode([*given, *ids[:n]])[begin:]
+        if found.endswith(shown):
+            return len(found) - len(shown)
+    return 0
 
 
 def answers(
-    batch: Batch, truncated: np.ndarray, text: Tokenizer, generate: Any
+    batch: Batch, truncated: np.ndarray, text: Tokenizer, rules: Rules
 ) -> list[list[Response]]:
     """B lists of G responses, as they are written to the file and scored.
 
@@ -66,19 +105,23 @@ def answers(
       batch: on the host.
       truncated: [B, G], whether a response ended because of max_new.
       text: their tokenizer.
-      generate: the section of the config.
+      rules: what their text is.
     """
-    given = text.encode(generate.prefill)
-    return [
-        [
-            response(
-                batch.tokens[b, g][batch.mask[b, g]].tolist(), bool(truncated[b, g]), text,
-                given=given, stops=generate.stops, min_new=generate.min_new,
-            )
-            for g in range(batch.mask.shape[1])
-        ]
-        for b in range(len(batch.mask))
-    ]  # fmt: skip
+    prefill = text.decode(text.encode(rules.prefill))
+    begun = bool(rules.prefill or rules.forced)
+
+    def one(b: int, g: int) -> Response:
+        ids, mask = batch.tokens[b, g], batch.mask[b, g]
+        first = int(mask.argmax() if mask.any() else batch.lengths[b, g])
+        # Some tokenizers drop a blank at the beginning of what they decode.
+        given = ids[max(0, first - CONTEXT) : first].tolist() if begun else []
+        return response(
+            ids[mask].tolist(), bool(truncated[b, g]), text, given=given, prefill=prefill,
+            forced=rules.forced, stops=rules.stops, min_new=rules.min_new,
+        )  # fmt: skip
+
+    groups = range(batch.mask.shape[1])
+    return [[one(b, g) for g in groups] for b in range(len(batch.mask))]
 
 
 def begin(
@@ -98,7 +141,9 @@ def begin(
       ValueError: the file is damaged, or belongs to other prompts, weights or another
         tokenizer; the message has the differences.
     """
-    prompts = [(e.id, e.prompt) for e in examples]
+    prompts = [
+        (e.id, e.prompt, *([dict(e.template)] if e.template else [])) for e in examples
+    ]
     here = {
         "prompts": hashlib.sha256(repr(prompts).encode()).hexdigest()[:16],
         "number of prompts": len(examples),

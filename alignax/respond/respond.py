@@ -18,14 +18,18 @@ from etils import epath
 from jaxtyping import Int
 
 from alignax import plugin, rewards
-from alignax.batch import Example
+from alignax.batch import Example, Message
 from alignax.inputs.tokenizer import Tokenizer
 from alignax.models import sharding
+from alignax.records import messages
 from alignax.reports.progress import progress
 from alignax.respond import output, responder
+from alignax.respond import starts as beginnings
+from alignax.respond.starts import Start
 from alignax.runs import checkpoint, workdirs
 from alignax.runs.model_paths import ModelPath
-from alignax.sampling import generation_settings, prefill
+from alignax.sampling import generation_settings
+from alignax.sampling.prefill import common
 from alignax.training import build, loading, parallel
 
 NAME = workdirs.RESPONSES
@@ -39,9 +43,13 @@ class Prompts(NamedTuple):
     """The prompts as ids, in batches."""
 
     examples: Sequence[Example]
-    ids: list[list[int]]
+    starts: list[Start]  # their ids, and those that their responses begin with
     batches: list[list[int]]  # indices into `examples`, the longest prompts first
     shared: int  # tokens of the shared prefix to prefill once; 0 if it is too short
+
+    @property
+    def ids(self) -> list[list[int]]:
+        return [s.prompt for s in self.starts]
 
 
 def respond(config, workdir: str, stop: Callable[[], bool] = lambda: False) -> bool:
@@ -121,8 +129,8 @@ def check(config, model: ModelPath | None = None) -> Prompts:
     text = text.for_data(examples)
     return tokenized(
         examples, text, batch_size=config.batch_size, check=responder.checker(config, text),
-        room=config.length - config.generate.max_new
-        - len(text.encode(config.generate.prefill)),
+        room=config.length - config.generate.max_new, prefill=config.generate.prefill,
+        forced=config.generate.forced,
     )  # fmt: skip
 
 
@@ -133,43 +141,72 @@ def tokenized(
     batch_size: int,
     room: int,
     check: Callable[[list[int]], Any] = lambda ids: None,
+    prefill: str = "",
+    forced: str = "",
 ) -> Prompts:
     """Prompts as ids, none of them cut.
 
+    Args:
+      examples: their prompts and template variables are read.
+      text: the tokenizer.
+      batch_size: prompts of a batch.
+      room: most tokens of a prompt with the prefill.
+      check: called with the ids of each prompt and its prefill; raises ValueError.
+      prefill: how all responses begin.
+      forced: how they go on; scored.
+
     Raises:
-      ValueError: an empty prompt, two with one id, one that does not pass `check`, or
-        some of more than `room` tokens.
+      ValueError: prompts that are empty, that the template refuses or that do not pass
+        `check`; two with one id; or some of more than `room` tokens. Says how many, and
+        which is the first.
     """
-    ids, seen = [], set()
-    for e in examples:
-        blank = e.prompt if isinstance(e.prompt, str) else "".join(m["content"] for m in e.prompt)  # fmt: skip
-        if not blank.strip():
-            raise ValueError(f"{e.id}: the prompt is empty")
-        if e.id in seen:
-            raise ValueError(f"two prompts have the id {e.id!r}")
-        seen.add(e.id)
+    starts, seen, wrong = [], set(), []
+    for i, e in enumerate(examples):
         try:
-            ids.append(text.prompt(e))
-            check(ids[-1])
+            if e.id in seen:
+                raise ValueError(f"two prompts have the id {e.id!r}")
+            seen.add(e.id)
+            if _is_blank(e.prompt):
+                raise ValueError("the prompt is empty")
+            starts.append(beginnings.start(text, e, prefill, forced))
+            check(starts[-1].prompt + starts[-1].prefill)
         except ValueError as error:
-            raise ValueError(f"{e.id}: {error}") from error
-    if not ids:
+            wrong.append(f"{_place(examples, i)}: {error}")
+    if wrong:
+        many = f"{len(wrong)} of {len(examples)} prompts cannot be used; first "
+        raise ValueError((many if len(wrong) > 1 else "") + wrong[0])
+    if not starts:
         raise ValueError("config.prompts has no prompt")
-    sizes = np.array([len(i) for i in ids])
+    sizes = np.array([len(s.prompt) + len(s.prefill) for s in starts])
     if (sizes > room).any():
-        which = [examples[int(i)].id for i in np.flatnonzero(sizes > room)]
+        which = [_place(examples, int(i)) for i in np.flatnonzero(sizes > room)]
         raise ValueError(
-            f"{len(which)} of {len(ids)} prompts have more than the {room} tokens that "
-            f"config.length leaves before prefill and generate.max_new; the longest has "
-            f"{sizes.max()}; first {which[0]}"
+            f"{len(which)} of {len(sizes)} prompts have more than the {room} tokens that "
+            f"config.length leaves before generate.max_new, with the prefill; the longest "
+            f"has {sizes.max()}; first {which[0]}"
         )
+    ids = [s.prompt for s in starts]
     # the longest first: if memory runs out, then in the first batch
     order = np.argsort(-sizes, kind="stable")
     many = min(batch_size, len(ids))
     batches = [order[i : i + many].tolist() for i in range(0, len(ids), many)]
-    same = prefill.common(ids) if len(ids) > 1 else 0
+    same = common(ids) if len(ids) > 1 else 0
     worth = same >= SHARED and 2 * same >= sizes.max()
-    return Prompts(examples, ids, batches, same if worth else 0)
+    return Prompts(examples, starts, batches, same if worth else 0)
+
+
+def _is_blank(prompt: str | Sequence[Message]) -> bool:
+    """Whether a prompt says nothing: all of it is blank text."""
+    if isinstance(prompt, str):
+        return not prompt.strip()
+    texts = [messages.text({"content": None, **m}) for m in prompt]
+    return not messages.further(prompt) and not any(t.strip() for t in texts)
+
+
+def _place(examples: Sequence[Example], index: int) -> str:
+    """Where an example comes from, as far as its data set says."""
+    found = getattr(examples, "place", None)
+    return found(index) if found else examples[index].id
 
 
 def _respond(config, run: build.Run, now: Prompts, stop: Callable[[], bool]) -> bool:
@@ -177,18 +214,20 @@ def _respond(config, run: build.Run, now: Prompts, stop: Callable[[], bool]) -> 
     lm = run.assemble(sharding.put_params(run.policy.params, run.mesh), run.lms)
     spec = config.generate.reward.to_dict()
     reward = rewards.load(spec) if spec else None
-    make = responder.build(config, run, lm, reward, now.ids[0][: now.shared])
+    first = now.starts[0]
+    make = responder.build(
+        config, run, lm, reward, now.starts, first.prompt[: now.shared]
+    )
     score = parallel.scorer(run.mesh)
     mine = jax.process_index() == 0
     done = output.begin(
         path, now.examples, {"policy": lm, **run.lms}, run.tokenizer, write=mine
     )
-    total, tokens, start = len(now.ids), 0, time.monotonic()
-    first = now.ids[0]
+    total, tokens, start = len(now.starts), 0, time.monotonic()
     run.say(
         f"prompts: {total}, {len(done)} answered already, {min(map(len, now.ids))} to "
         f"{max(map(len, now.ids))} tokens; the first, as the model gets it:\n"
-        f"{run.tokenizer.decode(first, keep_specials=True)!r}"
+        f"{run.tokenizer.decode(first.prompt + first.prefill, keep_specials=True)!r}"
     )
     lines: list[dict[str, Any]] = []
     stats: dict[str, list[float]] = {}
@@ -238,7 +277,8 @@ def rows(
     """The lines of a batch."""
     text, batch = run.tokenizer, out.batch
     # also for the copies that fill the batch: no new shape
-    answers = output.answers(batch, out.truncated, text, config.generate)
+    rules = responder.rules(config.generate)
+    answers = output.answers(batch, out.truncated, text, rules)
     scores = None
     if reward is not None:
         texts = [[a.text for a in group] for group in answers]

@@ -12,14 +12,15 @@ from alignax import logprob, plugin, rewards
 from alignax.batch import LM, Batch
 from alignax.inputs.tokenizer import Tokenizer
 from alignax.models import transformer
-from alignax.respond import output
-from alignax.sampling import automaton, drafts, generation_settings, prefill
+from alignax.respond import output, starts, stops
+from alignax.respond.starts import Start
+from alignax.sampling import drafts, generation_settings, prefill
 from alignax.sampling.speculate import speculate
 from alignax.training import parallel
 from alignax.training.build import Run
 
 # settings of a whole response; all others decide how a token is sampled
-WHOLE = ("group", "stops", "prefill")
+WHOLE = ("group", "stops")
 
 
 def bind(config) -> plugin.Bound | None:
@@ -47,34 +48,32 @@ def checker(config, text: Tokenizer) -> Callable[[list[int]], Any]:
 def settings(config, text: Tokenizer, size: int) -> dict[str, Any]:
     """Keyword arguments of `decode.generate` from a config, without those at their default.
 
+    The beginnings of responses, prefill and forced text, are in `starts`.
+
     Args:
       config: its section `generate` is read.
-      text: the tokenizer of the prefill and the stop strings.
+      text: the tokenizer of the stops.
       size: of the model's vocabulary.
     """
     generate = config.generate
     off = dict(
         group=1, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
         frequency_penalty=0.0, presence_penalty=0.0, logit_bias=(), min_new=0, stops=(),
-        prefill="", forced="", candidates=16,
+        candidates=16,
     )  # fmt: skip
     asked: dict[str, Any] = dict(
         group=generate.group, top_k=generate.top_k, top_p=generate.top_p,
         min_p=generate.min_p, repetition_penalty=generate.repetition_penalty,
         frequency_penalty=generate.frequency_penalty,
         presence_penalty=generate.presence_penalty, logit_bias=generate.logit_bias,
-        min_new=generate.min_new, stops=generate.stops, prefill=generate.prefill,
-        forced=generate.forced, candidates=generate.candidates,
+        min_new=generate.min_new, stops=generate.stops, candidates=generate.candidates,
     )  # fmt: skip
     used = {k: v for k, v in asked.items() if v != off[k]}
     if "logit_bias" in used:
         used["logit_bias"] = {int(i): float(nats) for i, nats in used["logit_bias"]}
     if "stops" in used:
-        if not all(isinstance(s, str) and s for s in used["stops"]):
-            raise ValueError(f"generate.stops is {used['stops']!r}, expected strings")
-        used["stops"] = automaton.stop_strings(used["stops"], pieces(text, size))
-    for name in {"prefill", "forced"} & {*used}:
-        used[name] = np.array([text.encode(used[name])], np.int32)  # one for all rows
+        groups = stops.parse(used["stops"], text, name="generate.stops")
+        used["stops"] = stops.table(groups, pieces(text, size))
     return {"max_new": generate.max_new, "temperature": generate.temperature, **used}
 
 
@@ -96,13 +95,15 @@ def pieces(text: Tokenizer, size: int) -> list[bytes]:
 
 
 def build(
-    config, run: Run, lm: LM, reward: plugin.Bound | None, shared: Sequence[int] = ()
-) -> Callable[..., Any]:
+    config, run: Run, lm: LM, reward: plugin.Bound | None, begun: Sequence[Start],
+    shared: Sequence[int] = (),
+) -> Callable[..., Any]:  # fmt: skip
     """Builds (tokens [B, P], lengths, indices of the prompts) -> Generated, on the host.
 
     A decoder gets the model that responds as 'target' among its LMs. The prefix `shared` of
     all prompts is prefilled once by the sampling loop; guides, drafts and searches without
-    the argument `reader` read it with every prompt.
+    the argument `reader` read it with every prompt. `begun` says how the responses to each
+    prompt begin.
     """
     decoder, text, generate = bind(config), run.tokenizer, config.generate
     lm = transformer.limit_ids(lm, text.vocab_size)
@@ -126,13 +127,15 @@ def build(
     if search is not None:
         handed: dict[str, Any] = {"tokenizer": text, "judge": None, "eos_ids": eos_ids}
         if reward is not None:
-            handed["judge"] = judge(reward, run, generate)
+            handed["judge"] = judge(reward, run, rules(generate))
+        check_special_stops(search, generate, text)
         handed = {k: v for k, v in handed.items() if k in takes}
         if "sampling" in takes:  # the sampling loop checks these settings
             own = {k: asked.pop(k) for k in {*asked} - {*takes, *WHOLE}}
             handed["sampling"] = {**(search.hyper["sampling"] or {}), **own} or None
-        takes |= {"prefill", "stops"}  # added to the prompt; cut from the finished text
-        wrong = sorted({*asked} - takes) + ["draft"] * bool(generate.draft)
+        takes |= {"stops"}  # cut from the finished text
+        wrong = sorted({*asked} - takes)
+        wrong += [k for k in ("draft", "forced") if generate[k]]
         if wrong:
             raise ValueError(f"decoder {search.name} takes no generate.{wrong[0]}")
         if twice := sorted({*asked} & {*search.hyper} - {*plugin.SEARCH, "group"}):
@@ -150,9 +153,7 @@ def build(
         raise ValueError("searches and drafts need a single process, here are several")
 
     def make(tokens, lengths, places):
-        mine = dict(asked)
-        for name in {"prefill", "forced"} & {*mine}:
-            mine[name] = np.repeat(mine[name], len(tokens), 0)
+        mine = asked | starts.arrays([begun[i] for i in places], begun)
         if search is None:  # a response is the same in any batch
             mine["seeds"] = np.array(places)
             if not generate.draft:
@@ -162,7 +163,7 @@ def build(
         mine.pop("stops", None)
         if "prefill" in mine:
             tokens, lengths = generation_settings.prefilled(
-                tokens, lengths, mine.pop("prefill"), None
+                tokens, lengths, mine.pop("prefill"), mine.pop("prefill_lengths", None)
             )
         return search(lm, lms, tokens, lengths, own, **mine, **handed)
 
@@ -176,6 +177,29 @@ def check_tokenizers(decoder: plugin.Bound, lms: dict[str, LM]) -> None:
     for name in decoder.hyper.values():
         if isinstance(name, str) and name in lms:
             logprob.check_tokenizer(lms[name], name)
+
+
+def rules(generate: Any) -> output.Rules:
+    """What the text of a response is, from the section of a config."""
+    return output.Rules(
+        generate.stops, generate.prefill, generate.forced, generate.min_new
+    )
+
+
+def check_special_stops(search: plugin.Bound, generate: Any, text: Tokenizer) -> None:
+    """Raises ValueError for stops that a search cannot see: it exchanges text alone.
+
+    Such a decoder has `SPECIALS = False` beside it: its responses have no special tokens.
+    """
+    if getattr(inspect.getmodule(search.function), "SPECIALS", True):
+        return
+    groups = stops.parse(generate.stops, text, name="generate.stops")
+    names = {i: name for name, i in text.hidden.items()}
+    if found := sorted({names[i] for g in groups for i in g.marks if i in names}):
+        raise ValueError(
+            f"decoder {search.name} exchanges text, in which there is no special token: "
+            f"leave {found[0]!r} out of generate.stops"
+        )
 
 
 def check_draft(name: str, lms: Collection[str]) -> None:
@@ -199,7 +223,7 @@ def drafter(name: str, lms: dict[str, LM]) -> LM | drafts.Draft:
 
 
 def judge(
-    reward: plugin.Bound, run: Run, generate: Any
+    reward: plugin.Bound, run: Run, rules: output.Rules
 ) -> Callable[[Batch], np.ndarray]:
     """The reward function of a search: scores (partial) responses given as ids.
 
@@ -208,14 +232,14 @@ def judge(
     Args:
       reward: from `rewards.load`.
       run: has the models and devices.
-      generate: the section of the config.
+      rules: what the text of a response is.
     """
     score = parallel.scorer(run.mesh)
 
     def scores(batch: Batch) -> np.ndarray:
         batch = jax.device_get(batch)
         cut = np.zeros(batch.mask.shape[:2], bool)
-        answers = output.answers(batch, cut, run.tokenizer, generate)
+        answers = output.answers(batch, cut, run.tokenizer, rules)
         texts = [[a.text for a in group] for group in answers]
         return rewards.call(
             reward, batch, texts, run.lms, tokenizer=run.tokenizer, score=score

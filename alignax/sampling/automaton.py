@@ -38,7 +38,24 @@ def stop_strings(strings: Sequence[str | bytes], pieces: Sequence[bytes]) -> Aut
       ValueError: no string, or an empty one.
     """
     encoded = [s.encode() if isinstance(s, str) else s for s in strings]
-    delta, final = _aho_corasick([list(s) for s in encoded], 256)
+    return stop_symbols(encoded, pieces, 256)
+
+
+def stop_symbols(
+    patterns: Sequence[Sequence[int]], pieces: Sequence[Sequence[int]], alphabet: int
+) -> Automaton:
+    """Stops at sequences of symbols, of which each token has any number: `stop_strings`.
+
+    Args:
+      patterns: sequences of symbols, 0 to alphabet - 1; any of them stops.
+      pieces: the symbols of each id of the vocabulary. Bytes are symbols, and there may
+        be others, which stand for whole tokens.
+      alphabet: how many symbols there are.
+
+    Raises:
+      ValueError: no pattern, or an empty one.
+    """
+    delta, final = _aho_corasick([list(p) for p in patterns], alphabet)
     state = np.repeat(np.arange(len(delta), dtype=np.int32)[:, None], len(pieces), 1)
     seen = np.zeros(state.shape, bool)  # a string ended anywhere inside the token
     longest = max(map(len, pieces), default=0)
@@ -58,6 +75,25 @@ def stop_sequences(sequences: Sequence[Sequence[int]], vocab_size: int) -> Autom
     """
     delta, final = _aho_corasick([list(s) for s in sequences], vocab_size)
     return Automaton(delta, final[delta])
+
+
+def union(a: Automaton, b: Automaton) -> Automaton:
+    """Flags what either of two automata over one vocabulary flags."""
+    states, of_b = {(0, 0): 0}, len(b.next)
+    table, flags = [], []
+    for i, j in (queue := [(0, 0)]):  # grows while it is read
+        pair = np.asarray(a.next[i], np.int64) * of_b + np.asarray(b.next[j])
+        found, which = np.unique(pair, return_inverse=True)
+        places = []
+        for p in found.tolist():
+            state = divmod(p, of_b)
+            if state not in states:
+                states[state] = len(states)
+                queue.append(state)
+            places.append(states[state])
+        table.append(np.array(places, np.int32)[which])
+        flags.append(np.asarray(a.flag[i]) | np.asarray(b.flag[j]))
+    return Automaton(np.stack(table), np.stack(flags))
 
 
 def _aho_corasick(patterns: list[list[int]], alphabet: int):

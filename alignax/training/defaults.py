@@ -115,7 +115,8 @@ def get_config() -> ConfigDict:
     c.generate.presence_penalty = 0.0
     c.generate.logit_bias = ()  # pairs of an id and nats
     c.generate.min_new = 0  # fewest tokens of a response
-    c.generate.stops = ()  # texts in front of which a response is cut
+    # texts (special tokens too) or ids, in front of which a response is cut
+    c.generate.stops = ()
     c.generate.prefill = ""  # how every response begins: given, not sampled
     c.generate.forced = ""  # likewise, but scored
     c.generate.candidates = 16  # tokens that a scalar guide judges

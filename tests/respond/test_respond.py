@@ -1,5 +1,6 @@
 """A file of prompts becomes a file of responses, once each, whatever happens in between."""
 
+import functools
 import json
 import sys
 import types
@@ -17,30 +18,13 @@ from alignax.sampling import automaton, decode, prefill
 from alignax.training import loading, parallel
 from configs import generate, value_mean
 
-LINES = [
-    "Say a word",
-    "Two?",
-    "A prompt that is longer than the others",
-    "é",
-    "Five",
-]
+LINES = tiny.PROMPTS
 TEXT = tokenizer.load("bytes")
 
 
 @pytest.fixture
 def config(tmp_path):
-    def make(variant="", lines=LINES, **changes):
-        path = tmp_path / "prompts.txt"
-        path.write_text("\n".join(lines) + "\n")
-        c = generate.get_config(f"{variant},smoke" if variant else "smoke")
-        c.model.sizes = tiny.config().model.sizes
-        c.prompts = {"name": "prompts", "path": str(path), "size": 0}
-        c.batch_size, c.generate.max_new, c.generate.group = 2, 6, 2
-        with c.unlocked():
-            c.update_from_flattened_dict(changes)
-        return c
-
-    return make
+    return functools.partial(tiny.to_respond, tmp_path)
 
 
 def answered(folder):

@@ -1,0 +1,184 @@
+"""Strings, special tokens and ids as stops: the same while decoding and in the finished text."""
+
+import json
+import pathlib
+import zipfile
+
+import numpy as np
+import pytest
+import tiny
+
+from alignax.inputs import tokenizer
+from alignax.respond import output, respond, responder, stops
+
+BYTES = tokenizer.load("bytes")
+EOS, PAD = 257, 258
+FAMILIES = ("chatml", "llama2", "llama3", "gemma", "channel")
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "templates"
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    def one(family):
+        folder = tmp_path_factory.mktemp(family)
+        with zipfile.ZipFile(GOLDEN / f"{family}.zip") as packed:
+            packed.extractall(folder)
+        return tokenizer.load(folder)
+
+    return one
+
+
+def first(table, ids):
+    """Tokens of a response up to the one that stops it; 0 if none does."""
+    state = 0
+    for n, token in enumerate(ids, 1):
+        if table.flag[state, token]:
+            return n
+        state = int(table.next[state, token])
+    return 0
+
+
+def table(text, wanted):
+    return stops.table(
+        stops.parse(wanted, text), responder.pieces(text, text.vocab_size)
+    )
+
+
+KINDS = {  # stops, ids of a response: (tokens up to the stop, text in front of it)
+    "special": ("<pad>", [97, PAD, 98], (2, "a")),
+    "its id": (PAD, [97, PAD, 98], (2, "a")),
+    "several": ([EOS, "<pad>", "x"], [97, PAD, 98], (2, "a")),
+    "an ordinary id": ([98], [97, PAD, 98, 99], (3, "a")),
+    "its characters": ("<pad>", [97, *b"<pad>", 98], (6, "a")),
+    "text, then special": ("a<pad>", [97, 97, PAD], (3, "a")),
+    "special, then text": ("<pad>\nb", [97, PAD, 10, 98], (4, "a")),
+    "two specials": ("<pad><bos>", [97, 256, PAD, 256], (4, "a")),
+    "another special between": ("a<pad>", [97, 256, PAD, 98], (3, "")),
+    "text around one that is not named": ("ab", [99, 97, PAD, 98], (4, "c")),
+    "text alone beside a special stop": (["ab", "x<pad>"], [97, PAD, 98], (3, "")),
+    "not the text in front": ("b<pad>", [97, PAD, 98], (0, "ab")),
+    "text of the name alone": (["pad", "<bos>"], [97, PAD, 98], (0, "ab")),
+    "not in the order": ("<pad>\n", [97, 10, PAD, 98], (0, "a\nb")),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stop_is_found_while_decoding_and_in_the_finished_text(kind):
+    wanted, ids, (n, text) = KINDS[kind]
+    assert first(table(BYTES, wanted), ids) == n
+    got = output.response(ids, True, BYTES, stops=wanted)
+    assert got == (text, n or len(ids), "stop" if n else "length")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_special_token_of_a_tokenizer_is_a_stop(family, load):
+    text = load(family)
+    words = text.encode("One word")
+    for name, i in text.hidden.items():
+        ids = [*words, i, *words]
+        for wanted in (name, i, "word" + name, name + "One"):
+            if wanted == name + "One" and text.encode("One") != words[: len(text.encode("One"))]:  # fmt: skip
+                continue
+            shown = text.decode(words)
+            got = output.response(ids, True, text, stops=wanted)
+            cut = shown.removesuffix("word") if wanted == "word" + name else shown
+            assert (got.text, got.finish) == (cut, "stop"), wanted
+            assert got.tokens == first(table(text, wanted), ids) > len(words)
+    assert len(text.hidden) >= 2
+
+
+def test_stops_at_random_are_the_same_in_both_places():
+    rng, found = np.random.default_rng(0), 0
+    some = [97, 98, 256, PAD]
+    names = {97: "a", 98: "b", 256: "<bos>", PAD: "<pad>"}
+    for _ in range(300):
+        wanted = [
+            "".join(names[i] for i in rng.choice(some, rng.integers(1, 4)).tolist())
+            for _ in range(rng.integers(1, 4))
+        ]
+        wanted += rng.choice(some, rng.integers(0, 2)).tolist()
+        ids = rng.choice(some, 8).tolist()
+        n = first(table(BYTES, wanted), ids)
+        got = output.response(ids[: n or None], not n, BYTES, stops=wanted)
+        assert got.finish == ("stop" if n else "length"), (wanted, ids)
+        assert output.response(ids, True, BYTES, stops=wanted).tokens == (n or 8)
+        found += n > 0
+    assert 100 < found < 300
+
+
+def test_a_special_stop_that_comes_too_early_or_in_the_prefill_does_not_count():
+    ids = [97, PAD, 98, PAD]
+    got = output.response(ids, True, BYTES, stops="<pad>", min_new=3)
+    assert got == ("ab", 4, "stop")
+    assert output.response(ids, True, BYTES, stops=PAD, min_new=3) == got
+    given = [120, PAD]
+    got = output.response([97, 98], True, BYTES, given=given, stops=["<pad>", "xa"])
+    assert got == ("xab", 2, "length")
+    got = output.response(ids, True, BYTES, given=given, stops=["<pad>"])
+    assert got == ("xa", 2, "stop")
+
+
+WRONG = ("", [""], ["a", ""], [259], -1, [True], [None], ["a", 1.5], [["a"]])
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=repr)
+def test_what_is_no_stop_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"stops has .* or ids 0\.\.258"):
+        stops.parse(wrong, BYTES)
+
+
+# -- every way to respond
+
+WAYS = {
+    "sampled": {},
+    "greedy": {"generate.temperature": 0.0},
+    "drafted": {"generate.draft": "ngram"},
+    "drafted by layers": {"generate.draft": "layers:1", "generate.rule": "token"},
+    "guided": {"method": "proxy"},
+    "best_of_n": {"method": "best_of_n", "decoder.n": 2},
+}
+SEARCHES = {
+    "deal": {"decoder.top_k": 2, "decoder.lookahead": 2},
+    "rain": {"decoder.simulations": 3, "decoder.rollout": 2},
+    "nudging_words": {"decoder.nudge": "target"},
+}
+
+
+def answered(c, folder):
+    assert respond.respond(c, str(folder))
+    return [json.loads(x) for x in (folder / respond.NAME).read_text().splitlines()]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("stop", ["<pad>", PAD, "<pad><pad>"])
+def test_every_way_to_respond_stops_at_a_special_token(tmp_path, way, stop):
+    changes = dict(WAYS[way])
+    method = changes.pop("method", "")
+    c = tiny.to_respond(tmp_path, method, ["Say", "Two?"], **changes)
+    c.generate.group, c.generate.stops = 1, (stop,)
+    c.generate.logit_bias = ((PAD, 1000.0),)
+    for row in answered(c, tmp_path / "run"):
+        assert row["finish"] == ["stop"]
+        assert row["tokens"][0] == (2 if stop == "<pad><pad>" else 1) or method
+        assert row["responses"] == [""]
+
+
+@pytest.mark.parametrize("method", SEARCHES)
+def test_a_search_is_cut_at_ids(tmp_path, method):
+    c = tiny.to_respond(tmp_path, method, ["Say", "Two?"], **SEARCHES[method])
+    c.generate.group, c.generate.max_new = 1, 12
+    free = answered(c, tmp_path / "free")
+    stop = ord(next(x for r in free for x in r["responses"][0] if ord(x) < 128))
+    c.generate.stops = (stop,)
+    cut = answered(c, tmp_path / "cut")
+    assert [r["responses"][0].split(chr(stop))[0] for r in free] == [
+        r["responses"][0] for r in cut
+    ]
+    assert ["stop"] in [r["finish"] for r in cut]
+
+
+def test_a_decoder_that_exchanges_text_refuses_special_stops(tmp_path):
+    c = tiny.to_respond(tmp_path, "nudging_words")
+    c.generate.group, c.generate.stops = 1, ("x", "\n<pad>")
+    with pytest.raises(ValueError, match=r"nudging_words exchanges text.*leave '<pad>' out"):  # fmt: skip
+        respond.respond(c, str(tmp_path / "run"))
