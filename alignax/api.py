@@ -434,6 +434,15 @@ def _row(
     return ids, responses[0], scored[0]
 
 
+def _start(
+    text: Tokenizer, prompt: Any, prefill: str, template: Mapping[str, Any] | None
+) -> starts.Start:
+    """A prompt and its prefill as ids."""
+    if not _is_ids(prompt):
+        prompt = Example("", prompt, (), template=template or {})
+    return starts.start(text, prompt, prefill)
+
+
 def _check_same_ids(rows, text: Tokenizer, prompts, responses, template) -> None:
     """Raises ValueError where the tokenizer of a reference gives other ids."""
     for i, row in enumerate(rows):
@@ -478,12 +487,7 @@ def _respond(
     if not isinstance(prefill, str):
         raise ValueError(f"prefill is {prefill!r}, expected a string")
     groups = stop_places.parse(stops, text)
-    begun = [
-        starts.start(
-            text, p if _is_ids(p) else Example("", p, (), template=template or {}), prefill
-        )
-        for p in _several(prompts)
-    ]  # fmt: skip
+    begun = [_start(text, p, prefill, template) for p in _several(prompts)]
     ids = [[*s.prompt, *s.prefill] for s in begun]
     _check_ids(lm, ids)
     _check_length(lm, [len(i) + asked["max_new"] for i in ids], "tokens with max_new")

@@ -21,7 +21,9 @@ import tiny
 import alignax as ax
 from alignax import api, logprob
 from alignax.batch import LM, from_groups
+from alignax.inputs.encoder import ByteEncoder
 from alignax.models import transformer
+from alignax.respond import respond
 from alignax.sampling import decode
 
 NAME = "SmolLM2-135M-Instruct"  # what the examples load; here a small model
@@ -228,6 +230,11 @@ def test_one_prompt_needs_no_list_and_ids_are_taken_as_they_are(model):
     assert one.logps.shape == (1, 5)
 
 
+class UpperCase(ByteEncoder):
+    def _encode(self, keys, shadowed):
+        return super()._encode([(a, b.upper(), c) for a, b, c in keys], shadowed)
+
+
 def test_log_ratios_to_a_reference(model, make_lm):
     ref = model._replace(lm=make_lm(model.lm.config, 1))
     scored = ax.score(model, "ab", "de", ref=ref)
@@ -238,7 +245,8 @@ def test_log_ratios_to_a_reference(model, make_lm):
     assert np.abs(scored.log_ratios[scored.mask]).min() > 0
     itself = ax.score(model, "ab", "de", ref=model)
     assert (itself.log_ratios == 0).all()
-    text = dataclasses.replace(model.tokenizer, _encode=lambda s: [*s.upper().encode()])
+    encoder = UpperCase(model.tokenizer.encoder.control)
+    text = dataclasses.replace(model.tokenizer, encoder=encoder)
     with pytest.raises(ValueError, match="row 0: the tokenizer of the reference"):
         ax.score(model, "ab", "de", ref=model._replace(tokenizer=text))
 
@@ -329,6 +337,88 @@ def test_a_prefill_is_in_front_and_a_stop_string_cuts(model):
     assert given.texts[0][0] == "b" + longer.texts[0][0]
 
 
+SHOUTS = (  # turns end in <pad>, which is no EOS of the tokenizer
+    "{% if tools %}<{{ tools[0] }}>{% endif %}{% for m in messages %}<{{ m.role }}>"
+    "{{ m.content }}{{ pad_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+PAD = 258
+
+
+@pytest.fixture
+def chat(model, tmp_path):
+    """A folder of the model with another chat template."""
+    path = tmp_path / "chat"
+    ax.save(model, str(path))
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    settings["chat_template"] = SHOUTS
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return path
+
+
+@pytest.mark.parametrize("way", ["generate", "ngram", "layers:1"])
+def test_special_tokens_and_ids_are_stops(model, way):
+    def ask(**asked):
+        asked |= {"max_new": 6, "logit_bias": {PAD: 1000.0}}
+        if way == "generate":
+            return ax.generate(model, ["ab", "c"], **asked)
+        return ax.speculate(model, way, ["ab", "c"], **asked)
+
+    assert ask().finish == [["length"], ["length"]]
+    for stops in ("<pad>", ["<pad>"], PAD, [PAD, "x"]):
+        out = ask(stops=stops)
+        assert (out.texts, out.finish) == ([[""], [""]], [["stop"], ["stop"]])
+        assert out.generated.batch.mask.sum(-1).tolist() == [[1], [1]]
+    out = ask(stops=["<pad><pad>"], min_new=4)
+    assert out.generated.batch.mask.sum(-1).tolist() == [[4], [4]]
+
+
+def test_the_end_of_turn_of_the_template_ends_a_response(chat, tmp_path):
+    model = ax.load(str(chat))
+    asked = {"max_new": 6, "logit_bias": {PAD: 1000.0}}
+    out = ax.generate(model, CHAT, **asked)
+    assert (out.texts, out.finish) == ([[""]], [["eos"]])
+    assert ax.generate(model, CHAT, stops="<pad>", **asked).finish == [["stop"]]
+    c = tiny.to_respond(tmp_path, **{"generate.logit_bias": ((PAD, 1000.0),)})
+    c.model.path, c.tokenizer = str(chat), ""
+    assert respond.respond(c, str(tmp_path / "run"))
+    rows = (tmp_path / "run" / respond.NAME).read_text().splitlines()
+    for row in map(json.loads, rows):
+        assert (row["finish"], row["tokens"]) == (["eos", "eos"], [1, 1])
+
+
+def test_a_prefill_continues_the_text_of_the_prompt(chat):
+    model = ax.load(str(chat))
+    asked = {"max_new": 4, "temperature": 0}
+    one = ax.generate(model, [CHAT, "Hi there"], prefill="Yes", **asked)
+    begun = [[*CHAT, {"role": "assistant", "content": "Yes"}]]
+    two = ax.generate(model, begun, **asked)
+    assert one.texts[0] == ["Yes" + two.texts[0][0]]
+    np.testing.assert_allclose(one.logps[0], two.logps[0], atol=1e-4)
+    both = ax.generate(model, begun, prefill=", a", **asked)
+    more = ax.generate(model, [CHAT], prefill="Yes, a", **asked)
+    assert more.texts[0] == ["Yes" + both.texts[0][0]]
+    ids = ax.generate(model, [model.tokenizer.prompt(CHAT)], prefill="Yes", **asked)
+    assert ids.texts[0] == one.texts[0]
+
+
+def test_variables_of_the_template_reach_it(chat):
+    model = ax.load(str(chat))
+    template = {"tools": ["weather"]}
+    front = len("<weather>")
+    plain = ax.score(model, [CHAT], ["Yes"], ref=model)
+    shown = ax.score(model, [CHAT], ["Yes"], ref=model, template=template)
+    assert "".join(shown.tokens[0]) == "<weather>" + "".join(plain.tokens[0])
+    assert shown.mask[0].sum() == plain.mask[0].sum()
+    out = ax.generate(model, CHAT, max_new=3, template=template)
+    ids = out.generated.batch.tokens[0, 0]
+    assert model.tokenizer.decode(ids[:front]) == "<weather>"
+    ids = ax.speculate(model, "ngram", CHAT, max_new=3, template=template)
+    assert (
+        model.tokenizer.decode(ids.generated.batch.tokens[0, 0][:front]) == "<weather>"
+    )
+
+
 @pytest.mark.parametrize("kind", ["model", "ngram", "layers:1"])
 def test_greedy_speculation_generates_the_same_text(model, make_lm, kind):
     draft = kind
@@ -393,6 +483,8 @@ def test_what_cannot_be_generated_is_refused(model):
         ax.generate(model, [300], max_new=4)
     with pytest.raises(ValueError, match="expected strings that are not empty"):
         ax.generate(model, "ab", max_new=4, stops=[""])
+    with pytest.raises(ValueError, match=r"stops has 259, .* or ids 0\.\.258"):
+        ax.generate(model, "ab", max_new=4, stops=[259])
     with pytest.raises(ValueError, match="expected 1 to"):
         ax.generate(model, "ab", max_new=4, limits=9)
 

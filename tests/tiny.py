@@ -9,6 +9,7 @@ import pathlib
 import subprocess
 import sys
 import time
+import zipfile
 
 import jax
 
@@ -61,6 +62,14 @@ def to_respond(folder: pathlib.Path, variant: str = "", lines=PROMPTS, **changes
     with c.unlocked():
         c.update_from_flattened_dict(changes)
     return c
+
+
+def family(name: str, folder: pathlib.Path) -> pathlib.Path:
+    """The folder of a tokenizer with the chat template of a family (tests/golden)."""
+    path = folder / name
+    with zipfile.ZipFile(ROOT / "tests/golden/templates" / f"{name}.zip") as packed:
+        packed.extractall(path)
+    return path
 
 
 def environment(**more) -> dict[str, str]:

@@ -84,11 +84,17 @@ def response(
     return Response(written(None), n, "length" if truncated else ended)
 
 
+def _plain(text: Tokenizer, words: str) -> str:
+    """A text as it is decoded behind another one: without special tokens."""
+    shown = text.decode(text.encode("a" + words))
+    return shown[1:] if shown[:1] == "a" else text.decode(text.encode(words))
+
+
 def _straddled(
     ids: Sequence[int], text: Tokenizer, given: Sequence[int], begin: int, forced: str
 ) -> int:
     """Characters of the prompt in the first token of a response."""
-    shown = text.decode(text.encode(forced))
+    shown = _plain(text, forced)
     for n in range(1, min(len(ids), len(shown) + 1) + 1):
         found = text.decode([*given, *ids[:n]])[begin:]
         if found.endswith(shown):
@@ -107,7 +113,7 @@ def answers(
       text: their tokenizer.
       rules: what their text is.
     """
-    prefill = text.decode(text.encode(rules.prefill))
+    prefill = _plain(text, rules.prefill)
     begun = bool(rules.prefill or rules.forced)
 
     def one(b: int, g: int) -> Response:

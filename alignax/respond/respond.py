@@ -173,8 +173,8 @@ def tokenized(
         except ValueError as error:
             wrong.append(f"{_place(examples, i)}: {error}")
     if wrong:
-        many = f"{len(wrong)} of {len(examples)} prompts cannot be used; first "
-        raise ValueError((many if len(wrong) > 1 else "") + wrong[0])
+        count = f"{len(wrong)} of {len(examples)} prompts cannot be used; first "
+        raise ValueError((count if len(wrong) > 1 else "") + wrong[0])
     if not starts:
         raise ValueError("config.prompts has no prompt")
     sizes = np.array([len(s.prompt) + len(s.prefill) for s in starts])

@@ -49,12 +49,12 @@ def parse(stops: Any, text: Tokenizer, *, name: str = "stops") -> list[Group]:
             )
     ids = [int(stop) for stop in several if not isinstance(stop, str)]
     marks = _marks(ids)
-    found = [Group(marks, tuple(marks.values()))] if ids else []
+    groups = [Group(marks, tuple(marks.values()))] if ids else []
     named: dict[tuple[int, ...], list[str]] = {}
     for stop in several:
         if isinstance(stop, str):
-            tokens = {text.hidden[n] for n in _names(text).findall(stop)}
-            named.setdefault(tuple(sorted(tokens)), []).append(stop)
+            found = {text.hidden[n] for n in _names(text).findall(stop)}
+            named.setdefault(tuple(sorted(found)), []).append(stop)
     for tokens, strings in named.items():
         marks = _marks(tokens)
 
@@ -62,8 +62,8 @@ def parse(stops: Any, text: Tokenizer, *, name: str = "stops") -> list[Group]:
             return marks[text.hidden[match.group()]]
 
         seen = [_names(text).sub(mark, s) for s in strings] if tokens else []
-        found.append(Group(marks, tuple(dict.fromkeys((*strings, *seen)))))
-    return found
+        groups.append(Group(marks, tuple(dict.fromkeys((*strings, *seen)))))
+    return groups
 
 
 def table(groups: Sequence[Group], pieces: Sequence[bytes]) -> Automaton:

@@ -1,8 +1,6 @@
 """Strings, special tokens and ids as stops: the same while decoding and in the finished text."""
 
 import json
-import pathlib
-import zipfile
 
 import numpy as np
 import pytest
@@ -14,18 +12,12 @@ from alignax.respond import output, respond, responder, stops
 BYTES = tokenizer.load("bytes")
 EOS, PAD = 257, 258
 FAMILIES = ("chatml", "llama2", "llama3", "gemma", "channel")
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "templates"
 
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory):
-    def one(family):
-        folder = tmp_path_factory.mktemp(family)
-        with zipfile.ZipFile(GOLDEN / f"{family}.zip") as packed:
-            packed.extractall(folder)
-        return tokenizer.load(folder)
-
-    return one
+    folder = tmp_path_factory.mktemp("families")
+    return lambda name: tokenizer.load(tiny.family(name, folder))
 
 
 def first(table, ids):

@@ -3,7 +3,12 @@
 import numpy as np
 import pytest
 
-from alignax.sampling.automaton import stop_sequences, stop_strings
+from alignax.sampling.automaton import (
+    stop_sequences,
+    stop_strings,
+    stop_symbols,
+    union,
+)
 
 PIECES = [b"", b"a", b"b", b"ab", b"ba", b"aab", b"\xc3", b"\xa9", b"b\xc3\xa9a"]
 
@@ -59,6 +64,31 @@ def test_an_empty_stop_is_refused(bad):
 def test_a_stop_outside_the_vocabulary_is_refused():
     with pytest.raises(ValueError, match=r"id 3, expected 0\.\.2"):
         stop_sequences([[1, 3]], 3)
+
+
+def test_symbols_beyond_bytes_are_whole_tokens():
+    """Token 2 is no byte: a pattern of bytes does not see it, one with its symbol does."""
+    pieces = [b"a", b"b", (256,)]
+    both = stop_symbols([[97, 256], list(b"bb")], pieces, 257)
+    assert first(both, [0, 1, 0, 2]) == 3
+    assert first(both, [1, 2, 1, 2]) is None
+    assert first(both, [2, 1, 1]) == 2
+
+
+def test_a_union_flags_what_either_flags():
+    rng = np.random.default_rng(2)
+    alone = [stop_strings([s], PIECES) for s in ("aba", "bb", "é")]
+    alone.append(stop_sequences([[0, 1], [3]], len(PIECES)))
+    both = union(union(*alone[:2]), union(*alone[2:]))
+    hits = 0
+    for _ in range(300):
+        ids = rng.integers(0, len(PIECES), 6).tolist()
+        wanted = [n for n in (first(table, ids) for table in alone) if n is not None]
+        assert first(both, ids) == min(wanted, default=None)
+        hits += bool(wanted)
+    assert 100 < hits < 300
+    together = stop_strings(["aba", "bb"], PIECES)
+    assert len(union(*alone[:2]).next) <= len(together.next) + 1
 
 
 def test_a_string_that_is_over_does_not_stop_what_follows():
