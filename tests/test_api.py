@@ -232,7 +232,9 @@ def test_one_prompt_needs_no_list_and_ids_are_taken_as_they_are(model):
 
 class UpperCase(ByteEncoder):
     def _encode(self, keys, shadowed):
-        return super()._encode([(a, b.upper(), c) for a, b, c in keys], shadowed)
+        return super()._encode(
+            [k._replace(body=k.body.upper()) for k in keys], shadowed
+        )
 
 
 def test_log_ratios_to_a_reference(model, make_lm):
