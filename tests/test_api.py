@@ -21,7 +21,7 @@ import tiny
 import alignax as ax
 from alignax import api, logprob
 from alignax.batch import LM, from_groups
-from alignax.inputs.encoder import ByteEncoder
+from alignax.inputs.encoder import FunctionEncoder
 from alignax.models import transformer
 from alignax.respond import respond
 from alignax.sampling import decode
@@ -230,13 +230,6 @@ def test_one_prompt_needs_no_list_and_ids_are_taken_as_they_are(model):
     assert one.logps.shape == (1, 5)
 
 
-class UpperCase(ByteEncoder):
-    def _encode(self, keys, shadowed):
-        return super()._encode(
-            [k._replace(body=k.body.upper()) for k in keys], shadowed
-        )
-
-
 def test_log_ratios_to_a_reference(model, make_lm):
     ref = model._replace(lm=make_lm(model.lm.config, 1))
     scored = ax.score(model, "ab", "de", ref=ref)
@@ -247,8 +240,10 @@ def test_log_ratios_to_a_reference(model, make_lm):
     assert np.abs(scored.log_ratios[scored.mask]).min() > 0
     itself = ax.score(model, "ab", "de", ref=model)
     assert (itself.log_ratios == 0).all()
-    encoder = UpperCase(model.tokenizer.encoder.control)
-    text = dataclasses.replace(model.tokenizer, encoder=encoder)
+    upper = FunctionEncoder(
+        lambda s: [*s.upper().encode()], model.tokenizer.encoder.control
+    )
+    text = dataclasses.replace(model.tokenizer, encoder=upper)
     with pytest.raises(ValueError, match="row 0: the tokenizer of the reference"):
         ax.score(model, "ab", "de", ref=model._replace(tokenizer=text))
 

@@ -11,7 +11,7 @@ name, a private character.
 import bisect
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 PRIVATE = 0xF0000  # the first character that names a control token in a shadow
@@ -148,6 +148,10 @@ class Encoder:
     def name_of(self, token: int) -> str:
         """The text of a control token."""
         return self._names[token]
+
+    def plain(self, text: str) -> list[int]:
+        """The ids of a whole text, in which every control token is one."""
+        return self._core.encode(text, add_special_tokens=False).ids
 
     def holds_control(self, text: str) -> bool:
         """Whether a text holds a control token."""
@@ -310,29 +314,35 @@ class Shadow:
         return [[self._back.get(i, i) for i in e.ids] for e in found]
 
 
-class ByteEncoder(Encoder):
-    """Encodes texts as their UTF-8 bytes; control tokens are never in a text.
+class FunctionEncoder(Encoder):
+    """Encodes texts with a function, in which control tokens are never found.
 
     Args:
-      control: ids of the control tokens by their names.
+      encode: text -> ids; those of a text are those of its characters. (Only the places of
+        ids, by which rows are cut, depend on that.)
+      control: ids of the control tokens by their names, which occur in no text.
     """
 
-    def __init__(self, control: dict[str, int]):
+    def __init__(self, encode: Callable[[str], list[int]], control: dict[str, int]):
+        self._function = encode
         self.control = control
         self._names = {i: token for token, i in control.items()}
         self._find = None
         self.separate = True
         self._memo, self._older = {}, {}
 
+    def plain(self, text: str) -> list[int]:
+        return self._function(text)
+
     def places(self, segment: Segment) -> list[tuple[int, int]]:
         out = [(0, 0)] if segment.inserted else []
         for k, c in enumerate(segment.key.body):
-            out += [(k, k + 1)] * len(c.encode())
+            out += [(k, k + 1)] * len(self.plain(c))
         return out
 
     def _encode(self, keys: list[Key], shadowed: bool) -> list[list[int]]:
         return [
-            [*([self.control[lead]] if lead else []), *body.encode()]
+            [*([self.control[lead]] if lead else []), *self.plain(body)]
             for lead, body, _ in keys
         ]
 

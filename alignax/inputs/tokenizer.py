@@ -26,7 +26,7 @@ from alignax.batch import Example, Message
 from alignax.inputs import chat_template as chat_templates
 from alignax.inputs import gguf_vocab, tracked_text, turns
 from alignax.inputs.dialogues import Dialogues, Reading
-from alignax.inputs.encoder import PRIVATE, ByteEncoder, Encoder
+from alignax.inputs.encoder import PRIVATE, Encoder, FunctionEncoder
 
 log = logging.getLogger(__name__)
 DEFAULT = Reading()
@@ -70,7 +70,6 @@ class Tokenizer:
     specials: dict[str, str]
     now: datetime.datetime
     encoder: Encoder
-    _encode: Callable[[str], list[int]]
     _decode: Callable[[list[int], bool], str]
     _vocab_hash: str
     path: str = ""  # of the folder or file that it was read from
@@ -109,7 +108,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`. Specials in the text become their ids; none is ever added."""
-        return self._encode(text)
+        return self.encoder.plain(text)
 
     def decode(
         self, ids: Iterable[SupportsIndex], *, keep_specials: bool = False
@@ -263,7 +262,7 @@ def _load_bytes(now: datetime.datetime) -> Tokenizer:
     return Tokenizer(
         vocab_size=259, eos_ids=frozenset({257}), eos_id=257, bos_id=256, pad_id=258,
         add_bos=False, chat_template=None, specials=specials, now=now,
-        encoder=ByteEncoder(control), _encode=lambda text: list(text.encode()),
+        encoder=FunctionEncoder(lambda text: list(text.encode()), control),
         _decode=decode, _vocab_hash="bytes",
     )._with_end_of_turn()  # fmt: skip
 
@@ -378,7 +377,6 @@ def _wrap(core, specials, template, now, *, eos_ids, add_bos, where) -> Tokenize
         specials=specials,
         now=now,
         encoder=encoder,
-        _encode=lambda text: core.encode(text, add_special_tokens=False).ids,
         _decode=lambda ids, keep: core.decode(ids, skip_special_tokens=not keep),
         _vocab_hash=hashlib.sha256(definition.encode()).hexdigest(),
         path=str(where),

@@ -22,6 +22,7 @@ from alignax import batch as batches
 from alignax import logprob, plugin
 from alignax.batch import LM
 from alignax.inputs import tokenizer
+from alignax.inputs.encoder import FunctionEncoder
 from alignax.models import transformer
 from alignax.models.transformer import ModelConfig
 from alignax.sampling import guides
@@ -44,7 +45,7 @@ TESTS = pathlib.Path(__file__).parents[1]
 LETTERS = "$ abcde"  # of the ids, the first being EOS
 TEXT = dataclasses.replace(
     tokenizer.load("bytes"), vocab_size=V, eos_ids=frozenset(EOS), eos_id=0, bos_id=None,
-    _encode=lambda text: [LETTERS.index(c) for c in text],
+    encoder=FunctionEncoder(lambda text: [LETTERS.index(c) for c in text], {"\x00": 0}),
     _decode=lambda ids, keep: "".join(LETTERS[i] for i in ids if i or keep),
 )  # fmt: skip
 

@@ -10,6 +10,7 @@ import pytest
 from alignax.batch import LM, Batch, Scores, from_groups
 from alignax.decoders import nudging_words
 from alignax.inputs import tokenizer
+from alignax.inputs.encoder import FunctionEncoder
 from alignax.sampling.decode import Generated
 
 TK = tokenizer.load("bytes")
@@ -161,7 +162,9 @@ def test_two_tokenizers_and_real_models(make_lm, tiny_config):
     letters = " abcdefghijklmnopqrstuvwxyz.,!?:;()-"
     toy = dataclasses.replace(
         TK, vocab_size=37, eos_ids=frozenset({36}), eos_id=36, bos_id=None,
-        _encode=lambda text: [max(letters.find(c), 0) for c in text.lower()],
+        encoder=FunctionEncoder(
+            lambda text: [max(letters.find(c), 0) for c in text.lower()], {"\x00": 36}
+        ),
         _decode=lambda ids, keep: "".join(letters[i] for i in ids if i < 36),
     )  # fmt: skip
     lms = {"nudge": make_lm(dataclasses.replace(small, vocab_size=259), 1)}

@@ -11,6 +11,7 @@ import pytest
 from alignax import logprob
 from alignax.decoders import best_of_n, contrastive, pine
 from alignax.inputs import tokenizer
+from alignax.inputs.encoder import FunctionEncoder
 from alignax.models import pine as model
 from alignax.models import transformer
 from alignax.sampling import decode, drafts
@@ -158,7 +159,9 @@ def test_a_suffix_that_is_cut_into_other_ids_than_the_prompt(lm):
     """A draft's block begins with the prompt's last token, which the suffix has not."""
     merged = dataclasses.replace(
         TEXT,
-        _encode=lambda text: TEXT.encode(text.replace("|?", "\x01")),
+        encoder=FunctionEncoder(
+            lambda text: TEXT.encode(text.replace("|?", "\x01")), TEXT.encoder.control
+        ),
         _decode=lambda ids, keep: TEXT.decode(ids).replace("\x01", "|?"),
     )
     ids = np.array([merged.encode("a|b|c|?")])
