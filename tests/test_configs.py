@@ -20,6 +20,8 @@ from alignax.batch import LM, Batch
 from alignax.inputs import tokenizer
 from alignax.models import sharding, transformer
 from alignax.training import build, checks, loading, loop, optim, step
+
+TK = tokenizer.load("bytes")
 from configs import common
 
 FILES = sorted(
@@ -195,7 +197,7 @@ def test_the_rows_of_its_data_are_those_that_it_reads(name, tmp_path, monkeypatc
                 if "path" in section:
                     section.path = str(tmp_path / f"{file}.jsonl")
             plugins = checks.check(config)
-            assert build.training_examples(config, plugins.loss)
+            assert build.training_examples(config, plugins.loss, TK)
             if plugins.evals:
                 names = (*checks.frozen_names(config), *checks.moving_names(config))
                 found = plugin.load_examples(config.eval_data)

@@ -31,7 +31,9 @@ def test_a_run_of_an_earlier_version_goes_on(name, tmp_path, capsys, monkeypatch
     rewards = workdir / "reference_rewards.npz"
     kept = rewards.read_bytes() if rewards.exists() else None
     monkeypatch.chdir(workdir)
-    state = loop.train(make_runs.configs()[name], ".")
+    config = make_runs.configs()[name]
+    config.truncate_prompts = "left"  # as earlier versions did
+    state = loop.train(config, ".")
     assert int(state.step) == make_runs.NUM_STEPS
     assert f"resumed at step {make_runs.STOPPED} of" in capsys.readouterr().out
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
