@@ -20,9 +20,9 @@ from alignax.batch import LM, Batch
 from alignax.inputs import tokenizer
 from alignax.models import sharding, transformer
 from alignax.training import build, checks, loading, loop, optim, step
+from configs import common
 
 TK = tokenizer.load("bytes")
-from configs import common
 
 FILES = sorted(
     path

@@ -89,8 +89,8 @@ class Tokenizer:
         parts += (self.bos_id, self.add_bos, sorted(self.specials.items()))
         if self.chat_template and "strftime_now" in self.chat_template:
             parts += (self.now.date().isoformat(),)
-        if self.reading != DEFAULT:
-            parts += (json.dumps(self.reading._asdict(), sort_keys=True, default=repr),)
+        if how := self.reading.identity():
+            parts += (json.dumps(how, sort_keys=True, default=repr),)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def read_as(self, reading: Reading) -> "Tokenizer":

@@ -19,9 +19,9 @@ from alignax import logprob, masked, plugin, ratios
 from alignax.batch import FORMS, Batch, Scores
 from alignax.inputs import tokenizer
 from alignax.training import build
+from configs import common
 
 TK = tokenizer.load("bytes")
-from configs import common
 
 NAMES = plugin.available("losses")
 B, G = 4, 2
