@@ -42,6 +42,7 @@ def test_a_run_of_an_earlier_version_goes_on(name, tmp_path, capsys, monkeypatch
     got = [r for r in rows if r["step"] > make_runs.STOPPED]
     for mine, theirs in zip(got, after, strict=True):
         mine, theirs = metrics(mine), metrics(theirs)
+        mine.pop("train/rollout/cut_prompts", None)  # of later versions
         assert mine.keys() == theirs.keys()
         for key, value in theirs.items():
             # another processor or compiler rounds differently, and three steps of a rate
