@@ -34,7 +34,7 @@ MARK = (-1, "generation")  # source of text inside {% generation %}
 # What a template may raise on a row that it was not written for.
 REFUSALS = (
     jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError,
-    AttributeError, RecursionError,
+    AttributeError, AssertionError, RuntimeError,
 )  # fmt: skip
 
 
@@ -147,6 +147,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def getitem(self, obj, argument):
         if type(obj) is dict and type(argument) is str and argument in obj:
             return obj[argument]
+        _read(argument)
         return super().getitem(obj, argument)
 
     def call(self, context, function, *args, **kwargs):
@@ -177,9 +178,15 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 def _from(out: Any, *made_of: Any) -> Any:
     """A text that was made in a way that is not followed, with all sources of it."""
-    text = tracked_text.plain(out) if isinstance(out, str) else ""
-    tracked = tracked_text.as_whole(text, *made_of)  # also counts as an inspection
-    return tracked if isinstance(out, str) else out
+    if isinstance(out, str):
+        return tracked_text.as_whole(tracked_text.plain(out), *made_of)
+    _read(*made_of)
+    return out
+
+
+def _read(*values: Any) -> None:
+    """Counts as an inspection of the texts in nested values, if there are any."""
+    tracked_text.as_whole("", *values)
 
 
 def _as_whole(function: Callable) -> Callable:
@@ -192,17 +199,28 @@ def _as_whole(function: Callable) -> Callable:
     return tracked
 
 
-def _join(value, d="", attribute=None):
-    texts = value if attribute is None else (x[attribute] for x in value)
-    return tracked_text.join(d, texts)
+@jinja2.pass_environment
+def _join(env, value, d="", attribute=None):
+    if attribute is not None:
+        value = map(jinja2.filters.make_attrgetter(env, attribute), value)
+    return tracked_text.join(_text(d), map(_text, value))
+
+
+def _trim(value, chars=None):
+    _read(chars)
+    return _text(value).strip(chars)
 
 
 def _replace(s, old, new, count=-1):
-    s, old = (x if isinstance(x, str) else str(x) for x in (s, old))
-    new = new if isinstance(new, str) else str(new)
+    s, old, new = _text(s), _text(old), _text(new)
     if type(s) is Tracked:
         return s.replace(old, new, count)
+    _read(old)
     return _from(s.replace(old, tracked_text.plain(new), count), new)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else str(value)
 
 
 def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
@@ -211,7 +229,7 @@ def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=F
         value, ensure_ascii=ensure_ascii, indent=indent,
         separators=separators, sort_keys=sort_keys,
     )  # fmt: skip
-    return tracked_text.as_whole(text, value)
+    return tracked_text.as_whole(text, value, indent, separators)
 
 
 # What hands texts on, or reads them in a way that `tracked_text.inspections` counts.
@@ -241,11 +259,16 @@ def is_followed(source: str | None) -> bool:
         return False
     if any(node.name not in _TESTS for node in tree.find_all(jinja2.nodes.Test)):
         return False
+    if any(tree.find_all(jinja2.nodes.EvalContextModifier)):  # {% autoescape %}
+        return False
     # A text that is looked for in another one is read without a trace.
     return all(
-        operand.op not in ("in", "notin") or isinstance(node.expr, jinja2.nodes.Const)
+        isinstance(left, jinja2.nodes.Const)
         for node in tree.find_all(jinja2.nodes.Compare)
-        for operand in node.ops
+        for left, operand in zip(
+            (node.expr, *(o.expr for o in node.ops)), node.ops, strict=False
+        )
+        if operand.op in ("in", "notin")
     )
 
 
@@ -261,10 +284,12 @@ def _compile(source: str, now: datetime.datetime) -> jinja2.Template:
         "e", "escape", "forceescape", "urlencode", "urlize", "center",
     ):  # fmt: skip
         env.filters[name] = _as_whole(env.filters[name])
-    env.filters |= {"join": _join, "replace": _replace, "tojson": _tojson}
+    env.filters |= {
+        "join": _join, "replace": _replace, "tojson": _tojson, "trim": _trim,
+    }  # fmt: skip
     env.filters["safe"] = lambda value: value  # nothing is escaped
     env.globals["raise_exception"] = raise_exception
-    env.globals["strftime_now"] = lambda form: now.strftime(form)
+    env.globals["strftime_now"] = lambda form: _from(now.strftime(form), form)
     return env.from_string(source)
 
 

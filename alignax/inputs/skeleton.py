@@ -65,7 +65,8 @@ def build(
         met.add(i)
         out += [text[at:a], Hole(i, shown[0] != " ", shown[-1] != " ")]
         at = b
-    if len(met) < len(roles):
+    written = "".join(x for x in (*out, text[at:]) if isinstance(x, str))
+    if len(met) < len(roles) or LEFT[-1] in written or RIGHT[0] in written:
         return None
     return tuple(piece for piece in (*out, text[at:]) if piece != "")
 

@@ -11,6 +11,7 @@ A template that never reads a text but only writes it treats all texts alike. So
 that reads the characters of a `Tracked` is counted, see `inspections`.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -48,6 +49,10 @@ class Tracked(str):
 
     def __reduce__(self):
         return str, (plain(self),)
+
+    def __repr__(self):
+        _inspect()  # it has no spans, although it holds the characters
+        return str.__repr__(self)
 
     def __len__(self):
         _inspect()
@@ -184,6 +189,7 @@ def size(text: str) -> int:
 
 
 def _same_length(method: Callable) -> Callable:
+    @functools.wraps(method)
     def changed(self, *args):
         out = method(self, *args)
         if size(out) != size(self):
@@ -195,6 +201,7 @@ def _same_length(method: Callable) -> Callable:
 
 
 def _inspecting(method: Callable) -> Callable:
+    @functools.wraps(method)
     def inspected(self, *args):
         _inspect()
         return method(self, *args)
@@ -203,6 +210,8 @@ def _inspecting(method: Callable) -> Callable:
 
 
 def _whole(method: Callable) -> Callable:
+    # A sandbox knows `format` by its name, and does not let it read any attribute.
+    @functools.wraps(method)
     def changed(self, *args, **kwargs):
         return as_whole(method(self, *args, **kwargs), self, args, kwargs)
 
@@ -276,7 +285,7 @@ def join(between: str, texts: Iterable[Any]) -> str:
     for text in texts:
         if out:
             out.append(between)
-        out.append(text if isinstance(text, str) else str(text))
+        out.append(text)
     return concat(out)
 
 
