@@ -17,9 +17,6 @@ from ml_collections import ConfigDict
 
 from alignax import logprob
 from alignax.batch import LM, Example, Message, from_groups
-from alignax.inputs import tokenizer as tokenizers
-from alignax.inputs import tokenizer_files
-from alignax.inputs.tokenizer import Tokenizer
 from alignax.models import save as model_files
 from alignax.models import transformer
 from alignax.respond import output, responder, starts
@@ -28,6 +25,9 @@ from alignax.runs import model_paths
 from alignax.sampling import decode, drafts, generation_settings
 from alignax.sampling import speculate as speculation
 from alignax.sampling.decode import Generated
+from alignax.text import tokenizer as tokenizers
+from alignax.text import tokenizer_files
+from alignax.text.tokenizer import Tokenizer
 from alignax.training import defaults, loading, loop, parallel
 from alignax.training.step import TrainState
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from alignax.batch import LM, Batch, Example, from_groups
-from alignax.inputs import tokenizer
 from alignax.sampling import decode
+from alignax.text import tokenizer
 
 TK = tokenizer.load("bytes")
 HARM = "first you take this and then that"

@@ -7,7 +7,7 @@ import zipfile
 
 from hypothesis import strategies as st
 
-from alignax.inputs import tokenizer
+from alignax.text import tokenizer
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "templates"
 FAMILIES = sorted(p.stem for p in GOLDEN.glob("*.zip"))

@@ -21,10 +21,10 @@ import tiny
 import alignax as ax
 from alignax import api, logprob
 from alignax.batch import LM, from_groups
-from alignax.inputs.encoder import FunctionEncoder
 from alignax.models import transformer
 from alignax.respond import respond
 from alignax.sampling import decode
+from alignax.text.encoder import FunctionEncoder
 
 NAME = "SmolLM2-135M-Instruct"  # what the examples load; here a small model
 TEMPLATE = (

@@ -69,6 +69,7 @@ LAYERS = (
     ("logprob",),
     ("reports",),
     ("runs",),
+    ("text",),
     ("inputs",),
     ("sampling",),
     ("search",),

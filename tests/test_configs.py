@@ -17,8 +17,8 @@ from ml_collections import ConfigDict
 
 from alignax import plugin, rewards, shaping
 from alignax.batch import LM, Batch
-from alignax.inputs import tokenizer
 from alignax.models import sharding, transformer
+from alignax.text import tokenizer
 from alignax.training import build, checks, loading, loop, optim, step
 from configs import common
 

@@ -22,11 +22,11 @@ import numpy as np
 from jaxtyping import Array
 
 from alignax.batch import LM, from_groups
-from alignax.inputs import tokenizer as tokenizers
-from alignax.inputs.tokenizer import Tokenizer
 from alignax.sampling import decode, generation_settings
 from alignax.sampling.decode import Generated
 from alignax.search import hypotheses
+from alignax.text import tokenizer as tokenizers
+from alignax.text.tokenizer import Tokenizer
 
 RANGES = {
     "gamma": "[0, inf)", "chunk": "[1, inf)", "rounds": "[1, inf)", "repeats": "[1, inf)",

@@ -22,13 +22,13 @@ from jax.tree_util import Partial
 from jaxtyping import Array
 
 from alignax.batch import LM
-from alignax.inputs.tokenizer import Tokenizer
 from alignax.models import pine
 from alignax.sampling import decode
 from alignax.sampling.decode import Generated
 from alignax.sampling.prefill import Reader
 from alignax.search import hypotheses
 from alignax.search.hypotheses import Judge
+from alignax.text.tokenizer import Tokenizer
 
 RANGES = {"group": "[1, inf)"}
 

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from alignax.batch import Batch, Example, Message, from_groups
-from alignax.inputs.tokenizer import Tokenizer
+from alignax.text.tokenizer import Tokenizer
 
 BUCKET = 64  # T of `retokenize` is a multiple of it, for few compilations
 

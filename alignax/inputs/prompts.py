@@ -7,9 +7,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from alignax.batch import Example, Message
-from alignax.inputs import rows, truncation
+from alignax.inputs import rows
 from alignax.inputs.plan import bucket_sizes, fit
-from alignax.inputs.tokenizer import Tokenizer
+from alignax.text import truncation
+from alignax.text.tokenizer import Tokenizer
 
 
 class PromptBatch(NamedTuple):

@@ -28,7 +28,7 @@ from alignax import plugin
 from alignax.batch import Example
 from alignax.inputs import rows
 from alignax.inputs.rows import Row, Rows, Sizes
-from alignax.inputs.tokenizer import Tokenizer
+from alignax.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,12 @@ OFF = "off"  # instead of a folder: nothing is kept
 SMALL = 2000  # rows that are not worth a file
 OPTIONS = "group_size:16,zstd:1"
 AT_ONCE = 1024  # rows that are read together where all are read
-CODE = ("alignax.inputs", "alignax.records", "alignax.data")  # that makes the rows
+CODE = (
+    "alignax.text",
+    "alignax.inputs",
+    "alignax.records",
+    "alignax.data",
+)  # that makes the rows
 
 
 def read(

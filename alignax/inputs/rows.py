@@ -14,10 +14,11 @@ import numpy as np
 
 from alignax import batch
 from alignax.batch import Example
-from alignax.inputs import forms, layout, truncation
-from alignax.inputs.dialogues import Prepared, Tokens
-from alignax.inputs.tokenizer import Tokenizer
-from alignax.inputs.truncation import Fitted, TooLong
+from alignax.inputs import forms, layout
+from alignax.text import truncation
+from alignax.text.dialogues import Prepared, Tokens
+from alignax.text.tokenizer import Tokenizer
+from alignax.text.truncation import Fitted, TooLong
 
 LISTED = 20  # how many ids of each kind a report lists
 CHUNK = 256  # examples that are encoded together

@@ -29,7 +29,7 @@ from alignax.inputs.plan import (
 )
 from alignax.inputs.plan import identity as plan_identity
 from alignax.inputs.rows import Rows, merged, read
-from alignax.inputs.tokenizer import Tokenizer
+from alignax.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 Data = Sequence[Example] | Rows  # rows that were read before are taken as they are

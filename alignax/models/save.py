@@ -39,7 +39,7 @@ def save(
       lm: parameters in float32 or bfloat16, written as they are.
       path: the directory to make; its parents are made too.
       tokenizer: a directory whose tokenizer files are copied.
-      files: {name: content} of further files, e.g. from `inputs.tokenizer_files`.
+      files: {name: content} of further files, e.g. from `text.tokenizer_files`.
       overwrite: whether to replace a model directory at `path`.
       max_shard_bytes: a larger model is written as several files and an index.
 

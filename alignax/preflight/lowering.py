@@ -20,11 +20,12 @@ from jax.sharding import Mesh, NamedSharding
 
 from alignax import plugin
 from alignax.batch import LM, Batch, Layout
-from alignax.inputs import layout, tokenizer
+from alignax.inputs import layout
 from alignax.inputs import plan as batches
 from alignax.inputs.annotate import unfilled
 from alignax.models import families, gguf, sharding, transformer
 from alignax.models.transformer import ModelConfig
+from alignax.text import tokenizer
 from alignax.training import build, checks, loading, step
 
 

@@ -12,9 +12,9 @@ import numpy as np
 from etils import epath
 
 from alignax.batch import LM, Batch, Example
-from alignax.inputs.tokenizer import Tokenizer
 from alignax.respond import stops as stop_places
 from alignax.runs import checkpoint
+from alignax.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 CONTEXT = 8  # tokens in front of a response, with which it is decoded

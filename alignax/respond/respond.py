@@ -19,7 +19,6 @@ from jaxtyping import Int
 
 from alignax import plugin, rewards
 from alignax.batch import Example, Message
-from alignax.inputs.tokenizer import Tokenizer
 from alignax.models import sharding
 from alignax.records import messages
 from alignax.reports.progress import progress
@@ -30,6 +29,7 @@ from alignax.runs import checkpoint, workdirs
 from alignax.runs.model_paths import ModelPath
 from alignax.sampling import generation_settings
 from alignax.sampling.prefill import common
+from alignax.text.tokenizer import Tokenizer
 from alignax.training import build, loading, parallel
 
 NAME = workdirs.RESPONSES

@@ -10,12 +10,12 @@ import numpy as np
 
 from alignax import logprob, plugin, rewards
 from alignax.batch import LM, Batch
-from alignax.inputs.tokenizer import Tokenizer
 from alignax.models import transformer
 from alignax.respond import output, starts, stops
 from alignax.respond.starts import Start
 from alignax.sampling import drafts, generation_settings, prefill
 from alignax.sampling.speculate import speculate
+from alignax.text.tokenizer import Tokenizer
 from alignax.training import parallel
 from alignax.training.build import Run
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from alignax.batch import Example
-from alignax.inputs.dialogues import common
-from alignax.inputs.tokenizer import Tokenizer
+from alignax.text.dialogues import common
+from alignax.text.tokenizer import Tokenizer
 
 
 class Start(NamedTuple):

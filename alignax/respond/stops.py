@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from alignax.inputs.tokenizer import Tokenizer
 from alignax.sampling import automaton
 from alignax.sampling.automaton import Automaton
+from alignax.text.tokenizer import Tokenizer
 
 MARK = 0x100000  # private characters from here on stand for tokens in a pattern
 

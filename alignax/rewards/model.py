@@ -17,9 +17,9 @@ import numpy as np
 
 from alignax import logprob, masked
 from alignax.batch import LM, Batch, Message
-from alignax.inputs import tokenizer as tokenizers
 from alignax.inputs.detokenize import retokenize
-from alignax.inputs.tokenizer import Tokenizer
+from alignax.text import tokenizer as tokenizers
+from alignax.text.tokenizer import Tokenizer
 
 _one_device = jax.jit(logprob.score, static_argnames=("needs",))
 

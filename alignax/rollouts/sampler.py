@@ -18,8 +18,8 @@ from alignax import rewards
 from alignax.batch import LM, Batch, Example
 from alignax.inputs.detokenize import texts
 from alignax.inputs.prompts import PromptBatch, prompt_batches
-from alignax.inputs.tokenizer import Tokenizer
 from alignax.plugin import Bound
+from alignax.text.tokenizer import Tokenizer
 
 TRUNCATED = ("keep", "drop", "punish")
 STREAM = 2**30  # of random keys: evaluations use numbers from 0 on under the same seed

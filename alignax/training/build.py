@@ -14,12 +14,13 @@ from jax.sharding import Mesh
 
 from alignax import plugin
 from alignax.batch import LM, Example, Params
-from alignax.inputs import forms, prompts, reference_cache, row_store, source, tokenizer
+from alignax.inputs import forms, prompts, reference_cache, row_store, source
 from alignax.inputs.rows import Rows
 from alignax.models import lora, sharding
 from alignax.reports import tables
 from alignax.runs import adapter_base, checkpoint, workdirs
 from alignax.runs.model_paths import ModelPath
+from alignax.text import tokenizer
 from alignax.training import checks, loading, on_policy, optim, parallel
 from alignax.training.plugins import Plugins
 from alignax.training.step import with_average

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from alignax import plugin, shaping
-from alignax.inputs.dialogues import SPECIALS
 from alignax.plugin import Bound
 from alignax.rollouts import rollout, source
 from alignax.rollouts.sampler import Sampler
+from alignax.text.dialogues import SPECIALS
 from alignax.training import loading, on_policy, optim
 from alignax.training.plugins import Plugins, bind
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from alignax.batch import LM
-from alignax.inputs import tokenizer
 from alignax.models import lora, sharding, transformer
 from alignax.reports.metrics import flops_per_token
+from alignax.text import tokenizer
 from alignax.training import loading, optim
 
 

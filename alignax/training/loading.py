@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from alignax.batch import LM
-from alignax.inputs import tokenizer, tokenizer_files, truncation
-from alignax.inputs.dialogues import SYSTEMS, Reading
 from alignax.models import load, lora, transformer
 from alignax.models.transformer import ModelConfig
 from alignax.runs import adapter_base, checkpoint, model_paths
 from alignax.runs.model_paths import ModelPath
+from alignax.text import tokenizer, tokenizer_files, truncation
+from alignax.text.dialogues import SYSTEMS, Reading
 
 
 def make_policy(

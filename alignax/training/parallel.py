@@ -11,9 +11,10 @@ from jax.sharding import PartitionSpec as P
 
 from alignax import logprob
 from alignax.batch import LM
-from alignax.inputs import layout, tokenizer
+from alignax.inputs import layout
 from alignax.models import sharding, transformer
 from alignax.sampling import decode
+from alignax.text import tokenizer
 
 
 def scorer(mesh: Mesh, *, packed: bool = False) -> Callable:

@@ -10,13 +10,14 @@ from typing import Any
 
 from alignax import plugin
 from alignax.batch import Example
-from alignax.inputs import prompts, rows, truncation
+from alignax.inputs import prompts, rows
 from alignax.inputs.detokenize import marked
-from alignax.inputs.dialogues import Prepared
-from alignax.inputs.tokenizer import Tokenizer
-from alignax.inputs.truncation import TooLong
 from alignax.reports import tables
 from alignax.runs import model_paths
+from alignax.text import truncation
+from alignax.text.dialogues import Prepared
+from alignax.text.tokenizer import Tokenizer
+from alignax.text.truncation import TooLong
 from alignax.training import checks, loading
 from alignax.training.plugins import bind
 

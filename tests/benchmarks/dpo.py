@@ -255,7 +255,7 @@ def dialogues(path, many):
 
 def as_ids(rows, path, length):
     """Ids as TRL makes them, for a peer that takes ids: no row longer than `length`."""
-    from alignax.inputs import tokenizer
+    from alignax.text import tokenizer
 
     text = tokenizer.load(path)
     end = [min(text.eos_ids)]

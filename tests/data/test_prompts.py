@@ -5,7 +5,7 @@ import json
 import pytest
 
 from alignax.data import prompts
-from alignax.inputs import tokenizer
+from alignax.text import tokenizer
 
 
 def test_every_line_is_a_prompt_and_blanks_within_it_stay(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 
 from alignax.batch import Example
 from alignax.data import Examples, recovery
-from alignax.inputs import tokenizer
+from alignax.text import tokenizer
 
 PAIRS = Examples(
     [

@@ -7,7 +7,8 @@ import pytest
 
 from alignax.batch import Example, form
 from alignax.data import Examples, unpaired
-from alignax.inputs import source, tokenizer
+from alignax.inputs import source
+from alignax.text import tokenizer
 
 PAIRS = Examples(
     [

@@ -5,9 +5,9 @@ import re
 import pytest
 
 from alignax.data import urial
-from alignax.inputs import tokenizer
 from alignax.respond import output
 from alignax.sampling import prefill
+from alignax.text import tokenizer
 
 TEXT = tokenizer.load("bytes")
 SOURCE = {"name": "synthetic", "kind": "prompts", "size": 4}

@@ -21,11 +21,11 @@ import pytest
 from alignax import batch as batches
 from alignax import logprob, plugin
 from alignax.batch import LM
-from alignax.inputs import tokenizer
-from alignax.inputs.encoder import FunctionEncoder
 from alignax.models import transformer
 from alignax.models.transformer import ModelConfig
 from alignax.sampling import guides
+from alignax.text import tokenizer
+from alignax.text.encoder import FunctionEncoder
 from configs import generate
 
 FOUND = {name: plugin.load("decoders", name) for name in plugin.available("decoders")}

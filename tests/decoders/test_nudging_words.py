@@ -9,9 +9,9 @@ import pytest
 
 from alignax.batch import LM, Batch, Scores, from_groups
 from alignax.decoders import nudging_words
-from alignax.inputs import tokenizer
-from alignax.inputs.encoder import FunctionEncoder
 from alignax.sampling.decode import Generated
+from alignax.text import tokenizer
+from alignax.text.encoder import FunctionEncoder
 
 TK = tokenizer.load("bytes")
 EOS = 257

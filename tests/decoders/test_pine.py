@@ -10,12 +10,12 @@ import pytest
 
 from alignax import logprob
 from alignax.decoders import best_of_n, contrastive, pine
-from alignax.inputs import tokenizer
-from alignax.inputs.encoder import FunctionEncoder
 from alignax.models import pine as model
 from alignax.models import transformer
 from alignax.sampling import decode, drafts
 from alignax.sampling.speculate import speculate
+from alignax.text import tokenizer
+from alignax.text.encoder import FunctionEncoder
 
 TEXT = tokenizer.load("bytes")
 DOCUMENTS = ["a red one, ", "blue. ", "the third is green "]

@@ -12,10 +12,10 @@ from alignax import logprob, rewards
 from alignax.batch import LM, Batch, Example, Scores
 from alignax.data import jsonl, pairing
 from alignax.evals import perplexity, ranking_accuracy, sample, token_shift, win_rate
-from alignax.inputs import tokenizer
 from alignax.models import transformer
 from alignax.reports.metrics import Writer
 from alignax.sampling import decode
+from alignax.text import tokenizer
 
 TK = tokenizer.load("bytes")
 KEY = jax.random.key(0)

@@ -12,9 +12,9 @@ import tiny
 from alignax.batch import Batch, Example
 from alignax.evals import inference_win_rate
 from alignax.evals.inference_win_rate import best_weights, win_rates
-from alignax.inputs import tokenizer
 from alignax.models import transformer
 from alignax.models.sharding import make_mesh
+from alignax.text import tokenizer
 from alignax.theory import infalign
 from alignax.training import build, parallel
 

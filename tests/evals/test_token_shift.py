@@ -12,8 +12,8 @@ from oracles import transformer as oracle
 from alignax import logprob
 from alignax.batch import Example
 from alignax.evals import token_shift
-from alignax.inputs import tokenizer
 from alignax.sampling import decode
+from alignax.text import tokenizer
 
 TK = tokenizer.load("bytes")
 DATA = [Example("0", "ab", ["cdef"]), Example("1", "g", ["hi"]), Example("2", "jkl", ["m"])]  # fmt: skip

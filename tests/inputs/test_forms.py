@@ -223,7 +223,8 @@ def test_feedback_is_that_of_the_form():
 
 
 def test_a_row_without_its_label_is_malformed():
-    from alignax.inputs import rows, tokenizer
+    from alignax.inputs import rows
+    from alignax.text import tokenizer
 
     data = [
         Example("a", "Q", ["x"], form="labelled"),

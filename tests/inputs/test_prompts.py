@@ -6,7 +6,8 @@ import pytest
 from alignax import plugin
 from alignax.batch import Example
 from alignax.data import Examples
-from alignax.inputs import prompts, rows, tokenizer
+from alignax.inputs import prompts, rows
+from alignax.text import tokenizer
 
 TK = tokenizer.load("bytes")
 CHATML = (

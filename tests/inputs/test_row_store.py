@@ -7,7 +7,8 @@ import pytest
 
 from alignax import plugin
 from alignax.batch import Example
-from alignax.inputs import plan, row_store, rows, source, tokenizer
+from alignax.inputs import plan, row_store, rows, source
+from alignax.text import tokenizer
 
 TK = tokenizer.load("bytes")
 

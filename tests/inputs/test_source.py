@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from alignax.batch import Example, check
 from alignax.data import Examples, synthetic
-from alignax.inputs import detokenize, prompts, source, tokenizer
+from alignax.inputs import detokenize, prompts, source
+from alignax.text import tokenizer
 
 TK = tokenizer.load("bytes")
 

@@ -17,7 +17,7 @@ import pytest
 
 from alignax import logprob, masked, plugin, ratios
 from alignax.batch import FORMS, Batch, Scores
-from alignax.inputs import tokenizer
+from alignax.text import tokenizer
 from alignax.training import build
 from configs import common
 

@@ -44,12 +44,13 @@ from alignax import shaping as shapings
 from alignax.batch import LM, Batch, Example
 from alignax.evals import inference_win_rate
 from alignax.frontier import Points
-from alignax.inputs import source, tokenizer
+from alignax.inputs import source
 from alignax.models import sharding, transformer
 from alignax.models.transformer import ModelConfig
 from alignax.reports.metrics import Interval
 from alignax.rollouts import sampler
 from alignax.rollouts import source as rollouts
+from alignax.text import tokenizer
 from alignax.training import optim, parallel
 from alignax.training.step import init_state, make_train_step
 

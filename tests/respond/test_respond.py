@@ -12,9 +12,9 @@ import tiny
 
 from alignax import plugin
 from alignax.data import prompts as prompt_data
-from alignax.inputs import tokenizer
 from alignax.respond import output, respond, responder
 from alignax.sampling import automaton, decode, prefill
+from alignax.text import tokenizer
 from alignax.training import loading, parallel
 from configs import generate, value_mean
 

@@ -8,8 +8,8 @@ import pytest
 import tiny
 
 from alignax.batch import Example, from_groups
-from alignax.inputs import tokenizer
 from alignax.respond import output, respond, starts
+from alignax.text import tokenizer
 
 BYTES = tokenizer.load("bytes")
 CHAT = [{"role": "user", "content": "Hi there"}]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import tiny
 
-from alignax.inputs import tokenizer
 from alignax.respond import output, respond, responder, stops
+from alignax.text import tokenizer
 
 BYTES = tokenizer.load("bytes")
 EOS, PAD = 257, 258

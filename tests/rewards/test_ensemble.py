@@ -7,8 +7,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from alignax import rewards
-from alignax.inputs import tokenizer
 from alignax.rewards import model
+from alignax.text import tokenizer
 
 TEXTS = [["aaab", "b"], ["abab", ""]]
 

@@ -7,9 +7,9 @@ import pytest
 
 from alignax import plugin, rewards
 from alignax.batch import Example
-from alignax.inputs import tokenizer
 from alignax.inputs.source import dataset_source
 from alignax.rewards import relevance
+from alignax.text import tokenizer
 
 TK = tokenizer.load("bytes")
 QUERY = "How do I bake rye bread?"

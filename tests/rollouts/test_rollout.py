@@ -12,12 +12,12 @@ import tiny
 
 from alignax import plugin, rewards, shaping
 from alignax.batch import LM, Example, from_groups
-from alignax.inputs import tokenizer
 from alignax.models.sharding import make_mesh
 from alignax.rollouts import sampler as samplers
 from alignax.rollouts import selection
 from alignax.rollouts.source import rollout_source
 from alignax.sampling import decode
+from alignax.text import tokenizer
 from alignax.training import loading, parallel
 
 TK = tokenizer.load("bytes")

@@ -6,10 +6,10 @@ import pytest
 
 from alignax import plugin
 from alignax.batch import LM, Batch, from_groups
-from alignax.inputs import tokenizer
 from alignax.inputs.prompts import PromptBatch
 from alignax.rollouts import sampler
 from alignax.sampling.decode import Generated
+from alignax.text import tokenizer
 
 LENGTHS = [[1, 3, 4, 5], [2, 2, 3, 1]]  # tokens of responses; 5 are all there may be
 

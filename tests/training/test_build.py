@@ -9,10 +9,10 @@ import pytest
 import tiny
 
 from alignax.batch import LM
-from alignax.inputs import tokenizer
 from alignax.inputs.annotate import annotate
 from alignax.models import load, save, sharding, transformer
 from alignax.runs import checkpoint
+from alignax.text import tokenizer
 from alignax.training import build, checks, loading, loop, optim, parallel
 
 

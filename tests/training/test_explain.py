@@ -3,8 +3,8 @@
 import jax
 import tiny
 
-from alignax.inputs import tokenizer
 from alignax.models import transformer
+from alignax.text import tokenizer
 from alignax.training import explain, loading
 
 

@@ -18,10 +18,10 @@ import tiny
 from alignax import logprob, plugin
 from alignax.batch import LM
 from alignax.inputs import source
-from alignax.inputs import tokenizer as tokenizers
 from alignax.models import sharding
 from alignax.reports.metrics import read
 from alignax.runs import checkpoint
+from alignax.text import tokenizer as tokenizers
 from alignax.training import build, loading, loop
 
 EVAL_DATA = {"name": "synthetic", "split": "test", "kind": "sft", "size": 4}

@@ -9,7 +9,8 @@ import tiny
 from ml_collections import ConfigDict
 
 from alignax.batch import Example
-from alignax.inputs import detokenize, tokenizer, tokenizer_files
+from alignax.inputs import detokenize
+from alignax.text import tokenizer, tokenizer_files
 from alignax.training import build, show
 
 

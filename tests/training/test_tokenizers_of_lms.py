@@ -13,8 +13,9 @@ import tiny
 
 from alignax import rewards
 from alignax.batch import LM, from_groups
-from alignax.inputs import detokenize, tokenizer, tokenizer_files
+from alignax.inputs import detokenize
 from alignax.models import save, transformer
+from alignax.text import tokenizer, tokenizer_files
 from alignax.training import build, loading, loop, parallel
 
 GOLDEN = tiny.ROOT / "tests" / "golden" / "templates"

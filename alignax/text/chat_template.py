@@ -19,8 +19,8 @@ import jinja2.nodes
 import jinja2.sandbox
 
 from alignax.batch import Message
-from alignax.inputs import tracked_text
-from alignax.inputs.tracked_text import Tracked
+from alignax.text import tracked_text
+from alignax.text.tracked_text import Tracked
 
 # For conversations where a tokenizer has no template (bytes, base models); `tokenize`
 # inserts EOS after each assistant turn.

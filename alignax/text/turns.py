@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from alignax.batch import Message
-from alignax.inputs import tracked_text
-from alignax.inputs.chat_template import MARK, THOUGHTS
-from alignax.inputs.skeleton import Skeleton, build, fill
+from alignax.text import tracked_text
+from alignax.text.chat_template import MARK, THOUGHTS
+from alignax.text.skeleton import Skeleton, build, fill
 
 Span = tuple[int, int]
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignax.batch import Example
-from alignax.inputs import chat_template, skeleton, tracked_text
-from alignax.inputs.dialogues import Dialogues
-from alignax.inputs.turns import Reader
+from alignax.text import chat_template, skeleton, tracked_text
+from alignax.text.dialogues import Dialogues
+from alignax.text.turns import Reader
 
 some = settings(max_examples=60, deadline=None, derandomize=True)
 ROLES = ("system", "user", "assistant", "tool")

@@ -23,10 +23,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, SupportsIndex
 
 from alignax.batch import Example, Message
-from alignax.inputs import chat_template as chat_templates
-from alignax.inputs import gguf_vocab, tracked_text, turns
-from alignax.inputs.dialogues import Dialogues, Reading
-from alignax.inputs.encoder import PRIVATE, Encoder, FunctionEncoder
+from alignax.text import chat_template as chat_templates
+from alignax.text import gguf_vocab, tracked_text, turns
+from alignax.text.dialogues import Dialogues, Reading
+from alignax.text.encoder import PRIVATE, Encoder, FunctionEncoder
 
 log = logging.getLogger(__name__)
 DEFAULT = Reading()

@@ -11,8 +11,8 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from alignax.inputs.encoder import Encoder, Key, Segment
-from alignax.inputs.skeleton import LEFT, RIGHT
+from alignax.text.encoder import Encoder, Key, Segment
+from alignax.text.skeleton import LEFT, RIGHT
 
 MARK = re.compile(f"(.?){re.escape(LEFT[-1])}(\\d+){re.escape(RIGHT[0])}(.?)", re.S)
 

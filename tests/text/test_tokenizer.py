@@ -9,7 +9,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from alignax.batch import Example
-from alignax.inputs import tokenizer
+from alignax.text import tokenizer
 
 NOW = datetime.datetime(2026, 1, 2)
 CHATML = (

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from alignax.batch import Message
-from alignax.inputs import tracked_text
+from alignax.text import tracked_text
 
 # Blanks and private characters round a number: no template can know them.
 LEFT, RIGHT = " \ue000", "\ue001 "

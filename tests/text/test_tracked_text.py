@@ -12,8 +12,8 @@ from chat_families import FAMILIES, texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignax.inputs import chat_template, tracked_text
-from alignax.inputs.tracked_text import Tracked, plain, spans, track
+from alignax.text import chat_template, tracked_text
+from alignax.text.tracked_text import Tracked, plain, spans, track
 
 some = settings(max_examples=60, deadline=None, derandomize=True)
 NOW = datetime.datetime(2024, 7, 26)

@@ -6,9 +6,10 @@ import pathlib
 import pytest
 
 from alignax.batch import Example
-from alignax.inputs import rows, tokenizer, truncation
-from alignax.inputs.dialogues import Prepared
-from alignax.inputs.truncation import TooLong, exchanges
+from alignax.inputs import rows
+from alignax.text import tokenizer, truncation
+from alignax.text.dialogues import Prepared
+from alignax.text.truncation import TooLong, exchanges
 
 TK = tokenizer.load("bytes")
 SHARED = pathlib.Path(__file__).parents[3] / "shared"

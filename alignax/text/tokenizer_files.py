@@ -10,8 +10,8 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from alignax.inputs.tokenizer import Tokenizer
 from alignax.models.save import TOKENIZER_FILES
+from alignax.text.tokenizer import Tokenizer
 
 
 def files(text: Tokenizer) -> dict[str, bytes]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from alignax.batch import Example, Message
-from alignax.inputs.dialogues import Dialogues, Reading, Rendered, Tokens, as_messages
+from alignax.text.dialogues import Dialogues, Reading, Rendered, Tokens, as_messages
 
 RULES = {
     "response": "the response before the prompt, and of the prompt the oldest exchanges",

@@ -12,7 +12,7 @@ import zipfile
 import pytest
 
 from alignax.batch import Example
-from alignax.inputs import tokenizer
+from alignax.text import tokenizer
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "templates"
 FAMILIES = sorted(p.stem for p in GOLDEN.glob("*.zip"))

@@ -11,10 +11,10 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from alignax.batch import Example, Message
-from alignax.inputs.encoder import Encoded, Encoder, Key, Segment
-from alignax.inputs.shapes import Filled, Shape, shape
-from alignax.inputs.skeleton import LEFT, RIGHT
-from alignax.inputs.turns import Reader, Rendering, Span, Turn
+from alignax.text.encoder import Encoded, Encoder, Key, Segment
+from alignax.text.shapes import Filled, Shape, shape
+from alignax.text.skeleton import LEFT, RIGHT
+from alignax.text.turns import Reader, Rendering, Span, Turn
 
 SYSTEMS = ("refuse", "user")  # what happens to a system turn that a template lacks
 SPECIALS = ("text", "tokens")  # what control tokens in users' text are

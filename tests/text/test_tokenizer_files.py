@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 from tokenizers import pre_tokenizers
 
-from alignax.inputs import tokenizer, tokenizer_files
+from alignax.text import tokenizer, tokenizer_files
 
 NOW = datetime.datetime(2024, 7, 26)
 TEXTS = (

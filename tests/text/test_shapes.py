@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignax.batch import Example
-from alignax.inputs import tokenizer
-from alignax.inputs.dialogues import Prepared
+from alignax.text import tokenizer
+from alignax.text.dialogues import Prepared
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "templates"
 FAMILIES = [*sorted(p.stem for p in GOLDEN.glob("*.zip")), "bytes"]
