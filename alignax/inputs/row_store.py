@@ -122,39 +122,62 @@ def _make(
     """Tokenises examples; many rows of files are written to an entry while they come."""
     counts, sizes = rows.no_counts(), Sizes()
     stream = rows.stream(examples, tokenizer, length=length, counts=counts)
-    files = getattr(examples, "files", ())
+    files = {str(f): _digest(f) for f in getattr(examples, "files", ())}
     first: list[Row] = []
+    scratch = None
     for row in stream:
         sizes.add(row)
         first.append(row)
-        if len(first) > SMALL and files and entry is not None:
-            break
-    else:
+        if len(first) == SMALL and files and entry is not None:
+            check(counts)  # before the rest is read
+            if (scratch := _scratch(entry)) is not None:
+                break
+    if scratch is None or entry is None:
         check(counts)
         rows.check_any(len(first), counts)
         return Rows(first, sizes, counts)
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    scratch = pathlib.Path(tempfile.mkdtemp(dir=entry.parent, prefix="."))
     try:
         digest = _write(scratch / "rows.array_record", first, stream, sizes)
         check(counts)
         sizes.save(scratch / "sizes.npz")
-        described = {
-            "files": {str(f): _digest(f) for f in files}, "counts": counts,
-            "digest": digest, **sizes.described(),
-        }  # fmt: skip
-        text = json.dumps(described, ensure_ascii=True)
+        described = {"files": files, "counts": counts, "digest": digest}
+        text = json.dumps({**described, **sizes.described()})
         (scratch / "entry.json").write_text(text, encoding="utf-8")
-        shutil.rmtree(entry, ignore_errors=True)  # of other files, or damaged
-        try:
-            scratch.rename(entry)
-        except OSError:  # another process was faster
-            log.info("%s is there already", entry)
+        return _placed(scratch, entry)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _scratch(entry: pathlib.Path) -> pathlib.Path | None:
+    """A new folder beside an entry; None, with a warning, where none can be made."""
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        return pathlib.Path(tempfile.mkdtemp(dir=entry.parent, prefix="."))
+    except OSError as error:
+        log.warning(
+            "%s: token ids cannot be kept there and stay in memory (config.row_cache = "
+            "%r leaves this out)", error, OFF,
+        )  # fmt: skip
+        return None
+
+
+def _placed(scratch: pathlib.Path, entry: pathlib.Path) -> Rows:
+    """Renames a finished folder to its entry, unless another process was faster.
+
+    Raises:
+      ValueError: the entry does not read back.
+    """
+    try:
+        scratch.rename(entry)
+    except OSError:  # there is one: of another process, of other files, or damaged
+        found = _load(entry)
+        if found is not None:
+            return found
+        shutil.rmtree(entry, ignore_errors=True)
+        scratch.rename(entry)
     found = _load(entry)
     if found is None:
-        raise ValueError(f"{entry} does not read back: set config.row_cache = '{OFF}'")
+        raise ValueError(f"{entry} does not read back: set config.row_cache = {OFF!r}")
     return found
 
 

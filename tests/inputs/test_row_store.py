@@ -1,6 +1,7 @@
 """Rows on the disk: a second start reads no text, and nothing stale is taken."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -187,10 +188,11 @@ def test_the_data_are_checked_before_and_after_they_are_kept(made):
 
     with pytest.raises(ValueError, match="another form"):
         read(section, folder, check=check)
+    assert not list(pathlib.Path(folder).glob("*"))  # known from the first rows
     read(section, folder, check=check)
     read(section, folder, check=check)
-    assert [list(forms) for forms in seen] == [["pairs"]] * 3
-    assert seen[2]["pairs"] == [39, "pairs.jsonl:1"]
+    assert [list(forms) for forms in seen] == [["pairs"]] * 4
+    assert seen[3]["pairs"] == [39, "pairs.jsonl:1"]
 
 
 def test_what_is_stopped_half_way_leaves_no_entry(made, tmp_path, monkeypatch):
@@ -203,3 +205,26 @@ def test_what_is_stopped_half_way_leaves_no_entry(made, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         read(section, folder)
     assert not list(tmp_path.glob("cache/*"))
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(made, tmp_path, caplog):
+    section, _ = made
+    (tmp_path / "file").touch()
+    found = read(section, str(tmp_path / "file"))
+    same(found, rows.read(plugin.load_examples(section), TK, length=24))
+    assert "cannot be kept" in caplog.text
+
+
+def test_two_processes_may_keep_the_same_rows(made, monkeypatch):
+    section, folder = made
+    placed = row_store._placed
+
+    def late(scratch, entry):
+        monkeypatch.setattr(row_store, "_placed", placed)
+        read(section, folder)  # another process, which is faster
+        return placed(scratch, entry)
+
+    monkeypatch.setattr(row_store, "_placed", late)
+    first = read(section, folder)
+    same(first, read(section, folder))
+    assert len(list(pathlib.Path(folder).iterdir())) == 1
