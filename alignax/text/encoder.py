@@ -2,15 +2,18 @@
 
 A control token is an added token that is special, ends a turn, or that the chat template
 writes. A text is cut in front of each of its control tokens; the segments are encoded one
-by one, which gives the ids of the whole text, and equal segments are encoded once. Control
+by one, which gives the ids of the whole text, and equal segments are encoded once. (It is
+not cut where a tokenizer is found to give other ids then.) Control
 tokens in a protected part of the text (what a user wrote) are no control tokens: their
 segment is encoded by a shadow of the tokenizer, in which every control token has another
 name, a private character.
 """
 
 import bisect
+import itertools
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -135,10 +138,14 @@ class Encoder:
         self._names = {i: token for token, i in self.control.items()}
         tokens = [added[i] for i in self.control.values()]
         self._find = _pattern(tokens)
+        self._words = {t.content for t in tokens if t.single_word}
+        self._uncut = {t.content for t in tokens if not _cuts(core, t.content)}
+        # Other texts may become one of these tokens by the normaliser.
+        self._loose = core.normalizer is not None and any(t.normalized for t in tokens)
         starts = {token.content[0] for token in tokens}
         # Whether a control token begins only where its first character is, whatever is
         # in front of it.
-        self.separate = not any(
+        self.separate = not (self._uncut or self._loose) and not any(
             t.lstrip or t.single_word or starts & {*t.content[1:]} for t in tokens
         )
         self._memo: dict[Key, list[int]] = {}
@@ -178,12 +185,18 @@ class Encoder:
             k, many = 0, len(protected)
             for match in self._find.finditer(text, begin):
                 a, b = match.span()
+                token = match.group().lstrip()
+                a = b - len(token)  # blanks in front may be a user's
+                if token in self._words and _in_word(text, a, b):
+                    continue
                 while k < many and protected[k][1] <= a:
                     k += 1
                 if k < many and protected[k][0] < b:
                     hidden.append(a)
                 else:
-                    leads.append((a, b, match.group(), False))
+                    leads.append((*match.span(), match.group(), False))
+        if self._uncut and not hidden:
+            leads = [lead for lead in leads if lead[2].strip() not in self._uncut]
         if inserts:
             leads += [(at, at, token, True) for at, token in inserts if at >= begin]
             leads.sort(key=lambda lead: lead[:2])
@@ -194,8 +207,15 @@ class Encoder:
             stop = leads[k + 1][0] if k + 1 < len(leads) else len(text)
             shadowed = bool(hidden) and any(b <= at < stop for at in hidden)
             if stop > a or inserted:
-                out.append(Segment(a, inserted, Key(token, text[b:stop], shadowed)))
+                key = Key(token, text[b:stop], shadowed)
+                if self._loose and any(x < stop and b < y for x, y in protected):
+                    key = key._replace(shadowed=shadowed or self._hides(key))
+                out.append(Segment(a, inserted, key))
         return out
+
+    def _hides(self, key: Key) -> bool:
+        """Whether the body of a segment, which has no control token, has the id of one."""
+        return any(i in self._names for i in self.ids(key)[bool(key.lead) :])
 
     def prefetch(self, wanted: Iterable[Key]) -> None:
         """Encodes in one batch what is not known yet."""
@@ -329,6 +349,7 @@ class FunctionEncoder(Encoder):
         self._names = {i: token for token, i in control.items()}
         self._find = None
         self.separate = True
+        self._uncut, self._words, self._loose = set(), set(), False
         self._memo, self._older = {}, {}
 
     def plain(self, text: str) -> list[int]:
@@ -347,14 +368,35 @@ class FunctionEncoder(Encoder):
         ]
 
 
+def _cuts(core: Any, token: str) -> bool:
+    """Whether a text may be cut in front of a token: both parts have the ids of the whole.
+
+    It may not where a normaliser puts a blank in front of texts and finds the token after it.
+    """
+
+    def ids(text: str) -> list[int]:
+        return core.encode(text, add_special_tokens=False).ids
+
+    pairs = itertools.product(("a", "1 "), ("", "b", " b"))
+    return all(ids(a + token + b) == ids(a) + ids(token + b) for a, b in pairs)
+
+
 def _pattern(tokens: list[Any]) -> re.Pattern[str] | None:
     """Finds added tokens as `tokenizers` does: the longest at the first place."""
     parts = []
     for token in sorted(tokens, key=lambda t: -len(t.content)):
         part = re.escape(token.content)
-        if token.single_word:
-            part = rf"(?<!\w){part}(?!\w)"
         if token.lstrip:
             part = rf"\s*{part}"
         parts.append(part)
     return re.compile("|".join(parts)) if parts else None
+
+
+def _in_word(text: str, start: int, stop: int) -> bool:
+    """Whether a letter is beside text[start:stop], as `tokenizers` counts letters."""
+    beside = text[start - 1 : start] + text[stop : stop + 1]
+    return any(unicodedata.category(c) in WORD or c in JOINERS for c in beside)
+
+
+WORD = ("Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "Nd", "Nl", "Pc")
+JOINERS = "\u200c\u200d"
