@@ -31,6 +31,7 @@ PLAIN_TEMPLATE = (
 )
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # names of one key
 MARK = (-1, "generation")  # source of text inside {% generation %}
+SCOPES = ("_loop_vars", "_block_vars")  # that compiled templates add to calls
 # What a template may raise on a row that it was not written for.
 REFUSALS = (
     jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError,
@@ -156,7 +157,9 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             if function.__name__ == "join":
                 return tracked_text.join(owner, *args)
             out = super().call(context, function, *args, **kwargs)
-            return _from(out, args, kwargs)
+            # jinja2 also hands over all variables of a loop, which are no arguments.
+            given = {k: v for k, v in kwargs.items() if k not in SCOPES}
+            return _from(out, args, given)
         return super().call(context, function, *args, **kwargs)
 
     def call_binop(self, context, operator, left, right):

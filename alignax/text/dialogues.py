@@ -14,7 +14,7 @@ from alignax.batch import Example, Message
 from alignax.text.encoder import Encoded, Encoder, Key, Segment
 from alignax.text.shapes import Filled, Shape, shape
 from alignax.text.skeleton import LEFT, RIGHT
-from alignax.text.turns import Reader, Rendering, Span, Turn
+from alignax.text.turns import Reader, Rendering, Span, Turn, text_of
 
 SYSTEMS = ("refuse", "user")  # what happens to a system turn that a template lacks
 SPECIALS = ("text", "tokens")  # what control tokens in users' text are
@@ -434,7 +434,9 @@ class Dialogues:
         answers = [
             reader.adapted(as_messages(r, "assistant")) for r in example.responses
         ]
-        opened = all(t and t[0]["role"] == "assistant" for t in answers)
+        if not all(answers):
+            raise ValueError("a response has no turn")
+        opened = all(t[0]["role"] == "assistant" for t in answers)
         begun = opened and bool(prompt) and prompt[-1]["role"] == "assistant"
         rendering = reader.read(prompt, open_turn=opened and not begun)
         asked = self._asked(reader, prompt, rendering, begun, prefill)
@@ -484,12 +486,13 @@ class Dialogues:
         """(a response with its prompt, what of it the template does not show)."""
         first, given = len(prompt) - begun, bool(answer[0].get("prefill"))
         if begun:
-            text = str(prompt[-1]["content"])
-            said = {**answer[0], "content": text + str(answer[0]["content"])}
+            text, more = text_of(prompt[-1]), text_of(answer[0])
+            said = {**prompt[-1], **answer[0], "content": text + more}
+            text += answer[0].get("prefill") or ""
             answer = [{**said, "prefill": text}, *answer[1:]]
         messages = [*prompt[:first], *answer]
         for m in answer:
-            if not str(m.get("content")).startswith(m.get("prefill") or ""):
+            if not text_of(m).startswith(m.get("prefill") or ""):
                 raise ValueError(
                     f"prefill {m['prefill']!r} does not begin {m.get('content')!r}"
                 )
@@ -553,7 +556,8 @@ def _raw_text(response: str | Sequence[Message]) -> tuple[str, str] | None:
     if isinstance(response, str):
         return response, ""
     if len(response) == 1 and "prefill" in response[0]:
-        return response[0]["content"], response[0]["prefill"]
+        text, prefill = response[0].get("content"), response[0]["prefill"]
+        return (text, prefill) if isinstance(text, str) else None
     return None
 
 

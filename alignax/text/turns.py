@@ -26,6 +26,11 @@ EMPTY_THOUGHT = re.compile(
 # Keys of a message that are no text of the turn.
 SETTINGS = ("role", "weight", "train", "prefill")
 NAMES = ("name", "tool_call_id")
+KINDS: dict[str, tuple[type, ...]] = {  # of the values of a message
+    "role": (str,),
+    "content": (str, list, type(None)),
+    "prefill": (str, type(None)),
+}
 
 
 class Turn(NamedTuple):
@@ -84,8 +89,11 @@ class Reader:
         Content in parts becomes one text where the template does not read parts.
 
         Raises:
-          ValueError: a system turn that the template cannot show.
+          ValueError: a system turn that the template cannot show; content of no kind that
+            messages have.
         """
+        for m in messages:
+            _check(m)
         parts = any(isinstance(m.get("content"), list) for m in messages)
         if parts and not self._takes_parts:
             messages = [{**m, "content": text_of(m)} for m in messages]
@@ -417,11 +425,31 @@ def end_of_turn(
 
 
 def text_of(message: Message) -> str:
-    """The content of a message as one text; parts are joined, None is empty."""
+    """The content of a message as one text; parts are joined, None is empty.
+
+    Raises:
+      ValueError: a part that is no text.
+    """
     content = message.get("content")
-    if isinstance(content, list):
-        return "".join(p["text"] if isinstance(p, Mapping) else p for p in content)
-    return content or ""
+    if not isinstance(content, list):
+        return content or ""
+    texts = [p.get("text") if isinstance(p, Mapping) else p for p in content]
+    for part, text in zip(content, texts, strict=True):
+        if not isinstance(text, str):
+            raise ValueError(
+                f"the chat template reads no parts of content that are no text: {part!r}"
+            )
+    return "".join(texts)
+
+
+def _check(message: Message) -> None:
+    """Raises ValueError for a message whose keys have values of another kind."""
+    for key, kinds in KINDS.items():
+        if not isinstance(message.get(key), kinds):
+            raise ValueError(
+                f"the {key!r} of a message is {message.get(key)!r}, expected "
+                + " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
+            )
 
 
 def first_of(tokens: Iterable[str], text: str) -> str | None:

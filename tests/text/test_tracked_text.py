@@ -293,7 +293,7 @@ def test_every_character_keeps_its_source_through_exact_changes(data):
     shown = plain(text)
     for a, b, source in spans(text):
         assert 0 <= a <= b <= len(shown)
-        assert set(shown[a:b]) <= set("123\n " if source == C else "abc\n ")
+        assert set(shown[a:b]) <= set("123_\n " if source == C else "abc_\n ")
     for wanted, source in (("123", C), ("abc", D)):
         covered = {k for a, b, s in spans(text) if s == source for k in range(a, b)}
         assert {k for k, c in enumerate(shown) if c in wanted} <= covered
@@ -308,6 +308,21 @@ CHANGES = [
     lambda t: t.rpartition("a")[0], lambda t: t.replace("2", "_"), lambda t: t * 2,
     lambda t: t.removeprefix("."), lambda t: tracked_text.concat(list(t)),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "plainly", ["''.strip()", "'abc'.upper()", "'{}'.format(1)", "'a'.split('b')[0]"]
+)
+def test_a_plain_text_has_no_source_whatever_the_loop_holds(plainly):
+    """Compiled calls in a loop also get the variables of the loop."""
+    source = (
+        "{% for m in messages %}{% set c = m.content %}{% set a = 'x' %}"
+        "<{{ EXPRESSION }}>{{ c }}{% endfor %}"
+    ).replace("EXPRESSION", plainly)
+    text = chat_template.render(
+        source, [families.user("one")], False, specials={}, now=NOW
+    )
+    assert given_by(text, C) == ["one"]
 
 
 def test_an_empty_text_has_a_place():
