@@ -77,7 +77,7 @@ def usable(
         example = examples[i]
         counts["read"] += 1
         try:
-            _, cut = _ids(
+            _, cut, notes = _ids(
                 example, tokenizer, length, tokenizer.reading.truncate_prompts
             )
         except truncation.TooLong as e:
@@ -87,6 +87,7 @@ def usable(
             rows.note(counts, "malformed", f"{example.id}: {e}")
             continue
         counts["used"] += 1
+        rows.note_all(counts, example.id, notes)
         counts["cut"] += cut
         counts["cut_prompt"] += cut
         if cut:
@@ -140,7 +141,7 @@ def prompt_batches(
             examples[i] for i in range(start, min(start + batch_size, len(examples)))
         ]
         found = [_ids(e, tokenizer, length, rule) for e in some]
-        ids, cut = [i for i, _ in found], sum(cut for _, cut in found)
+        ids, cut = [i for i, _, _ in found], sum(cut for _, cut, _ in found)
         fill = batch_size - len(some)
         ids, some = ids + ids[:1] * fill, some + some[:1] * fill
         tokens = np.full((batch_size, fit(max(map(len, ids)), sizes)), tokenizer.pad_id)
@@ -163,7 +164,7 @@ def prompt_batches(
 
 def _ids(
     example: Example, tokenizer: Tokenizer, length: int, rule: str
-) -> tuple[list[int], bool]:
+) -> tuple[list[int], bool, dict[str, str]]:
     return truncation.fit_prompt(
         example, tokenizer.dialogues, room=length, rule=rule, bos_id=tokenizer.bos_id
     )

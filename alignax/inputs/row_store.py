@@ -10,6 +10,7 @@ memory.
 import functools
 import hashlib
 import importlib
+import importlib.metadata
 import inspect
 import json
 import logging
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 from array_record.python import array_record_module
 
-from alignax import plugin
+from alignax import batch, plugin
 from alignax.batch import Example
 from alignax.inputs import rows
 from alignax.inputs.rows import Row, Rows, Sizes
@@ -309,6 +310,10 @@ def _code() -> str:
         folder = pathlib.Path(str(importlib.import_module(name).__file__)).parent
         for file in sorted(folder.glob("*.py")):
             digest.update(file.read_bytes())
+    for module in (batch, plugin):
+        digest.update(pathlib.Path(str(module.__file__)).read_bytes())
+    for package in ("jinja2", "tokenizers"):
+        digest.update(importlib.metadata.version(package).encode())
     return digest.hexdigest()
 
 

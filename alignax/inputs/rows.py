@@ -308,10 +308,7 @@ def _fit(
     for kind, was in (("prompt", fitted.cut_prompt), ("response", fitted.cut_response)):
         if was:
             explain(counts, example.id, f"cut_{kind}", f"at length {length}")
-    for name, details in tokens.notes.items():
-        if name != "plain_strings":  # said once, of all rows
-            explain(counts, example.id, name, details)
-        _add(counts["notes"], name, f"{example.id}: {details}")
+    note_all(counts, example.id, tokens.notes)
     return fitted
 
 
@@ -388,6 +385,14 @@ def explain(counts: dict[str, Any], example: str, kind: str, reason: str) -> Non
     """Notes what happened to a row, where all reasons are wanted."""
     if "reasons" in counts:
         counts["reasons"].append({"id": example, "kind": kind, "reason": reason})
+
+
+def note_all(counts: dict[str, Any], example: str, notes: Mapping[str, str]) -> None:
+    """Counts what is remarkable about a row that is used."""
+    for name, details in notes.items():
+        if name != "plain_strings":  # said once, of all rows
+            explain(counts, example, name, details)
+        _add(counts["notes"], name, f"{example}: {details}")
 
 
 def note(counts: dict[str, Any], name: str, *lines: str) -> None:

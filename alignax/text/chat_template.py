@@ -15,6 +15,7 @@ import jinja2
 import jinja2.compiler
 import jinja2.ext
 import jinja2.filters
+import jinja2.meta
 import jinja2.nodes
 import jinja2.sandbox
 
@@ -273,6 +274,13 @@ def is_followed(source: str | None) -> bool:
         )
         if operand.op in ("in", "notin")
     )
+
+
+@functools.lru_cache(maxsize=32)
+def variables(source: str | None) -> frozenset[str]:
+    """The names that a template reads from what it is given."""
+    tree = _environment().parse(source or PLAIN_TEMPLATE)
+    return frozenset(jinja2.meta.find_undeclared_variables(tree))
 
 
 @functools.lru_cache(maxsize=32)

@@ -6,7 +6,7 @@ common; a token that straddles prompt and response belongs to the response.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -166,12 +166,13 @@ class Dialogues:
       add_bos: whether text without a template starts with BOS.
       end_of_turn: the token by which the template closes old turns, or None.
       followed: as for `turns.Reader`.
+      variables: names that the template reads.
     """
 
     def __init__(
         self, encoder: Encoder, render, reading: Reading, *, templated: bool,
         eos_ids: Iterable[int], eos_id: int, bos_id: int | None, add_bos: bool,
-        end_of_turn: str | None, followed: bool,
+        end_of_turn: str | None, followed: bool, variables: Collection[str],
     ):  # fmt: skip
         self._encoder, self._render, self._reading = encoder, render, reading
         self._templated, self._end, self._followed = templated, end_of_turn, followed
@@ -184,6 +185,7 @@ class Dialogues:
         self._bos = None if bos_id is None else encoder.name_of(bos_id)
         self._bos_id, self._add_bos = bos_id, add_bos
         self._readers: dict[str, Reader] = {}
+        self._variables = variables
         self._shapes: dict[tuple[str, ...], Shape | None] = {}
 
     def filled(self, example: Example) -> Filled | None:
@@ -363,6 +365,8 @@ class Dialogues:
             if end is None:
                 raise ValueError("the end of a turn is no token of its own")
             inside = [m for m in side.marks if turn.opened < m[1] and m[0] < turn.after]
+            if side.marks and not inside:
+                continue  # the template marks other turns
             if not inside or any(
                 a <= turn.opened and turn.closed <= b for a, b in inside
             ):
@@ -373,6 +377,8 @@ class Dialogues:
                 a, b = places[k]
                 mark[k] = any(x < b and a < y for x, y in inside)
             mark[end] = True
+        if not any(mark):
+            raise ValueError("the template marks no turn of the response as generated")
         return mark, opens[0]
 
     def _check_start(self, encoded: Encoded) -> None:
@@ -449,6 +455,7 @@ class Dialogues:
             side, missing = self._side(reader, prompt, answer, asked, tail, begun)
             sides.append(side)
             left_out.update(missing)
+        left_out |= {f"variable {name}" for name in self._unread(example.template)}
         notes = {f"left_out {k}": "the template does not show it" for k in left_out}
         whole = [asked.segments, *(side.segments for side in sides)]
         if any(s.key.shadowed for segments in whole for s in segments):
@@ -514,6 +521,11 @@ class Dialogues:
         side = Side(whole.text, segments, mine, whole.marks, bool(head), given)
         return side, whole.left_out
 
+    def _unread(self, own: Mapping[str, Any]) -> list[str]:
+        """Variables of the config or of a row that the template has no use for."""
+        given = {**self._reading.variables, **own}
+        return [k for k, v in given.items() if k not in self._variables and v]
+
     def _protected(self, rendering: Rendering) -> Sequence[Span]:
         return () if self._reading.specials == "tokens" else rendering.protected
 
@@ -528,7 +540,8 @@ class Dialogues:
                 return self._render(messages, open_turn, variables)
 
             reader = Reader(
-                render, self._ends, self._end, followed=self._followed,
+                render, self._ends, self._end, control=self._encoder.control,
+                followed=self._followed,
                 merge_system=self._reading.system == "user",
             )  # fmt: skip
             self._readers[key] = reader

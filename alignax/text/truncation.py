@@ -42,11 +42,13 @@ def check(reading: Reading, length: int) -> None:
     """Raises ValueError for an unknown rule, or a response that leaves no prompt."""
     for key, rules in (("truncate", RULES), ("truncate_prompts", PROMPT_RULES)):
         if (rule := getattr(reading, key)) not in rules:
-            raise ValueError(f"{key} is {rule!r}, expected one of {', '.join(rules)}")
+            raise ValueError(
+                f"config.{key} is {rule!r}, expected one of {', '.join(rules)}"
+            )
     if not 0 <= reading.min_response < length:
         raise ValueError(
-            f"min_response is {reading.min_response}, expected 0 to {length - 1}: below "
-            f"length={length}"
+            f"config.min_response is {reading.min_response}, expected 0 to {length - 1}: below "
+            f"config.length = {length}"
         )
 
 
@@ -104,8 +106,8 @@ def fit(
 
 def fit_prompt(
     example: Example, dialogues: Dialogues, *, room: int, rule: str, bos_id: int | None
-) -> tuple[list[int], bool]:  # fmt: skip
-    """(the ids of a prompt to generate from, whether it was cut).
+) -> tuple[list[int], bool, dict[str, str]]:  # fmt: skip
+    """(the ids of a prompt to generate from, whether it was cut, what is remarkable).
 
     Args:
       example: only its prompt is read.
@@ -123,9 +125,9 @@ def fit_prompt(
     tokens = dialogues.ids(rendered)
     size = len(tokens.prompt)
     if size <= room:
-        return tokens.prompt, False
+        return tokens.prompt, False, tokens.notes
     if rule == "left":
-        return left_cut(tokens.prompt, room, bos_id), True
+        return left_cut(tokens.prompt, room, bos_id), True, tokens.notes
     if rule == "drop":
         raise TooLong(
             f"the prompt has {size} tokens, there is room for {room} "
@@ -135,8 +137,9 @@ def fit_prompt(
         asked, rendered, tokens, dialogues, least=0, length=room, own=None
     )
     if len(tokens.prompt) <= room:
-        return tokens.prompt, True
-    return _without_front(tokens.prompt, dialogues.loose(rendered), room), True
+        return tokens.prompt, True, tokens.notes
+    shorter = _without_front(tokens.prompt, dialogues.loose(rendered), room)
+    return shorter, True, tokens.notes
 
 
 def left_cut(ids: list[int], room: int, bos_id: int | None) -> list[int]:
@@ -196,11 +199,16 @@ def _shorter(
 
 
 def _need(tokens: Tokens, least: int, own: int | None) -> int:
-    """Tokens that the responses need to keep `least` scored ones, or all they have."""
+    """Tokens that the responses need to keep `least` scored ones.
+
+    These are of the first turn, or all that it has: what a user says between turns of a
+    response costs the prompt nothing.
+    """
     needs = [0]
     for mark in tokens.scored[:own] if least else []:
-        at = [k for k, scored in enumerate(mark) if scored][:least]
-        needs.append(at[-1] + 1)
+        first = mark.index(True)
+        turn = next((k for k in range(first, len(mark)) if not mark[k]), len(mark))
+        needs.append(min(first + least, turn))
     return max(needs)
 
 

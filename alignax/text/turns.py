@@ -26,6 +26,8 @@ EMPTY_THOUGHT = re.compile(
 # Keys of a message that are no text of the turn.
 SETTINGS = ("role", "weight", "train", "prefill")
 NAMES = ("name", "tool_call_id")
+TRUSTED = ("assistant", "system", "developer")  # roles whose control tokens are tokens
+TAGS = len("<think></think>")  # characters of a thought that a template may write anew
 KINDS: dict[str, tuple[type, ...]] = {  # of the values of a message
     "role": (str,),
     "content": (str, list, type(None)),
@@ -66,6 +68,7 @@ class Reader:
       render: (messages, add_generation_prompt) -> the rendering, a str with spans.
       ends: the texts of the tokens that end a turn.
       end: the one of them by which the template closes old turns; None if it closes none.
+      control: the texts of all control tokens.
       merge_system: under a template without system turns, they go in front of the first
         user turn; otherwise they are refused.
       followed: whether all reading of texts by the template is counted as an inspection
@@ -74,8 +77,10 @@ class Reader:
 
     def __init__(
         self, render: Callable[[Sequence[Message], bool], str], ends: Iterable[str],
-        end: str | None, *, merge_system: bool = False, followed: bool = False,
+        end: str | None, *, control: Iterable[str] = (), merge_system: bool = False,
+        followed: bool = False,
     ):  # fmt: skip
+        self._control = tuple(control)
         self._render, self._end, self._merge_system = render, end, merge_system
         self._followed = followed
         self._skeletons: dict[tuple[bool, tuple[str, ...]], Skeleton | None] = {}
@@ -117,6 +122,7 @@ class Reader:
         tracked = self._render_any(messages, open_turn)
         text = tracked_text.plain(tracked)
         own: list[list[tuple[int, int, str]]] = [[] for _ in messages]
+        names: list[set[str]] = [set() for _ in messages]
         marks, protected = [], []
         given = [-1] * len(messages)
         for a, b, source in tracked_text.spans(tracked):
@@ -124,23 +130,50 @@ class Reader:
                 marks.append((a, b))
                 continue
             i, key = source
-            if messages[i]["role"] in ("user", "tool"):
-                protected.append((a, b))
+            message = messages[i]
+            a, b = _narrowed(text, a, b, message, key)
+            if message["role"] not in TRUSTED:
+                protected += self._written(text, a, b, message, key)
             if key == "prefill":
                 given[i] = b
-            if key not in NAMES:
+            if key in NAMES:
+                names[i].add(key)
+            else:
                 own[i].append((a, b, key))
         places = [self._extent(text, found) for found in own]
         left_out: list[str] = []
         for i, message in enumerate(messages):
             if places[i] is None:
                 places[i] = self._place(text, messages, places, i)
-                if (place := places[i]) and message["role"] in ("user", "tool"):
-                    protected.append(place)
-            left_out += _left_out(message, {key for _, _, key in own[i]}, places[i])
+                if place := places[i]:
+                    own[i].append((*place, "content"))
+                    if message["role"] not in TRUSTED:
+                        protected.append(place)
+            left_out += _left_out(message, own[i], names[i], text)
         pieces = [[(a, b) for a, b, _ in found] for found in own]
         protected.sort()
         return Rendering(text, places, pieces, given, marks, protected, left_out)
+
+    def _written(
+        self, text: str, a: int, b: int, message: Message, key: str
+    ) -> list[Span]:  # fmt: skip
+        """What of a span a user or a tool wrote.
+
+        A span that is as a whole from a message (`'...' | format(content)`, JSON) holds text of
+        the template, too: then it is what control tokens occur in the message itself.
+        """
+        said = _texts(message.get(key))
+        if any(text[a:b] in each for each in said):
+            return [(a, b)]
+        out = []
+        for token in self._control:
+            if not any(token in each for each in said):
+                continue
+            at = text.find(token, a, b)
+            while at >= 0:
+                out.append((at, at + len(token)))
+                at = text.find(token, at + 1, b)
+        return out
 
     def is_filled(self, messages: Sequence[Message], open_turn: bool) -> bool:
         """Whether the template does not read the texts of these messages."""
@@ -197,7 +230,7 @@ class Reader:
             if i >= first:
                 known = tail if i == first else None
                 opened = self._opened(messages, whole, i, after, known)
-            trained = message.get("weight", 1) != 0 and message.get("train", True)
+            trained = all(message.get(k) in (None, 1) for k in ("weight", "train"))
             out.append(Turn(i, opened, place[1], after, bool(trained)))
         return out
 
@@ -269,6 +302,8 @@ class Reader:
         """The text of a message: its spans up to where a template writes it again."""
         if not spans:
             return None
+        # A blank thought in front of an answer is not where its text begins.
+        spans = [s for s in spans if text[s[0] : s[1]].strip()] or spans
         if len(spans) == 1:
             return spans[0][:2]
         start, stop, seen = spans[0][0], spans[0][1], {spans[0][2]}
@@ -439,7 +474,7 @@ def text_of(message: Message) -> str:
             raise ValueError(
                 f"the chat template reads no parts of content that are no text: {part!r}"
             )
-    return "".join(texts)
+    return "".join(map(str, texts))
 
 
 def _check(message: Message) -> None:
@@ -449,6 +484,11 @@ def _check(message: Message) -> None:
             raise ValueError(
                 f"the {key!r} of a message is {message.get(key)!r}, expected "
                 + " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
+            )
+    for key, values in (("weight", "0 or 1"), ("train", "true or false")):
+        if message.get(key) not in (None, 0, 1):
+            raise ValueError(
+                f"the {key!r} of a message is {message[key]!r}, expected {values}"
             )
 
 
@@ -466,21 +506,59 @@ def _common(a: str, b: str) -> str:
     return a[:n]
 
 
-def _left_out(message: Message, shown: set[str], place: Span | None) -> list[str]:
+def _narrowed(
+    text: str, a: int, b: int, message: Message, key: str
+) -> Span:  # fmt: skip
+    """A span that holds more than the content of its message: the content alone."""
+    content = message.get(key)
+    if key != "content" or not isinstance(content, str):
+        return a, b
+    shown, said = text[a:b], content.strip()
+    if len(shown) <= len(content) or not said or shown.count(said) != 1:
+        return a, b
+    at = text.index(said, a, b)
+    return at, at + len(said)
+
+
+def _left_out(
+    message: Message, own: list[tuple[int, int, str]], names: set[str], text: str
+) -> list[str]:
     """'role: key' of the texts of a message that are not in the rendering."""
-    out = []
-    for key, value in message.items():
-        if key in SETTINGS or key in NAMES or key in shown:
-            continue
-        if key == "content" and place is not None:
-            continue
-        if key in THOUGHTS and any(t in shown for t in THOUGHTS):
-            continue
-        if key == "content" and message.get("prefill") and "prefill" in shown:
-            continue
-        if _has_text(value):
-            out.append(f"{message['role']}: {key}")
+    role, shown = message["role"], {key for _, _, key in own} | names
+    if shown & {*THOUGHTS}:
+        shown |= {*THOUGHTS}
+    if "prefill" in shown:
+        shown.add("content")
+    out = [
+        f"{role}: {key}"
+        for key, value in message.items()
+        if key not in SETTINGS and key not in shown and _has_text(value)
+    ]
+    if role == "assistant" and not own:
+        return out or ["assistant: a turn without text"]
+    content = message.get("content")
+    if isinstance(content, str) and "content" in shown and "prefill" not in shown:
+        lost = _letters(content) - sum(
+            _letters(text[a:b]) for a, b, key in own if key in ("content", *THOUGHTS)
+        )
+        if lost > TAGS:
+            out.append(f"{role}: a part of content")
     return out
+
+
+def _letters(text: str) -> int:
+    return len("".join(text.split()))
+
+
+def _texts(value: Any) -> list[str]:
+    """All texts in a value, also keys."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        return [t for pair in value.items() for item in pair for t in _texts(item)]
+    if isinstance(value, list | tuple):
+        return [t for item in value for t in _texts(item)]
+    return []
 
 
 def _has_text(value: Any) -> bool:

@@ -160,6 +160,8 @@ def check_data(config) -> None:
             raise ValueError(
                 f"config.{name}.specials is {specials!r}, expected {' or '.join(SPECIALS)}"
             )
+        if not isinstance(raw := spec.get("raw", False), bool):
+            raise ValueError(f"config.{name}.raw is {raw!r}, expected True or False")
     loading.reading(config)
     for part, spec in config.mixture.items():
         if "ratio" not in spec:

@@ -121,6 +121,10 @@ def reading(config) -> Reading:
             f"config.template_system is {found.system!r}, expected one of "
             f"{', '.join(SYSTEMS)}"
         )
+    if taken := sorted({"messages", "add_generation_prompt"} & {*found.variables}):
+        raise ValueError(
+            f"config.template.{taken[0]}: the rows and the prompt give it to the template"
+        )
     truncation.check(found, config.length)
     return found
 

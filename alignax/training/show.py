@@ -179,7 +179,7 @@ def prompt_alone(example: Example, text: Tokenizer, room: int | None) -> list[st
     whole = text.prompt(example)
     if room is None:
         return prompt_lines(whole, whole, text, "")
-    part, _ = truncation.fit_prompt(
+    part, _, _ = truncation.fit_prompt(
         example, text.dialogues, room=room, rule=text.reading.truncate_prompts,
         bos_id=text.bos_id,
     )  # fmt: skip

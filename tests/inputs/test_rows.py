@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from alignax import batch
 from alignax.batch import Example
-from alignax.inputs import plan, rows, truncation
+from alignax.inputs import plan, rows
+from alignax.text import truncation
 
 few = settings(
     max_examples=40, deadline=None, derandomize=True,
@@ -114,7 +115,7 @@ def sound(row, example, text, length):
     for ids, mark in zip(row.responses, row.scored, strict=True):
         assert len(ids) == len(mark)
     own = rows.own_responses(example)
-    for ids, mark in list(zip(row.responses, row.scored, strict=True))[:own]:
+    for mark in row.scored[:own]:
         assert mark.any()
         if text.reading.truncate != "prompt":
             assert mark[-1], (

@@ -120,7 +120,7 @@ def test_a_row_has_the_ids_of_the_whole_and_ends_in_an_end_token(family, case, l
         got = text.tokenize(row)
         ids = got.prompt_ids + got.responses[0]
         assert ids == case["ids"][: len(ids)]
-        assert got.scored[0][0] and got.scored[0][-1]
+        assert got.scored[0][-1]
         ends = text.eos_ids | {text.encoder.control[text.end_of_turn]}
         assert ids[-1] in ends
         scored = [*[False] * len(got.prompt_ids), *got.scored[0]]
@@ -134,3 +134,22 @@ def test_a_row_has_the_ids_of_the_whole_and_ends_in_an_end_token(family, case, l
             ]
             n = len(got.prompt_ids)
             assert scored[n:] == mask[n:]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "open_think"])
+def test_an_empty_thought_is_not_scored_and_a_real_one_is(family, load):
+    text = load(family)
+    prompt = [{"role": "user", "content": "Hi"}]
+    for thought in ("", "Easy."):
+        answer = {"role": "assistant", "content": "Hello", "reasoning_content": thought}
+        got = text.tokenize(Example("x", prompt, [[answer]]))
+        pairs = zip(got.responses[0], got.scored[0], strict=True)
+        scored = text.decode([i for i, s in pairs if s], keep_specials=True)
+        end = text.decode([got.responses[0][-1]], keep_specials=True)
+        whole = text.render([*prompt, answer])
+        assert whole.rstrip().endswith(f"Hello{end}")
+        if thought:
+            assert "Easy." in scored
+            assert "</think>" in scored
+        elif family == "qwen3":
+            assert scored == f"Hello{end}"

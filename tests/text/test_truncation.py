@@ -178,6 +178,17 @@ def test_unknown_rules_and_a_min_response_without_a_prompt_are_refused():
             truncation.check(TK.reading._replace(**{key: value}), 20)
 
 
+@pytest.mark.parametrize("length", range(90, 220, 10))
+def test_what_a_user_says_inside_a_response_costs_the_prompt_nothing(length):
+    turns = [assistant("Hello " * 5), user("More " * 20), assistant("Sure " * 20)]
+    example = Example("x", [user("Hi")], [turns])
+    got = fit(example, length)
+    assert got.prompt == TK.prompt([user("Hi")])
+    assert len(got.prompt) + len(got.responses[0]) <= length
+    assert got.scored[0][-1]
+    assert text(got.responses[0]).startswith(" Hello")
+
+
 # -- prompts alone
 
 
@@ -188,7 +199,7 @@ def test_prompts_to_generate_from(rule):
     def prompt(room):
         return truncation.fit_prompt(
             example, TK.dialogues, room=room, rule=rule, bos_id=TK.bos_id
-        )
+        )[:2]
 
     whole = TK.prompt(example)
     assert prompt(len(whole)) == (whole, False)

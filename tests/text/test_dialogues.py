@@ -8,7 +8,8 @@ import pytest
 from chat_families import assistant, system, user
 
 from alignax.batch import Example
-from alignax.inputs import rows, tokenizer
+from alignax.inputs import rows
+from alignax.text import tokenizer
 
 CASES = pathlib.Path(__file__).parents[3] / "shared" / "cases"
 CHATML = "<|im_start|>assistant\n"
@@ -246,7 +247,7 @@ def test_turns_that_are_not_trained(key):
 @pytest.mark.parametrize("content", ["", None, " \n"])
 def test_an_empty_turn_is_its_end(family, content):
     text = families.load(family)
-    prompt, answer = shown(text, tokens(text, "Hello", [assistant(content)]))
+    _, answer = shown(text, tokens(text, "Hello", [assistant(content)]))
     end = text.end_of_turn or "<eos>"
     assert answer.rstrip("}").endswith(end)
     assert answer.endswith("}")

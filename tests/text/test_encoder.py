@@ -10,7 +10,14 @@ import tokenizers
 from chat_families import FAMILIES
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 
-from alignax.inputs.encoder import PRIVATE, ByteEncoder, Encoded, Encoder, Key, Segment
+from alignax.text.encoder import (
+    PRIVATE,
+    Encoded,
+    Encoder,
+    FunctionEncoder,
+    Key,
+    Segment,
+)
 
 MANY = 2000
 WORDS = ["Hello", "two", "é", "東京", "a\u0301", " ", "  ", "\n", "\n\n", "\t", "x", ".", "1", "▁", "<", "|>",
@@ -265,7 +272,7 @@ def test_what_the_normaliser_makes_a_control_token_is_text_too():
 
 def test_the_bytes_of_a_text():
     one = families.load("bytes").encoder
-    assert isinstance(one, ByteEncoder)
+    assert isinstance(one, FunctionEncoder)
     for text in ("", "Hello", "é東", "a\u0301<eos>"):
         got = one.encode(text, [(0, len(text))])
         assert got.ids == list(text.encode())
