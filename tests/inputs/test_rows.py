@@ -12,7 +12,7 @@ from alignax.inputs import plan, rows
 from alignax.text import truncation
 
 few = settings(
-    max_examples=40, deadline=None, derandomize=True,
+    max_examples=20, deadline=None, derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],
 )  # fmt: skip
 PARTS = st.lists(

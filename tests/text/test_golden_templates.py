@@ -13,6 +13,7 @@ import pytest
 
 from alignax.batch import Example
 from alignax.text import tokenizer
+from alignax.text.turns import EMPTY_THOUGHT
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "templates"
 FAMILIES = sorted(p.stem for p in GOLDEN.glob("*.zip"))
@@ -120,6 +121,9 @@ def test_a_row_has_the_ids_of_the_whole_and_ends_in_an_end_token(family, case, l
         got = text.tokenize(row)
         ids = got.prompt_ids + got.responses[0]
         assert ids == case["ids"][: len(ids)]
+        first = got.scored[0].index(True)  # behind an empty thought
+        thought = text.decode(got.responses[0][:first], keep_specials=True)
+        assert not first or EMPTY_THOUGHT.fullmatch(thought)
         assert got.scored[0][-1]
         ends = text.eos_ids | {text.encoder.control[text.end_of_turn]}
         assert ids[-1] in ends
