@@ -22,7 +22,7 @@ import re
 from collections.abc import Mapping
 
 from alignax.batch import Example
-from alignax.data import Examples, as_kind, held_out, none_left, share
+from alignax.data import KINDS, Examples, as_kind, held_out, none_left, share
 from alignax.records import messages, row_forms, store, values
 from alignax.records.files import existing
 from alignax.records.row_forms import parse
@@ -81,7 +81,16 @@ def read(
     else:
         part = split
     fraction = share(test_fraction, part)
+    if kind is not None and kind not in KINDS:
+        raise ValueError(f"data.kind is {kind!r}, expected one of {', '.join(KINDS)}")
+    if not isinstance(columns or {}, Mapping):
+        raise ValueError(
+            f"data.columns is {columns!r}, expected {{key in the file: key that is read}}, "
+            "such as {'question': 'prompt'}"
+        )
     names = dict(columns or {})
+    if odd := [x for pair in names.items() for x in pair if not isinstance(x, str)]:
+        raise ValueError(f"data.columns holds {odd[0]!r}, expected names of keys")
     row_forms.known(names)
     file = existing(path)
     rows = store.Store(file)

@@ -230,7 +230,9 @@ def _iterate(plan: Plan, identity: str, counts: dict[str, Any]) -> Source:
         if saved.get("data") != identity:
             raise ValueError(
                 "the saved data position belongs to other data, another tokenizer or "
-                f"another batch layout: saved {saved.get('data')}, here {identity}"
+                "another batch layout: undo the change of the data file (or of what reads "
+                "and cuts its rows), or take another workdir (digest of the data: saved "
+                f"{saved.get('data')}, here {identity})"
             )
         batches.set_state(saved["grain"])
 

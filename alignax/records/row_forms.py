@@ -245,7 +245,7 @@ def _dialogue(rest: Row, key: str) -> Found:
         raise ValueError(f"'{key}' is a string, expected a list of messages")
     at = [i for i, m in enumerate(turns) if m["role"] == "assistant"]
     if not at:
-        raise ValueError(f"'{key}' has no assistant turn")
+        raise ValueError(f"'{key}' has no assistant turn{_roles(turns)}")
     if at[0] == 0:
         raise ValueError(f"'{key}' starts with an assistant turn, so it has no prompt")
     if left := turns[at[-1] + 1 :]:
@@ -430,7 +430,13 @@ def _check_answered(key: str, turns: Turns) -> None:
     if isinstance(turns, str) or (turns and turns[-1]["role"] == "assistant"):
         return
     if not any(m["role"] == "assistant" for m in turns):
-        raise ValueError(f"'{key}' has no assistant turn")
+        raise ValueError(f"'{key}' has no assistant turn{_roles(turns)}")
+
+
+def _roles(turns: Sequence[Message]) -> str:
+    """The roles of turns, for a message."""
+    found = ", ".join(dict.fromkeys(repr(m["role"]) for m in turns))
+    return f"; its roles are {found}" if found else ""
 
 
 def _repeated(before: Sequence[Message], turns: Sequence[Message]) -> int:
