@@ -7,6 +7,7 @@ message and key, and text inside `{% generation %}` is marked.
 import datetime
 import functools
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -274,6 +275,11 @@ def is_followed(source: str | None) -> bool:
         )
         if operand.op in ("in", "notin")
     )
+
+
+def is_marked(source: str | None) -> bool:
+    """Whether a template marks what the assistant writes."""
+    return re.search(r"\{%[-+]?\s*generation\b", source or "") is not None
 
 
 @functools.lru_cache(maxsize=32)

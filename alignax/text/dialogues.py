@@ -62,7 +62,7 @@ class Side(NamedTuple):
     text: str
     segments: list[Segment]
     turns: list[Turn]  # those of the response
-    marks: list[Span]  # of the template, [] without any
+    marks: list[Span] | None  # of the template; None: it is not a template that marks
     beside: bool = False  # it begins with the segments of the prompt, but for the last
     begun: bool = False  # its first turn has a prefill, which is given and not scored
 
@@ -166,13 +166,15 @@ class Dialogues:
       add_bos: whether text without a template starts with BOS.
       end_of_turn: the token by which the template closes old turns, or None.
       followed: as for `turns.Reader`.
+      marked: whether the template marks what the assistant writes.
       variables: names that the template reads.
     """
 
     def __init__(
         self, encoder: Encoder, render, reading: Reading, *, templated: bool,
         eos_ids: Iterable[int], eos_id: int, bos_id: int | None, add_bos: bool,
-        end_of_turn: str | None, followed: bool, variables: Collection[str],
+        end_of_turn: str | None, followed: bool, marked: bool,
+        variables: Collection[str],
     ):  # fmt: skip
         self._encoder, self._render, self._reading = encoder, render, reading
         self._templated, self._end, self._followed = templated, end_of_turn, followed
@@ -185,7 +187,7 @@ class Dialogues:
         self._bos = None if bos_id is None else encoder.name_of(bos_id)
         self._bos_id, self._add_bos = bos_id, add_bos
         self._readers: dict[str, Reader] = {}
-        self._variables = variables
+        self._variables, self._marked = variables, marked
         self._shapes: dict[tuple[str, ...], Shape | None] = {}
 
     def filled(self, example: Example) -> Filled | None:
@@ -364,8 +366,9 @@ class Dialogues:
             end = next((k for k in behind if whole.ids[k] in self._end_ids), None)
             if end is None:
                 raise ValueError("the end of a turn is no token of its own")
-            inside = [m for m in side.marks if turn.opened < m[1] and m[0] < turn.after]
-            if side.marks and not inside:
+            marks = side.marks or []
+            inside = [m for m in marks if turn.opened < m[1] and m[0] < turn.after]
+            if side.marks is not None and not inside:
                 continue  # the template marks other turns
             if not inside or any(
                 a <= turn.opened and turn.closed <= b for a, b in inside
@@ -411,7 +414,9 @@ class Dialogues:
             inserts = () if end else ((len(whole), self._eos),)
             segments = self._encoder.split(whole, inserts=inserts)
             turn = Turn(0, len(prompt) + len(prefill), closed, len(whole), True)
-            sides.append(Side(whole, front + segments, [turn], [], begun=bool(prefill)))
+            sides.append(
+                Side(whole, front + segments, [turn], None, begun=bool(prefill))
+            )
         segments = self._encoder.split(prompt + begun)
         own = (0, len(prompt))
         return Rendered(front + segments, prompt, sides, len(front), True, own, {})
@@ -518,7 +523,14 @@ class Dialogues:
         segments = self._encoder.split(
             whole.text, self._protected(whole), inserts, head
         )
-        side = Side(whole.text, segments, mine, whole.marks, bool(head), given)
+        side = Side(
+            whole.text,
+            segments,
+            mine,
+            whole.marks if self._marked else None,
+            bool(head),
+            given,
+        )
         return side, whole.left_out
 
     def _unread(self, own: Mapping[str, Any]) -> list[str]:

@@ -178,6 +178,7 @@ class Tokenizer:
             templated=bool(self.chat_template), eos_ids=self.eos_ids, eos_id=self.eos_id,
             bos_id=self.bos_id, add_bos=self.add_bos, end_of_turn=self.end_of_turn,
             followed=chat_templates.is_followed(self.chat_template),
+            marked=chat_templates.is_marked(self.chat_template),
             variables=chat_templates.variables(self.chat_template),
         )  # fmt: skip
 

@@ -198,7 +198,7 @@ class Reader:
         protected = [
             place
             for place, m in zip(places, messages, strict=True)
-            if m["role"] in ("user", "tool")
+            if m["role"] not in TRUSTED
         ]
         protected.sort()
         pieces = [[place] for place in places]

@@ -45,7 +45,7 @@ def dialogues(family, followed):
         text.encoder, text._tracked, text.reading, templated=bool(text.chat_template),
         eos_ids=text.eos_ids, eos_id=text.eos_id, bos_id=text.bos_id,
         add_bos=text.add_bos, end_of_turn=text.end_of_turn, followed=followed,
-        variables=(),
+        marked=chat_template.is_marked(text.chat_template), variables=(),
     )  # fmt: skip
 
 
