@@ -120,7 +120,7 @@ def in_place(one, text, got, protected=(), inserts=()):
 @pytest.mark.parametrize("name", ALL)
 def test_the_index_of_a_place_is_that_by_the_offsets(name):
     one, _ = encoder(name)
-    for text in random_texts(name, 1, 12):
+    for text in random_texts(name, 1, 6):
         got = one.encode(text)
         for place, k in in_place(one, text, got):
             found = got.index(place)
