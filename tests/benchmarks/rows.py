@@ -26,7 +26,10 @@ import datetime, json, resource, sys, time
 path, text, length, folder = sys.argv[1:]
 from alignax import plugin
 from alignax.inputs import plan, rows
-from alignax.text import tokenizer
+try:
+    from alignax.inputs import tokenizer  # an earlier version
+except ImportError:
+    from alignax.text import tokenizer
 tk = tokenizer.load(text, now=datetime.datetime(2026, 1, 1))
 section = {"name": "jsonl", "path": path, "split": "train"}
 def cpu():
