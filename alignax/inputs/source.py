@@ -262,7 +262,7 @@ class EvalBatches:
 
 
 def eval_batches(
-    examples: Sequence[Example],
+    examples: Data,
     tokenizer: Tokenizer,
     *,
     batch_size: int,
