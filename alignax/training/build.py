@@ -18,7 +18,7 @@ from alignax.inputs import forms, prompts, reference_cache, row_store, source
 from alignax.inputs.rows import Rows
 from alignax.models import lora, sharding
 from alignax.reports import tables
-from alignax.runs import adapter_base, checkpoint, workdirs
+from alignax.runs import adapter_base, checkpoint, model_paths, workdirs
 from alignax.runs.model_paths import ModelPath
 from alignax.text import tokenizer
 from alignax.training import checks, loading, on_policy, optim, parallel
@@ -264,7 +264,7 @@ def describe_data(config, run: Run, examples: Any) -> None:
 
 def pieces(
     config, policy: LM, mesh: Mesh, *, text: tokenizer.Tokenizer | None = None,
-    load: Callable[[str], LM] = loading.load_lm,
+    load: Callable[[Any], LM] = loading.load_lm,
 ) -> Pieces:  # fmt: skip
     """What the step of a config is made of; `preflight` traces it, no array is held.
 
@@ -306,7 +306,7 @@ def settings(config, pieces: Pieces | Run) -> dict[str, Any]:
 
 def place_lms(
     config, policy: LM, mesh: Mesh, *, text: tokenizer.Tokenizer | None = None,
-    load: Callable[[str], LM] = loading.load_lm,
+    load: Callable[[Any], LM] = loading.load_lm,
 ) -> tuple[dict[str, LM], list[str]]:  # fmt: skip
     """The frozen LMs of a config on the mesh, and the names that mean the average.
 
@@ -320,7 +320,14 @@ def place_lms(
     lms: dict[str, LM] = {}
     moving: list[str] = []
     on_mesh = {}  # frozen weights by where they came from
-    read = functools.cache(load)  # two names may have one path
+
+    @functools.cache  # two names may have one path
+    def read(path: str) -> tuple[LM, tuple[str, str]]:
+        if text is None:
+            return load(path), ("", "")
+        where = model_paths.resolve(path)
+        return load(where), loading.other_tokenizer(where, text)
+
     readers = checks.readers_of_ids(config)
     if loading.lora_settings(config):
         base = LM(policy.config, sharding.put_params(policy.params, mesh))
@@ -329,12 +336,9 @@ def place_lms(
         if path == "average":
             moving.append(name)
             continue
-        lm = policy if path == "init" else read(path)
+        lm, (own, found) = (policy, ("", "")) if path == "init" else read(path)
         if lm is policy and lm.config.value_head:
             lm = loading.with_value_head(lm, False)
-        own, found = "", ""
-        if text is not None and path != "init":
-            own, found = loading.other_tokenizer(path, text)
         if own and name in readers:
             raise ValueError(
                 f"lms.{name}: {path} has another tokenizer than the run ({found}), and "

@@ -185,18 +185,21 @@ def merged(found: ModelPath, adapters: LM) -> LM:
     return lora.merge(base, adapters.params, as_lora(config["lora"]))
 
 
-def other_tokenizer(path: str, text: tokenizer.Tokenizer) -> tuple[str, str]:
+def other_tokenizer(
+    path: str | ModelPath, text: tokenizer.Tokenizer
+) -> tuple[str, str]:
     """The tokenizer of a model, if its ids mean other tokens than those of `text`.
 
     Args:
-      path: of the model.
+      path: of the model, or its description.
       text: the run's tokenizer.
 
     Returns:
       (path of the tokenizer, the first difference); ('', '') where the ids mean the same,
       or where no tokenizer lies with the model.
     """
-    own = model_paths.resolve(path).tokenizer
+    where = path if isinstance(path, ModelPath) else model_paths.resolve(path)
+    own = where.tokenizer
     if not own:
         return "", ""
     try:
