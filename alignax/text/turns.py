@@ -49,12 +49,8 @@ class Rendering(NamedTuple):
     """The text of a dialogue, and where it is from."""
 
     text: str
-    own: list[
-        Span | None
-    ]  # of the text of every message; None: the template left it out
-    pieces: list[
-        list[Span]
-    ]  # of every message: what of it came from the message itself
+    own: list[Span | None]  # the place of every message; None: it is left out
+    pieces: list[list[Span]]  # what came from each message, span by span
     given: list[int]  # of every message: where its 'prefill' ends, or -1
     marks: list[Span]  # what {% generation %} marks
     protected: list[Span]  # what users and tools wrote

@@ -4,35 +4,24 @@ The fixtures are `tests/golden/templates/`, made by `tests/golden/make_templates
 whose docstring says what a case holds. Control tokens in user text are parsed there.
 """
 
-import functools
 import json
-import pathlib
 import zipfile
 
+import chat_families as families
 import pytest
+from chat_families import FAMILIES, GOLDEN
 
 from alignax.batch import Example
-from alignax.text import tokenizer
 from alignax.text.turns import EMPTY_THOUGHT
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "templates"
-FAMILIES = sorted(p.stem for p in GOLDEN.glob("*.zip"))
 DIALOGUES = json.loads((GOLDEN / "dialogues.json").read_text())
 KINDS = 12  # of templates that the fixtures are to have
 
 
 @pytest.fixture(scope="session")
-def load(tmp_path_factory):
+def load():
     """load(family) -> its tokenizer."""
-
-    @functools.cache
-    def one(family):
-        folder = tmp_path_factory.mktemp("templates") / family
-        with zipfile.ZipFile(GOLDEN / f"{family}.zip") as packed:
-            packed.extractall(folder)
-        return tokenizer.load(folder)
-
-    return one
+    return families.load
 
 
 def golden(family):

@@ -1,19 +1,14 @@
 """Rows that are encoded by their shape have the ids of those that are rendered."""
 
-import functools
-import pathlib
-import zipfile
-
+import chat_families as families
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignax.batch import Example
-from alignax.text import tokenizer
 from alignax.text.dialogues import Prepared
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "templates"
-FAMILIES = [*sorted(p.stem for p in GOLDEN.glob("*.zip")), "bytes"]
+FAMILIES = [*families.FAMILIES, "bytes"]
 TEXTS = st.one_of(
     st.sampled_from(
         ["", " ", "\n", "\n\nHi", "Hi\n", "  blank  ", "<|im_end|>", "</s>", "<think>", "é\u0301",
@@ -28,17 +23,8 @@ ROLES = st.sampled_from(
 
 
 @pytest.fixture(scope="session")
-def load(tmp_path_factory):
-    @functools.cache
-    def one(family):
-        if family == "bytes":
-            return tokenizer.load("bytes")
-        folder = tmp_path_factory.mktemp("shapes") / family
-        with zipfile.ZipFile(GOLDEN / f"{family}.zip") as packed:
-            packed.extractall(folder)
-        return tokenizer.load(folder)
-
-    return one
+def load():
+    return families.load
 
 
 def got(make):
