@@ -44,6 +44,7 @@ def roll(config, **settings):
 
 def run_config(**changes):
     config = tiny.config("sft", length=24, num_steps=8)
+    config.truncate_prompts = "left"
     roll(
         config,
         reward={"name": "test_on_policy.counted"},
@@ -142,6 +143,7 @@ def test_the_optimal_reward_is_that_of_the_runs_own_kl():
 
 def test_reference_rewards_are_drawn_once_and_cached(tmp_path):
     config = tiny.config("sft", length=24)
+    config.truncate_prompts = "left"
     roll(
         config,
         reward={"name": "test_on_policy.counted"}, max_new=6, reference_samples=8,
