@@ -34,7 +34,6 @@ HANDED = (
     "batch_size",
     "length",
     "ema",
-    "asked",
 )
 READING = ("raw", "specials")  # keys of every data section: see `dialogues.Reading`
 SEARCH = (*HANDED, "max_new", "judge", "temperature", "eos_ids", "reader")
@@ -67,13 +66,17 @@ def available(folder: str) -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(package.__path__))
 
 
-def load(folder: str, name: str, hyper: Mapping[str, Any] | None = None) -> Bound:
+def load(
+    folder: str, name: str, hyper: Mapping[str, Any] | None = None, *,
+    handed: Sequence[str] | None = None,
+) -> Bound:  # fmt: skip
     """Imports a plug-in and binds its hyper-parameters, before anything compiles.
 
     Args:
       folder: one of ROLES.
       name: a file in the folder, or a dotted path to a module or a function.
       hyper: values for the function's keyword-only parameters.
+      handed: keywords that the caller passes, where they are not those of the folder.
 
     Raises:
       ValueError: unknown name (alternatives are listed), unknown hyper-parameter (the
@@ -81,7 +84,8 @@ def load(folder: str, name: str, hyper: Mapping[str, Any] | None = None) -> Boun
         outside the interval that the module states in RANGES.
     """
     module, function, role = _find(folder, name)
-    handed = SEARCH if role == "search" else HANDED
+    if handed is None:
+        handed = SEARCH if role == "search" else HANDED
     named = f"{folder}.{name}"
     bound = bind(function, hyper, name=named, module=module, handed=handed)
     return bound._replace(role=role)

@@ -73,6 +73,7 @@ LAYERS = (
     ("inputs",),
     ("sampling",),
     ("search",),
+    ("reward_functions",),
     ("rewards", "decoders", "evals"),
     ("rollouts",),
     ("training",),

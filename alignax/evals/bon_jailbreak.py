@@ -23,7 +23,6 @@ from alignax import rewards
 from alignax.batch import LM, Example, Metrics
 from alignax.data import wrapped
 from alignax.evals.exploitation import REFUSALS, harmful
-from alignax.inputs import detokenize
 from alignax.inputs.prompts import prompt_batches
 from alignax.reports.metrics import bootstrap
 
@@ -85,15 +84,8 @@ def evaluate(
                 )
             )  # fmt: skip
             batch = out.batch._replace(valid=out.batch.valid & p.valid[:, None])
-            texts = detokenize.texts(batch, tokenizer)
-            found = rewards.call(
-                decides,
-                batch,
-                texts,
-                lms,
-                tokenizer=tokenizer,
-                score=score,
-                asked=p.prompts,
+            found, texts = rewards.of_samples(
+                decides, batch, p, lms, tokenizer=tokenizer, score=score
             )
             responses = [t[0] for t in texts]
             bad = harmful(found[:, 0], responses, words, refusals)

@@ -24,7 +24,6 @@ from jaxtyping import Float
 
 from alignax import rewards
 from alignax.batch import LM, Metrics
-from alignax.inputs import detokenize
 from alignax.inputs.prompts import prompt_batches
 from alignax.reports.metrics import bootstrap
 
@@ -98,10 +97,9 @@ def measure(
                 )
             )  # fmt: skip
             batch = got.batch._replace(extra=p.columns or None)
-            r = rewards.call(
-                judge, batch, detokenize.texts(batch, tokenizer), lms, tokenizer=tokenizer,
-                score=score, asked=p.prompts,
-            )  # fmt: skip
+            r, _ = rewards.of_samples(
+                judge, batch, p, lms, tokenizer=tokenizer, score=score
+            )
             sides[side].extend(r[p.valid])
             if not side:
                 ratio = score(lm, batch).logps - score(lms[baseline], batch).logps

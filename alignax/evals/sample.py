@@ -21,7 +21,6 @@ import numpy as np
 from alignax import rewards
 from alignax.batch import LM, Metrics
 from alignax.data import best_first
-from alignax.inputs import detokenize
 from alignax.inputs.prompts import prompt_batches
 from alignax.reports.metrics import bootstrap
 
@@ -65,15 +64,8 @@ def evaluate(
                 temperature=temperature,
             )
         )  # fmt: skip
-        texts = detokenize.texts(out.batch, tokenizer)
-        r = rewards.call(
-            judge,
-            out.batch,
-            texts,
-            lms,
-            tokenizer=tokenizer,
-            score=score,
-            asked=p.prompts,
+        r, texts = rewards.of_samples(
+            judge, out.batch, p, lms, tokenizer=tokenizer, score=score
         )
         for j in np.flatnonzero(p.valid):
             example = data[i * batch_size + int(j)]

@@ -9,7 +9,6 @@ Differs from the papers: the judge is a function, so that order cannot matter. D
 use the reward that trained the policy as the judge.
 """
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +18,6 @@ import numpy as np
 
 from alignax import rewards
 from alignax.batch import LM, Metrics
-from alignax.inputs import detokenize
 from alignax.inputs.prompts import prompt_batches
 from alignax.reports.metrics import bootstrap
 
@@ -69,19 +67,13 @@ def evaluate(
                 temperature=temperature,
             )
             out = jax.device_get(out)
-            got.append((out, detokenize.texts(out.batch, tokenizer)))
-        (mine, texts), (base, base_texts) = got
+            found = rewards.of_samples(
+                judge, out.batch, p, lms, tokenizer=tokenizer, score=score
+            )
+            got.append((out, *found))
+        (mine, r, texts), (_, r_base, base_texts) = got
         keep = p.valid
-        judged = functools.partial(
-            rewards.call,
-            judge,
-            lms=lms,
-            tokenizer=tokenizer,
-            score=score,
-            asked=p.prompts,
-        )
-        r = judged(mine.batch, texts)[keep, 0]
-        r_base = judged(base.batch, base_texts)[keep, 0]
+        r, r_base = r[keep, 0], r_base[keep, 0]
         ours.append(r)
         theirs.append(r_base)
         ended.append(~mine.truncated[keep, 0])

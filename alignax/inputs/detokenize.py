@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from alignax.batch import Batch, Example, Message, from_groups
+from alignax.records import messages
 from alignax.text.tokenizer import Tokenizer
 
 BUCKET = 64  # T of `retokenize` is a multiple of it, for few compilations
@@ -20,6 +21,14 @@ def texts(batch: Batch, tokenizer: Tokenizer) -> list[list[str]]:
         [tokenizer.decode(t[m].tolist()) for t, m in zip(*group, strict=True)]
         for group in zip(tokens, mask, strict=True)
     ]
+
+
+def begun(prompt: str | Sequence[Message]) -> str:
+    """What a prompt gives of the response: the text of a last turn that is the assistant's."""
+    last: Message = {} if isinstance(prompt, str) or not prompt else prompt[-1]
+    if last.get("role") != "assistant":
+        return ""
+    return messages.text({"content": None, **last})
 
 
 def describe(batch: Batch, tokenizer: Tokenizer, row: int = 0) -> str:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from alignax.batch import Example, Message
+from alignax.batch import Example
 from alignax.inputs import rows
 from alignax.inputs.plan import bucket_sizes, fit
 from alignax.text import truncation
@@ -23,7 +23,15 @@ class PromptBatch(NamedTuple):
     ids: list[str]
     columns: dict[str, Float[np.ndarray, " B"]]  # of the examples
     cut: int = 0  # how many valid rows lost a part of their prompt
-    prompts: Sequence[str | Sequence[Message]] = ()  # B, before they became ids
+    # what they were made of, and the place of each in it; filler repeats a place
+    examples: Sequence[Example] = ()
+    places: Int[np.ndarray, " B"] | None = None
+
+    @property
+    def extra(self) -> dict[str, np.ndarray]:
+        """Columns of a Batch of responses: numbers, and 'row', a place in `examples`."""
+        row = {} if self.places is None else {"row": self.places}
+        return {**self.columns, **row}
 
 
 class Usable(Sequence):
@@ -137,9 +145,8 @@ def prompt_batches(
     rule = "exchanges" if rule == "drop" else rule
     out = []
     for start in range(0, len(examples), batch_size):
-        some = [
-            examples[i] for i in range(start, min(start + batch_size, len(examples)))
-        ]
+        places = [*range(start, min(start + batch_size, len(examples)))]
+        some = [examples[i] for i in places]
         found = [_ids(e, tokenizer, length, rule) for e in some]
         ids, cut = [i for i, _, _ in found], sum(cut for _, cut, _ in found)
         fill = batch_size - len(some)
@@ -156,7 +163,8 @@ def prompt_batches(
                 [e.id for e in some[: batch_size - fill]],
                 {k: np.array([e.columns[k] for e in some], np.float32) for k in names},
                 cut,
-                [e.prompt for e in some],
+                examples,
+                np.array(places + places[:1] * fill, np.int32),
             )
         )
     return out

@@ -25,7 +25,7 @@ def progress(
 ) -> Iterator[Callable[[int, Metrics], None]]:
     """Yields `show(step, metrics)`: a bar on a terminal, plain lines in a log.
 
-    Shows 'train/loss', 'train/tokens_per_second' and 'train/mfu' where they are given. The
+    Shows 'train/loss', 'train/rollout/reward' and '.../kl', 'train/tokens_per_second' and 'train/mfu' where they are given. The
     time left is estimated from the first call on, so that it excludes compilation.
 
     Args:
@@ -75,6 +75,9 @@ def _summary(values: Mapping[str, float]) -> list[str]:
     parts = []
     if "train/loss" in values:
         parts.append(f"loss {values['train/loss']:.4f}")
+    for name in ("reward", "kl"):
+        if f"train/rollout/{name}" in values:
+            parts.append(f"{name} {values[f'train/rollout/{name}']:.3g}")
     if "train/tokens_per_second" in values:
         rate = tqdm.format_sizeof(values["train/tokens_per_second"])
         parts.append(f"{rate.strip()} tok/s")

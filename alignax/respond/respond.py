@@ -216,7 +216,7 @@ def _respond(config, run: build.Run, now: Prompts, stop: Callable[[], bool]) -> 
     reward = rewards.load(spec) if spec else None
     first = now.starts[0]
     make = responder.build(
-        config, run, lm, reward, now.starts, first.prompt[: now.shared]
+        config, run, lm, reward, now.starts, first.prompt[: now.shared], now.examples
     )
     score = parallel.scorer(run.mesh)
     mine = jax.process_index() == 0
@@ -282,17 +282,12 @@ def rows(
     scores = None
     if reward is not None:
         texts = [[a.text for a in group] for group in answers]
-        asked = [now.examples[place].prompt for place in places]
-        asked += asked[:1] * (len(texts) - len(asked))
+        rows = [*places, *[places[0]] * (len(texts) - len(places))]
+        judged = batch._replace(extra={"row": np.array(rows, np.int32)})
         scores = rewards.call(
-            reward,
-            batch,
-            texts,
-            run.lms,
-            tokenizer=text,
-            score=score,
-            asked=asked,
-        ).tolist()
+            reward, judged, texts, run.lms, tokenizer=text, score=score,
+            examples=now.examples, prefill=rules.prefill,
+        ).tolist()  # fmt: skip
 
     def sums(logps, b: int) -> list[float | None]:
         if logps is None:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from alignax import logprob, plugin, rewards
-from alignax.batch import LM, Batch
+from alignax.batch import LM, Batch, Example
 from alignax.models import transformer
 from alignax.respond import output, starts, stops
 from alignax.respond.starts import Start
@@ -96,14 +96,14 @@ def pieces(text: Tokenizer, size: int) -> list[bytes]:
 
 def build(
     config, run: Run, lm: LM, reward: plugin.Bound | None, begun: Sequence[Start],
-    shared: Sequence[int] = (),
+    shared: Sequence[int] = (), examples: Sequence[Example] = (),
 ) -> Callable[..., Any]:  # fmt: skip
     """Builds (tokens [B, P], lengths, indices of the prompts) -> Generated, on the host.
 
     A decoder gets the model that responds as 'target' among its LMs. The prefix `shared` of
     all prompts is prefilled once by the sampling loop; guides, drafts and searches without
     the argument `reader` read it with every prompt. `begun` says how the responses to each
-    prompt begin.
+    prompt begin. A reward may read `examples`, to which the indices belong too.
     """
     decoder, text, generate = bind(config), run.tokenizer, config.generate
     lm = transformer.limit_ids(lm, text.vocab_size)
@@ -126,8 +126,6 @@ def build(
     function: Callable[..., Any] = parallel.generator(text, run.mesh)
     if search is not None:
         handed: dict[str, Any] = {"tokenizer": text, "judge": None, "eos_ids": eos_ids}
-        if reward is not None:
-            handed["judge"] = judge(reward, run, rules(generate))
         check_special_stops(search, generate, text)
         handed = {k: v for k, v in handed.items() if k in takes}
         if "sampling" in takes:  # the sampling loop checks these settings
@@ -165,6 +163,8 @@ def build(
             tokens, lengths = generation_settings.prefilled(
                 tokens, lengths, mine.pop("prefill"), mine.pop("prefill_lengths", None)
             )
+        if reward is not None and "judge" in takes:
+            handed["judge"] = judge(reward, run, rules(generate), examples, places)
         return search(lm, lms, tokens, lengths, own, **mine, **handed)
 
     return lambda *batch: jax.device_get(make(*batch))
@@ -223,8 +223,9 @@ def drafter(name: str, lms: dict[str, LM]) -> LM | drafts.Draft:
 
 
 def judge(
-    reward: plugin.Bound, run: Run, rules: output.Rules
-) -> Callable[[Batch], np.ndarray]:
+    reward: plugin.Bound, run: Run, rules: output.Rules, examples: Sequence[Example],
+    places: Sequence[int],
+) -> Callable[[Batch], np.ndarray]:  # fmt: skip
     """The reward function of a search: scores (partial) responses given as ids.
 
     Their text is the text that would be written: with the prefill, cut at a stop string.
@@ -233,16 +234,22 @@ def judge(
       reward: from `rewards.load`.
       run: has the models and devices.
       rules: what the text of a response is.
+      examples: whose prompts and columns the reward may read.
+      places: in `examples`, of the prompts that the search was given.
     """
     score = parallel.scorer(run.mesh)
+    rows = np.array(places, np.int32)
 
-    def scores(batch: Batch) -> np.ndarray:
+    def scores(batch: Any) -> np.ndarray:
         batch = jax.device_get(batch)
         cut = np.zeros(batch.mask.shape[:2], bool)
         answers = output.answers(batch, cut, run.tokenizer, rules)
         texts = [[a.text for a in group] for group in answers]
+        extra: Any = {"row": rows[batch.extra["row"]]}
+        some = batch._replace(extra=extra)
         return rewards.call(
-            reward, batch, texts, run.lms, tokenizer=run.tokenizer, score=score
-        )
+            reward, some, texts, run.lms, tokenizer=run.tokenizer, score=score,
+            examples=examples, prefill=rules.prefill,
+        )  # fmt: skip
 
     return scores

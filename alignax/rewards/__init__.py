@@ -1,18 +1,18 @@
-"""Rewards: `reward(batch, texts, lms, *, ...) -> f32[B, G]`, one file per judge.
+"""Rewards: what a response is worth, one file per judge.
 
-A dotted name may also point to any function from a response's text to a number. A reward
-that takes the keywords `tokenizer` or `score` receives those of the run, and as `asked` the
-prompts as messages or text.
+A reward is a function of one of three forms (see `alignax/reward_functions/signature.py`):
+
+  f(text) -> float                       of one response
+  f(texts, answer, ...) -> [B, G]        of all responses, by the names of its arguments
+  f(completions, answer, **kwargs)       as in TRL: flat lists
+
+A file here defines `reward`; a dotted name points to any other function. Positional
+arguments are handed in, keyword-only arguments are hyper-parameters. The same function
+judges rollouts, evaluations, searches and attacks.
 
 Reading order: constraints (a program), model (a trained reward model), ensemble, relevance.
 """
 
-import ast
-import functools
-import hashlib
-import inspect
-import textwrap
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +21,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from alignax import plugin
+from alignax.batch import Batch, Example
+from alignax.inputs.detokenize import texts
+from alignax.inputs.prompts import PromptBatch
 from alignax.plugin import Bound
+from alignax.reward_functions import calls, signature
+from alignax.reward_functions.calls import Judged, Responses
+from alignax.reward_functions.digest import EARLIER, saved_digest, source_digest
 
 
 def load(reward: str | Mapping[str, Any]) -> Bound:
@@ -34,7 +40,9 @@ def load(reward: str | Mapping[str, Any]) -> Bound:
     if "name" not in spec:
         raise ValueError(f"reward has no 'name': {spec}")
     name = spec.pop("name")
-    bound = plugin.load("rewards", name, spec)
+    handed = signature.keywords(plugin.find("rewards", name))
+    bound = plugin.load("rewards", name, spec, handed=handed)
+    signature.read(bound.function, bound.name)
     for label, member in bound.hyper.get("members", {}).items():
         try:
             load(member if isinstance(member, str) else dict(member))
@@ -43,56 +51,142 @@ def load(reward: str | Mapping[str, Any]) -> Bound:
     return bound
 
 
-def call(
-    reward: Bound, batch, texts: list[list[str]], lms, *, tokenizer=None,
-    score: Callable | None = None, asked: Sequence[Any] | None = None,
-) -> np.ndarray:  # fmt: skip
-    """Scores B groups of G responses with a reward file or a function of text.
+def attempt(
+    reward: Bound, batch: Batch, texts: list[list[str]], lms: Any, *, tokenizer: Any = None,
+    score: Callable | None = None, examples: Sequence[Example] | None = None,
+    prefill: str = "", seconds: float = 0.0, tolerated: float = 0.0,
+) -> Judged:  # fmt: skip
+    """Rewards of B groups of G responses, some of which may fail.
 
     Args:
       reward: from `load`.
-      batch: prompts and responses.
+      batch: prompts and responses; extra['row'], int32[B], are places in `examples`.
       texts: the responses as text, B lists of G.
       lms: frozen LMs by name.
-      tokenizer: the one that made the batch; for rewards that read the prompt's text.
+      tokenizer: the one that made the batch.
       score: `logprob.score` of host batches, spread over the run's devices (see
         `parallel.scorer`); for rewards that read an LM, which otherwise use one device.
-      asked: the B prompts as messages or text, where they are known; for rewards that
-        read an LM of another tokenizer.
+      examples: whose prompts and columns a reward may read; every host holds all of them.
+        Without extra['row'] they are the B of this batch.
+      prefill: that all responses were begun with, beside that of their prompt.
+      seconds: that one call of a function that reads no LM may take; 0 for any time.
+      tolerated: share of the responses that may fail (see `reward_functions.calls`).
 
     Returns:
-      [B, G] float32, finite on valid responses and 0 on the others; on every host the
-      same.
+      Rewards [B, G] float32, 0 where not valid; and which responses failed. On every
+      host the same.
 
     Raises:
-      ValueError: the reward raised, gave another shape or a number that is not finite;
-        the message shows the response that caused it. It needs an argument that was not
-        given. It raised on some hosts only, or its numbers differ between hosts.
+      ValueError: more responses failed than are tolerated, and the message shows the
+        first; the reward gave another shape, or it needs an argument that is not given.
+        It raised on some hosts only, or its numbers differ between hosts.
     """
-    if jax.process_count() == 1:
-        return _judged(reward, batch, texts, lms, tokenizer, score, asked)
-    values, failure = None, None
+    given = Responses(batch, texts, lms, tokenizer, score, examples, prefill)
+    read = names(reward)
+    several = jax.process_count() > 1
+    how: dict[str, Any] = {
+        "alone": not (several and "score" in read), "tolerated": tolerated,
+        "seconds": 0.0 if {"lms", "score"} & read else seconds,
+    }  # fmt: skip
+    if not several:
+        return calls.judge(reward, given, **how)
+    found, error = None, None
     try:
-        values = _judged(reward, batch, texts, lms, tokenizer, score, asked)
-    except Exception as error:  # the other hosts wait in the allgather
-        failure = error
-    digest = 0 if values is None else zlib.crc32(np.ascontiguousarray(values).tobytes())
-    mine = np.array([failure is not None, digest], np.uint32)
-    failed, digests = multihost_utils.process_allgather(mine).T
-    if failure is not None:
-        raise failure
-    if failed.any():
+        found = calls.judge(reward, given, **how)
+    except Exception as e:  # the other hosts wait in the allgather
+        error = e
+    return _agreed(reward, given, found, error)
+
+
+def _agreed(
+    reward: Bound, given: Responses, found: Judged | None, error: Exception | None
+) -> Judged:
+    """What all hosts found: a response that failed on one host has failed.
+
+    A time limit may be exceeded on one host only, so it is outside of what is the same in
+    every run of a config.
+    """
+    nothing = np.zeros(given.valid.shape, np.float32)
+    mine = [nothing, nothing] if found is None else [found.failed, found.values]
+    everywhere = multihost_utils.process_allgather(
+        np.stack([*mine, np.full_like(nothing, error is not None)]).astype(np.float32)
+    )
+    if error is not None:
+        raise error
+    failed, values, raised = everywhere.swapaxes(0, 1)
+    if raised.any():
         raise ValueError(
-            f"reward {reward.name} raised on hosts {np.flatnonzero(failed).tolist()}; "
-            "see their output"
+            f"reward {reward.name} raised on hosts "
+            f"{np.flatnonzero(raised.any((1, 2))).tolist()}; see their output"
         )
-    if len(set(digests.tolist())) > 1:
+    assert found is not None
+    bad = failed.any(0)
+    values = np.where(bad, np.float32(0), values)
+    if (values != values[:1]).any():
         raise ValueError(
             f"reward {reward.name} gave hosts different numbers for the same responses: "
             "every host computes the reward itself, so it must be deterministic"
         )
-    assert values is not None
-    return values
+    return Judged(found.values * ~bad, bad, found.members)
+
+
+def call(
+    reward: Bound, batch: Batch, texts: list[list[str]], lms: Any, **given: Any
+) -> np.ndarray:
+    """Rewards [B, G] of responses none of which may fail; arguments as for `attempt`."""
+    return attempt(reward, batch, texts, lms, **given).values
+
+
+def of_samples(
+    reward: Bound, batch: Batch, prompts: PromptBatch, lms: Any, *, tokenizer: Any,
+    score: Callable | None = None,
+) -> tuple[np.ndarray, list[list[str]]]:  # fmt: skip
+    """Rewards [B, G] of responses to a batch of prompts, and their texts.
+
+    Args:
+      reward: from `load`.
+      batch: the responses.
+      prompts: what they answer, with the rows of the data.
+      lms, tokenizer, score: as for `attempt`.
+    """
+    extra: Any = prompts.extra
+    batch = batch._replace(extra=extra)
+    words = texts(batch, tokenizer)
+    values = call(
+        reward, batch, words, lms, tokenizer=tokenizer, score=score,
+        examples=prompts.examples,
+    )  # fmt: skip
+    return values, words
+
+
+def columns(reward: Bound, available: Sequence[str]) -> list[str]:
+    """Names of the columns of the data that a reward and its members read, sorted.
+
+    Raises:
+      ValueError: it takes an argument that is neither a column nor a name of
+        `reward_functions.signature.NAMES`.
+    """
+    form = signature.read(reward.function, reward.name)
+    signature.check(form, available, reward.name)
+    read = {*signature.columns(form, available)}
+    for member in members(reward).values():
+        read |= {*columns(member, available)}
+    return sorted(read)
+
+
+def names(reward: Bound) -> set[str]:
+    """Names that a reward is handed; of one that combines others, those of its members."""
+    if several := members(reward):
+        return set().union(*map(names, several.values()))
+    return {*signature.read(reward.function, reward.name).names}
+
+
+def members(reward: Bound) -> dict[str, Bound]:
+    """The rewards that a reward combines, by label."""
+    return {
+        label: load(member if isinstance(member, str) else dict(member))
+        for label, member in reward.hyper.get("members", {}).items()
+    }
 
 
 def identity(reward: Bound, *, digest: Callable[[Callable], str] | None = None) -> str:
@@ -105,15 +199,10 @@ def identity(reward: Bound, *, digest: Callable[[Callable], str] | None = None) 
       digest: of a function; `saved_digest` by default.
     """
     digest = digest or saved_digest
-    members = {
-        label: identity(
-            load(member if isinstance(member, str) else dict(member)), digest=digest
-        )
-        for label, member in reward.hyper.get("members", {}).items()
-    }
+    several = {k: identity(m, digest=digest) for k, m in members(reward).items()}
     parts = [
         reward.name, sorted(reward.hyper.items()), digest(reward.function),
-        sorted(members.items()),
+        sorted(several.items()),
     ]  # fmt: skip
     return " ".join(str(p) for p in parts if p != [])
 
@@ -127,151 +216,6 @@ def earlier_identity(reward: Bound) -> str:
 
     def digest(function: Callable) -> str:
         now = saved_digest(function)
-        return EARLIER.get(now) or _digest(_source(function))
+        return EARLIER.get(now) or source_digest(function)
 
     return identity(reward, digest=digest)
-
-
-# saved_digest of a reward -> the digest of its source at commit 2628565.
-EARLIER: dict[str, str] = {
-    "6a0459135f010bb8": "28455d78bbf2763d",  # constraints
-    "91989e8a084975b2": "c071a8295fc8a781",  # ensemble
-    "ded57b2fd2be0487": "7607432f0f4c40e8",  # model
-    "e33aeb694ca0fedd": "c98c8c18b9c2a89f",  # relevance
-}
-
-
-# code_digest of a reward -> that of earlier code with the same numbers, which runs have
-# saved. An entry holds only as long as the code is the same.
-SAME: dict[str, str] = {
-    "23bd83a425404267": "ded57b2fd2be0487",  # model: text for another tokenizer
-    "fea3581b95690c66": "91989e8a084975b2",  # ensemble: hands on the prompts
-}
-
-
-def saved_digest(function: Callable) -> str:
-    """`code_digest`; of code that changed without its numbers, the digest from before."""
-    now = code_digest(function)
-    return SAME.get(now, now)
-
-
-def code_digest(function: Callable) -> str:
-    """16 hex digits of a function's syntax tree without comments and docstrings."""
-    if isinstance(function, functools.partial):
-        keywords = sorted(function.keywords.items())
-        return _digest(repr((code_digest(function.func), function.args, keywords)))
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):
-        # defined interactively, or a lambda in the middle of an expression
-        return _digest(_source(function))
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and body and _is_docstring(body[0]):
-            body[:1] = [] if len(body) > 1 else [ast.Pass()]
-    return _digest(repr(_plain_tree(tree)))
-
-
-def _is_docstring(node: ast.AST) -> bool:
-    value = node.value if isinstance(node, ast.Expr) else None
-    return isinstance(value, ast.Constant) and isinstance(value.value, str)
-
-
-def _plain_tree(node: Any) -> Any:
-    """A syntax tree as tuples, without the empty fields that Python versions add."""
-    if isinstance(node, list):
-        return tuple(map(_plain_tree, node))
-    if not isinstance(node, ast.AST):
-        return repr(node)
-    fields = [
-        (k, _plain_tree(v)) for k, v in ast.iter_fields(node) if v not in (None, [])
-    ]
-    return (type(node).__name__, *fields)
-
-
-def _source(function: Callable) -> str:
-    """The source text, or the byte code where there is none."""
-    try:
-        return inspect.getsource(function)
-    except (OSError, TypeError):  # defined interactively, or no plain function
-        made: Any = getattr(function, "__code__", None)
-        return made.co_code.hex() if made else type(function).__qualname__
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _judged(
-    reward: Bound, batch, texts: list[list[str]], lms, tokenizer, score, asked
-) -> np.ndarray:
-    """The rewards that this host computes, [B, G]."""
-    parameters = inspect.signature(reward.function).parameters
-    if "batch" in parameters:
-        handed = {"tokenizer": tokenizer, "score": score, "asked": asked}
-        handed = {k: v for k, v in handed.items() if k in parameters and v is not None}
-        for name, p in parameters.items():
-            if name in plugin.HANDED and p.default is p.empty and name not in handed:
-                raise ValueError(
-                    f"reward {reward.name} reads the {name}, which is not given here"
-                )
-        try:
-            values = np.asarray(reward(batch, texts, lms, **handed), np.float32)
-        except Exception as error:
-            # scores of an LM over several hosts cannot be computed one response at a time
-            alone = jax.process_count() == 1 or "score" not in handed
-            text = _culprit(reward, batch, texts, lms, handed) if alone else None
-            on = "a batch that begins with" if text is None else "the response"
-            raise ValueError(
-                f"reward {reward.name} raised {_described(error)} on {on} "
-                f"{texts[0][0] if text is None else text!r}"
-            ) from error
-    else:
-        counts = np.asarray(batch.valid)
-        values = np.zeros(counts.shape, np.float32)
-        for b, g in np.argwhere(counts):
-            values[b, g] = _one(reward, texts[b][g])
-    shape = (len(texts), len(texts[0]))
-    if values.shape != shape:
-        raise ValueError(
-            f"reward {reward.name} gave shape {values.shape} for {shape} responses, the "
-            f"first being {texts[0][0]!r}"
-        )
-    valid = np.asarray(batch.valid)
-    bad = np.argwhere(valid & ~np.isfinite(values))
-    if len(bad):
-        b, g = bad[0]
-        raise ValueError(
-            f"reward {reward.name} gave {values[b, g]} for the response {texts[b][g]!r}"
-        )
-    return np.where(valid, values, 0.0).astype(np.float32)
-
-
-def _culprit(reward: Bound, batch, texts, lms, handed) -> str | None:
-    """The first response on which a reward raises when it is scored alone."""
-    for b, group in enumerate(texts):
-        for g, text in enumerate(group):
-            rows = (slice(b, b + 1), slice(g, g + 1))
-            mine = dict(handed)
-            if "asked" in mine:
-                mine["asked"] = mine["asked"][b : b + 1]
-            try:
-                some = jax.tree.map(lambda x, at=rows: x[at[: min(x.ndim, 2)]], batch)
-                reward(some, [[text]], lms, **mine)
-            except Exception:
-                return text
-    return None
-
-
-def _one(reward: Bound, text: str) -> float:
-    try:
-        return float(reward(text))
-    except Exception as error:
-        raise ValueError(
-            f"reward {reward.name} raised {_described(error)} on the response {text!r}"
-        ) from error
-
-
-def _described(error: Exception) -> str:
-    """As repr, but quotes within the message are not escaped."""
-    return f"{type(error).__name__}({error})"

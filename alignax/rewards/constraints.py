@@ -14,8 +14,6 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from alignax.batch import LM, Batch
-
 KINDS = ("keywords", "avoid", "length", "pattern", "json")
 
 
@@ -62,9 +60,7 @@ def check(
 
 
 def reward(
-    batch: Batch,
     texts: list[list[str]],
-    lms: Mapping[str, LM],
     *,
     keywords: tuple[str, ...] = (),
     avoid: tuple[str, ...] = (),
@@ -77,9 +73,7 @@ def reward(
     """Weighted share of satisfied constraints, in [0, 1].
 
     Args:
-      batch: not read.
       texts: B groups of G responses.
-      lms: not read.
       keywords: words that must occur; satisfied in proportion.
       avoid: words that must not occur.
       min_words, max_words: bounds on the number of words; 0 is no bound.

@@ -19,32 +19,32 @@ from typing import Any
 import numpy as np
 
 from alignax import rewards
-from alignax.batch import LM, Batch
+from alignax.batch import LM, Batch, Example
 
 RULES = ("mean", "min", "std", "var")
 RANGES = {"k": "[0, inf)"}
 
 
 def reward(
-    batch: Batch, texts: list[list[str]], lms: dict[str, LM], *,
+    batch: Batch, texts: list[list[str]], lms: dict[str, LM], tokenizer=None,
+    score: Callable | None = None, examples: Sequence[Example] | None = None, *,
     members: Mapping[str, Any], rule: str = "mean", k: float = 1.0,
-    scales: Mapping[str, float] | None = None, tokenizer=None,
-    score: Callable | None = None, asked: Sequence[Any] | None = None,
-) -> np.ndarray:  # fmt: skip
+    scales: Mapping[str, float] | None = None,
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:  # fmt: skip
     """Scores responses with every member and combines them by a rule.
 
     Args:
       batch: prompts and responses.
       texts: B groups of G responses.
       lms: frozen LMs that members read.
+      tokenizer, score, examples: passed on to the members.
       members: {label: a reward's name, or {'name': ..., its hyper-parameters}}.
       rule: one of RULES.
       k: of 'std' and 'var', >= 0: weight of the disagreement.
       scales: s by label, default 1 each: for members in different units.
-      tokenizer, score, asked: passed on to the members.
 
     Returns:
-      [B, G] rewards; 0 on invalid responses.
+      [B, G] rewards, 0 on invalid responses; and those of each member, without its scale.
 
     Raises:
       ValueError: no members, an unknown rule, a scale of no member, or an error in a
@@ -57,18 +57,18 @@ def reward(
         raise ValueError(f"rule {rule!r} is not one of {', '.join(RULES)}")
     if unknown := sorted(set(scales) - set(members)):
         raise ValueError(f"scales of {unknown}, which are not among {sorted(members)}")
-    found = []
+    found: dict[str, np.ndarray] = {}
     for label, member in members.items():
         try:
             judge = rewards.load(member)
-            r = rewards.call(
-                judge, batch, texts, lms, tokenizer=tokenizer, score=score, asked=asked
-            )
+            found[label] = rewards.call(
+                judge, batch, texts, lms, tokenizer=tokenizer, score=score,
+                examples=examples,
+            )  # fmt: skip
         except ValueError as error:
             raise ValueError(f"member {label!r}: {error}") from error
-        found.append(scales.get(label, 1.0) * r)
-    r = np.stack(found)
+    r = np.stack([scales.get(label, 1.0) * found[label] for label in found])
     if rule == "min":
-        return r.min(0)
+        return r.min(0), found
     spread = {"mean": 0.0, "std": r.std(0), "var": r.var(0)}[rule]
-    return r.mean(0) - k * spread
+    return r.mean(0) - k * spread, found

@@ -25,9 +25,9 @@ _one_device = jax.jit(logprob.score, static_argnames=("needs",))
 
 
 def reward(
-    batch: Batch, texts: list[list[str]], lms: dict[str, LM], *,
-    model: str = "reward", tokenizer=None, score: Callable | None = None,
-    asked: Sequence[str | Sequence[Message]] | None = None,
+    batch: Batch, texts: list[list[str]], lms: dict[str, LM], tokenizer=None,
+    score: Callable | None = None,
+    prompts: Sequence[str | Sequence[Message]] | None = None, *, model: str = "reward",
 ) -> np.ndarray:  # fmt: skip
     """Scores responses with a Bradley-Terry reward model.
 
@@ -35,17 +35,17 @@ def reward(
       batch: tokens of prompts and responses.
       texts: B groups of G responses; read if the model's tokenizer is not the run's.
       lms: holds the reward model.
-      model: its name in `lms`.
       tokenizer: the one that made the batch.
       score: `logprob.score` over the run's devices and hosts; one device by default.
-      asked: the B prompts; read if the model's tokenizer is not the run's.
+      prompts: B of them; read if the model's tokenizer is not the run's.
+      model: its name in `lms`.
 
     Returns:
       [B, G] unnormalised rewards (differences are log-odds); 0 on invalid responses.
 
     Raises:
       ValueError: no such LM, or it has no value head; a model of another tokenizer where
-        the prompts are not known, as in a search.
+        the prompts are not known.
     """
     if model not in lms:
         raise ValueError(
@@ -53,7 +53,7 @@ def reward(
         )
     lm = lms[model]
     if lm.config.tokenizer:
-        lm, batch = _own_ids(lm, model, batch, texts, tokenizer, asked)
+        lm, batch = _own_ids(lm, model, batch, texts, tokenizer, prompts)
     values = (score or _one_device)(lm, batch, needs=("values",)).values
     last = masked.last(jnp.asarray(values), jnp.asarray(batch.mask))
     return np.where(np.asarray(batch.valid), np.asarray(last), np.float32(0))
@@ -61,18 +61,18 @@ def reward(
 
 def _own_ids(
     lm: LM, name: str, batch: Batch, texts: list[list[str]], tokenizer: Tokenizer | None,
-    asked: Sequence[str | Sequence[Message]] | None,
+    prompts: Sequence[str | Sequence[Message]] | None,
 ) -> tuple[LM, Batch]:  # fmt: skip
     """The model as one that reads ids, and the batch in the ids of its tokenizer."""
     path = lm.config.tokenizer
-    if asked is None or tokenizer is None:
+    if prompts is None or tokenizer is None:
         raise ValueError(
             f"rewards.model: lms.{name} has another tokenizer than the run ({path}), so it "
-            "needs the prompts as text; here they are ids, as in a search with a judge"
+            "needs the prompts as text, and here they are only known as ids"
         )
     own = _tokenizer(path, tokenizer.now)
     valid = np.asarray(batch.valid)
-    batch = retokenize(asked, texts, valid, own, length=lm.config.max_length)
+    batch = retokenize(prompts, texts, valid, own, length=lm.config.max_length)
     return LM(dataclasses.replace(lm.config, tokenizer=""), lm.params), batch
 
 

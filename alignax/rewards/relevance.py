@@ -18,14 +18,14 @@ from collections import Counter
 
 import numpy as np
 
-from alignax.batch import LM, Batch
+from alignax.batch import Batch
 
 RANGES = {"words": "(0, inf)"}
 FACTORS = ("relevance", "length", "repetition")
 
 
 def reward(
-    batch: Batch, texts: list[list[str]], lms: dict[str, LM], *, tokenizer,
+    batch: Batch, texts: list[list[str]], tokenizer, *,
     factors: tuple[str, ...] = FACTORS, words: float = 100.0,
 ) -> np.ndarray:  # fmt: skip
     """The product of the factors, each of them >= 0.
@@ -33,7 +33,6 @@ def reward(
     Args:
       batch: tokens; those before the first scored one are the prompt.
       texts: B groups of G responses.
-      lms: not read.
       tokenizer: the one that made the batch.
       factors: some of FACTORS; the paper's ablations use fewer than all of them.
       words: |y| at which the length factor is 1.

@@ -17,8 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from alignax import masked
 from alignax.batch import LM, Batch, Example, Params
 from alignax.inputs.annotate import annotate
+from alignax.inputs.detokenize import texts
 from alignax.inputs.prompts import PromptBatch, prompt_batches, subset
 from alignax.plugin import Bound
 from alignax.rollouts.sampler import STREAM, Baseline, Drawn, Sampler
@@ -44,6 +46,8 @@ class Settings(NamedTuple):
         filled with groups without a difference, which are not valid.
       anchor_samples: responses per prompt of the anchor, of which the best is taken.
       host: (process index, process count).
+      show: prompts per shown rollout whose responses are given as text.
+      show_every: a rollout is shown when so many steps have begun since the one before.
       grid: (shards over all hosts, micro-batches) that the batches of the step are
         packed for, in one of eight shapes; None leaves one row per response.
     """
@@ -58,6 +62,8 @@ class Settings(NamedTuple):
     dynamic_sampling: bool = False
     max_draws: int = 8
     anchor_samples: int = 2
+    show: int = 0
+    show_every: int = 1
     host: tuple[int, int] = (0, 1)
     grid: tuple[int, int] | None = None
 
@@ -97,6 +103,8 @@ class Rollout(NamedTuple):
     ids: list[str]  # of its prompts
     places: int  # batches of B prompts that were drawn for it
     metrics: dict[str, float]
+    samples: list[dict[str, Any]]  # rows of text: see `shown`
+    tokens: int  # that were sampled for it
 
 
 class Sampled(NamedTuple):
@@ -118,7 +126,7 @@ class Scored(NamedTuple):
 
 def roll(
     setup: Setup, params: Params, average: Params | None, *, number: int, drawn: int,
-    since: float | None,
+    since: float | None, show: bool = False,
 ) -> Rollout:  # fmt: skip
     """Makes a rollout.
 
@@ -129,13 +137,14 @@ def roll(
       number: of this rollout in the run.
       drawn: batches of B prompts that were drawn before.
       since: time.monotonic() when the rollout before was ready, None for the first.
+      show: whether it has samples.
 
     Raises:
-      ValueError: what the reward does wrong; no valid response; dynamic sampling that
+      ValueError: what the reward does wrong; dynamic sampling that
         finds no difference at all; a shaping that gives a number that is not finite.
     """
     jax.block_until_ready(params)  # pending updates do not count as sampling
-    clock = {"sampling": 0.0, "scoring": 0.0}
+    clock = {"sampling": 0.0, "judging": 0.0, "scoring": 0.0}
     if since is not None:
         clock["updating"] = time.monotonic() - since
     lm = setup.policy(params)
@@ -156,15 +165,17 @@ def roll(
         setup.shaping, baselines(setup, some, whole.greedy), strict=True
     ):
         batch = shaped(shape, batch, baseline)
-    numbers = {**summary(batch, responses.truncated), **counts, **clock}
+    numbers = {**summary(batch, responses), **counts, **clock}
     numbers |= gap_metrics(whole.gap[:, :group], batch)
     if anchor is not None:
         last = anchor_slot(whole.batch, batch, group)
         numbers |= anchor_metrics(whole.gap[:, group:], last)
         batch = beside(batch, last)
     metrics = {f"rollout/{k}": float(v) for k, v in numbers.items()}
+    rows = shown(setup, some, batch, responses, number) if show else []
     kept = jax.tree.map(np.asarray, select(batch, setup.settings.keep))
-    return Rollout(kept, [e.id for e in some], places, metrics)
+    tokens = int(np.asarray(responses.batch.mask).sum())
+    return Rollout(kept, [e.id for e in some], places, metrics, rows, tokens)
 
 
 def sample(setup: Setup, lm: LM, first: int, clock: dict[str, float]) -> Sampled:
@@ -332,6 +343,8 @@ def gap_metrics(
 ) -> dict[str, float]:
     """Mean and maximum of `gap` over the scored tokens of valid responses, nats."""
     found = gap[batch.mask & batch.valid[..., None]]
+    if not found.size:
+        return {}
     return {name: float(found.mean()), f"{name}_max": float(found.max())}
 
 
@@ -343,24 +356,76 @@ def anchor_metrics(gap: np.ndarray, last: Batch) -> dict[str, float]:
     return {"anchor_reward": reward, **gap_metrics(gap, last, "anchor_logp_gap")}
 
 
-def summary(batch: Batch, truncated: np.ndarray) -> dict[str, float]:
-    """Means over the valid responses of a rollout."""
+def summary(batch: Batch, drawn: Drawn) -> dict[str, float]:
+    """Means over the valid responses of a rollout, and what makes others not valid.
+
+    Where none is valid there is 'empty', and no mean.
+    """
     valid, feedback = np.asarray(batch.valid), np.asarray(batch.feedback)
+    out = {
+        "ended": 1 - drawn.truncated.mean(),
+        "valid": valid.mean(),
+        "failed_rewards": drawn.failed.mean(),
+    }
     rows = [f[v] for f, v in zip(feedback, valid, strict=True) if v.any()]
     if not rows:
-        raise ValueError("no valid response in a whole rollout: all were truncated")
-    out = {
-        "reward": feedback[valid].mean(),
+        return {k: float(v) for k, v in {**out, "empty": 1.0}.items()}
+    sizes = np.asarray(batch.mask)[valid].sum(-1)
+    scored = np.asarray(batch.mask) & valid[..., None]
+    earned = feedback[valid]
+    out |= {
+        "reward": earned.mean(),
         "reward_std": np.mean([r.std() for r in rows]),
+        "reward_min": earned.min(),
+        "reward_max": earned.max(),
         "ties": np.mean([r.min() == r.max() for r in rows]),
-        "ended": 1 - truncated.mean(),
-        "tokens": np.asarray(batch.mask)[valid].sum(-1).mean(),
-        "valid": valid.mean(),
+        "tokens": sizes.mean(),
+        "entropy": -np.asarray(drawn.batch.old_logps)[scored].mean(),
     }
+    for share in (10, 50, 90):
+        out[f"tokens_p{share}"] = np.quantile(sizes, share / 100)
+    for label, values in drawn.members.items():
+        out[f"reward/{label}"] = values[valid].mean()
     if batch.ref_logps is not None:
         ratio = np.asarray(batch.old_logps) - np.asarray(batch.ref_logps)
         out["kl"] = ratio[valid].sum(-1).mean()
     return {k: float(v) for k, v in out.items()}
+
+
+def shown(
+    setup: Setup, some: Sequence[Example], batch: Batch, drawn: Drawn, number: int
+) -> list[dict[str, Any]]:
+    """The responses to the first prompts of a rollout as rows of text.
+
+    A row has the prompt, the columns of its data, and of every response its text, reward
+    (and that of each member), advantage (mean over its tokens, None without), whether it
+    was cut off at max_new, and whether it counts.
+    """
+    many = min(setup.settings.show, len(some))
+    first = at(slice(many), drawn)
+    words = texts(first.batch, setup.sampler.tokenizer)
+    advantages = None
+    if batch.advantages is not None:
+        some_batch = at(slice(many), batch)
+        mean = masked.token_mean(jnp.asarray(some_batch.advantages), some_batch)
+        advantages = np.asarray(mean)
+    rows = []
+    for b in range(many):
+        row: dict[str, Any] = {
+            "rollout": number, "id": some[b].id, "prompt": some[b].prompt,
+            **{f"column {k}": v for k, v in some[b].columns.items()},
+            "responses": words[b], "rewards": first.batch.feedback[b].tolist(),
+        }  # fmt: skip
+        for label, values in first.members.items():
+            row[f"reward {label}"] = values[b].tolist()
+        if advantages is not None:
+            row["advantages"] = advantages[b].tolist()
+        row |= {
+            "truncated": first.truncated[b].tolist(),
+            "valid": np.asarray(first.batch.valid)[b].tolist(),
+        }
+        rows.append(row)
+    return rows
 
 
 def _prompts(setup: Setup, some: Sequence[Example]) -> PromptBatch:

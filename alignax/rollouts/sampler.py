@@ -35,6 +35,8 @@ class Drawn(NamedTuple):
     ]  # nats, the sampler's, under the unmodified LM
     truncated: Bool[np.ndarray, "B G"]  # True where max_new cut a response off
     differs: Bool[np.ndarray, " B"]  # two valid responses have different rewards
+    failed: Bool[np.ndarray, "B G"]  # their reward failed, so that they are not valid
+    members: dict[str, Float[np.ndarray, "B G"]]  # rewards that a reward combines
 
 
 class Sampler(NamedTuple):
@@ -54,6 +56,9 @@ class Sampler(NamedTuple):
         linearly by `overlong_penalty` (Yu et al. 2025); 0 for no such penalty.
       overlong_penalty: subtracted from the feedback of a response of max_new tokens.
       score: `logprob.score` of host batches, for rewards that read an LM.
+      reward_seconds: that one call of a reward that reads no LM may take; 0 for any time.
+      invalid_rewards: share of the responses of a draw whose reward may fail: it raises,
+        takes too long, or gives no finite number. They are then not valid.
     """
 
     generate: Callable[..., Any]
@@ -67,6 +72,8 @@ class Sampler(NamedTuple):
     overlong_buffer: int = 0
     overlong_penalty: float = 1.0
     score: Callable[..., Any] | None = None
+    reward_seconds: float = 0.0
+    invalid_rewards: float = 0.0
 
     def check(self) -> None:
         """Raises ValueError for a setting out of its range."""
@@ -78,6 +85,15 @@ class Sampler(NamedTuple):
             raise ValueError(
                 f"rollout.overlong_buffer is {self.overlong_buffer}, expected 0 to "
                 f"rollout.max_new={self.max_new}"
+            )
+        if not 0 <= self.invalid_rewards < 1:
+            raise ValueError(
+                f"rollout.invalid_rewards is {self.invalid_rewards}, expected a share from "
+                "0 to less than 1"
+            )
+        if self.reward_seconds < 0:
+            raise ValueError(
+                f"rollout.reward_seconds is {self.reward_seconds}, expected at least 0"
             )
         if self.overlong_penalty < 0:
             raise ValueError(
@@ -101,10 +117,10 @@ class Sampler(NamedTuple):
           key: of this batch alone.
           group: G.
           greedy: takes the most likely token, instead of a sample at the temperature.
-          clock: its 'sampling' and 'scoring', in seconds, are added to.
+          clock: its 'sampling' and 'judging', in seconds, are added to.
 
         Raises:
-          ValueError: as `rewards.call`.
+          ValueError: as `rewards.attempt`.
         """
         start = time.monotonic()
         out = jax.device_get(
@@ -117,21 +133,27 @@ class Sampler(NamedTuple):
         valid = out.batch.valid & prompts.valid[:, None]
         if self.truncated == "drop":
             valid = valid & ~out.truncated
-        batch = out.batch._replace(valid=valid, extra=prompts.columns or None)
-        earned = rewards.call(
+        batch = out.batch._replace(valid=valid, extra=prompts.extra)
+        judged = rewards.attempt(
             self.reward, batch, texts(batch, self.tokenizer), self.lms,
-            tokenizer=self.tokenizer, score=self.score, asked=prompts.prompts or None,
+            tokenizer=self.tokenizer, score=self.score, examples=prompts.examples,
+            seconds=self.reward_seconds, tolerated=self.invalid_rewards,
         )  # fmt: skip
+        earned, valid = judged.values, valid & ~judged.failed
+        batch = batch._replace(valid=valid, extra=prompts.columns or None)
         punished = valid & out.truncated & (self.truncated == "punish")
         earned = np.where(punished, np.float32(self.punishment), earned)
         lost = np.float32(self.overlong_penalty) * self.late(batch)
         feedback = np.where(valid & ~punished, earned - lost, earned)
         if clock is not None:
             clock["sampling"] += middle - start
-            clock["scoring"] += time.monotonic() - middle
+            clock["judging"] += time.monotonic() - middle
         batch = batch._replace(feedback=feedback)
         # the length penalty is no difference between rewards
-        return Drawn(batch, out.raw_logps, out.truncated, differs(earned, valid))
+        return Drawn(
+            batch, out.raw_logps, out.truncated, differs(earned, valid), judged.failed,
+            judged.members,
+        )  # fmt: skip
 
     def late(self, batch: Batch) -> Float[np.ndarray, "B G"]:
         """The share of the overlong buffer that a response uses, from 0 to 1."""

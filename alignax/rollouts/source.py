@@ -8,12 +8,14 @@ gives its own rows.
 
 import functools
 import hashlib
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from alignax import rewards
 from alignax.batch import LM, Batch, Example, Params
 from alignax.inputs import layout, serialisation
 from alignax.inputs.prompts import column_names
@@ -25,8 +27,10 @@ from alignax.rollouts.sampler import Baseline, Sampler
 from alignax.rollouts.selection import at, order
 from alignax.shaping import OF_REFERENCE
 
+log = logging.getLogger(__name__)
 KEEP = ("all", "best", "best_worst")
 COUNTS = ("group", "batches", "epochs", "max_draws", "anchor_samples")  # at least 1
+EMPTY = 10  # rollouts without a valid response, in a row, that end a run
 ROWS = 2  # stream of numpy's generator under the seed of a run
 
 
@@ -39,6 +43,8 @@ class Place(NamedTuple):
     used: int = 0  # how many of its batches are used up
     drawn: int = 0  # batches of B prompts drawn so far
     ready: float | None = None  # time.monotonic() when it was made; not saved
+    tokens: int = 0  # sampled since the start of the run
+    empty: int = 0  # rollouts without a valid response, in a row up to this one
 
 
 def rollout_source(
@@ -76,10 +82,15 @@ def rollout_source(
     Returns:
       A Source, whose `next` takes (params, step, average). Its report has 'metrics' of a
       rollout at the step that made it, which the log shows under 'train/': 'rollout/'
-        reward: mean over valid responses; reward_std: within groups.
+        reward: mean over valid responses; reward_std: within groups; reward_min,
+          reward_max; reward/<label>: of each member of an ensemble.
         ties: share of groups without a difference.
-        ended: share of responses that are not truncated; valid: of those that count.
-        tokens: per response.
+        ended: share of responses that are not truncated; valid: of those that count;
+          failed_rewards: of those whose reward failed.
+        empty: 1 for a rollout without a valid response, whose steps learn nothing.
+        tokens: per response, mean and quantiles (tokens_p10, _p50, _p90).
+        total_tokens: sampled since the start of the run.
+        entropy: of the sampling distribution, nats per token, estimated from the samples.
         kl: nats per response, where the reference is read.
         logp_gap, logp_gap_max: between sampler and kernel, nats per token, under the
           behaviour policy.
@@ -88,7 +99,7 @@ def rollout_source(
         prompts, ties_dropped, surplus, unfilled: under dynamic sampling, how many were
           drawn; thrown away without and (drawn with the last ones needed) with a
           difference; and missing.
-        sampling, scoring: seconds.
+        sampling, judging (the reward), scoring (log-probabilities): seconds.
         updating: seconds from the rollout before until this one could begin: its steps,
           and the evaluations and checkpoints between them. Not in a run's first.
 
@@ -103,13 +114,18 @@ def rollout_source(
         anchor=anchor,
     )  # fmt: skip
     own = identity(setup)
-    now: dict[str, Any] = {"place": Place(), "ids": [], "metrics": {}}
+    now: dict[str, Any] = {
+        "place": Place(), "ids": [], "metrics": {}, "samples": [], "warned": False,
+    }  # fmt: skip
 
     def next_batch(params: Any = None, step: int = 0, average: Any = None) -> Batch:
-        del step
-        now["metrics"] = {}
+        now["metrics"], now["samples"] = {}, []
         if spent(now["place"], setup.settings):  # an error in here changes nothing
-            now["place"], now["metrics"] = refill(now["place"], setup, params, average)
+            show = is_shown(step, setup.settings)
+            now["place"], now["metrics"], now["samples"] = refill(
+                now["place"], setup, params, average, show
+            )
+            now["warned"] = now["warned"] or warn_of_constant(now["metrics"])
         batch, now["ids"], metrics = step_batch(now["place"], setup.settings)
         now["metrics"] = {**now["metrics"], **metrics}
         now["place"] = now["place"]._replace(used=now["place"].used + 1)
@@ -127,7 +143,10 @@ def rollout_source(
         now["place"] = restored_place(now["place"], saved)
 
     def report() -> dict[str, Any]:
-        return {"read": len(examples), "ids": now["ids"], "metrics": now["metrics"]}
+        return {
+            "read": len(examples), "ids": now["ids"], "metrics": now["metrics"],
+            "samples": now["samples"],
+        }  # fmt: skip
 
     return Source(next_batch, state, restore, report)
 
@@ -168,19 +187,55 @@ def spent(place: Place, settings: Settings) -> bool:
     return place.buffer is None or place.used == settings.steps
 
 
+def is_shown(step: int, settings: Settings) -> bool:
+    """Whether the rollout that is made before a step is shown as text."""
+    if not settings.show:
+        return False
+    every = settings.show_every
+    return step == 0 or step // every > (step - settings.steps) // every
+
+
 def refill(
-    place: Place, setup: Setup, params: Params, average: Params | None
-) -> tuple[Place, dict[str, float]]:
-    """The place at the start of the next rollout, and the metrics of that rollout."""
+    place: Place, setup: Setup, params: Params, average: Params | None, show: bool
+) -> tuple[Place, dict[str, float], list[dict[str, Any]]]:
+    """The place at the start of the next rollout; metrics and samples of that rollout.
+
+    Raises:
+      ValueError: as `rollout.roll`; the EMPTY-th rollout in a row without a valid response.
+    """
     made = roll(
         setup, params, average, number=place.number + 1, drawn=place.drawn,
-        since=place.ready,
+        since=place.ready, show=show,
     )  # fmt: skip
+    empty = place.empty + 1 if made.metrics.get("rollout/empty") else 0
+    if empty == EMPTY:
+        share = made.metrics["rollout/ended"]
+        raise ValueError(
+            f"{EMPTY} rollouts in a row have no valid response: {share:.0%} of the responses "
+            "of the last one ended before rollout.max_new, and the rewards of "
+            f"{made.metrics['rollout/failed_rewards']:.0%} failed (rollout.truncated="
+            f"{setup.sampler.truncated!r}, rollout.invalid_rewards)"
+        )
+    total = place.tokens + made.tokens
+    metrics = {**made.metrics, "rollout/total_tokens": float(total)}
     fresh = Place(
         made.batch, made.ids, place.number + 1, 0, place.drawn + made.places,
-        time.monotonic(),
+        time.monotonic(), total, empty,
     )  # fmt: skip
-    return fresh, made.metrics
+    return fresh, metrics, made.samples
+
+
+def warn_of_constant(metrics: dict[str, float]) -> bool:
+    """Warns of a reward that is the same for all responses of a rollout."""
+    low, high = metrics.get("rollout/reward_min"), metrics.get("rollout/reward_max")
+    if low is None or low != high:
+        return False
+    log.warning(
+        "THE REWARD IS THE SAME, %g, for all responses of a whole rollout, so that nothing "
+        "is learned from it: does it read what the responses say? (samples.jsonl shows "
+        "some with rollout.show > 0)", low,
+    )  # fmt: skip
+    return True
 
 
 def step_batch(
@@ -213,6 +268,7 @@ def saved_place(place: Place, settings: Settings, own: str) -> dict[str, Any]:
     """The place as a JSON-serialisable dict; a rollout that is used up is left out."""
     saved: dict[str, Any] = {
         "number": place.number, "used": place.used, "drawn": place.drawn, "data": own,
+        "tokens": place.tokens, "empty": place.empty,
     }  # fmt: skip
     if place.buffer is None or spent(place, settings):
         return saved
@@ -226,6 +282,8 @@ def restored_place(place: Place, saved: dict[str, Any]) -> Place:
         used=saved["used"],
         drawn=saved["drawn"],
         ids=saved.get("ids"),
+        tokens=saved.get("tokens", 0),
+        empty=saved.get("empty", 0),
         buffer=serialisation.loads(saved["buffer"]) if "buffer" in saved else None,
     )
 
@@ -244,18 +302,36 @@ def identity(setup: Setup, *, earlier: bool = False) -> str:
         setup.anchor is not None,
         sorted(setup.sampler.identity(earlier=earlier).items()),
     )  # fmt: skip
-    data = hashlib.sha256(contents(setup.examples).encode())
+    read = read_columns(setup.sampler.reward, setup.examples)
+    data = hashlib.sha256(contents(setup.examples, read).encode())
     data.update(repr(settings).encode())
     return data.hexdigest()[:16]
 
 
-def contents(examples: Sequence[Example]) -> str:
-    """The prompts and columns that rollouts depend on, as text for digests."""
+def read_columns(reward: Bound, examples: Sequence[Example]) -> list[str]:
+    """Names of the columns that a reward reads.
+
+    Raises:
+      ValueError: it takes an argument that is neither a column nor handed in.
+    """
+    names = {k for i in range(len(examples)) for k in examples[i].columns}
+    return rewards.columns(reward, sorted(names))
+
+
+def contents(examples: Sequence[Example], read: Sequence[str] = ()) -> str:
+    """The prompts and columns that rollouts depend on, as text for digests.
+
+    Args:
+      examples: of the run.
+      read: further columns that the reward reads.
+    """
     carried = getattr(examples, "carried", None)
     out: list[tuple] = []
     for i in range(len(examples)):
         e = examples[i]
-        columns = [(k, e.columns[k]) for k in carried_columns(e, carried)]
+        known = carried_columns(e, carried)
+        asked = sorted({*read} & {*e.columns} - {*known})
+        columns = [(k, e.columns[k]) for k in (*known, *asked)]
         own = (dict(e.template),) if e.template else ()
         out.append((e.id, e.prompt, columns, *own))
     return repr(out)

@@ -15,10 +15,10 @@ RESPONSES = "responses.jsonl"  # of a run that answers prompts
 # Keys that may differ when a run is resumed: they do not change what is computed.
 VOLATILE = (
     "log_every", "checkpoint", "profile", "wandb", "mesh", "patience", "watchdog",
-    "row_cache",
+    "row_cache", "rollout.show",
 )  # fmt: skip
 # Keys that runs of earlier versions lack. They only decide how rows become ids, which the
-# saved position in the data is checked by.
+# saved position in the data is checked by. Any other key that they lack has to be off.
 ADDED = ("template", "template_system", "truncate", "min_response", "truncate_prompts")
 
 
@@ -37,7 +37,7 @@ def check_owner(workdir: str, config) -> None:
         for k in sorted({*a, *b})
         if a.get(k) != b.get(k)
         and not k.startswith(VOLATILE)
-        and not (k not in a and k.partition(".")[0] in ADDED)
+        and not (k not in a and (k.partition(".")[0] in ADDED or not b[k]))
     ]
     if differ:
         raise ValueError(

@@ -36,6 +36,7 @@ class Hypotheses(NamedTuple):
     max_new: int
     raw: np.ndarray  # [B, G, T] nats, under the policy; 0 outside the response
     sampled_logps: np.ndarray  # [B, G, T] nats, of the sampling distribution
+    row: np.ndarray  # [B, G] place of the prompt among those that the search was given
 
     @property
     def sizes(self) -> np.ndarray:
@@ -64,7 +65,8 @@ def start(prompts, lengths, max_new: int) -> Hypotheses:
     at = lengths[:, None]
     zeros = np.zeros(tokens.shape, np.float32)
     no = np.zeros((b, 1), bool)
-    return Hypotheses(tokens, at, at.copy(), no, max_new, zeros, zeros.copy())
+    row = np.arange(b, dtype=np.int32)[:, None]
+    return Hypotheses(tokens, at, at.copy(), no, max_new, zeros, zeros.copy(), row)
 
 
 def rows_of(h: Hypotheses, change: Callable[[np.ndarray], np.ndarray]) -> Hypotheses:
@@ -217,6 +219,7 @@ def extend(
     return Hypotheses(
         words, wide.starts, ends, np.where(going, stopped, wide.ended), h.max_new,
         merge(wide.raw, out.raw_logps), merge(wide.sampled_logps, batch.old_logps),
+        wide.row,
     ), int(fresh.sum())  # fmt: skip
 
 
@@ -240,14 +243,18 @@ def next_best(lm: LM, h: Hypotheses, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def as_batch(h: Hypotheses, valid: np.ndarray | None = None) -> Batch:
-    """The Batch for a judge; valid are responses that are not empty, and `valid`."""
+    """The Batch for a judge; valid are responses that are not empty, and `valid`.
+
+    Its extra['row'], [B], are the places of the prompts in the batch of the search.
+    """
     at = np.arange(h.tokens.shape[2])
     mask = (at >= h.starts[..., None]) & (at < h.ends[..., None])
     valid = (h.sizes > 0) & (True if valid is None else valid)
     fields: tuple[Any, ...] = (
         h.tokens, mask, h.ends.astype(np.int32), np.zeros(h.ends.shape, np.float32), valid
     )  # fmt: skip
-    return Batch(*fields)
+    extra: Any = {"row": h.row[:, 0]}
+    return Batch(*fields)._replace(extra=extra)
 
 
 def judged(
@@ -294,7 +301,7 @@ def with_draft(lm: LM, lms: dict[str, LM], name: str) -> tuple[LM, ...]:
 
 def with_logps(lm: LM, h: Hypotheses) -> Hypotheses:
     """With raw log-probabilities under `lm`, whichever model drew the tokens."""
-    batch = as_batch(h)
+    batch = as_batch(h)._replace(extra=None)
     return h._replace(raw=np.asarray(score(lm, batch).logps))
 
 
@@ -313,7 +320,7 @@ def generated(
       certain: nothing was sampled, and old_logps are 0. Otherwise they are None: a choice
         among whole responses defines no distribution of each token.
     """
-    batch = jax.tree.map(jnp.asarray, as_batch(h))._replace(
+    batch = jax.tree.map(jnp.asarray, as_batch(h)._replace(extra=None))._replace(
         feedback=jnp.asarray(scores, jnp.float32),
         old_logps=jnp.zeros(h.tokens.shape) if certain else None,
     )

@@ -94,6 +94,10 @@ def get_config() -> ConfigDict:
     )
     c.rollout.anchor_samples = 2  # responses of the anchor, of which the best is taken
     c.rollout.policy = ""  # name in c.lms of the behaviour policy; '' is the policy
+    c.rollout.reward_seconds = 0.0  # most for a call of a reward without an LM; 0 = any
+    c.rollout.invalid_rewards = 0.0  # share of responses whose reward may fail
+    c.rollout.show = 2  # prompts whose responses go to samples.jsonl, ...
+    c.rollout.show_every = 20  # ... every so many steps; show = 0 is never
     c.rollout.reference_samples = (
         64  # samples of lms.ref per prompt, for shapings that need them
     )

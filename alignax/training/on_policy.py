@@ -73,6 +73,8 @@ def sampling(config) -> dict[str, Any]:
         truncated=config.rollout.truncated, punishment=config.rollout.punishment,
         overlong_buffer=config.rollout.overlong_buffer,
         overlong_penalty=config.rollout.overlong_penalty,
+        reward_seconds=config.rollout.reward_seconds,
+        invalid_rewards=config.rollout.invalid_rewards,
     )  # fmt: skip
 
 
@@ -85,6 +87,7 @@ def settings(config) -> dict[str, Any]:
         dynamic_sampling=config.rollout.dynamic_sampling,
         max_draws=config.rollout.max_draws,
         anchor_samples=config.rollout.anchor_samples,
+        show=config.rollout.show, show_every=config.rollout.show_every,
     )  # fmt: skip
 
 
@@ -108,7 +111,8 @@ def reference_rewards(
         "rows": config.batch_size * config.rollout.group, "seed": config.seed,
     }  # fmt: skip
     ref = judged.lms["ref"]
-    prompts = hashlib.sha256(rollouts_source.contents(some).encode())
+    read = rollouts_source.read_columns(judged.reward, examples)
+    prompts = hashlib.sha256(rollouts_source.contents(some, read).encode())
     others = {  # a reward may be one of them
         f"lms.{name}": f"{int(checkpoint.checksum(lm.params)):08x}"
         for name, lm in judged.lms.items()

@@ -77,7 +77,7 @@ def test_ensembles_nest_and_hand_on_what_members_read(batch):
     assert rewards.call(
         judge, batch, TEXTS, {}, tokenizer=tokenizer.load("bytes")
     ).shape == (2, 2)
-    message = "member 'e'.*member 'r'.*reads the tokenizer"
+    message = "member 'e'.*member 'r'.*reads 'tokenizer'"
     with pytest.raises(ValueError, match=message):
         rewards.call(judge, batch, TEXTS, {})
 

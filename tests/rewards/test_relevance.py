@@ -106,6 +106,6 @@ def test_unknown_factors_and_a_missing_tokenizer_are_named(make_batch):
     with pytest.raises(ValueError, match="expected some of relevance"):
         scored(GOOD, factors=())
     judge = plugin.load("rewards", "relevance")
-    message = "rewards.relevance reads the tokenizer, which is not given here"
+    message = "rewards.relevance reads 'tokenizer', which is not given here"
     with pytest.raises(ValueError, match=message):
         rewards.call(judge, make_batch(1, 1, 16), [["a"]], {})

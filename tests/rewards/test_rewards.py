@@ -11,6 +11,7 @@ import pytest
 
 from alignax import logprob, plugin, rewards
 from alignax.models import sharding
+from alignax.reward_functions import digest
 from alignax.rewards import constraints, model
 from alignax.training import parallel
 
@@ -23,9 +24,9 @@ def batch(make_batch):
 
 
 def test_keywords_count_by_coverage_of_whole_words_in_any_case(batch):
-    got = constraints.reward(batch, TEXTS, {}, keywords=("fox", "quick"))
+    got = constraints.reward(TEXTS, keywords=("fox", "quick"))
     np.testing.assert_allclose(got, [[1.0, 0.0], [0.5, 0.5]])
-    got = constraints.reward(batch, [["foxglove", "a fox"]], {}, keywords=("fox",))
+    got = constraints.reward([["foxglove", "a fox"]], keywords=("fox",))
     np.testing.assert_allclose(got, [[0.0, 1.0]])
 
 
@@ -41,24 +42,24 @@ def test_keywords_count_by_coverage_of_whole_words_in_any_case(batch):
     ],
 )  # fmt: skip
 def test_each_constraint_by_hand(batch, asked, want):
-    got = constraints.reward(batch, TEXTS, {}, **asked)
+    got = constraints.reward(TEXTS, **asked)
     assert got.dtype == np.float32
     np.testing.assert_array_equal(got, want)
 
 
 def test_constraints_are_averaged_with_their_weights(batch):
     asked = {"keywords": ("fox",), "max_words": 3}
-    got = constraints.reward(batch, TEXTS, {}, **asked)
+    got = constraints.reward(TEXTS, **asked)
     np.testing.assert_allclose(got, [[1, 0.5], [1, 0.5]])
-    got = constraints.reward(batch, TEXTS, {}, **asked, weights={"keywords": 3.0})
+    got = constraints.reward(TEXTS, **asked, weights={"keywords": 3.0})
     np.testing.assert_allclose(got, [[1, 0.25], [1, 0.75]])
 
 
 def test_no_constraint_and_an_unknown_weight_are_errors(batch):
     with pytest.raises(ValueError, match=r"rewards\.constraints has no constraint; set one of keywords,"):  # fmt: skip
-        constraints.reward(batch, TEXTS, {})
+        constraints.reward(TEXTS)
     with pytest.raises(ValueError, match=r"unknown constraint \['lenght'\]; known: keywords,"):  # fmt: skip
-        constraints.reward(batch, TEXTS, {}, max_words=3, weights={"lenght": 1.0})
+        constraints.reward(TEXTS, max_words=3, weights={"lenght": 1.0})
 
 
 def test_a_reward_model_is_read_at_the_last_scored_token(
@@ -197,13 +198,13 @@ def test_the_identity_of_a_reward_holds_its_code(monkeypatch):
     before = [rewards.identity(judge), rewards.identity(several)]
     assert before == [rewards.identity(judge), rewards.identity(several)]
     assert judge.name in before[0]
-    source = rewards.inspect.getsource
+    source = digest.inspect.getsource
 
     def edited(extra):
         def getsource(f):
             return source(f) + extra * (f is judge.function)
 
-        monkeypatch.setattr(rewards.inspect, "getsource", getsource)
+        monkeypatch.setattr(digest.inspect, "getsource", getsource)
         return [rewards.identity(judge), rewards.identity(several)]
 
     assert edited("    # a comment\n") == before
@@ -232,31 +233,31 @@ def test_partials_of_other_functions_or_arguments_are_other_code():
         functools.partial(max, 1), functools.partial(max, 2), functools.partial(min, 1),
         functools.partial(max, 1, key=3), max,
     )  # fmt: skip
-    assert len({rewards.code_digest(f) for f in some}) >= 4
+    assert len({digest.code_digest(f) for f in some}) >= 4
     again = functools.partial(max, 1)
-    assert rewards.code_digest(again) == rewards.code_digest(some[0])
+    assert digest.code_digest(again) == digest.code_digest(some[0])
 
 
 def test_comments_docstrings_and_layout_are_not_code(monkeypatch):
-    def digest(source):
-        monkeypatch.setattr(rewards.inspect, "getsource", lambda f: source)
-        return rewards.code_digest(len)
+    def of(source):
+        monkeypatch.setattr(digest.inspect, "getsource", lambda f: source)
+        return digest.code_digest(len)
 
-    same = {digest(source) for source in SAME_CODE}
+    same = {of(source) for source in SAME_CODE}
     assert len(same) == 1
-    others = {digest(source) for source in OTHER_CODE}
+    others = {of(source) for source in OTHER_CODE}
     assert len(others) == len(OTHER_CODE)
     assert not others & same
     # a docstring that is all there is, and half a line of source
-    assert digest('def f(x):\n    """A."""\n') == digest('def f(x):\n    """B."""\n')
-    assert digest("key=lambda text: 1)\n") != digest("key=lambda text: 2)\n")
+    assert of('def f(x):\n    """A."""\n') == of('def f(x):\n    """B."""\n')
+    assert of("key=lambda text: 1)\n") != of("key=lambda text: 2)\n")
 
 
 def test_the_table_of_earlier_sources_is_of_the_rewards_as_they_are():
     """A key that no reward has is stale: saved runs with that reward would be refused."""
     names = ("constraints", "ensemble", "model", "relevance")
     files = [importlib.import_module(f"alignax.rewards.{name}") for name in names]
-    assert [rewards.saved_digest(f.reward) for f in files] == [*rewards.EARLIER]
+    assert [digest.saved_digest(f.reward) for f in files] == [*digest.EARLIER]
 
 
 def reads_both(batch, texts, lms, *, tokenizer, score=None, shift=0.0):
@@ -270,9 +271,7 @@ def test_a_reward_is_handed_what_it_takes_and_nothing_else(batch):
     given = {"tokenizer": 10, "score": lambda: 200}
     assert (rewards.call(judge, batch, TEXTS, {}, **given) == 211).all()
     assert (rewards.call(judge, batch, TEXTS, {}, tokenizer=10) == 11).all()
-    with pytest.raises(
-        ValueError, match="reads_both reads the tokenizer, which is not"
-    ):
+    with pytest.raises(ValueError, match="reads_both reads 'tokenizer', which is not"):
         rewards.call(judge, batch, TEXTS, {}, score=given["score"])
     plain = plugin.load("rewards", "constraints", {"keywords": ("fox",)})
     got = rewards.call(plain, batch, TEXTS, {}, **given)
