@@ -160,12 +160,15 @@ def _one_by_one(
     failures: dict[tuple[int, int], Failure] = {}
     members: dict[str, np.ndarray] = {}
     for b, g in np.argwhere(valid).tolist():
+        if form.kind == "text":
+            handed: Callable[[], Any] = functools.partial(
+                reward.__call__, given.texts[b][g]
+            )
+        else:
+            handed = arguments(reward, form, given.alone(b, g))
         try:
             with time_limit.limited(limit):
-                if form.kind == "text":
-                    out = reward(given.texts[b][g])
-                else:
-                    out = arguments(reward, form, given.alone(b, g))()
+                out = handed()
         except (Exception, time_limit.TimeUp) as error:
             failures[b, g] = Failure(described(error, limit), error)
         else:
