@@ -30,6 +30,15 @@ def llama3_70b() -> dict:
     }  # fmt: skip
 
 
+def qwen2_5_1_5b() -> dict:
+    """Qwen2.5 1.5B: https://huggingface.co/Qwen/Qwen2.5-1.5B-Instruct, config.json."""
+    return dict(
+        vocab_size=151_936, width=1536, num_layers=28, num_heads=12, num_kv_heads=2,
+        head_dim=128, mlp_width=8960, max_length=32_768, family="qwen2", qkv_bias=True,
+        norm_eps=1e-6, rope_theta=1e6,
+    )  # fmt: skip
+
+
 def is_smoke(arg: str) -> bool:
     """Whether `CONFIG.py:arg` is the smoke variant.
 

@@ -179,7 +179,9 @@ def test_the_rows_of_its_data_are_those_that_it_reads(name, tmp_path, monkeypatc
     pairs = [
         {"prompt": f"Q{i}", "chosen": "good", "rejected": "bad"} for i in range(40)
     ]
-    for file, rows in (("hh", hh), ("groups", groups), ("pairs", pairs)):
+    gsm8k = [{"question": f"Q{i}", "answer": f"So.\n#### {i}"} for i in range(40)]
+    named = {"hh": hh, "groups": groups, "pairs": pairs, "gsm8k": gsm8k}
+    for file, rows in named.items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / f"{file}.jsonl").write_text(text)
     for arg in ("", "smoke"):
@@ -191,7 +193,7 @@ def test_the_rows_of_its_data_are_those_that_it_reads(name, tmp_path, monkeypatc
                 importlib.import_module(f"configs.{name}").__doc__
             )
             for section in (innermost(s) for s in sections if s):
-                file = {"hh_rlhf": "hh"}.get(
+                file = {"hh_rlhf": "hh", "gsm8k": "gsm8k"}.get(
                     section.name, "groups" if scored else "pairs"
                 )
                 if "path" in section:

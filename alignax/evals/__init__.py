@@ -8,6 +8,6 @@ the hyper-parameters: it raises ValueError before the run begins. A metric 'x' w
 interval comes with 'x/lo' and 'x/hi' (95 %); 'samples' holds rows of text.
 
 Reading order: ranking_accuracy and perplexity (scores of given responses), win_rate and
-sample (responses of the policy), inference_win_rate (after best-of-N or worst-of-N),
+sample (responses of the policy), pass_at_k, inference_win_rate (after best-of-N or worst-of-N),
 token_shift, exploitation, bon_jailbreak.
 """

@@ -77,6 +77,8 @@ def one_run(
     ]
     for name, spec, one, room in sections(config):
         examples = plugin.load_examples(spec, drop=("ratio",))
+        if name == "eval_data" and len(examples) and not examples[0].responses:
+            one, room = prompt_alone, sampled_room(config)
         own = text.for_data(examples)
         lines += section(name, examples, own, many, (one, room))
         if reasons is not None:
@@ -95,7 +97,7 @@ def sections(config) -> Iterator[tuple[str, object, Show, int | None]]:
     length = config.length
     trained: tuple[Show, int] = (with_responses, length)
     if config.rollout.reward:
-        trained = (prompt_alone, length - config.rollout.max_new)
+        trained = (prompt_alone, sampled_room(config))
     if config.data:
         yield "data", config.data, *trained
     for part, spec in config.mixture.items():
@@ -104,6 +106,11 @@ def sections(config) -> Iterator[tuple[str, object, Show, int | None]]:
         yield "eval_data", config.eval_data, with_responses, length
     if config.prompts:
         yield "prompts", config.prompts, prompt_alone, None
+
+
+def sampled_room(config) -> int:
+    """Tokens that a prompt may have, to which responses are sampled."""
+    return config.length - (config.rollout.max_new if config.rollout.reward else 0)
 
 
 def counted(

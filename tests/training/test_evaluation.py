@@ -1,5 +1,6 @@
 """How a run evaluates. (The evaluations themselves: evals/.)"""
 
+import pytest
 import tiny
 
 from alignax import plugin
@@ -16,3 +17,16 @@ def test_evaluations_cut_prompts_as_the_rollouts_do():
     assert build.sampled_length(config, reading) == 24
     config.rollout.reward = {}
     assert build.sampled_length(config, sampling) == 24
+
+
+def test_prompts_alone_are_evaluated_by_what_samples_responses(tmp_path):
+    """And by nothing that reads responses."""
+    data = {"name": "synthetic", "split": "test", "kind": "prompts", "size": 4}
+    reward = {"name": "constraints", "pattern": "e"}
+    evals = {"pass_at_k": {"reward": reward, "max_new": 2}}
+    config = tiny.config("sft", eval_data=data, evals=evals)
+    run = build.build(config, str(tmp_path / "run"))
+    assert len(run.asked["pass_at_k"]) == 4
+    config = tiny.config("sft", eval_data=data, evals={**evals, "perplexity": {}})
+    with pytest.raises(ValueError, match="no response"):
+        build.build(config, str(tmp_path / "other"))

@@ -116,6 +116,14 @@ def test_a_stage_reads_by_the_tokenizer_of_the_stage_it_starts_from():
     assert shown.count("[0]") == 3
 
 
+def test_evaluation_data_of_prompts_alone_is_shown_as_prompts():
+    data = {"name": "synthetic", "split": "test", "kind": "prompts", "size": 4}
+    config = tiny.config("sft", eval_data=data)
+    shown = show.show(config, 2).partition("eval_data: 4 examples")[2]
+    assert shown.count("prompt: ") == 2
+    assert "malformed" not in shown
+
+
 def test_every_section_is_shown():
     one = tiny.config("sft", eval_data={"name": "synthetic", "split": "test"})
     shown = show.show(one, 1)
