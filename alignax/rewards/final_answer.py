@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-FORMS = ("hash", "boxed", "last")
+KINDS = ("hash", "boxed", "last")
 LIMIT = 400  # digits of a number; a longer one is no answer
 
 _COMMA = ",\u2009\u202f\u00a0"  # between groups of three digits
@@ -77,7 +77,7 @@ class Number(NamedTuple):
 
 def reward(
     texts: list[list[str]], rows: Sequence[Mapping[str, Any]], *,
-    column: str = "answer", accept: tuple[str, ...] = FORMS, correct: float = 1.0,
+    column: str = "answer", accept: tuple[str, ...] = KINDS, correct: float = 1.0,
     format: float = 0.0,
 ) -> np.ndarray:  # fmt: skip
     """Rewards responses whose final answer equals the row's.
@@ -87,7 +87,7 @@ def reward(
       rows: B rows; each has the reference in its column, as a number or as text, which may
         be a whole solution with a mark.
       column: the name of it.
-      accept: forms of an answer that count, some of FORMS. The first of FORMS that a
+      accept: forms of an answer that count, some of KINDS. The first of KINDS that a
         response has decides: where digits follow "####", its last number is not looked at.
       correct: what the right answer is worth.
       format: what an answer in a marked form ('hash' or 'boxed') is worth in addition,
@@ -99,9 +99,9 @@ def reward(
     Raises:
       ValueError: an unknown form or none, a row without the column or with nothing in it.
     """
-    if not accept or set(accept) - set(FORMS):
+    if not accept or set(accept) - set(KINDS):
         raise ValueError(
-            f"accept is {tuple(accept)}, expected some of {', '.join(FORMS)}"
+            f"accept is {tuple(accept)}, expected some of {', '.join(KINDS)}"
         )
     out = np.zeros((len(texts), len(texts[0]) if texts else 0), np.float32)
     for b, (group, row) in enumerate(zip(texts, rows, strict=True)):
@@ -147,13 +147,13 @@ def reference(row: Mapping[str, Any], column: str, index: int) -> str:
 
 
 def answer(
-    text: str, accept: Sequence[str] = FORMS, *, numeric: bool = True
+    text: str, accept: Sequence[str] = KINDS, *, numeric: bool = True
 ) -> str | None:
     """The final answer of a response as text, the same for equal answers; None without one.
 
     Args:
       text: the response.
-      accept: forms of an answer that count, some of FORMS.
+      accept: forms of an answer that count, some of KINDS.
       numeric: the answer is a number, written as '5' or '1/2'; else text, as in `plain`.
     """
     form, found = marked(text, accept, numeric)
@@ -164,7 +164,7 @@ def answer(
 
 
 def marked(text: str, accept: Sequence[str], numeric: bool) -> tuple[str, str]:
-    """The first form of FORMS that a response has, and the text of the answer.
+    """The first form of KINDS that a response has, and the text of the answer.
 
     Args:
       text: the response.

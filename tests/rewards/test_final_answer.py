@@ -5,6 +5,8 @@ import time
 import numpy as np
 import pytest
 
+from alignax import rewards
+from alignax.batch import Example
 from alignax.rewards import final_answer
 
 RIGHT = {  # marked text -> the reference that it equals
@@ -164,6 +166,15 @@ def test_each_row_has_its_own_reference_in_the_column():
     for empty in ("", "  ", None, "#### "):
         with pytest.raises(ValueError, match=r"'answer' of row 0 is empty"):
             final_answer.reward(texts[:1], [{"answer": empty}])
+
+
+def test_a_run_loads_it_and_hands_it_the_rows(make_batch):
+    judge = rewards.load({"name": "final_answer", "accept": ("hash",), "format": 0.5})
+    batch = make_batch(2, 2, 16)._replace(extra={"row": np.array([1, 0], np.int32)})
+    rows = [Example("a", "p", [], (), {"answer": "1"}), Example("b", "p", [], (), {"answer": 2})]  # fmt: skip
+    texts = [["#### 2", "2"], ["#### 2", "#### 1"]]
+    got = rewards.call(judge, batch, texts, {}, examples=rows)
+    np.testing.assert_array_equal(got, [[1.5, 0], [0.5, 1.5]])
 
 
 def test_equal_answers_have_one_text_for_a_vote():
