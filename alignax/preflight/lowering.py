@@ -27,6 +27,7 @@ from alignax.models import families, gguf, sharding, transformer
 from alignax.models.transformer import ModelConfig
 from alignax.text import tokenizer
 from alignax.training import build, checks, loading, step
+from alignax.training.plugins import has_rollouts
 
 
 class Shape(NamedTuple):
@@ -126,7 +127,7 @@ def rows(
         array(t, jnp.int32), array(t, bool), array(b, jnp.int32), array(b),
         array(b, bool),
     )  # fmt: skip
-    if config.rollout.reward:
+    if has_rollouts(config):
         brought: Any = {k: array(t) for k in ("old_values", "returns") if k in needs}
         batch = batch._replace(extra=brought or None)
         for name in ("ref_logps", "old_logps", "advantages"):
@@ -154,7 +155,7 @@ def rows(
 def _packed(config, to: tuple[int, int], tokens: int, t: tuple[int, ...]):
     """(R, L) of the rows that a source would choose if all prompts had equal length."""
     sizes = [tokens] * config.batch_size
-    if config.layout == "packed" and not config.rollout.reward and not config.mixture:
+    if config.layout == "packed" and not has_rollouts(config) and not config.mixture:
         filled = batches.Filled(
             sizes, config.batch_size, window=1, seed=0, shuffle=False
         )
@@ -166,7 +167,7 @@ def _packed(config, to: tuple[int, int], tokens: int, t: tuple[int, ...]):
 
 def responses(config, notes: list[str]) -> int:
     """G of the batches of a config; an assumption is added to `notes`."""
-    if config.rollout.reward:
+    if has_rollouts(config):
         kept = {"best": 1, "best_worst": 2}
         every = config.rollout.group + bool(config.rollout.anchor)
         return kept.get(config.rollout.keep, every)

@@ -31,6 +31,7 @@ from alignax.sampling import generation_settings
 from alignax.sampling.prefill import common
 from alignax.text.tokenizer import Tokenizer
 from alignax.training import build, loading, parallel
+from alignax.training.plugins import has_rollouts
 
 NAME = workdirs.RESPONSES
 # A prefix that all prompts share is prefilled once if it has at least this number of tokens
@@ -104,9 +105,9 @@ def check(config, model: ModelPath | None = None) -> Prompts:
             f"num_steps is {config.num_steps}, but a config with prompts does not train: "
             "set num_steps=0, and model.path to the trained run"
         )
-    if config.evals or config.rollout.reward:
+    if config.evals or has_rollouts(config):
         raise ValueError(
-            "a config with prompts takes neither evals nor rollout.reward: use another run"
+            "a config with prompts takes neither evals nor rollouts: use another run"
         )
     responder.bind(config)
     if empty := [name for name, path in config.lms.items() if not path]:

@@ -165,7 +165,8 @@ def roll(
         setup.shaping, baselines(setup, some, whole.greedy), strict=True
     ):
         batch = shaped(shape, batch, baseline)
-    numbers = {**summary(batch, responses), **counts, **clock}
+    judged = setup.sampler.reward is not None
+    numbers = {**summary(batch, responses, judged), **counts, **clock}
     numbers |= gap_metrics(whole.gap[:, :group], batch)
     if anchor is not None:
         last = anchor_slot(whole.batch, batch, group)
@@ -356,10 +357,10 @@ def anchor_metrics(gap: np.ndarray, last: Batch) -> dict[str, float]:
     return {"anchor_reward": reward, **gap_metrics(gap, last, "anchor_logp_gap")}
 
 
-def summary(batch: Batch, drawn: Drawn) -> dict[str, float]:
+def summary(batch: Batch, drawn: Drawn, judged: bool) -> dict[str, float]:
     """Means over the valid responses of a rollout, and what makes others not valid.
 
-    Where none is valid there is 'empty', and no mean.
+    Where none is valid there is 'empty', and no mean; of rewards where it is `judged`.
     """
     valid, feedback = np.asarray(batch.valid), np.asarray(batch.feedback)
     out = {
@@ -372,13 +373,16 @@ def summary(batch: Batch, drawn: Drawn) -> dict[str, float]:
         return {k: float(v) for k, v in {**out, "empty": 1.0}.items()}
     sizes = np.asarray(batch.mask)[valid].sum(-1)
     scored = np.asarray(batch.mask) & valid[..., None]
-    earned = feedback[valid]
+    if judged:
+        earned = feedback[valid]
+        out |= {
+            "reward": earned.mean(),
+            "reward_std": np.mean([r.std() for r in rows]),
+            "reward_min": earned.min(),
+            "reward_max": earned.max(),
+            "ties": np.mean([r.min() == r.max() for r in rows]),
+        }
     out |= {
-        "reward": earned.mean(),
-        "reward_std": np.mean([r.std() for r in rows]),
-        "reward_min": earned.min(),
-        "reward_max": earned.max(),
-        "ties": np.mean([r.min() == r.max() for r in rows]),
         "tokens": sizes.mean(),
         "entropy": -np.asarray(drawn.batch.old_logps)[scored].mean(),
     }

@@ -44,7 +44,7 @@ class Sampler(NamedTuple):
 
     Attributes:
       generate: decode.generate with the end-of-sequence ids bound; host arrays come back.
-      reward: from `rewards.load`.
+      reward: from `rewards.load`; None gives every response a feedback of 0.
       lms: frozen LMs that a reward may read.
       tokenizer: of prompts and responses.
       max_new: most tokens of a response.
@@ -62,7 +62,7 @@ class Sampler(NamedTuple):
     """
 
     generate: Callable[..., Any]
-    reward: Bound
+    reward: Bound | None
     lms: Mapping[str, LM]
     tokenizer: Tokenizer
     max_new: int
@@ -134,11 +134,7 @@ class Sampler(NamedTuple):
         if self.truncated == "drop":
             valid = valid & ~out.truncated
         batch = out.batch._replace(valid=valid, extra=prompts.extra)
-        judged = rewards.attempt(
-            self.reward, batch, texts(batch, self.tokenizer), self.lms,
-            tokenizer=self.tokenizer, score=self.score, examples=prompts.examples,
-            seconds=self.reward_seconds, tolerated=self.invalid_rewards,
-        )  # fmt: skip
+        judged = self.judge(batch, prompts)
         earned, valid = judged.values, valid & ~judged.failed
         batch = batch._replace(valid=valid, extra=prompts.columns or None)
         punished = valid & out.truncated & (self.truncated == "punish")
@@ -155,6 +151,17 @@ class Sampler(NamedTuple):
             judged.members,
         )  # fmt: skip
 
+    def judge(self, batch: Batch, prompts: PromptBatch) -> rewards.Judged:
+        """Rewards of responses; without a reward all are 0, and none failed."""
+        if self.reward is None:
+            none = np.zeros(np.shape(batch.valid), np.float32)
+            return rewards.Judged(none, none > 0, {})
+        return rewards.attempt(
+            self.reward, batch, texts(batch, self.tokenizer), self.lms,
+            tokenizer=self.tokenizer, score=self.score, examples=prompts.examples,
+            seconds=self.reward_seconds, tolerated=self.invalid_rewards,
+        )  # fmt: skip
+
     def late(self, batch: Batch) -> Float[np.ndarray, "B G"]:
         """The share of the overlong buffer that a response uses, from 0 to 1."""
         left = self.max_new - np.asarray(batch.mask).sum(-1)  # tokens
@@ -169,7 +176,8 @@ class Sampler(NamedTuple):
         """
         of = rewards.earlier_identity if earlier else rewards.identity
         return {
-            "reward": of(self.reward), "tokenizer": self.tokenizer.fingerprint,
+            "reward": "" if self.reward is None else of(self.reward),
+            "tokenizer": self.tokenizer.fingerprint,
             "max_new": self.max_new, "temperature": self.temperature,
             "truncated": f"{self.truncated} {self.punishment}",
             "overlong": f"{self.overlong_buffer} {self.overlong_penalty}",

@@ -308,12 +308,14 @@ def identity(setup: Setup, *, earlier: bool = False) -> str:
     return data.hexdigest()[:16]
 
 
-def read_columns(reward: Bound, examples: Sequence[Example]) -> list[str]:
-    """Names of the columns that a reward reads.
+def read_columns(reward: Bound | None, examples: Sequence[Example]) -> list[str]:
+    """Names of the columns that a reward reads; none without a reward.
 
     Raises:
       ValueError: it takes an argument that is neither a column nor handed in.
     """
+    if reward is None:
+        return []
     names = {k for i in range(len(examples)) for k in examples[i].columns}
     return rewards.columns(reward, sorted(names))
 

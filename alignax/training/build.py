@@ -22,7 +22,7 @@ from alignax.runs import adapter_base, checkpoint, model_paths, workdirs
 from alignax.runs.model_paths import ModelPath
 from alignax.text import tokenizer
 from alignax.training import checks, loading, on_policy, optim, parallel
-from alignax.training.plugins import Plugins
+from alignax.training.plugins import Plugins, has_rollouts
 from alignax.training.step import with_average
 
 
@@ -98,7 +98,7 @@ def build(config, workdir: str, model: ModelPath | None = None) -> Run:
     data = training_source(config, examples, text, ids, mesh)
     if (config.reference_cache or config.reference_data) and data is not None:
         data = cached(config, data, text, lms["ref"], examples, mesh)
-    if config.rollout.reward and examples is not None:
+    if has_rollouts(config) and examples is not None:
         room = config.length - config.rollout.max_new
         examples = prompts.usable(examples, text, length=room)
         data = on_policy.rollouts(
@@ -178,7 +178,7 @@ def sampled_length(config, evaluation: plugin.Bound) -> int:
 
     In a run with rollouts prompts are cut there as they are cut in these.
     """
-    samples = "max_new" in evaluation.hyper and config.rollout.reward
+    samples = "max_new" in evaluation.hyper and has_rollouts(config)
     return config.length - config.rollout.max_new * bool(samples)
 
 
@@ -207,7 +207,7 @@ def training_examples(config, loss: plugin.Bound, text: tokenizer.Tokenizer) -> 
     """
     if not config.num_steps:
         return None
-    if config.rollout.reward:
+    if has_rollouts(config):
         return plugin.load_examples(config.data)
 
     def rows(where: str, section: Any) -> Rows:
@@ -232,7 +232,7 @@ def training_source(
     config, examples: Any, text: tokenizer.Tokenizer, vocab_size: int, mesh: Mesh
 ) -> source.Source | None:
     """Batches of `training_examples`; None without any. on_policy makes those of rollouts."""
-    if examples is None or config.rollout.reward:
+    if examples is None or has_rollouts(config):
         return None
     return source.dataset_source(
         examples, text, batch_size=config.batch_size, length=config.length,
@@ -246,7 +246,7 @@ def training_source(
 def describe_data(config, run: Run, examples: Any) -> None:
     """Says how many examples were read, used, cut, dropped and malformed."""
     if run.source is not None:
-        rolled = config.rollout.reward
+        rolled = has_rollouts(config)
         counts = examples.counts if rolled else run.source.report()
         run.say(f"{'prompts' if rolled else 'data'}: {tables.summary(counts)}")
     if run.eval_data is None and config.eval_data:

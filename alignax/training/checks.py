@@ -13,10 +13,11 @@ from alignax.rollouts import rollout, source
 from alignax.rollouts.sampler import Sampler
 from alignax.text.dialogues import SPECIALS
 from alignax.training import loading, on_policy, optim
-from alignax.training.plugins import Plugins, bind
+from alignax.training.plugins import Plugins, bind, has_rollouts
 
 # What only the policy's own responses bring: a loss that needs one of these needs rollouts.
 OF_ROLLOUTS = ("old_logps", "advantages", "returns", "old_values")
+SOURCES = ("", "policy")  # of the responses that a run learns from
 
 
 def check(config) -> Plugins:
@@ -99,7 +100,7 @@ def check_model(config, plugins: Plugins) -> None:
             f"loss {plugins.loss.name!r} needs config.model.value_head=True"
         )
     critic = {"state_values", "old_values"} & needs
-    if config.rollout.reward and config.num_steps and critic and not m.value_head:
+    if has_rollouts(config) and config.num_steps and critic and not m.value_head:
         raise ValueError("a critic needs config.model.value_head=True")
 
 
@@ -113,7 +114,7 @@ def check_lms(config, loss: Bound) -> None:
             f"lms.{moving[0]}='average' needs config.average > 0, its decay"
         )
     own = {*OF_ROLLOUTS} & {*loss.needs}
-    if own and not config.rollout.reward:
+    if own and not has_rollouts(config):
         raise ValueError(
             f"loss {loss.name!r} needs {sorted(own)}, which rollouts bring: set "
             "config.rollout.reward"
@@ -169,7 +170,7 @@ def check_data(config) -> None:
     once = config.reference_cache or config.reference_data
     if not config.num_steps or not once:
         return
-    if config.rollout.reward:
+    if has_rollouts(config):
         raise ValueError(
             "rollouts take config.data, without reference_cache or reference_data"
         )
@@ -189,7 +190,11 @@ def check_evals(config, plugins: Plugins) -> None:
 def check_rollout(config, plugins: Plugins) -> None:
     """Rollouts, shapings and the loss go together."""
     loss, steps = plugins.loss, plugins.shaping
-    if not config.rollout.reward:
+    if config.rollout.source not in SOURCES:
+        raise ValueError(
+            f"rollout.source is {config.rollout.source!r}, expected one of {SOURCES}"
+        )
+    if not has_rollouts(config):
         if config.shaping:
             raise ValueError("config.shaping needs rollouts: set config.rollout.reward")
         return
@@ -197,7 +202,8 @@ def check_rollout(config, plugins: Plugins) -> None:
         return
     if config.mixture:
         raise ValueError("rollouts take config.data, not a mixture")
-    assert plugins.reward is not None
+    if not config.rollout.reward:
+        check_without_reward(config, plugins)
     if "advantages" in loss.needs and not steps:
         raise ValueError(f"loss {loss.name!r} needs advantages: set config.shaping")
     if steps and sum(s.stage == "advantage" for s in steps) != 1:
@@ -208,7 +214,8 @@ def check_rollout(config, plugins: Plugins) -> None:
             f"loss {loss.name!r} reads no advantages: empty config.shaping"
         )
     slots = config.rollout.group + bool(config.rollout.anchor)
-    if config.rollout.keep == "all" and slots == 2 and not steps:
+    of_pairs = config.rollout.keep == "all" and slots == 2 and not steps
+    if of_pairs and config.rollout.reward:
         raise ValueError(
             f"loss {loss.name!r} takes two responses for (chosen, rejected): "
             "config.rollout.keep='best_worst' puts them in that order"
@@ -228,6 +235,22 @@ def check_rollout(config, plugins: Plugins) -> None:
     )  # fmt: skip
 
 
+def check_without_reward(config, plugins: Plugins) -> None:
+    """Rollouts without a reward (rollout.source) ask for nothing that only one gives."""
+    loss, rollout = plugins.loss, config.rollout
+    asked = {
+        f"loss {loss.name!r}": {*OF_ROLLOUTS[1:]} & {*loss.needs},
+        "config.shaping": config.shaping,
+        f"rollout.keep={rollout.keep!r}": rollout.keep != "all",
+        "rollout.anchor": rollout.anchor,
+        "rollout.dynamic_sampling": rollout.dynamic_sampling,
+        "rollout.truncated='punish'": rollout.truncated == "punish",
+        "rollout.overlong_buffer": rollout.overlong_buffer,
+    }
+    if needing := [name for name, needs in asked.items() if needs]:
+        raise ValueError(f"{needing[0]} needs rewards: set config.rollout.reward")
+
+
 def check_rollout_form(config, loss: Bound) -> None:
     """The responses that rollouts keep are rows that the loss reads."""
     if not loss.forms or "prompts" in loss.forms:
@@ -236,6 +259,13 @@ def check_rollout_form(config, loss: Bound) -> None:
     made = {"best_worst": "pairs", "best": "demonstrations"}.get(
         config.rollout.keep, "groups" if several else "labelled"
     )
+    if not config.rollout.reward:
+        made = "unscored" if several else "demonstrations"
+    if made not in loss.forms and not config.rollout.reward:
+        raise ValueError(
+            f"loss {loss.name!r} reads {' or '.join(loss.forms)}, but responses without "
+            f"rewards are {made}: set config.rollout.reward"
+        )
     if made not in loss.forms:
         raise ValueError(
             f"loss {loss.name!r} reads {' or '.join(loss.forms)}, but rollouts with "

@@ -74,7 +74,10 @@ def get_config() -> ConfigDict:
     c.mixture = ConfigDict()  # instead of data: {part: {ratio, name, ...}}
 
     c.rollout = ConfigDict()  # the policy's own responses, to the prompts of c.data
-    c.rollout.reward = ConfigDict()  # name, and its hyper-parameters; {} = no rollouts
+    c.rollout.reward = ConfigDict()  # name, and its hyper-parameters; {} = none
+    # Whose responses a run learns from: '' = the policy's if there is a reward, else those
+    # of the data | policy (for losses that need no reward)
+    c.rollout.source = ""
     c.rollout.group = 4  # responses per prompt
     c.rollout.max_new = 64  # tokens of a response
     c.rollout.temperature = 1.0

@@ -47,7 +47,6 @@ def rollouts(
     def anchor(average: Params | None) -> LM:
         return lms[shown] if shown in lms else assemble(average, lms)
 
-    assert plugins.reward is not None
     grid = sharding.grid(config.layout, config.accumulate, mesh)
     score = parallel.scorer(mesh, packed=grid is not None)
     judged = sampler.Sampler(

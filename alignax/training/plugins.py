@@ -16,7 +16,7 @@ class Plugins(NamedTuple):
       loss: under the reweightings of the config.
       evals: by their names in the config.
       shaping: in the order in which they apply, with the KL strength of the run.
-      reward: of rollouts; None without them. An evaluation alone makes none.
+      reward: of rollouts; None without one. An evaluation alone makes none.
     """
 
     loss: Bound
@@ -49,6 +49,11 @@ def bind(config) -> Plugins:
         loss, evals, with_strength(steps, loss, given),
         rewards.load(reward) if reward else None,
     )  # fmt: skip
+
+
+def has_rollouts(config) -> bool:
+    """Whether a config learns from responses to prompts, and not from those of its data."""
+    return bool(config.rollout.source or config.rollout.reward)
 
 
 def with_strength(

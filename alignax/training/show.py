@@ -19,7 +19,7 @@ from alignax.text.dialogues import Prepared
 from alignax.text.tokenizer import Tokenizer
 from alignax.text.truncation import TooLong
 from alignax.training import checks, loading
-from alignax.training.plugins import bind
+from alignax.training.plugins import bind, has_rollouts
 
 
 def show(config, many: int = 3, reasons: str | None = None) -> str:
@@ -96,7 +96,7 @@ def sections(config) -> Iterator[tuple[str, object, Show, int | None]]:
     """(name, spec, how one example is shown, tokens of a row) of every data section."""
     length = config.length
     trained: tuple[Show, int] = (with_responses, length)
-    if config.rollout.reward:
+    if has_rollouts(config):
         trained = (prompt_alone, sampled_room(config))
     if config.data:
         yield "data", config.data, *trained
