@@ -110,7 +110,7 @@ def sections(config) -> Iterator[tuple[str, object, Show, int | None]]:
 
 def sampled_room(config) -> int:
     """Tokens that a prompt may have, to which responses are sampled."""
-    return config.length - (config.rollout.max_new if config.rollout.reward else 0)
+    return config.length - (config.rollout.max_new if has_rollouts(config) else 0)
 
 
 def counted(
