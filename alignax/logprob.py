@@ -7,8 +7,9 @@ Pallas kernels (`pallas_head`) where a config asks for them.
 A row is a response as it stands in the batch. If the batch has a layout, a row holds packed
 responses, and tokens that responses share are computed once; the values are the same.
 
-The temperature is always 1: training, reference, sampler and guidance agree on what a
-log-probability is. Under a mesh the loop runs inside `shard_map`: tokens stay where they
+The temperature is 1 unless a caller names another: training, reference, sampler and guidance
+agree on what a log-probability is. Where responses were sampled at another one, `score` at
+that temperature gives the log-probabilities of the distribution that was sampled. Under a mesh the loop runs inside `shard_map`: tokens stay where they
 are, the head is gathered over `fsdp`, the vocabulary stays split over `model`.
 """
 
@@ -69,6 +70,7 @@ def score(
     mesh: Mesh | None = None,
     tiles: tuple[int, int] = (TOKEN_TILE, VOCAB_TILE),
     precision: str = "highest",
+    temperature: float = 1.0,
 ) -> Scores:
     """Scores a batch under an LM: every loss gets its Scores from here.
 
@@ -84,6 +86,8 @@ def score(
       mesh: devices that hold the batch; None for a single device.
       tiles: tokens and vocabulary entries per logit tile.
       precision: of the head matmul (on TPU, float32 runs in bf16 passes unless raised).
+      temperature: τ > 0, static; every distribution, also that of `kl_to`, is
+        softmax(logits / τ). Values have none.
 
     Returns:
       Scores with `logps[b, g, t] = log p(tokens[t] | tokens[<t])` in nats. With 'values',
@@ -94,8 +98,10 @@ def score(
 
     Raises:
       ValueError: values of a model without a value head; a KL without `kl_to`; an LM of
-        another tokenizer; B that the mesh does not divide.
+        another tokenizer; B that the mesh does not divide; τ ≤ 0.
     """
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}, expected a number above 0")
     check_tokenizer(lm)
     inputs = _plain(batch) if batch.layout is None else _packed(batch, batch.layout)
     fields = tuple(n for n in READ if n in needs)
@@ -105,8 +111,9 @@ def score(
     h = _hidden(lm, inputs)
     tokens, scored = inputs.tokens, inputs.scored
     read = _read(
-        lm, h, tokens, scored, mesh, tiles, precision, fields, other, inputs.previous
-    )
+        lm, h, tokens, scored, mesh, tiles, precision, fields, other, inputs.previous,
+        temperature,
+    )  # fmt: skip
     if asked := [n for n in VALUES if n in needs]:
         if not lm.config.value_head:
             raise ValueError(f"{asked} of a model without value_head=True")
@@ -253,8 +260,9 @@ def sequence_logps(
 
 
 def _read(
-    lm, h, tokens, mask, mesh, tiles, precision, fields=(), other=None, previous=None
-):
+    lm, h, tokens, mask, mesh, tiles, precision, fields=(), other=None, previous=None,
+    temperature=1.0,
+):  # fmt: skip
     """{field: [N, T]} from hidden states: shifts the targets, then loops over tiles.
 
     `other` is (frozen LM, its hidden states), for the fields that compare with it.
@@ -264,7 +272,8 @@ def _read(
     if previous is None:
         targets, scored = (jnp.roll(x, -1, axis=1) for x in (targets, scored))
     weight, axis = transformer.head(lm)
-    sides, heads, common = [(h, weight)], [Head(axis, lm.config.final_softcap)], None
+    sides, common = [(h, weight)], None
+    heads = [Head(axis, lm.config.final_softcap, temperature)]
     if other is not None:
         size = weight.shape[axis]
         weight, axis = transformer.head(other[0])
@@ -272,7 +281,7 @@ def _read(
             common = weight.shape[axis]
             weight = _columns(weight, axis, size)
         sides.append((other[1], weight))
-        heads.append(Head(axis, other[0].config.final_softcap))
+        heads.append(Head(axis, other[0].config.final_softcap, temperature))
     tiling = Tiling(tuple(heads), fields, tiles, precision, common=common)
     run = functools.partial(_local, lm.config.head_kernel)
     if mesh is not None and mesh.size > 1:
@@ -325,7 +334,7 @@ def _pallas(tiling, sides, targets, scored, source):
     (h, weight), head = sides[0], tiling.heads[0]
     kernel = pallas_head.Kernel(
         head.vocab_axis, head.cap, axis="model" if tiling.split else "",
-        interpret=fallback.platform() == "cpu",
+        interpret=fallback.platform() == "cpu", temperature=head.temperature,
     )  # fmt: skip
     return {"logps": pallas_head.logps(kernel, h, weight, targets, scored, source)}
 

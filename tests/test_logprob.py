@@ -307,7 +307,7 @@ def test_values_of_a_model_without_a_head_is_an_error(tiny_lm, make_batch):
 # What else the loop over tiles computes of a row.
 
 
-def fields(configs, arrays, tokens, mask, *, needs, tiles=(8, 16)):
+def fields(configs, arrays, tokens, mask, *, needs, tiles=(8, 16), temperature=1.0):
     """{field: [N, T]} of one LM, or of one compared with another, from hidden states."""
     lms = [
         LM(c, {"embed" if c.tied else "head": w})
@@ -315,14 +315,15 @@ def fields(configs, arrays, tokens, mask, *, needs, tiles=(8, 16)):
     ]
     other = (lms[1], arrays[1][0]) if len(lms) > 1 else None
     return logprob._read(
-        lms[0], arrays[0][0], tokens, mask, None, tiles, "highest", needs, other
-    )
+        lms[0], arrays[0][0], tokens, mask, None, tiles, "highest", needs, other,
+        temperature=temperature,
+    )  # fmt: skip
 
 
-def naive_fields(configs, arrays, mask, needs):
+def naive_fields(configs, arrays, mask, needs, temperature=1.0):
     """The definitions, on whole rows of whatever dtype the arrays have."""
     logits = [
-        oracle.cap(h @ (w.T if config.tied else w), config.final_softcap)
+        oracle.cap(h @ (w.T if config.tied else w), config.final_softcap) / temperature
         for config, (h, w) in zip(configs, arrays, strict=True)
     ]
     common = min(z.shape[-1] for z in logits)
@@ -382,6 +383,67 @@ def test_fields_and_their_gradients_are_those_of_float64(heads, size, tiles):
     # float32: differences of logits of order 10, times cotangents of order 1
     np.testing.assert_allclose(dh, want_dh, atol=2e-4)
     np.testing.assert_allclose(dw, want_dw, atol=5e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.7])
+@pytest.mark.parametrize("size", [V, V - 3])
+def test_a_temperature_divides_the_capped_logits_of_both_lms(temperature, size):
+    """Values and gradients of every field and of logps, against whole rows in float64."""
+    ours = head_only(**HEADS["tied-softcap"])
+    theirs = head_only(**HEADS["softcap"], width=5, vocab=size)
+    h, weight, tokens, mask = case(ours)
+    frozen = case(theirs, seed=1)[:2]
+    needs = ("logps", *logprob.READ)
+    rng = np.random.default_rng(2)
+    g = {k: rng.normal(size=mask.shape).astype(np.float32) for k in needs}
+
+    def tiled(h, w):
+        return fields(
+            (ours, theirs), ((h, w), frozen), tokens, mask, needs=logprob.READ,
+            temperature=temperature,
+        )  # fmt: skip
+
+    def naive(h, w, frozen):
+        found = naive_fields(
+            (ours, theirs),
+            ((h, w), frozen),
+            np.asarray(mask),
+            logprob.READ,
+            temperature,
+        )
+        logits = oracle.cap(h @ w.T, ours.final_softcap) / temperature
+        rows = jax.vmap(oracle.row_logps)(logits, np.asarray(tokens))
+        return found | {"logps": jnp.where(np.asarray(mask), rows, 0)}
+
+    got, pull = jax.vjp(tiled, h, weight)
+    dh, dw = pull(g)
+    with jax.enable_x64(True):
+        arrays = [oracle.float64(x) for x in (h, weight)]
+        exact_frozen = tuple(map(oracle.float64, frozen))
+        want, pull = jax.vjp(lambda h, w: naive(h, w, exact_frozen), *arrays)
+        want_dh, want_dw = pull(jax.tree.map(oracle.float64, g))
+    for name in needs:
+        np.testing.assert_allclose(got[name], want[name], atol=5e-5, err_msg=name)
+    np.testing.assert_allclose(dh, want_dh, atol=2e-4)
+    np.testing.assert_allclose(dw, want_dw, atol=5e-4)
+
+
+def test_temperature_1_is_the_program_without_one(tiny_lm, make_batch):
+    batch = make_batch(2, 1, 8)
+    run = functools.partial(logprob.score, kl_to=tiny_lm, needs=logprob.READ)
+    plain = jax.jit(jax.grad(lambda lm: run(lm, batch).logps.sum(), allow_int=True))
+    named = jax.jit(
+        jax.grad(lambda lm: run(lm, batch, temperature=1.0).logps.sum(), allow_int=True)
+    )
+    assert plain.lower(tiny_lm).as_text() == named.lower(tiny_lm).as_text()
+
+
+@pytest.mark.parametrize("temperature", [0, -1.0, float("nan")])
+def test_a_temperature_that_is_not_above_0_is_an_error(
+    temperature, tiny_lm, make_batch
+):
+    with pytest.raises(ValueError, match="expected a number above 0"):
+        logprob.score(tiny_lm, make_batch(1, 1, 8), temperature=temperature)
 
 
 @pytest.mark.parametrize("need", logprob.READ)

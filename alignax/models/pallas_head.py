@@ -41,6 +41,7 @@ class Kernel(NamedTuple):
     tiles: tuple[int, int] = TILES
     axis: str = ""  # mesh axis that the vocabulary is split over, inside shard_map
     interpret: bool = False
+    temperature: float = 1.0  # by which the capped logits are divided
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -202,6 +203,8 @@ def _logits(kernel, v, x, w, j):
     z = _dot(x[...], tile, (1, 1 - kernel.vocab_axis))
     if kernel.cap is not None:
         z = kernel.cap * jnp.tanh(z / kernel.cap)
+    if kernel.temperature != 1:
+        z = z / kernel.temperature
     return z, tile, j * bv + jax.lax.broadcasted_iota(jnp.int32, z.shape, 1)
 
 
@@ -209,6 +212,8 @@ def _slope(kernel, v, x, w, y, lse, g, j):
     """The gradient of a tile of logits, in the operands' dtype, and the tile's weights."""
     z, tile, column = _logits(kernel, v, x, w, j)
     dz = g[...] * ((column == y[...]).astype(jnp.float32) - jnp.exp(z - lse[...]))
+    if kernel.temperature != 1:
+        z, dz = z * kernel.temperature, dz / kernel.temperature
     if kernel.cap is not None:
         dz = dz * (1 - (z / kernel.cap) ** 2)
     return jnp.where(column < v, dz, 0.0).astype(x.dtype), tile

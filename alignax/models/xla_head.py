@@ -31,6 +31,7 @@ class Head(NamedTuple):
 
     vocab_axis: int  # of its weight
     cap: float | None  # soft-cap of the logits
+    temperature: float = 1.0  # by which the capped logits are divided
 
 
 class Tiling(NamedTuple):
@@ -151,9 +152,13 @@ def _block(tiling, sides, j, plan):
 
 
 def _logits(tiling, weights, xs):
-    return [
+    found = [
         transformer.softcap(_dot(tiling, x, w, (1, 1 - head.vocab_axis)), head.cap)
         for head, x, w in zip(tiling.heads, xs, weights, strict=True)
+    ]
+    return [
+        z if head.temperature == 1 else z / head.temperature
+        for head, z in zip(tiling.heads, found, strict=True)
     ]
 
 
@@ -311,8 +316,11 @@ def _backward(tiling, residuals, g):
             logits = _logits(tiling, weights, xs)
             hit = y[:, None] == (start + jnp.arange(plan.vb))[None]
             dz = _slope(tiling, g_x, read_x, logits, hit, columns)
+            raw = logits[0]
+            if head.temperature != 1:
+                raw, dz = raw * head.temperature, dz / head.temperature
             if head.cap is not None:
-                dz = dz * (1 - (logits[0] / head.cap) ** 2)
+                dz = dz * (1 - (raw / head.cap) ** 2)
             # Repeated columns of the last tile add nothing.
             dz = jnp.where(new, dz, 0.0).astype(h.dtype)
             dx = _dot(tiling, dz, weights[0], (1, head.vocab_axis))

@@ -20,11 +20,13 @@ from alignax.models.transformer import ModelConfig
 from alignax.preflight import chips, compiled
 
 D, M, TILES = 32, 50, (16, 128)
-CASES = {  # vocabulary, its axis, soft-cap, whether targets share states
+CASES = {  # vocabulary, its axis, soft-cap, whether targets share states; temperature
     "whole tiles": (256, 1, None, False),
     "ragged": (300, 1, None, False),
     "tied, capped": (300, 0, 5.0, False),
     "packed": (130, 1, None, True),
+    "tempered": (300, 1, None, False, 0.6),
+    "tempered, tied, capped": (300, 0, 5.0, False, 1.7),
 }
 
 
@@ -55,10 +57,11 @@ def value_and_grad(function, h, weight, cotangent):
     return run(h, weight)
 
 
-def tiled(vocab_axis, cap, targets, scored, source):
+def tiled(vocab_axis, cap, targets, scored, source, temperature=1.0):
     tiling = xla_head.Tiling(
-        (xla_head.Head(vocab_axis, cap),), (), tiles=TILES, precision="highest"
-    )
+        (xla_head.Head(vocab_axis, cap, temperature),), (), tiles=TILES,
+        precision="highest",
+    )  # fmt: skip
 
     def run(h, weight):
         return xla_head.read(tiling, ((h, weight),), targets, scored, source)["logps"]
@@ -66,20 +69,23 @@ def tiled(vocab_axis, cap, targets, scored, source):
     return run
 
 
-def double(h, weight, vocab_axis, cap, targets, scored, source, cotangent):
+def double(
+    h, weight, vocab_axis, cap, targets, scored, source, cotangent, temperature=1.0
+):
     """In float64, with the whole row of logits: (log-probs, dh, dw)."""
     h, w = np.float64(h), np.float64(weight)
     w = w if vocab_axis else w.T
     at = np.arange(M) if source is None else np.asarray(source)
     raw = h[at] @ w
-    z = raw if cap is None else cap * np.tanh(raw / cap)
+    capped = raw if cap is None else cap * np.tanh(raw / cap)
+    z = capped / temperature
     top = z.max(-1, keepdims=True)
     logp = z - top - np.log(np.exp(z - top).sum(-1, keepdims=True))
     keep = np.asarray(scored)
     out = np.where(keep, logp[np.arange(M), targets], 0)
     hit = np.eye(w.shape[1])[np.asarray(targets)]
-    dz = (hit - np.exp(logp)) * (np.float64(cotangent) * keep)[:, None]
-    dz = dz if cap is None else dz * (1 - (z / cap) ** 2)
+    dz = (hit - np.exp(logp)) * (np.float64(cotangent) * keep)[:, None] / temperature
+    dz = dz if cap is None else dz * (1 - (capped / cap) ** 2)
     dh = np.zeros_like(h)
     np.add.at(dh, at, dz @ w.T)
     dw = h[at].T @ dz
@@ -95,19 +101,20 @@ def close(got, want, tolerance):
 
 @pytest.mark.parametrize("name", CASES)
 def test_value_and_gradients_are_those_of_the_whole_row(name):
-    v, axis, cap, shared = CASES[name]
+    v, axis, cap, shared, *rest = CASES[name]
+    temperature = rest[0] if rest else 1.0
     h, weight, targets, scored, source, g = operands(v, axis, shared, jnp.float32)
-    kernel = Kernel(axis, cap, TILES, interpret=True)
+    kernel = Kernel(axis, cap, TILES, interpret=True, temperature=temperature)
 
     def ours(h, weight):
         return pallas_head.logps(kernel, h, weight, targets, scored, source)
 
     out, grads = value_and_grad(ours, h, weight, g)
-    want = double(h, weight, axis, cap, targets, scored, source, g)
+    want = double(h, weight, axis, cap, targets, scored, source, g, temperature)
     assert (np.asarray(out)[~np.asarray(scored)] == 0).all()
     for got, expected in zip((out, *grads), want, strict=True):
         close(got, expected, 1e-5)  # float32 sums in another order
-    tiles = tiled(axis, cap, targets, scored, source)
+    tiles = tiled(axis, cap, targets, scored, source, temperature)
     for got, expected in zip(
         (out, *grads), jax.tree.leaves(value_and_grad(tiles, h, weight, g)), strict=True
     ):
