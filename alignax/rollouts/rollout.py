@@ -366,8 +366,9 @@ def summary(batch: Batch, drawn: Drawn, judged: bool) -> dict[str, float]:
     out = {
         "ended": 1 - drawn.truncated.mean(),
         "valid": valid.mean(),
-        "failed_rewards": drawn.failed.mean(),
     }
+    if judged:
+        out["failed_rewards"] = drawn.failed.mean()
     rows = [f[v] for f, v in zip(feedback, valid, strict=True) if v.any()]
     if not rows:
         return {k: float(v) for k, v in {**out, "empty": 1.0}.items()}
