@@ -108,7 +108,7 @@ class Batch(NamedTuple):
     ]  # False drops a response (ragged group, filtered, eval padding)
     ref_logps: Float[Array, "B G T"] | None = None  # nats, under the frozen reference
     old_logps: Float[Array, "B G T"] | None = (
-        None  # nats, under the distribution that was sampled
+        None  # nats, under the distribution that was sampled; None = the policy's own
     )
     advantages: Float[Array, "B G T"] | None = None  # from feedback, by shaping/
     layout: Layout | None = None  # built on the host; None = one row per response
@@ -136,6 +136,8 @@ class Scores(NamedTuple):
 
 
 COMPARED = ("kl", "forward_kl")  # fields of Scores that need a frozen LM
+# Of the behaviour policy: rollouts bring them. All other '<name>_logps' are of frozen LMs.
+OF_BEHAVIOUR = ("old_logps", "sampler_logps")
 
 
 class LM(NamedTuple):

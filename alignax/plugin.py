@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from alignax import masked
-from alignax.batch import COMPARED, FORMS, Example
+from alignax.batch import COMPARED, FORMS, OF_BEHAVIOUR, Example
 
 ROLES = {  # folder -> the function that every file in it defines (one of them)
     "losses": ("loss",), "reweight": ("reweight",), "shaping": ("shape",),
@@ -351,4 +351,4 @@ def frozen_lm(need: str) -> str | None:
     if need in COMPARED:
         return "ref"
     name = need.removesuffix("_logps")
-    return None if name in (need, "old") else name
+    return None if name == need or need in OF_BEHAVIOUR else name

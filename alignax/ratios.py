@@ -3,6 +3,10 @@
 π_old is the behaviour policy, which sampled the responses.
 
 log ρ = log π(y_t) - log π_old(y_t),   l = log π(y_t) - log π_ref(y_t)
+
+Where a rollout is used for one step alone, π_old is π itself, and ρ is 1 with the gradient
+of log π. Stored log-probabilities are of another compiled program: in bfloat16 the two
+differ by more than GSPO's clip range, so that half of its responses had no gradient.
 """
 
 import jax
@@ -16,18 +20,26 @@ LARGEST = 20.0  # nats; a ratio of e^20 occurs only in a run that has diverged
 ESTIMATORS = ("k2", "k3", "k3+")
 
 
+def behaviour(policy: Scores, batch: Batch) -> Float[Array, "B G T"]:
+    """log π_old in nats, without a gradient: of the batch, or else that of the policy."""
+    if batch.old_logps is None:
+        return jax.lax.stop_gradient(policy.logps)
+    return batch.old_logps
+
+
 def log_ratio(policy: Scores, batch: Batch) -> Float[Array, "B G T"]:
     """log ρ in nats; 0 on tokens that are not scored.
 
     Raises:
       ValueError: the batch is not of a rollout.
     """
-    if batch.old_logps is None or batch.advantages is None:
+    if batch.advantages is None:
         raise ValueError(
-            "Batch.old_logps or Batch.advantages is None: rollouts bring them "
-            "(config.rollout.reward, config.shaping)"
+            "Batch.advantages is None: rollouts bring them (config.rollout.reward, "
+            "config.shaping)"
         )
-    return jnp.where(masked.scored(batch), policy.logps - batch.old_logps, 0.0)
+    old = behaviour(policy, batch)
+    return jnp.where(masked.scored(batch), policy.logps - old, 0.0)
 
 
 def bounded(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
@@ -62,7 +74,7 @@ def clipped_surrogate(
 
     Args:
       policy: logps [B, G, T].
-      batch: old_logps, advantages, mask [B, G, T]; valid [B, G].
+      batch: advantages, mask [B, G, T], old_logps (or None, see above); valid [B, G].
       low, high: ε, bounds of a ratio below and above 1.
       cap: c of dual clipping: where A < 0, a ratio counts as at most c.
 
@@ -81,16 +93,24 @@ def report(
     """Metrics of log ρ, means over a prompt's scored tokens.
 
     They are 'ratio', 'clipped' (share of tokens with a ratio outside 1 - low .. 1 + high)
-    and 'approx_kl' (k3, nats per token).
+    and 'approx_kl' (k3, nats per token). Where the ratio is not 1 by construction, also
+    'log_ratio', |log ρ| as a share of the narrower side of the clip range, and
+    'log_ratio_max', the largest of a prompt. On the first step of a rollout, where only
+    rounding moves ratios, they say how much of the range is lost to it.
     """
     keep = masked.scored(batch)
     rho = jnp.exp(bounded(log_rho))
     beyond = (rho > 1 + high) | (rho < 1 - low)
-    return {
+    found = {
         "ratio": masked.per_prompt(rho, keep),
         "clipped": masked.per_prompt(beyond.astype(rho.dtype), keep),
         "approx_kl": masked.per_prompt(jnp.expm1(bounded(log_rho)) - log_rho, keep),
     }
+    if batch.old_logps is None:
+        return found
+    share = jnp.abs(log_rho) / jnp.minimum(jnp.log1p(high), -jnp.log1p(-low))
+    found["log_ratio"] = masked.per_prompt(share, keep)
+    return found | {"log_ratio_max": jnp.where(keep, share, 0.0).max((1, 2))}
 
 
 def kl(policy: Scores, batch: Batch, estimator: str) -> Float[Array, "B G T"]:

@@ -6,13 +6,13 @@ from typing import Any
 import jax
 
 from alignax import logprob
-from alignax.batch import LM, Batch
+from alignax.batch import LM, OF_BEHAVIOUR, Batch
 
 
 def unfilled(batch: Batch, needs: Sequence[str]) -> list[str]:
     """The '<name>_logps' among `needs` that a batch does not have yet."""
     extra = batch.extra or {}
-    columns = [n for n in needs if n.endswith("_logps") and n != "old_logps"]
+    columns = [n for n in needs if n.endswith("_logps") and n not in OF_BEHAVIOUR]
     return [
         n
         for n in columns

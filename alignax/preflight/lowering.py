@@ -26,7 +26,7 @@ from alignax.inputs.annotate import unfilled
 from alignax.models import families, gguf, sharding, transformer
 from alignax.models.transformer import ModelConfig
 from alignax.text import tokenizer
-from alignax.training import build, checks, loading, step
+from alignax.training import build, checks, loading, on_policy, step
 from alignax.training.plugins import has_rollouts
 
 
@@ -128,9 +128,12 @@ def rows(
         array(b, bool),
     )  # fmt: skip
     if has_rollouts(config):
-        brought: Any = {k: array(t) for k in ("old_values", "returns") if k in needs}
+        fresh = on_policy.fresh(config)
+        named = {*needs, "sampler_logps"} if fresh else {*needs}
+        of_extra = ("sampler_logps", "old_values", "returns")
+        brought: Any = {k: array(t) for k in of_extra if k in named}
         batch = batch._replace(extra=brought or None)
-        for name in ("ref_logps", "old_logps", "advantages"):
+        for name in ("ref_logps", *["old_logps"] * (not fresh), "advantages"):
             if name in needs:
                 batch = batch._replace(**{name: array(t)})
     if config.reference_cache or config.reference_data:
@@ -156,10 +159,10 @@ def _packed(config, to: tuple[int, int], tokens: int, t: tuple[int, ...]):
     """(R, L) of the rows that a source would choose if all prompts had equal length."""
     sizes = [tokens] * config.batch_size
     if config.layout == "packed" and not has_rollouts(config) and not config.mixture:
-        filled = batches.Filled(
-            sizes, config.batch_size, window=1, seed=0, shuffle=False
+        order = batches.Order(
+            sizes, config.batch_size, window=1, seed=0, shuffle=False, limit=None
         )
-        chosen = filled.packing(*to)
+        chosen = batches.packing(order, *to)
         return chosen.rows, chosen.length
     each = config.batch_size // math.prod(to)
     return layout.choose([sizes[:each]] * math.prod(to), each, math.prod(t[1:]))

@@ -91,6 +91,9 @@ class Setup(NamedTuple):
     columns: tuple[str, ...]  # '<name>_logps' that frozen LMs fill
     critic: bool  # whether 'old_values' are needed
     on_policy: bool  # the policy is sampled, at temperature 1
+    fresh: bool  # see the function of this name
+    scored: bool  # the policy scores its responses: something reads that
+    sampled: bool  # whether the sampler's own log-probabilities are kept
     behaviour: LM | None  # the frozen behaviour policy, None where it is the policy
     anchor: Callable[[Params | None], LM] | None
     reference: Callable[[], tuple[Baseline, np.ndarray]] | None  # rewards, all sorted
@@ -120,8 +123,19 @@ class Scored(NamedTuple):
     """Responses with the columns that LMs fill, and what is only reported of them."""
 
     batch: Batch
-    gap: np.ndarray  # [B, G, T] nats between sampler and kernel; G + 1 with an anchor
+    # [B, G, T] nats between sampler and kernel; G + 1 with an anchor; None: not computed
+    gap: np.ndarray | None
     greedy: np.ndarray | None  # [B, 1] rewards of greedy responses
+
+
+def fresh(settings: Settings, *, on_policy: bool, anchor: bool) -> bool:
+    """Whether a step's responses are always of the very parameters that it changes.
+
+    Then importance ratios are 1 by construction, and no old_logps are kept: `ratios`
+    takes the policy's own. It holds for a whole run: one pass over a rollout of one
+    batch, the policy's own samples, none of an anchor.
+    """
+    return settings.steps == 1 and on_policy and not anchor
 
 
 def roll(
@@ -167,14 +181,18 @@ def roll(
         batch = shaped(shape, batch, baseline)
     judged = setup.sampler.reward is not None
     numbers = {**summary(batch, responses, judged), **counts, **clock}
-    numbers |= gap_metrics(whole.gap[:, :group], batch)
+    if whole.gap is not None:
+        numbers |= gap_metrics(whole.gap[:, :group], batch)
     if anchor is not None:
+        assert whole.gap is not None
         last = anchor_slot(whole.batch, batch, group)
         numbers |= anchor_metrics(whole.gap[:, group:], last)
         batch = beside(batch, last)
     metrics = {f"rollout/{k}": float(v) for k, v in numbers.items()}
     rows = shown(setup, some, batch, responses, number) if show else []
-    kept = jax.tree.map(np.asarray, select(batch, setup.settings.keep))
+    kept: Batch = jax.tree.map(np.asarray, select(batch, setup.settings.keep))
+    if setup.fresh:
+        kept = kept._replace(old_logps=None)
     tokens = int(np.asarray(responses.batch.mask).sum())
     return Rollout(kept, [e.id for e in some], places, metrics, rows, tokens)
 
@@ -235,8 +253,9 @@ def score_part(
     start = time.monotonic()
     batch, logps = fill(setup, lm, drawn.batch, batch)
     clock["scoring"] += time.monotonic() - start
-    gap = np.abs(logps - drawn.raw_logps)
+    gap = None if logps is None else np.abs(logps - drawn.raw_logps)
     if best is not None:
+        assert gap is not None  # what has an anchor is scored
         again = np.asarray(setup.score(anchor, own_logps).logps)
         gap = np.concatenate([gap, np.abs(again - own_logps.old_logps)], 1)
     return Scored(jax.tree.map(np.asarray, batch), gap, greedy)
@@ -261,8 +280,8 @@ def anchor_best(
 
 def fill(
     setup: Setup, lm: LM, sampled: Batch, batch: Batch
-) -> tuple[Batch, Float[np.ndarray, "B G T"]]:
-    """Fills old_logps, old_values and the columns of frozen LMs.
+) -> tuple[Batch, Float[np.ndarray, "B G T"] | None]:
+    """Fills old_logps, old_values, sampler_logps and the columns of frozen LMs.
 
     Args:
       setup: of the run.
@@ -272,16 +291,19 @@ def fill(
 
     Returns:
       The batch, and the kernel's log-probabilities of `sampled` under the LM that
-      sampled them, nats per token.
+      sampled them, nats per token; None where nothing but a metric would read them (the
+      step itself compares its own with the sampler's then).
     """
-    group = setup.settings.group
-    if setup.behaviour is None or setup.critic:
+    group, logps = setup.settings.group, None
+    if setup.sampled:
+        own = {"sampler_logps": np.asarray(batch.old_logps)}
+        batch = batch._replace(extra={**(batch.extra or {}), **own})
+    if setup.scored:
         scores = setup.score(lm, batch, needs=("state_values",) if setup.critic else ())
-    if setup.behaviour is not None:
-        logps: Any = np.asarray(setup.score(setup.behaviour, sampled).logps)[:, :group]
-    else:
         logps = np.asarray(scores.logps)[:, :group]
-    if setup.on_policy:  # as the step reads it: fresh responses have a ratio of 1
+    if setup.behaviour is not None:
+        logps = np.asarray(setup.score(setup.behaviour, sampled).logps)[:, :group]
+    if setup.on_policy and logps is not None:  # the kernel's, as the step reads it
         old: Any = np.concatenate([logps, np.asarray(batch.old_logps)[:, group:]], 1)
         batch = batch._replace(old_logps=old)
     if setup.critic:

@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from alignax import rewards
-from alignax.batch import LM, Batch, Example, Params
+from alignax.batch import LM, OF_BEHAVIOUR, Batch, Example, Params
 from alignax.inputs import layout, serialisation
 from alignax.inputs.prompts import column_names
 from alignax.inputs.rows import carried_columns
 from alignax.inputs.source import Source
 from alignax.plugin import Bound
-from alignax.rollouts.rollout import Settings, Setup, compiled, roll
+from alignax.rollouts.rollout import Settings, Setup, compiled, fresh, roll
 from alignax.rollouts.sampler import Baseline, Sampler
 from alignax.rollouts.selection import at, order
 from alignax.shaping import OF_REFERENCE
@@ -93,7 +93,8 @@ def rollout_source(
         entropy: of the sampling distribution, nats per token, estimated from the samples.
         kl: nats per response, where the reference is read.
         logp_gap, logp_gap_max: between sampler and kernel, nats per token, under the
-          behaviour policy.
+          behaviour policy. Where the policy does not score its responses (see `prepare`)
+          the step itself reports logp_gap, as a mean over prompts, and no maximum.
         anchor_reward: of the slot that `anchor` brings; anchor_logp_gap,
           anchor_logp_gap_max: as above.
         prompts, ties_dropped, surplus, unfilled: under dynamic sampling, how many were
@@ -158,7 +159,11 @@ def prepare(
     baseline: Callable[[], Baseline] | None,
     anchor: Callable[[Params | None], LM] | None,
 ) -> Setup:  # fmt: skip
-    """Checks the arguments of `rollout_source` and derives what rollouts are made with."""
+    """Checks the arguments of `rollout_source` and derives what rollouts are made with.
+
+    The policy scores its own responses unless all of its responses are fresh and neither
+    a shaping nor a critic reads the scores: one forward pass less.
+    """
     on_policy = sampler.temperature == 1 and behaviour is None
     check(
         sampler, settings, shaping, needs, on_policy=on_policy,
@@ -171,13 +176,17 @@ def prepare(
     columns = tuple(
         n
         for n in sorted({*needs, *shape_needs})
-        if n.endswith("_logps") and n != "old_logps"
+        if n.endswith("_logps") and n not in OF_BEHAVIOUR
         and (n in shape_needs or n.removesuffix("_logps") in sampler.lms)
     )  # fmt: skip
+    critic = "old_values" in {*needs, *shape_needs}
+    new = fresh(settings, on_policy=on_policy, anchor=anchor is not None)
+    unread = new and not critic and "old_logps" not in shape_needs
     return Setup(
         settings, examples, pick, sampler, policy, score, compiled(shaping), columns,
-        critic="old_values" in {*needs, *shape_needs}, on_policy=on_policy,
-        behaviour=behaviour, anchor=anchor,
+        critic=critic, on_policy=on_policy, fresh=new,
+        scored=critic or (behaviour is None and not unread),
+        sampled=new or "sampler_logps" in needs, behaviour=behaviour, anchor=anchor,
         reference=None if baseline is None else _once(baseline),
     )  # fmt: skip
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from alignax import plugin, shaping
+from alignax.batch import OF_BEHAVIOUR
 from alignax.plugin import Bound
 from alignax.rollouts import rollout, source
 from alignax.rollouts.sampler import Sampler
@@ -16,7 +17,7 @@ from alignax.training import loading, on_policy, optim
 from alignax.training.plugins import Plugins, bind, has_rollouts
 
 # What only the policy's own responses bring: a loss that needs one of these needs rollouts.
-OF_ROLLOUTS = ("old_logps", "advantages", "returns", "old_values")
+OF_ROLLOUTS = (*OF_BEHAVIOUR, "advantages", "returns", "old_values")
 SOURCES = ("", "policy")  # of the responses that a run learns from
 
 

@@ -115,9 +115,22 @@ def loss_sums(
     loss = objective.loss
     given = {"ema": ema} if loss.ema else {}
     values, metrics = loss.function(scores, batch, **objective.fixed, **hyper, **given)
+    metrics = {**metrics, **sampler_gap(scores, batch)}
     keep = masked.prompts(batch)
     total = {k: jnp.where(keep, v, 0.0).sum() for k, v in metrics.items()}
     return jnp.where(keep, values, 0.0).sum(), total
+
+
+def sampler_gap(scores: Scores, batch: Batch) -> Metrics:
+    """Nats per token between the sampler and the kernel, of fresh responses.
+
+    Rollouts report it of other responses: those are scored when they are drawn.
+    """
+    if batch.old_logps is not None or "sampler_logps" not in (batch.extra or {}):
+        return {}
+    assert batch.extra is not None
+    gap = jnp.abs(jax.lax.stop_gradient(scores.logps) - batch.extra["sampler_logps"])
+    return {"rollout/logp_gap": masked.per_prompt(gap, masked.scored(batch))}
 
 
 def add_up(function: Callable[[Any], Any], parts: Any) -> Any:

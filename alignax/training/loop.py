@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 
 from alignax.batch import LM, Batch, Metrics
 from alignax.inputs.detokenize import describe
-from alignax.models import sharding, transformer
+from alignax.models import fallback, sharding, transformer
 from alignax.reports import curves
 from alignax.reports.metrics import Writer, flops_per_token, mfu, read
 from alignax.reports.progress import progress
@@ -272,7 +272,25 @@ def settle(
     if utilisation is not None:
         metrics["train/mfu"] = utilisation
     metrics["train/lr"] = float(session.run.rate(pending.step - 1))
+    warn_of_rounding(metrics)
     return now, metrics
+
+
+def warn_of_rounding(metrics: Metrics) -> None:
+    """Says once that rounding moves ratios of fresh responses far into the clip range.
+
+    The step that has the metrics of a rollout is the first one on it: its parameters are
+    those that drew the responses.
+    """
+    first = any("/rollout/" in key for key in metrics)
+    if first and metrics.get("train/log_ratio_max", 0.0) > 0.5:
+        fallback.say_once(
+            "on the first step of a rollout the importance ratios are 1 but for rounding, "
+            "which takes more than half of the clip range (train/log_ratio_max, in such "
+            "ranges): responses lose their gradient to it. Take a wider range, "
+            "model.dtype='float32', or rollout.batches=1 and rollout.epochs=1, where no "
+            "ratio is computed"
+        )
 
 
 def schedule(session: Session, at: int) -> Due:

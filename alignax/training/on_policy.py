@@ -15,7 +15,7 @@ from alignax import shaping
 from alignax.batch import LM, Params
 from alignax.inputs import reference_cache, source
 from alignax.models import sharding
-from alignax.rollouts import sampler, selection
+from alignax.rollouts import rollout, sampler, selection
 from alignax.rollouts import source as rollouts_source
 from alignax.runs import checkpoint, workdirs
 from alignax.training import parallel
@@ -87,6 +87,15 @@ def settings(config) -> dict[str, Any]:
         max_draws=config.rollout.max_draws,
         anchor_samples=config.rollout.anchor_samples,
         show=config.rollout.show, show_every=config.rollout.show_every,
+    )  # fmt: skip
+
+
+def fresh(config) -> bool:
+    """Whether importance ratios are 1 by construction: see `rollout.fresh`."""
+    own = config.rollout.temperature == 1 and not config.rollout.policy
+    return rollout.fresh(
+        rollout.Settings(**settings(config)), on_policy=own,
+        anchor=bool(config.rollout.anchor),
     )  # fmt: skip
 
 
