@@ -81,7 +81,7 @@ def pack(sizes: Sequence[int], length: int) -> list[list[int]]:
     """Items by rows of `length`: best fit, longest first, or in order if that is fewer.
 
     In order never takes more rows than any way to cut the items, in their order, into
-    rows: items that `fill` placed in so many rows fit into them again.
+    rows.
     """
     best: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (tokens left, row), sorted
@@ -107,21 +107,6 @@ def steps(many: int) -> int:
     """The least of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that is at least `many`."""
     power = 1 << max(many - 1, 0).bit_length()
     return power * 3 // 4 if power * 3 // 4 >= many and power > 2 else power
-
-
-def shape(sizes: Sequence[int], prompts: int) -> tuple[int, int]:
-    """(R, L) of rows that so many prompts of a data set fill on average, rounded down.
-
-    Args:
-      sizes: distinct tokens of every group of the data set.
-      prompts: of a batch.
-    """
-    longest = max(sizes)
-    budget = max(prompts * float(np.mean(sizes)), longest)
-    rows = max(1, round(budget / max(TARGET, 2 * longest)))
-    length = int(budget / rows)
-    grain = _grain(length)
-    return rows, max(length // grain, -(-longest // grain)) * grain
 
 
 def _grain(length: int) -> int:
@@ -259,72 +244,6 @@ def distinct(batch: Batch) -> int:
     return sum(group(*x).size() for x in pairs)
 
 
-def fill(
-    sizes: Sequence[int], order: Sequence[int], *, prompts: int, rows: int, length: int,
-    window: int,
-) -> list[list[int | None]]:  # fmt: skip
-    """Batches of one shape whose rows are full: every item of `order` once.
-
-    Rows are filled one after another. The first half of a row's places takes the oldest
-    items; the other half takes those of the `window` next items that exhaust its tokens
-    and its places together.
-
-    Args:
-      sizes: distinct tokens of every group, none more than `length`.
-      order: indices into `sizes`.
-      prompts: places of a batch.
-      rows: R.
-      length: L, tokens per row.
-      window: items to choose from; 1 keeps the order.
-
-    Returns:
-      Of each batch `prompts` indices, row by row; None is an empty place.
-    """
-    waiting = list(order[:window])  # by age
-    sorted_ = sorted((sizes[i], i) for i in waiting)
-    coming = iter(order[window:])
-
-    def take(size: int, i: int) -> int:
-        waiting.remove(i)
-        sorted_.pop(bisect.bisect_left(sorted_, (size, i)))
-        fresh = next(coming, None)
-        if fresh is not None:
-            waiting.append(fresh)
-            bisect.insort(sorted_, (sizes[fresh], fresh))
-        return i
-
-    def choose(room: int, slots: int, share: int) -> int | None:
-        """The next item for a row with `room` tokens and `slots` places of its `share`."""
-        oldest = waiting[0]
-        fits = sizes[oldest] <= room
-        if room == length or window == 1 or (slots > share / 2 and fits):
-            return oldest if fits else None
-        # the remaining tokens are divided evenly; the last place takes all that fits
-        aim = room // slots if slots > 1 else room
-        at = bisect.bisect_right(sorted_, (aim, len(sizes)))
-        if slots > 1 and at < len(sorted_):
-            over, under = sorted_[at][0] - aim, aim - sorted_[at - 1][0]
-            if sorted_[at][0] <= room and (at == 0 or over < under):
-                return sorted_[at][1]
-        return sorted_[at - 1][1] if at else None
-
-    out: list[list[int | None]] = []
-    while waiting:
-        batch: list[int | None] = []
-        for r in range(rows):
-            # the places of a batch are divided over the rows that are not yet filled
-            share = -(-(prompts - len(batch)) // (rows - r))
-            room = length
-            for slots in range(share, 0, -1):
-                i = choose(room, slots, share) if waiting else None
-                if i is None:
-                    break
-                room -= sizes[i]
-                batch.append(take(sizes[i], i))
-        out.append(batch + [None] * (prompts - len(batch)))
-    return out
-
-
 def spread(sizes: Sequence[int], blocks: int) -> list[list[int]]:
     """Divides items over blocks of equally many places and about as many tokens each.
 
@@ -341,31 +260,58 @@ def spread(sizes: Sequence[int], blocks: int) -> list[list[int]]:
         s = min(free, key=lambda s: (total[s], s))
         out[s].append(i)
         total[s] += sizes[i]
-    for _ in range(4 * blocks if len(sizes) > blocks > 1 else 0):
-        top = total.index(max(total))
-        best = (total[top], 0, 0, 0, 0)
-        for s in range(blocks):
-            gap = total[top] - total[s]
-            for a, i in enumerate(out[top]):
-                for b, j in enumerate(out[s]):
-                    if 0 < (less := sizes[i] - sizes[j]) < gap:
-                        worst = max(total[top] - less, total[s] + less)
-                        best = min(best, (worst, s, a, b, less))
-        worst, s, a, b, less = best
-        if worst == total[top]:
-            break
-        out[top][a], out[s][b] = out[s][b], out[top][a]
-        total[top] -= less
-        total[s] += less
+    if len(sizes) > blocks > 1:
+        _exchange(out, np.asarray(sizes), 4 * blocks)
     return [sorted(i for i in block if sizes[i]) for block in out]
 
 
-def fitted(blocks: Sequence[Sequence[int]], longest: int) -> tuple[int, int]:
-    """The least (R, L) whose rows hold each of the given blocks of items."""
-    budget = max(max(map(sum, blocks)), longest)
-    rows = max(1, round(budget / max(TARGET, 2 * longest)))
-    grain = _grain(budget // rows)
-    length = -(-max(-(-budget // rows), longest) // grain) * grain
-    while any(len(pack(block, length)) > rows for block in blocks):
-        length += grain
-    return rows, length
+def _exchange(out: list[list[int]], sizes: np.ndarray, most: int) -> None:
+    """Exchanges items between the fullest block and others, while that makes it less full.
+
+    Args:
+      out: equally many items of every block.
+      sizes: of the items.
+      most: exchanges.
+    """
+    items = np.array(out)
+    held = sizes[items]
+    total = held.sum(1)
+    for _ in range(most):
+        top = int(total.argmax())
+        less = held[top][None, :, None] - held[:, None, :]  # [blocks, of top, of other]
+        gap = total[top] - total
+        worst = np.maximum(total[top] - less, total[:, None, None] + less)
+        worst = np.where((less > 0) & (less < gap[:, None, None]), worst, total[top])
+        s, a, b = map(int, np.unravel_index(worst.argmin(), worst.shape))
+        if worst[s, a, b] == total[top]:
+            break
+        for x in (items, held):
+            x[top, a], x[s, b] = x[s, b], x[top, a]
+        total[top] -= less[s, a, b]
+        total[s] += less[s, a, b]
+    out[:] = items.tolist()
+
+
+def fitted(
+    blocks: Sequence[Sequence[int]], longest: int, *, spare: float = 0.0
+) -> tuple[int, int]:
+    """The least (R, L) whose rows hold each of the given blocks of items.
+
+    Rows have about TARGET tokens, or twice those of the longest item.
+
+    Args:
+      blocks: distinct tokens of the groups of each.
+      longest: tokens of a group that a row must hold.
+      spare: share of the fullest block that is left empty.
+    """
+    full = max(map(sum, blocks))
+    budget = max(full + int(spare * full), longest)
+    about = max(1, round(budget / max(TARGET, 2 * longest)))
+    found = []
+    for rows in range(max(1, about - 1), about + 2):
+        grain = _grain(budget // rows)
+        length = -(-max(-(-budget // rows), longest) // grain) * grain
+        while any(len(pack(block, length)) > rows for block in blocks):
+            length += grain
+        found.append((rows * length, rows, length))
+    return min(found)[1:]

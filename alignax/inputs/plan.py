@@ -4,7 +4,6 @@ Positions 0, 1, ... count through the data epoch after epoch. A plan gives rando
 to the batches of all steps, so that a source can stop anywhere and resume there.
 """
 
-import bisect
 import functools
 import hashlib
 import json
@@ -19,19 +18,27 @@ from alignax.inputs import layout
 from alignax.inputs.rows import Row, Rows
 
 ENDLESS = 2**62  # steps
-LAST = 8  # batches over which the remainder of an epoch is divided
 
 
 class Order:
     """Which examples make up batch k: a pure function of k.
 
     Positions 0, 1, ... count through epoch after epoch, in Grain's order; batch k takes
-    positions kb..(k+1)b-1. Within one epoch windows of batches are sorted by length; a
-    batch of two epochs is in no window, or copies of one example could share a batch.
+    positions kb..(k+1)b-1. Within one epoch the examples of a window of batches are
+    divided over these by length: each batch gets examples of like length or, `balanced`,
+    about as many tokens as others. A batch of two epochs is in no window, or copies of one
+    example could share a batch.
+
+    Every batch holds the same number of examples, for a step gives the mean over its
+    examples: were they fewer where they are long, long ones would weigh more.
     """
 
-    def __init__(self, lengths: list[int], share: int, *, window, seed, shuffle, limit):
+    def __init__(
+        self, lengths: list[int], share: int, *, window, seed, shuffle, limit,
+        balanced: bool = False,
+    ):  # fmt: skip
         self.lengths, self.share, self.limit = lengths, share, limit
+        self.balanced = balanced
         self.window, self.seed, self.shuffle = window, seed, shuffle
         order = grain.MapDataset.range(len(lengths)).seed(seed)
         self.order = (order.shuffle() if shuffle else order).repeat()
@@ -39,26 +46,35 @@ class Order:
 
     def batch(self, k: int) -> list[int | None]:
         """Indices of the examples in batch k; None fills up after the last epoch."""
-        n, b = len(self.lengths), self.share
-        epoch = k * b // n
-        first, stop = (
-            -(-epoch * n // b),
-            (epoch + 1) * n // b,
-        )  # batches within the epoch
-        if not self.shuffle or not first <= k < stop:
+        b, found = self.share, self.around(k)
+        if found is None:
             end = ENDLESS if self.limit is None else self.limit
             return [
                 self.order[p] if p < end else None for p in range(k * b, (k + 1) * b)
             ]
+        return self._sorted(*found)[k - found[0]]
+
+    def around(self, k: int) -> tuple[int, int] | None:
+        """First batch of the window of batch k, and the one behind it; None without one."""
+        n, b = len(self.lengths), self.share
+        epoch = k * b // n
+        first, stop = -(-epoch * n // b), (epoch + 1) * n // b  # within the epoch
+        if not self.shuffle or not first <= k < stop:
+            return None
         start = k - (k - first) % self.window
-        return self._sorted(start, min(start + self.window, stop))[k - start]
+        return start, min(start + self.window, stop)
 
     def _sort(self, start: int, stop: int) -> list[list[int]]:
         b = self.share
         rows = [self.order[p] for p in range(start * b, stop * b)]
-        rows.sort(key=self.lengths.__getitem__)
+        if self.balanced:
+            parts = layout.spread([self.lengths[i] for i in rows], stop - start)
+            batches = [[rows[i] for i in part] for part in parts]
+        else:
+            rows.sort(key=self.lengths.__getitem__)
+            batches = [rows[i : i + b] for i in range(0, len(rows), b)]
         shuffled = np.random.default_rng([self.seed, start]).permutation(stop - start)
-        return [rows[i * b : (i + 1) * b] for i in shuffled.tolist()]
+        return [batches[i] for i in shuffled.tolist()]
 
 
 class Packing(NamedTuple):
@@ -74,64 +90,22 @@ class Packing(NamedTuple):
         return self.shards * self.accumulate
 
 
-class Filled:
-    """Which examples make up batch k, as many as fill its rows: a pure function of k.
+def packing(order: Order, shards: int, accumulate: int, some: int = 256) -> Packing:
+    """The shape of rows over devices and micro-batches that the first batches need.
 
-    Every epoch is cut into batches separately (see `layout.fill`), in Grain's order. The
-    last batches of an epoch get equal shares of the rest, because a step gives the mean
-    over its prompts however few they are. The batches do not depend on the number of
-    devices and micro-batches.
+    Some room is left, so that few others need more. The batches of two epochs, which are
+    not balanced, are not among the first ones.
     """
-
-    def __init__(self, sizes: list[int], prompts: int, *, window, seed, shuffle):
-        order = grain.MapDataset.range(len(sizes)).seed(seed)
-        self.order = (order.shuffle() if shuffle else order).repeat()
-        self.sizes, self.prompts = sizes, prompts
-        self.rows, self.length = layout.shape(sizes, prompts)
-        self.window = window * prompts if shuffle else 1
-        self.ends = [0]  # of the epochs so far, in batches
-        self.epoch = functools.lru_cache(maxsize=2)(self._epoch)
-
-    def batch(self, k: int) -> list[int | None]:
-        """Indices of the examples in batch k; None is an empty place."""
-        while self.ends[-1] <= k:
-            self.ends.append(self.ends[-1] + len(self.epoch(len(self.ends) - 1)))
-        number = bisect.bisect_right(self.ends, k) - 1
-        return self.epoch(number)[k - self.ends[number]]
-
-    def steps(self, epochs: int) -> int:
-        """Number of batches of `epochs` epochs."""
-        return sum(len(self.epoch(number)) for number in range(epochs))
-
-    def packing(self, shards: int, accumulate: int, some: int = 256) -> Packing:
-        """The shape of rows over devices and micro-batches that the first batches need."""
-        if (blocks := shards * accumulate) == 1:
-            return Packing(1, 1, self.rows, self.length)
-        found = []
-        for batch in self.epoch(0)[:some]:
-            sizes = [0 if i is None else self.sizes[i] for i in batch]
-            parts = layout.spread(sizes, blocks)
-            found += [[sizes[i] for i in part] for part in parts]
-        return Packing(shards, accumulate, *layout.fitted(found, max(self.sizes)))
-
-    def _epoch(self, number: int) -> list[list[int | None]]:
-        n = len(self.sizes)
-        out = layout.fill(
-            self.sizes, [self.order[i] for i in range(number * n, (number + 1) * n)],
-            prompts=self.prompts, rows=self.rows, length=self.length, window=self.window,
-        )  # fmt: skip
-        return out if self.window == 1 else out[:-LAST] + self._even(out[-LAST:])
-
-    def _even(self, batches: list[list[int | None]]) -> list[list[int | None]]:
-        """As many batches of the same items, all with about as many tokens."""
-        items = [i for batch in batches for i in batch if i is not None]
-        sizes = [self.sizes[i] for i in items]
-        sizes += [0] * (len(batches) * self.prompts - len(items))
-        out = [[items[j] for j in part] for part in layout.spread(sizes, len(batches))]
-        rows = (layout.pack([self.sizes[i] for i in b], self.length) for b in out)
-        if max(map(len, rows)) > self.rows:
-            return batches
-        return [batch + [None] * (self.prompts - len(batch)) for batch in out]
+    found = []
+    many = max(len(order.lengths) // order.share, 1)
+    for k in range(some if order.shuffle else min(some, many)):
+        if order.shuffle and k and order.around(k) is None:
+            continue
+        sizes = [0 if i is None else order.lengths[i] for i in order.batch(k)]
+        parts = layout.spread(sizes, shards * accumulate)
+        found += [[sizes[i] for i in part] for part in parts]
+    shape = layout.fitted(found, max(order.lengths), spare=0.01)
+    return Packing(shards, accumulate, *shape)
 
 
 class Place(NamedTuple):
@@ -212,9 +186,12 @@ class Plan:
         blocks = [sizes[i : i + each] for i in range(0, len(places), each)]
         if not self.packing.rows:
             return layout.choose(blocks, each, self.group * self.size(places))
-        need = max(len(layout.pack(block, self.packing.length)) for block in blocks)
-        usual = self.packing.rows
-        return usual if need <= usual else layout.steps(need), self.packing.length
+        rows, usual = self.packing.rows, self.packing.length
+        for length in (usual, *(-(-usual * k // 32) * 8 for k in (5, 6, 8))):
+            need = max(len(layout.pack(block, length)) for block in blocks)
+            if need <= rows:
+                return rows, length
+        return layout.steps(need), length
 
     def tokens(self, places: Sequence[Place | None]) -> tuple[int, int, int]:
         """Tokens of a batch: real ones, distinct real ones, and computed ones."""

@@ -20,16 +20,18 @@ import numpy as np
 from alignax.batch import Batch, Example
 from alignax.inputs.plan import (
     ENDLESS,
-    Filled,
     Order,
     Packing,
     Plan,
     bucket_sizes,
     fit,
+    packing,
 )
 from alignax.inputs.plan import identity as plan_identity
 from alignax.inputs.rows import Rows, merged, read
 from alignax.text.tokenizer import Tokenizer
+
+BALANCED = 1024  # examples at least over which tokens are divided evenly
 
 log = logging.getLogger(__name__)
 Data = Sequence[Example] | Rows  # rows that were read before are taken as they are
@@ -70,7 +72,7 @@ def dataset_source(
     vocab_size: int | None = None,
     window: int = 16,
     grid: tuple[int, int] | None = None,
-    filled: bool = True,
+    balanced: bool = True,
 ) -> Source:
     """Batches of a data set, or of a mixture with a fixed ratio in every step.
 
@@ -79,12 +81,11 @@ def dataset_source(
     batches shuffled again. A batch may hold the end of one epoch and the start of the
     next; the last batch of all is filled up with invalid rows.
 
-    Packed batches (see `layout`) all have one shape, whose rows hold as many tokens as
-    `batch_size` prompts have on average. They are filled up to that: a batch has up to
-    `batch_size` prompts, and the remaining places are invalid; the last batches of an
-    epoch have fewer. Filling works well where every device has room for several prompts.
-    With `filled=False`, and in a mixture, whose ratio is exact, batches are those of plain
-    rows, and each is packed into one of eight shapes.
+    Packed batches (see `layout`) hold `batch_size` prompts too, and mostly have one shape:
+    the examples of a window are divided over its batches so that each has about as many
+    tokens. That works well where a batch holds several prompts of every length. With
+    `balanced=False`, and in a mixture, batches are those of plain rows, and each is packed
+    into one of eight shapes.
 
     An example that cannot be tokenised (its prompt's ids are no prefix of the whole, a
     turn holds two EOS, ...) counts as malformed and is named with its reason.
@@ -104,11 +105,12 @@ def dataset_source(
         the most steps is passed this often, and the others repeat.
       host: (process index, process count).
       vocab_size: V of the model, to refuse ids beyond it; None does not check.
-      window: number of batches over which rows are sorted by length, or out of which
-        packed ones are filled.
+      window: number of batches over which rows are sorted by length, or over which
+        tokens are divided evenly (then as many as hold BALANCED examples, at least).
       grid: (shards over all hosts, micro-batches) that batches are laid out for; None
         leaves one row per response.
-      filled: fill packed rows; False packs batches of examples of like length.
+      balanced: packed batches of about as many tokens each; False packs batches of
+        examples of like length.
 
     Returns:
       A Source of host batches [B / process count, G, T], G the largest group.
@@ -134,16 +136,20 @@ def dataset_source(
         buckets=_buckets(data, bucket_sizes(buckets, length), packed=grid is not None),
     )  # fmt: skip
     plan, report = plan_by_length(build, data, schedule, grid)
-    if grid is not None and filled and not mixture:
+    even = grid is not None and balanced and not mixture
+    if grid is not None and even:
         grouped = report
-        plan, report = plan_filled(build, data[0], schedule, grid)
+        plan, report = plan_balanced(build, data[0], schedule, grid)
         _warn_if_emptier(report, grouped)
     # A position is only valid for the same data and the same batch layout.
     settings: tuple[Any, ...] = (tokenizer.fingerprint, batch_size, length, seed)
     settings += (plan.buckets, shuffle, epochs, window, shares)
-    if grid is not None:
-        settings += ("packed", filled)
-    return _iterate(plan, plan_identity(data, settings), {**counts, **report})
+    if grid is None:
+        return _iterate(plan, plan_identity(data, settings), {**counts, **report})
+    # Until 2026-12 packed batches held as many prompts as filled their rows.
+    before = plan_identity(data, (*settings, "packed", balanced))
+    own = plan_identity(data, (*settings, "packed", "balanced")) if even else before
+    return _iterate(plan, own, {**counts, **report}, before=before)
 
 
 class Schedule(NamedTuple):
@@ -195,22 +201,34 @@ def plan_by_length(
     return plan, plan.shares(min(steps, max(need)))
 
 
-def plan_filled(
+def plan_balanced(
     build: Callable[..., Plan], rows: Rows, schedule: Schedule,
     grid: tuple[int, int],
 ) -> tuple[Plan, dict[str, float]]:  # fmt: skip
-    """Batches of as many examples as fill packed rows; as `plan_by_length`."""
-    order = Filled(
-        rows.distinct.tolist(), schedule.batch_size,
-        window=schedule.window, seed=schedule.seed, shuffle=schedule.shuffle,
+    """Packed batches of about as many tokens each; as `plan_by_length`."""
+    many, size, epochs = len(rows), schedule.batch_size, schedule.epochs
+    order = Order(
+        rows.distinct.tolist(), size,
+        window=max(schedule.window, -(-BALANCED // size)), seed=schedule.seed,
+        shuffle=schedule.shuffle, limit=None if epochs is None else many * epochs,
+        balanced=True,
     )  # fmt: skip
-    steps = ENDLESS if schedule.epochs is None else order.steps(schedule.epochs)
-    plan = build([order], steps, packing=order.packing(*grid))
-    return plan, plan.shares(order.steps(1))
+    steps = ENDLESS if epochs is None else -(-many * epochs // size)
+    plan = build([order], steps, packing=packing(order, *grid))
+    return plan, plan.shares(min(steps, -(-many // size)))
 
 
-def _iterate(plan: Plan, identity: str, counts: dict[str, Any]) -> Source:
-    """The batches of a plan, one after another, as a Source."""
+def _iterate(
+    plan: Plan, identity: str, counts: dict[str, Any], *, before: str = ""
+) -> Source:
+    """The batches of a plan, one after another, as a Source.
+
+    Args:
+      plan: random access to them.
+      identity: of the data and of what decides the batches.
+      counts: for the report.
+      before: the identity that earlier versions gave to other batches of the same data.
+    """
     batches = iter(
         grain.MapDataset.source(plan).to_iter_dataset(
             grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
@@ -227,7 +245,13 @@ def _iterate(plan: Plan, identity: str, counts: dict[str, Any]) -> Source:
         return {"grain": batches.get_state(), "data": identity}
 
     def restore(saved: dict[str, Any]) -> None:
-        if saved.get("data") != identity:
+        if saved.get("data") == before != identity:
+            log.warning(
+                "this run was begun by a version whose packed batches held fewer prompts "
+                "where these are long: it goes on at the same step with batches of equally "
+                "many, so that in this epoch some rows come twice and some not at all"
+            )
+        elif saved.get("data") != identity:
             raise ValueError(
                 "the saved data position belongs to other data, another tokenizer or "
                 "another batch layout: undo the change of the data file (or of what reads "
@@ -353,13 +377,14 @@ def _buckets(
     return (fit(max(int(rows.lengths.max()) for rows in data), sizes),)
 
 
-def _warn_if_emptier(filled: dict[str, float], grouped: dict[str, float]) -> None:
-    """Logs that filled rows have more padding than batches of like length would."""
-    if filled["useful"] < grouped["useful"] - 0.02:
+def _warn_if_emptier(even: dict[str, float], grouped: dict[str, float]) -> None:
+    """Logs that balanced batches have more padding than those of like length would."""
+    if even["useful"] < grouped["useful"] - 0.02:
         log.warning(
             "%.0f %% of what packed rows compute is useful, %.0f %% where batches are "
-            "of like length: with few prompts per device use config.layout = 'grouped'",
-            100 * filled["useful"], 100 * grouped["useful"],
+            "of like length: with few prompts per device, or a few very long ones, use "
+            "config.layout = 'grouped'",
+            100 * even["useful"], 100 * grouped["useful"],
         )  # fmt: skip
 
 

@@ -239,7 +239,7 @@ def training_source(
         buckets=config.buckets, seed=config.seed,
         host=(jax.process_index(), jax.process_count()), vocab_size=vocab_size,
         grid=sharding.grid(config.layout, config.accumulate, mesh),
-        filled=config.layout == "packed",
+        balanced=config.layout == "packed",
     )  # fmt: skip
 
 

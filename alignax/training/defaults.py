@@ -13,9 +13,9 @@ def get_config() -> ConfigDict:
     c.length = 512  # tokens per row
     c.buckets = ()  # the values of T that occur; () = length and its 1/2, 1/4, 1/8
     # How tokens are laid out. packed: what the responses to a prompt share is computed
-    # once, and rows are filled from up to batch_size prompts; grouped: as packed, but
-    # batches hold batch_size prompts of like length, for few prompts a device; rows: one
-    # row per response.
+    # once, and batches have about as many tokens each; grouped: as packed, but batches
+    # hold prompts of like length, for few prompts a device or a few very long ones; rows:
+    # one row per response.
     c.layout = "packed"
     c.mesh = (1, 1, 1)  # data, fsdp, model; one may be -1
     c.average = 0.0  # decay of the parameters' exponential average; 0 keeps none

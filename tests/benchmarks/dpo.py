@@ -168,9 +168,14 @@ def ours(ask):
         groups = [[*range(i, i + many)] for i in range(0, len(sizes), many)]
         shape = layout.fitted([[sizes[i] for i in g] for g in groups], max(sizes))
     else:
-        order = plan.Filled(sizes, many, window=16, seed=0, shuffle=True)
-        groups = [[i for i in batch if i is not None] for batch in order.epoch(0)]
-        shape = order.rows, order.length
+        order = plan.Order(
+            sizes, many, window=max(16, 1024 // many), seed=0, shuffle=True,
+            limit=len(sizes), balanced=True,
+        )  # fmt: skip
+        steps = range(-(-len(sizes) // many))
+        groups = [[i for i in order.batch(k) if i is not None] for k in steps]
+        usual = plan.packing(order, 1, 1)
+        shape = usual.rows, usual.length
 
     def pack(i):  # what the peer does in its collator
         batch = collate(groups[i])

@@ -149,49 +149,61 @@ def test_row_counts_are_few():
     ]  # fmt: skip
 
 
-# -- filling
+# -- dividing
 
 
 @settings(max_examples=40, deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 50), min_size=1, max_size=80),
-    prompts=st.integers(1, 9), window=st.integers(1, 40), blocks=st.integers(1, 3),
+    blocks=st.integers(1, 7), spare=st.sampled_from([0.0, 0.1]),
 )  # fmt: skip
-def test_filling_uses_every_item_once_and_fits(sizes, prompts, window, blocks):
-    rows, length = layout.shape(sizes, prompts)
-    order = np.random.default_rng(0).permutation(len(sizes)).tolist()
-    batches = layout.fill(
-        sizes, order, prompts=prompts, rows=rows, length=length, window=window
-    )
-    used = [i for batch in batches for i in batch if i is not None]
-    assert sorted(used) == sorted(order)
-    if window == 1:
-        assert used == order
-    for batch in batches:
-        assert len(batch) == prompts
-        some = [sizes[i] for i in batch if i is not None]
-        assert len(layout.pack(some, length)) <= rows
-    # and so do the blocks that a batch is spread over
+def test_blocks_hold_every_item_once_and_fit(sizes, blocks, spare):
     padded = [0] * (-len(sizes) % blocks) + sizes  # as many places as blocks hold
     parts = layout.spread(padded, blocks)
     assert sorted(i for p in parts for i in p) == [i for i, s in enumerate(padded) if s]
     assert max(map(len, parts)) <= len(padded) // blocks
     some = [[padded[i] for i in p] for p in parts]
-    rows, length = layout.fitted(some, max(sizes))
+    rows, length = layout.fitted(some, max(sizes), spare=spare)
     assert all(len(layout.pack(x, length)) <= rows for x in some)
+    assert rows * length >= (1 + spare) * max(map(sum, some)) - 1
+    assert length >= max(sizes)
 
 
-def test_filled_rows_are_nearly_full_and_places_nearly_all_used():
-    rng = np.random.default_rng(1)
-    sizes = np.clip(rng.lognormal(5, 0.4, 2000), 20, 400).astype(int).tolist()
-    rows, length = layout.shape(sizes, 16)
-    assert rows > 1
-    batches = layout.fill(
-        sizes, range(2000), prompts=16, rows=rows, length=length, window=256
-    )
-    full = [sum(sizes[i] for i in b if i is not None) for b in batches]
-    assert np.mean(full) / (rows * length) > 0.96
-    assert np.mean([i is not None for b in batches for i in b]) > 0.95
+def exchanged(sizes, blocks):
+    """`layout.spread`, one exchange after another by plain loops."""
+    out, total = [[] for _ in range(blocks)], [0] * blocks
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        free = [s for s in range(blocks) if len(out[s]) < len(sizes) // blocks]
+        s = min(free, key=lambda s: (total[s], s))
+        out[s].append(i)
+        total[s] += sizes[i]
+    for _ in range(4 * blocks):
+        top = total.index(max(total))
+        best = (total[top], 0, 0, 0, 0)
+        for s in range(blocks):
+            for a, i in enumerate(out[top]):
+                for b, j in enumerate(out[s]):
+                    less = sizes[i] - sizes[j]
+                    if 0 < less < total[top] - total[s]:
+                        worst = max(total[top] - less, total[s] + less)
+                        best = min(best, (worst, s, a, b, less))
+        worst, s, a, b, less = best
+        if worst == total[top]:
+            break
+        out[top][a], out[s][b] = out[s][b], out[top][a]
+        total[top] -= less
+        total[s] += less
+    return [sorted(i for i in block if sizes[i]) for block in out]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 50), min_size=6, max_size=60),
+    blocks=st.integers(2, 5),
+)
+def test_items_are_exchanged_as_by_plain_loops(sizes, blocks):
+    sizes = sizes[: len(sizes) // blocks * blocks]
+    assert layout.spread(sizes, blocks) == exchanged(sizes, blocks)
 
 
 def test_blocks_hold_nearly_the_same():

@@ -3,14 +3,16 @@
 import collections
 import json
 
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignax.batch import Example, check
 from alignax.data import Examples, synthetic
-from alignax.inputs import detokenize, prompts, source
+from alignax.inputs import detokenize, plan, prompts, source
 from alignax.text import tokenizer
 
 TK = tokenizer.load("bytes")
@@ -408,18 +410,18 @@ def distinct_tokens(batch):
 
 
 def test_packed_batches_hold_every_example_once_an_epoch_in_one_shape():
-    rows = make(100, group=2, spread=40)
+    rows = make(96, group=2, spread=40)
     src = build(rows, batch_size=8, length=64, epochs=2, grid=(1, 1))
     batches = drain(src)
+    assert [int(b.valid.any(1).sum()) for b in batches] == [8] * 24
     seen = collections.Counter(p for b in batches for p in prompts_of(b))
-    assert seen == {f"e{i}:": 2 for i in range(100)}
+    assert seen == {f"e{i}:": 2 for i in range(96)}
     assert len({b.tokens.shape for b in batches}) == 1
     assert len({b.layout.tokens.shape for b in batches}) == 1
     for batch in batches:
         check(batch)
-    half = [p for b in batches[: len(batches) // 2] for p in prompts_of(b)]
-    assert len(set(half)) == 100
     once = batches[: len(batches) // 2]
+    assert len({p for b in once for p in prompts_of(b)}) == 96
     share = sum(map(distinct_tokens, once)) / sum(b.layout.tokens.size for b in once)
     report = src.report()
     assert report["useful"] == pytest.approx(share, abs=1e-12)
@@ -436,31 +438,115 @@ def test_packed_batches_hold_every_example_once_an_epoch_in_one_shape():
     )
 
 
-def test_the_end_of_an_epoch_is_shared_out():
-    """A batch of what is left would weigh its one prompt as much as others all of theirs."""
-    rows = make(108, group=2, spread=40)
-    settings = dict(batch_size=8, length=64, epochs=1, grid=(1, 1))
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_only_the_last_packed_batch_of_all_may_hold_fewer(epochs):
+    rows = make(107, group=2, spread=40)
+    settings = dict(batch_size=8, length=64, epochs=epochs, grid=(1, 1))
     many = [int(b.valid.any(1).sum()) for b in drain(build(rows, **settings))]
-    assert sum(many) == 108
-    assert min(many) >= 6  # 1, were the last batch what is left
+    assert many[:-1] == [8] * (107 * epochs // 8)
+    assert sum(many) == 107 * epochs
+
+
+LONG = {  # share and characters of long rows among short ones of 20 to 40
+    "bimodal": (0.3, (150, 220)),
+    "rare": (0.02, (300, 360)),
+}
+
+
+def with_long_rows(kind, many=800):
+    """Pairs, of which some are long."""
+    share, sizes = LONG[kind]
+    rng = np.random.default_rng(0)
+
+    def one(i):
+        n = int(rng.integers(*(sizes if rng.random() < share else (20, 40))))
+        return Example(f"e{i}", "ab", ("x" * n, "y" * n))
+
+    return [one(i) for i in range(many)]
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+@pytest.mark.parametrize("kind", LONG)
+def test_every_row_has_the_same_weight_in_packed_batches(kind, clip):
+    """A linear toy: the parameter of a row moves by the weight that its steps gave it.
+
+    Where batches held fewer rows if these were long, long rows weighed 1.2 to 2.6 times
+    as much, and with clipping 1.1 to 1.6 times.
+    """
+    rows = with_long_rows(kind)
+    src = build(rows, batch_size=8, length=400, grid=(1, 1))
+    tx = optax.chain(
+        optax.clip_by_global_norm(clip) if clip else optax.identity(), optax.sgd(1.0)
+    )
+    weights = {e.id: 0.0 for e in rows}
+    counts = collections.Counter()
+    state = tx.init(np.zeros(8))
+    for _ in range(2 * 100):
+        src.next()
+        ids = src.report()["ids"]
+        # loss: the mean over the step's rows of -9 times the row's parameter
+        slopes = jnp.full(8, 0.0).at[: len(ids)].set(-9 / len(ids))
+        moved, state = tx.update(slopes, state, np.zeros(8))
+        for name, x in zip(ids, moved, strict=False):
+            weights[name] += float(x)
+            counts[name] += 1
+    assert set(counts.values()) == {2}
+    long = {e.id for e in rows if len(e.responses[0]) > 40}
+    mean = {
+        which: np.mean([w for name, w in weights.items() if (name in long) == which])
+        for which in (True, False)
+    }
+    assert mean[True] / mean[False] == pytest.approx(1, abs=0.01)
 
 
 def test_rows_that_would_be_emptier_than_batches_of_like_length_are_reported(caplog):
-    rows = make(64, group=2, spread=400)
-    settings = dict(batch_size=8, length=512, epochs=1)
-    alone = build(rows, **settings, grid=(8, 1)).report()["useful"]
+    rows = with_long_rows("rare")
+    settings = dict(batch_size=8, length=400, epochs=1)
+    alone = build(rows, **settings, grid=(1, 1)).report()["useful"]
     (line,) = caplog.messages
-    grouped = build(rows, **settings, grid=(8, 1), filled=False).report()["useful"]
+    grouped = build(rows, **settings, grid=(1, 1), balanced=False).report()["useful"]
+    assert alone < grouped - 0.02
     assert f"{100 * alone:.0f} % of what" in line
     assert f"useful, {100 * grouped:.0f} % where" in line
-    build(rows, **settings, grid=(1, 1))
+    assert "config.layout = 'grouped'" in line
+    build(with_long_rows("bimodal"), **settings, grid=(1, 1))
     assert len(caplog.messages) == 1
+
+
+def test_a_run_of_packed_batches_of_an_earlier_version_goes_on_and_says_so(caplog):
+    """Its identity is that of the same settings, with True for `filled`."""
+    rows = make(24, group=2)
+    src = build(rows, grid=(1, 1))
+    for _ in range(3):
+        src.next()
+    own = src.state()
+    plain = build(rows, grid=(1, 1), balanced=False)
+    read = source.read_rows(rows, TK, 32)
+    settings = (TK.fingerprint, 4, 32, 0, *plan_settings(rows))
+    before = plan.identity([read], (*settings, "packed", True))
+    assert plan.identity([read], (*settings, "packed", "balanced")) == own["data"]
+    assert plan.identity([read], (*settings, "packed", False)) == plain.state()["data"]
+    resumed = build(rows, grid=(1, 1))
+    resumed.restore({**own, "data": before})
+    assert "some rows come twice" in caplog.text
+    same(resumed.next(), src.next())
+    assert resumed.state() == src.state()
+    with pytest.raises(ValueError, match="another batch layout"):
+        plain.restore({**own, "data": before})
+
+
+def plan_settings(rows):
+    """Buckets that occur, shuffle, epochs, window, shares."""
+    longest = max(len(f"{e.prompt}{r}") + 1 for e in rows for r in e.responses)
+    sizes = plan.bucket_sizes((), 32)
+    return (plan.fit(longest, sizes),), True, None, 16, [4]
 
 
 def test_devices_and_micro_batches_do_not_change_what_a_packed_batch_holds():
     rows = make(60, group=2, spread=40)
     settings = dict(batch_size=8, length=64, epochs=1)
     whole = drain(build(rows, **settings, grid=(1, 1)))
+    assert len(whole) == 8
     for grid in ((2, 1), (2, 2), (1, 4)):
         batches = drain(build(rows, **settings, grid=grid))
         assert [sorted(prompts_of(b)) for b in batches] == [
