@@ -62,8 +62,9 @@ def evaluate(
     Raises:
       ValueError: what `check` refuses.
     """
-    hyper = dict(reward=reward, k=k, samples=samples, vote=vote, size=size)
-    check(tuple(lms), data, **hyper)
+    check(
+        tuple(lms), data, reward=reward, k=k, samples=samples, vote=vote, size=size
+    )  # fmt: skip
     judge, ballot = rewards.load(reward), plugin.find("rewards", vote) if vote else None
     data = data[:size] if size else data
     values, votes, ended, tokens = [], [], [], []

@@ -52,7 +52,7 @@ class Order:
             return [
                 self.order[p] if p < end else None for p in range(k * b, (k + 1) * b)
             ]
-        return self._sorted(*found)[k - found[0]]
+        return [*self._sorted(*found)[k - found[0]]]
 
     def around(self, k: int) -> tuple[int, int] | None:
         """First batch of the window of batch k, and the one behind it; None without one."""

@@ -116,14 +116,16 @@ def check(config, model: ModelPath | None = None) -> Prompts:
         raise ValueError(
             "lms.target: that name is reserved for the model that responds"
         )
-    if config.generate.reward:
-        rewards.load(config.generate.reward.to_dict())
+    spec = config.generate.reward.to_dict()
+    reward = rewards.load(spec) if spec else None
     if config.generate.draft:
         responder.check_draft(config.generate.draft, [*config.lms])
     spec = config.prompts.to_dict()
     if "name" not in spec:
         raise ValueError("config.prompts has no 'name'")
     examples = plugin.load_examples(spec)
+    if reward is not None:
+        rewards.check(reward, examples)
     if skipped := getattr(examples, "report", {}).get("malformed"):
         raise ValueError(f"{len(skipped)} prompts are malformed; first {skipped[0]}")
     text = loading.load_tokenizer(config, loading.tokenizer_path(config, model))

@@ -160,6 +160,30 @@ def of_samples(
     return values, words
 
 
+def check(reward: Bound, examples: Sequence[Example]) -> list[str]:
+    """`columns` of examples.
+
+    Raises:
+      ValueError: as `columns`; or an example lacks a column that the reward names.
+    """
+    lacking: dict[str, int] = {}
+    available: set[str] = set()
+    for i in range(len(examples)):
+        mine = {*examples[i].columns}
+        for name in mine - available if i else ():
+            lacking[name] = 0
+        for name in available - mine:
+            lacking.setdefault(name, i)
+        available |= mine
+    read = columns(reward, sorted(available))
+    for name in sorted({*read} & {*lacking} & names(reward)):
+        raise ValueError(
+            f"reward {reward.name} reads the column {name!r}, which "
+            f"{examples[lacking[name]].id} lacks"
+        )
+    return read
+
+
 def columns(reward: Bound, available: Sequence[str]) -> list[str]:
     """Names of the columns of the data that a reward and its members read, sorted.
 

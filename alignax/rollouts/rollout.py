@@ -296,7 +296,7 @@ def fill(
     """
     group, logps = setup.settings.group, None
     if setup.sampled:
-        own = {"sampler_logps": np.asarray(batch.old_logps)}
+        own: Any = {"sampler_logps": np.asarray(batch.old_logps)}
         batch = batch._replace(extra={**(batch.extra or {}), **own})
     if setup.scored:
         scores = setup.score(lm, batch, needs=("state_values",) if setup.critic else ())

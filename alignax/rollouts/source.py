@@ -311,22 +311,11 @@ def identity(setup: Setup, *, earlier: bool = False) -> str:
         setup.anchor is not None,
         sorted(setup.sampler.identity(earlier=earlier).items()),
     )  # fmt: skip
-    read = read_columns(setup.sampler.reward, setup.examples)
+    reward = setup.sampler.reward
+    read = [] if reward is None else rewards.check(reward, setup.examples)
     data = hashlib.sha256(contents(setup.examples, read).encode())
     data.update(repr(settings).encode())
     return data.hexdigest()[:16]
-
-
-def read_columns(reward: Bound | None, examples: Sequence[Example]) -> list[str]:
-    """Names of the columns that a reward reads; none without a reward.
-
-    Raises:
-      ValueError: it takes an argument that is neither a column nor handed in.
-    """
-    if reward is None:
-        return []
-    names = {k for i in range(len(examples)) for k in examples[i].columns}
-    return rewards.columns(reward, sorted(names))
 
 
 def contents(examples: Sequence[Example], read: Sequence[str] = ()) -> str:

@@ -12,7 +12,7 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from alignax import plugin
+from alignax import plugin, rewards
 from alignax.batch import LM, Example, Params
 from alignax.inputs import forms, prompts, reference_cache, row_store, source
 from alignax.inputs.rows import Rows
@@ -24,6 +24,8 @@ from alignax.text import tokenizer
 from alignax.training import checks, loading, on_policy, optim, parallel
 from alignax.training.plugins import Plugins, has_rollouts
 from alignax.training.step import with_average
+
+REWARDS = ("reward", "scorer", "evaluator")  # of an evaluation: what they judge with
 
 
 class Pieces(NamedTuple):
@@ -84,6 +86,8 @@ def build(config, workdir: str, model: ModelPath | None = None) -> Run:
     text = loading.load_tokenizer(config, loading.tokenizer_path(config, model))
     # Data that the loss or an evaluation cannot read are refused before weights are read.
     examples = training_examples(config, plugins.loss, text)
+    if plugins.reward is not None:
+        rewards.check(plugins.reward, examples)
     plugins, eval_data = evaluation_data(config, plugins)
     names = (*checks.frozen_names(config), *checks.moving_names(config))
     check_evaluations(plugins.evals, names, eval_data)
@@ -188,6 +192,12 @@ def check_evaluations(
 ) -> None:  # fmt: skip
     """Raises ValueError for evaluations that refuse the data or the LMs of a run."""
     for name, e in evals.items():
+        for spec in (e.hyper.get(key) for key in REWARDS):
+            if spec and data is not None:
+                try:
+                    rewards.check(rewards.load(spec), data)
+                except ValueError as error:
+                    raise ValueError(f"evals.{name}: {error}") from error
         if possible := getattr(inspect.getmodule(e.function), "check", None):
             try:
                 possible(lms, data, **e.hyper)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from alignax import shaping
+from alignax import rewards, shaping
 from alignax.batch import LM, Params
 from alignax.inputs import reference_cache, source
 from alignax.models import sharding
@@ -119,7 +119,8 @@ def reference_rewards(
         "rows": config.batch_size * config.rollout.group, "seed": config.seed,
     }  # fmt: skip
     ref = judged.lms["ref"]
-    read = rollouts_source.read_columns(judged.reward, examples)
+    assert judged.reward is not None
+    read = rewards.check(judged.reward, examples)
     prompts = hashlib.sha256(rollouts_source.contents(some, read).encode())
     others = {  # a reward may be one of them
         f"lms.{name}": f"{int(checkpoint.checksum(lm.params)):08x}"
