@@ -21,7 +21,6 @@ def get_config(arg: str = ""):
     c.rollout.group = 8
     c.rollout.reference_samples = 8 if arg else 100
     c.evals = {"inference_win_rate": {"n": (4,), "samples": 8 if arg else 32}}
-    c.evals.inference_win_rate.reward = c.rollout.reward.to_dict()
     c.evals.inference_win_rate.max_new = c.rollout.max_new
     c.evals.inference_win_rate.size = 64
     return c

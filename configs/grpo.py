@@ -36,5 +36,5 @@ def get_config(arg: str = ""):
         # random bytes differ in this constraint
         reward = {"name": "constraints", "pattern": "[a-z]"}
         c.rollout.max_new = c.evals.sample.max_new = 8
-    c.rollout.reward = c.evals.sample.reward = reward
+    c.rollout.reward = reward  # evaluations judge with it too
     return c

@@ -25,6 +25,5 @@ def get_config(arg: str = ""):
     c.num_steps, c.batch_size, c.length = 500, 64, 768
     c.optim.lr, c.optim.warmup = 1e-6, 10
     c.evals.pass_at_k = {"k": (1, 8), "samples": 8, "max_new": 512, "size": 0}
-    c.evals.pass_at_k.reward = c.rollout.reward
     c.eval_every = c.checkpoint.every = 50
     return c

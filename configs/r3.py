@@ -17,6 +17,6 @@ def get_config(arg: str = ""):
     if not arg:
         c.rollout.max_new, c.length = 128, 256
     c.rollout.reward = reward
-    c.evals = {"inference_win_rate": {"reward": reward, "max_new": c.rollout.max_new}}
+    c.evals = {"inference_win_rate": {"max_new": c.rollout.max_new}}
     c.evals.inference_win_rate.update(n=(4,), samples=8 if arg else 16, size=64)
     return c

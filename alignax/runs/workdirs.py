@@ -31,7 +31,7 @@ def check_owner(workdir: str, config) -> None:
     there = json.loads(path.read_text())
     if there.get("prompts") and not (folder / RESPONSES).exists():
         return  # killed before its first line
-    a, b = _flat(there), _flat(plain(config))
+    a, b = _flat(_judged(there)), _flat(_judged(plain(config)))
     differ = [
         f"{k} ({a.get(k, 'absent')} there, {b.get(k, 'absent')} here)"
         for k in sorted({*a, *b})
@@ -99,6 +99,15 @@ def everywhere(here: bool, what: str) -> bool:
         names = np.flatnonzero(hosts).tolist()
         raise ValueError(f"{what} only on hosts {names}: name a folder that all share")
     return bool(hosts.all())
+
+
+def _judged(config: dict[str, Any]) -> dict[str, Any]:
+    """A config in which every evaluation says its reward: by default that of rollouts."""
+    reward = config.get("rollout", {}).get("reward")
+    evals = config.get("evals", {})
+    if not reward or not evals:
+        return config
+    return {**config, "evals": {k: {"reward": reward, **v} for k, v in evals.items()}}
 
 
 def _flat(tree, prefix="") -> dict[str, Any]:

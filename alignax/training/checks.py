@@ -14,7 +14,7 @@ from alignax.rollouts import rollout, source
 from alignax.rollouts.sampler import Sampler
 from alignax.text.dialogues import SPECIALS
 from alignax.training import loading, on_policy, optim
-from alignax.training.plugins import Plugins, bind, has_rollouts
+from alignax.training.plugins import Plugins, bind, evaluation, has_rollouts
 
 # What only the policy's own responses bring: a loss that needs one of these needs rollouts.
 OF_ROLLOUTS = (*OF_BEHAVIOUR, "advantages", "returns", "old_values")
@@ -144,8 +144,8 @@ def readers_of_ids(config) -> dict[str, str]:
     for name, hyper in config.shaping.items():
         shape = plugin.load_section("shaping", {"name": name, **hyper})
         readers[f"shaping.{name}"] = [plugin.frozen_lm(n) for n in shape.needs]
-    for name, hyper in config.evals.items():
-        bound = plugin.load_section("evals", {"name": name, **hyper}).hyper
+    for name in config.evals:
+        bound = evaluation(config, name).hyper
         named = [v for k, v in bound.items() if isinstance(v, str) and k != "reward"]
         readers[f"evals.{name}"] = named
     return {lm: reader for reader, lms in readers.items() for lm in lms if lm}

@@ -33,10 +33,7 @@ def bind(config) -> Plugins:
         strength that is not the run's; the alternatives are listed.
     """
     loss = plugin.load_loss(config)
-    evals = {
-        name: plugin.load_section("evals", {"name": name, **hyper})
-        for name, hyper in config.evals.items()
-    }
+    evals = {name: evaluation(config, name) for name in config.evals}
     # a run that only evaluates makes no rollouts
     shapings = config.shaping if config.num_steps else {}
     steps = shaping.in_order(
@@ -54,6 +51,15 @@ def bind(config) -> Plugins:
 def has_rollouts(config) -> bool:
     """Whether a config learns from responses to prompts, and not from those of its data."""
     return bool(config.rollout.source or config.rollout.reward)
+
+
+def evaluation(config, name: str) -> Bound:
+    """An evaluation of a config. Without a reward of its own it has that of the rollouts."""
+    spec = {"name": name, **config.evals[name]}
+    takes = inspect.signature(plugin.find("evals", name)).parameters
+    if "reward" in takes and "reward" not in spec and config.rollout.reward:
+        spec["reward"] = config.rollout.reward
+    return plugin.load_section("evals", spec)
 
 
 def with_strength(
