@@ -428,3 +428,44 @@ def test_every_variant_answers(method, tmp_path):
 def test_there_is_no_other_variant():
     with pytest.raises(ValueError, match=r"no variant 'beam,smok' of this config.*proxy"):  # fmt: skip
         generate.get_config("beam,smok")
+
+
+def ends_with_the_answer(texts, prompts, answer, *, weight=1.0):
+    JUDGED.append((tuple(prompts), tuple(answer), tuple(len(g) for g in texts)))
+    return [
+        [weight * (t[-1:] < a) / 2 + len(p) / 100 for t in group]
+        for group, p, a in zip(texts, prompts, answer, strict=True)
+    ]
+
+
+JUDGED: list = []
+
+
+@pytest.mark.parametrize("method", ["", "best_of_n", "rain", "speculative_rejection", "controlled_blocks", "deal"])  # fmt: skip
+def test_rewards_of_searches_read_the_row_of_each_prompt(config, tmp_path, toy, method):
+    JUDGED.clear()
+    rows = [{"prompt": p, "answer": a} for p, a in zip(LINES, "mnopq", strict=True)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    c = config(method)
+    c.prompts = {"name": "prompts", "path": str(path), "size": 0}
+    c.generate.reward = {"name": f"{__name__}.ends_with_the_answer"}
+    if method:
+        c.generate.group = 1
+    assert respond.respond(c, str(tmp_path / "out"))
+    want = dict(zip(LINES, "mnopq", strict=True))
+    assert {p for prompts, _, _ in JUDGED for p in prompts} == {*LINES}
+    for prompts, answers, _ in JUDGED:
+        assert answers == tuple(want[p] for p in prompts)
+    for row in answered(tmp_path / "out"):
+        for text, score in zip(row["responses"], row["scores"], strict=True):
+            expected = (text[-1:] < want[row["prompt"]]) / 2 + len(row["prompt"]) / 100
+            assert score == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_reward_of_a_column_that_is_not_there_is_refused_at_once(config, tmp_path):
+    c = config()
+    c.generate.reward = {"name": f"{__name__}.ends_with_the_answer"}
+    with pytest.raises(ValueError, match=r"takes 'answer'.*neither a column"):
+        respond.respond(c, str(tmp_path / "out"))
+    assert not (tmp_path / "out" / "config.json").exists()

@@ -12,6 +12,7 @@ import tiny
 
 from alignax import plugin, rewards, shaping
 from alignax.batch import LM, Example, from_groups
+from alignax.inputs.detokenize import texts
 from alignax.models.sharding import make_mesh
 from alignax.rollouts import sampler as samplers
 from alignax.rollouts import selection
@@ -210,15 +211,157 @@ def test_truncated_responses_by_rule(lm, one):
     assert not batch.advantages[cut].any()
 
 
-def test_a_rollout_without_a_whole_response_says_so(lm, one):
-    def endless(lm, prompts, lengths, key, **settings):
-        return decode.generate(
-            lm, jnp.asarray(prompts), jnp.asarray(lengths), key, **settings
-        )
+def endless(lm, prompts, lengths, key, **settings):
+    return decode.generate(
+        lm, jnp.asarray(prompts), jnp.asarray(lengths), key, **settings
+    )
 
+
+def test_a_rollout_without_a_valid_response_is_an_empty_step_ten_in_a_row_the_end(
+    lm, one
+):
     never = sampler(one, truncated="drop")._replace(generate=endless)
-    with pytest.raises(ValueError, match="no valid response in a whole rollout"):
-        make(lm, one, never).next(lm.params, 0)
+    source = make(lm, one, never)
+    for _ in range(9):
+        batch = source.next(lm.params, 0)
+        assert not batch.valid.any()
+        assert not batch.advantages.any()
+        metrics = source.report()["metrics"]
+        assert metrics["rollout/empty"] == 1
+        assert "rollout/reward" not in metrics
+        assert all(map(np.isfinite, metrics.values()))
+    saved = json.loads(json.dumps(source.state()))
+    with pytest.raises(
+        ValueError, match=r"10 rollouts in a row have no valid response: 0% of"
+    ):
+        source.next(lm.params, 0)
+    again = make(lm, one, never)
+    again.restore(saved)  # the count is part of the place
+    with pytest.raises(ValueError, match="10 rollouts in a row"):
+        again.next(lm.params, 0)
+    # one with a valid response begins anew
+    now = [0]
+
+    def mostly(*args, **more):
+        now[0] += 1
+        out = endless(*args, **more)
+        return out._replace(truncated=out.truncated & bool(now[0] % 6))
+
+    source = make(lm, one, never._replace(generate=mostly, truncated="drop"))
+    for _ in range(20):
+        source.next(lm.params, 0)
+
+
+def fails_sometimes(text):
+    if len(text) % 2:
+        raise KeyError(text)
+    return len(text)
+
+
+def test_responses_whose_reward_fails_are_counted_and_not_valid(lm, one):
+    some = sampler(one, fails_sometimes, invalid_rewards=0.9)
+    source = make(lm, one, some, shaping=(), needs=())
+    plain = make(lm, one, sampler(one, codes), shaping=(), needs=())
+    batch, whole = source.next(lm.params, 0), plain.next(lm.params, 0)
+    odd = np.array([[len(t) % 2 for t in g] for g in texts(whole, TK)], bool)
+    assert odd.any()
+    np.testing.assert_array_equal(batch.valid, whole.valid & ~odd)
+    assert not batch.feedback[odd].any()
+    assert source.report()["metrics"]["rollout/failed_rewards"] == odd.mean()
+    with pytest.raises(ValueError, match=r"raised KeyError.*on the response"):
+        make(lm, one, sampler(one, fails_sometimes)).next(lm.params, 0)
+
+
+def always(text):
+    return 0.25
+
+
+def test_a_constant_reward_is_said_once(lm, one, caplog):
+    source = make(lm, one, sampler(one, always))
+    for at in range(3):
+        source.next(lm.params, at)
+    assert caplog.text.count("THE REWARD IS THE SAME, 0.25") == 1
+
+
+ROWS = [
+    e._replace(columns={"answer": f"a{i}", "level": float(i)})
+    for i, e in enumerate(PROMPTS)
+]
+SEEN: list = []
+
+
+def of_rows(texts, prompts, answer, level):
+    SEEN.append((prompts, answer, level))
+    return [[x + g for g in range(len(t))] for t, x in zip(texts, level, strict=True)]
+
+
+def test_a_reward_reads_the_rows_that_its_prompts_came_from(lm, one):
+    SEEN.clear()
+    source = make(lm, one, sampler(one, of_rows), ROWS, dynamic_sampling=True)
+    batch = source.next(lm.params, 0)
+    ids = source.report()["ids"]
+    known = {e.id: e for e in ROWS}
+    for row, example in zip(batch.feedback, (known[i] for i in ids), strict=True):
+        level = example.columns["level"]
+        assert row.tolist() == [level, level + 1, level + 2]
+    for prompts, answer, level in SEEN:
+        mine = [next(e for e in ROWS if e.prompt == p) for p in prompts]
+        assert answer == [e.columns["answer"] for e in mine]
+        assert level == [e.columns["level"] for e in mine]
+    # a batch of the step holds numbers that were carried before, and no places
+    assert set(batch.extra or {}) <= {"level", "sampler_logps"}
+
+
+def test_only_columns_that_the_reward_reads_are_part_of_the_data(lm, one):
+    def state(reward, examples):
+        return make(lm, one, sampler(one, reward), examples).state()["data"]
+
+    other = [e._replace(columns={**e.columns, "answer": "?"}) for e in ROWS]
+    assert state(codes, ROWS) == state(codes, other)
+    assert state(of_rows, ROWS) != state(of_rows, other)
+    with pytest.raises(ValueError, match=r"takes 'answer'.*which have none"):
+        make(lm, one, sampler(one, of_rows))
+    lacking = [*ROWS[:2], PROMPTS[2]]
+    with pytest.raises(ValueError, match="reads the column 'answer', which p2 lacks"):
+        rewards.check(plugin.bind(of_rows), lacking)
+
+
+def test_rollouts_are_shown_as_text(lm, one):
+    members = {
+        "rows": {"name": f"{__name__}.of_rows"},
+        "same": {"name": f"{__name__}.always"},
+    }
+    judge = rewards.load({"name": "ensemble", "members": members, "rule": "min"})
+    both = sampler(one)._replace(reward=judge, truncated="drop")
+    source = make(lm, one, both, ROWS, show=1, show_every=4, batches=2)
+    shown = []
+    for at in range(10):
+        batch = source.next(lm.params, at)
+        shown += [(at, source.report()["samples"])] * bool(source.report()["samples"])
+    assert [at for at, _ in shown] == [0, 4, 8]
+    (row,) = shown[-1][1]
+    example = next(e for e in ROWS if e.id == row["id"])
+    assert row["prompt"] == example.prompt
+    assert row["column answer"] == example.columns["answer"]
+    assert row["reward rows"][0] in (example.columns["level"], 0)
+    assert len(row["responses"]) == len(row["rewards"]) == len(row["advantages"]) == 3
+    assert row["valid"] == [not t for t in row["truncated"]]
+    del batch
+
+
+def test_what_was_sampled_is_counted_and_its_entropy_estimated(lm, one):
+    source = make(lm, one, epochs=1)
+    total = 0
+    for at in range(3):
+        batch = source.next(lm.params, at)
+        total += batch.mask.sum()
+        metrics = source.report()["metrics"]
+        assert metrics["rollout/total_tokens"] == total
+        sizes = batch.mask.sum(-1).ravel()
+        assert metrics["rollout/tokens_p50"] == np.median(sizes)
+    logps = parallel.scorer(one)(lm, batch).logps
+    want = -np.asarray(logps)[batch.mask].mean()
+    assert metrics["rollout/entropy"] == pytest.approx(want, rel=1e-4)
 
 
 def group(feedback, valid=None):
