@@ -10,8 +10,8 @@ A file here defines `reward`; a dotted name points to any other function. Positi
 arguments are handed in, keyword-only arguments are hyper-parameters. The same function
 judges rollouts, evaluations, searches and attacks.
 
-Reading order: final_answer (compares with the row), constraints (a program), model (a
-trained reward model), ensemble, relevance.
+Reading order: final_answer (compares with the row), constraints and instructions
+(programs; of the run and of the row), model (a trained reward model), ensemble, relevance.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -5,7 +5,9 @@
 Source: verifiable instructions in the style of IFEval (Zhou et al. 2023),
 https://arxiv.org/abs/2311.07911, and ACT's constraint satisfaction rate (Cheng et al.
 2024), https://arxiv.org/abs/2403.06326
-Differs from the papers: the constraints are the run's, the same for every prompt.
+Differs from the papers: the constraints are the run's, the same for every prompt
+(`rewards.instructions` reads those of the row). Patterns take linear time, whatever the
+response: see `text.patterns`, which refuses lookarounds and references to groups.
 """
 
 import json
@@ -13,6 +15,8 @@ import re
 from collections.abc import Mapping
 
 import numpy as np
+
+from alignax.text import patterns
 
 KINDS = ("keywords", "avoid", "length", "pattern", "json")
 
@@ -49,12 +53,12 @@ def check(
             count >= min_words and (not max_words or count <= max_words)
         )
     if pattern:
-        out["pattern"] = float(re.search(pattern, text) is not None)
+        out["pattern"] = float(patterns.compile(pattern).search(text))
     if as_json:
         try:
             json.loads(text)
             out["json"] = 1.0
-        except ValueError:
+        except (ValueError, RecursionError):  # the latter is [[[[...
             out["json"] = 0.0
     return out
 
@@ -77,7 +81,7 @@ def reward(
       keywords: words that must occur; satisfied in proportion.
       avoid: words that must not occur.
       min_words, max_words: bounds on the number of words; 0 is no bound.
-      pattern: regular expression that must be found.
+      pattern: regular expression that must be found; one of `text.patterns`.
       as_json: the response must parse as JSON.
       weights: by kind (KINDS), default 1 each.
 

@@ -5,5 +5,6 @@ where their characters are from), turns (the assistant's turns in a rendering), 
 ids, segment by segment), dialogues (an example as ids, and which of them are scored),
 tokenizer (all of it for one model), truncation (examples that are too long); skeleton and
 shapes (renderings that differ only in texts that a template does not read), gguf_vocab (the
-vocabulary of a .gguf file), tokenizer_files (a tokenizer as a Hugging Face folder).
+vocabulary of a .gguf file), tokenizer_files (a tokenizer as a Hugging Face folder);
+patterns (regular expressions in linear time).
 """

@@ -47,6 +47,17 @@ def test_each_constraint_by_hand(batch, asked, want):
     np.testing.assert_array_equal(got, want)
 
 
+def test_no_response_hangs_or_ends_a_constraint():
+    """Patterns for which backtracking explodes, and JSON that is nested too deeply."""
+    texts = [["a" * 3000, "[" * 100_000]]
+    got = constraints.reward(texts, pattern=r"^(a+)+$", as_json=True)
+    np.testing.assert_array_equal(got, [[0.5, 0]])
+    got = constraints.reward(texts, pattern=r"(a|aa)+b", avoid=("b",))
+    np.testing.assert_array_equal(got, [[0.5, 0.5]])
+    with pytest.raises(ValueError, match="a lookahead or lookbehind"):
+        constraints.reward(texts, pattern=r"(?=a)")
+
+
 def test_constraints_are_averaged_with_their_weights(batch):
     asked = {"keywords": ("fox",), "max_words": 3}
     got = constraints.reward(TEXTS, **asked)
