@@ -134,10 +134,10 @@ def _arguments(name: str, values: Any, where: str) -> dict[str, Any]:
         value = values.get(key)
         if kind is int and isinstance(value, float) and value.is_integer():
             value = int(value)
-        listed = kind is list and isinstance(value, list)
-        if not (isinstance(value, kind) and not isinstance(value, bool)) or (
-            listed and not all(isinstance(x, str) for x in value)
-        ):
+        right = isinstance(value, kind) and not isinstance(value, bool)
+        if isinstance(value, list):
+            right = right and all(isinstance(x, str) for x in value)
+        if not right:
             raise ValueError(
                 f"{where}: {name} needs {key!r} as {kind.__name__}, and has {value!r}"
             )

@@ -47,9 +47,12 @@ class Pattern:
 
     def search(self, text: str) -> bool:
         """Whether some part of the text matches, as `re.search` says."""
-        passes = functools.cache(
-            lambda step, c: bool(self._steps[step][1].fullmatch(c))
-        )  # type: ignore[union-attr]
+
+        @functools.cache
+        def passes(step: int, c: str) -> bool:
+            test = self._steps[step][1]
+            return test is not None and test.fullmatch(c) is not None
+
         reading: set[int] = set()
         for place in range(len(text) + 1):
             found, ended = self._reached({*reading, self._start}, text, place)
@@ -62,7 +65,8 @@ class Pattern:
 
     def _reached(self, begun: set[int], text: str, place: int) -> tuple[set[int], bool]:
         """Steps that read a character at a place, and whether a match ends there."""
-        left, seen, reading = list(begun), set(begun), set()
+        left, seen = list(begun), set(begun)
+        reading: set[int] = set()
         while left:
             step = left.pop()
             kind, test, following = self._steps[step]
@@ -121,7 +125,8 @@ def _node(op: Any, value: Any, flags: int, after: int, steps: list[Step]) -> int
         ways = [_sequence(list(way), flags, after, steps) for way in value[1]]
         return _add(steps, "free", None, tuple(ways))
     if op in (ops.MAX_REPEAT, ops.MIN_REPEAT):
-        return _repeat(*value, flags, after, steps)
+        least, most, nodes = value
+        return _repeat(least, most, nodes, flags, after, steps)
     return _add(steps, "character", _test(_character(op, value), flags), (after,))
 
 
