@@ -57,9 +57,7 @@ def test_a_run_of_an_earlier_version_goes_on(
     got = [r for r in rows if r["step"] > make_runs.STOPPED]
     for mine, theirs in zip(got, after, strict=True):
         mine, theirs = metrics(mine), metrics(theirs)
-        for later in ("rollout/cut_prompts", "log_ratio", "log_ratio_max"):
-            mine.pop(f"train/{later}", None)
-        assert mine.keys() == theirs.keys()
+        assert mine.keys() >= theirs.keys()  # there are more metrics now
         for key, value in theirs.items():
             # another processor or compiler rounds differently, and three steps of a rate
             # of .01 amplify it

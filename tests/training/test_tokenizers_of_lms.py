@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 from alignax import rewards
-from alignax.batch import LM, from_groups
+from alignax.batch import LM, Example, from_groups
 from alignax.inputs import detokenize
 from alignax.models import save, transformer
 from alignax.text import tokenizer, tokenizer_files
@@ -197,7 +197,8 @@ def judged(path, text, prompts, texts, **more):
     ids = [text.prompt(p) for p in prompts]
     answers = [[[*text.encode(t), text.eos_id] for t in group] for group in texts]
     batch = from_groups(ids, answers, length=96)
-    handed = {"tokenizer": text, "asked": prompts} | more
+    examples = [Example(str(i), p, ()) for i, p in enumerate(prompts)]
+    handed = {"tokenizer": text, "examples": examples} | more
     return rewards.call(rewards.load("model"), batch, texts, {"reward": lm}, **handed)
 
 
@@ -254,7 +255,7 @@ def test_without_the_text_of_the_prompts_it_is_refused(model):
     with pytest.raises(
         ValueError, match=r"lms\.reward has another tokenizer than the run"
     ):
-        judged(path, text, ["Hello"], [["Hi"]], asked=None)
+        judged(path, text, ["Hello"], [["Hi"]], examples=None)
 
 
 def test_rollouts_and_evaluations_are_judged_by_another_tokenizer(model, tmp_path):
