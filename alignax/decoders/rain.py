@@ -10,8 +10,8 @@ It helps a model that is moderately harmful, and fails where harmful tokens domi
 prior: decisions are by visits, and visits depend on the prior too.
 
 Differs from the paper: the constants are those of the authors' code where the two differ.
-The evaluation is a judge, an argument; in the paper, the mean of two votes of the model
-with the options swapped. Texts are compared by `embed`, or by the mean of the model's final
+The evaluation is a judge, an argument; `rewards.self_evaluation` is the paper's, the
+mean of two votes of the model with the options swapped. Texts are compared by `embed`, or by the mean of the model's final
 hidden states; the paper has a sentence embedder, for which `alike` was chosen. Masses of
 token sets are under the full distribution, not that of the top tokens. A set that is added
 later is one more token or sample; its prior is its mass relative to the others'.

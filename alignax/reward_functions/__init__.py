@@ -2,5 +2,5 @@
 
 The rewards themselves are in `alignax/rewards/`. Reading order: signature (which arguments a
 function gets), calls (calls it on a batch and checks what it returns), time_limit, digest
-(of its code, for the identity of a run).
+(of its code, for the identity of a run), questions (that rewards ask an LM).
 """

@@ -11,7 +11,9 @@ arguments are handed in, keyword-only arguments are hyper-parameters. The same f
 judges rollouts, evaluations, searches and attacks.
 
 Reading order: final_answer (compares with the row), constraints and instructions
-(programs; of the run and of the row), model (a trained reward model), ensemble, relevance.
+(programs; of the run and of the row), model and
+sequence_classifier (trained here, or with transformers), judge and self_evaluation
+(questions to an LM), ensemble, relevance.
 """
 
 from collections.abc import Callable, Mapping, Sequence

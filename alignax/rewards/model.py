@@ -1,14 +1,12 @@
 """A trained reward model as a reward: its scalar head on the last scored token.
 
 A model of another tokenizer than the run's gets the text: prompt and response are rendered
-by its own chat template and tokenised by its own tokenizer.
+by its own chat template and tokenised by its own tokenizer. For a classifier that was trained
+with transformers take `rewards.sequence_classifier`, which may read a token further behind.
 
 Source: Ouyang et al. 2022, https://arxiv.org/abs/2203.02155
 """
 
-import dataclasses
-import datetime
-import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -18,7 +16,7 @@ import numpy as np
 from alignax import logprob, masked
 from alignax.batch import LM, Batch, Message
 from alignax.inputs.detokenize import retokenize
-from alignax.text import tokenizer as tokenizers
+from alignax.reward_functions import questions
 from alignax.text.tokenizer import Tokenizer
 
 _one_device = jax.jit(logprob.score, static_argnames=("needs",))
@@ -70,12 +68,7 @@ def _own_ids(
             f"rewards.model: lms.{name} has another tokenizer than the run ({path}), so it "
             "needs the prompts as text, and here they are only known as ids"
         )
-    own = _tokenizer(path, tokenizer.now)
+    lm, own = questions.reader({name: lm}, name, tokenizer, who="rewards.model")
     valid = np.asarray(batch.valid)
     batch = retokenize(prompts, texts, valid, own, length=lm.config.max_length)
-    return LM(dataclasses.replace(lm.config, tokenizer=""), lm.params), batch
-
-
-@functools.lru_cache(maxsize=8)
-def _tokenizer(path: str, now: datetime.datetime) -> Tokenizer:
-    return tokenizers.load(path, now=now)
+    return lm, batch

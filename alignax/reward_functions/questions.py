@@ -1,0 +1,104 @@
+"""Questions to an LM with two answers: which one it gives, as log-odds.
+
+  log-odds = log P(first answer | question) - log P(second answer | question)
+
+Both answers are scored by the kernel; nothing is sampled.
+"""
+
+import dataclasses
+import datetime
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from alignax import logprob
+from alignax.batch import LM, Message
+from alignax.inputs.detokenize import retokenize
+from alignax.records import messages
+from alignax.text import tokenizer as tokenizers
+from alignax.text.tokenizer import Tokenizer
+
+_one_device = jax.jit(logprob.score)
+NAMES = {"system": "Instructions", "user": "User", "assistant": "Assistant"}
+
+
+def log_odds(
+    lm: LM, questions: Sequence[str], answers: tuple[str, str], *,
+    tokenizer: Tokenizer, score: Callable | None = None, chunk: int = 16,
+) -> Float[np.ndarray, " N"]:  # fmt: skip
+    """Log-odds of the first answer against the second, to each question.
+
+    Args:
+      lm: reads ids of `tokenizer`: see `reader`.
+      questions: user turns. One that is too long loses its beginning.
+      answers: what the LM may say, such as 'A' and 'B'; the end of the turn does not count.
+      tokenizer: of the LM.
+      score: `logprob.score` over the run's devices; one device by default.
+      chunk: questions that are scored together.
+
+    Returns:
+      [N] nats.
+    """
+    out, chunk = [], max(1, min(chunk, len(questions)))
+    for start in range(0, len(questions), chunk):
+        some = list(questions[start : start + chunk])
+        filled = some + some[:1] * (chunk - len(some))  # one shape, few compilations
+        batch = retokenize(
+            filled, [list(answers)] * chunk, np.ones((chunk, 2), bool), tokenizer,
+            length=lm.config.max_length,
+        )  # fmt: skip
+        ends = np.isin(np.asarray(batch.tokens), [*tokenizer.eos_ids])
+        mask: Any = np.asarray(batch.mask) & ~ends
+        logps = (score or _one_device)(lm, batch._replace(mask=mask)).logps
+        total = np.asarray(logps, np.float64).sum(-1)[: len(some)]
+        out.append(total[:, 0] - total[:, 1])
+    return np.concatenate(out) if out else np.zeros(0)
+
+
+def reader(
+    lms: Mapping[str, LM], name: str, tokenizer: Tokenizer | None, *, who: str
+) -> tuple[LM, Tokenizer]:
+    """An LM as one that reads ids, and its tokenizer.
+
+    Args:
+      lms: frozen LMs by name.
+      name: of the LM.
+      tokenizer: of the run, which is that of an LM without one of its own.
+      who: asks for it, for messages.
+
+    Raises:
+      ValueError: no such LM, or the tokenizer is not given.
+    """
+    if name not in lms:
+        raise ValueError(
+            f"{who} needs an LM {name!r}; there are {sorted(lms)}: set config.lms.{name} "
+            "to a path, or to 'init' for the policy as it is at the start"
+        )
+    if tokenizer is None:
+        raise ValueError(f"{who} reads the tokenizer, which is not given here")
+    lm = lms[name]
+    if not lm.config.tokenizer:
+        return lm, tokenizer
+    own = load_tokenizer(lm.config.tokenizer, tokenizer.now)
+    return LM(dataclasses.replace(lm.config, tokenizer=""), lm.params), own
+
+
+@functools.lru_cache(maxsize=8)
+def load_tokenizer(path: str, now: datetime.datetime) -> Tokenizer:
+    """A tokenizer, read once; `now` is what its chat template prints as the date."""
+    return tokenizers.load(path, now=now)
+
+
+def transcript(prompt: str | Sequence[Message]) -> str:
+    """A prompt as text for a question: who said what, a turn after the other."""
+    if isinstance(prompt, str):
+        return f"User: {prompt}"
+    return "\n\n".join(
+        f"{NAMES.get(turn['role'], turn['role'])}: "
+        f"{messages.text({'content': None, **turn})}"
+        for turn in prompt
+    )

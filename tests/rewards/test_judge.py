@@ -1,0 +1,130 @@
+"""Questions to an LM: both orders, what cancels, and the odds of a real model."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alignax import rewards
+from alignax.batch import LM, Batch, Example, Scores
+from alignax.models import transformer
+from alignax.reward_functions import questions
+from alignax.text import tokenizer
+
+TK = tokenizer.load("bytes")
+PROMPTS = ["Say hi", [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Bye?"}]]  # fmt: skip
+TEXTS = [["good", "bad {x}", "fine"], ["bad", "good", "good"]]
+WORTH = {"good": 2.0, "bad {x}": -1.0, "bad": -1.0, "fine": 0.5, "rival": 1.0}
+BIAS = 3.0  # nats for the letter A, whatever stands behind it
+
+
+def opinion(value):
+    """score(lm, batch): log P(A) - log P(B) is value(question); rows are [A, B]."""
+
+    def score(lm, batch, needs=()):
+        logps = np.zeros(batch.tokens.shape, np.float32)
+        for b, g in np.ndindex(batch.valid.shape):
+            mask = np.asarray(batch.mask)[b, g]
+            ids = np.asarray(batch.tokens)[b, g]
+            assert TK.decode(ids[mask].tolist()) == "AB"[g]  # and no EOS
+            assert mask.sum() == 1
+            question = TK.decode(ids[: mask.argmax()].tolist())
+            logps[b, g, mask.argmax()] = value(question) * (0.5 - g)
+        return Scores(logps)
+
+    return score
+
+
+def compares(question):
+    parts = [p.split("\n\n")[1] for p in question.split("Answer ")[1:]]
+    return BIAS + WORTH[parts[0]] - WORTH[parts[1]]
+
+
+def made(texts, invalid=()):
+    shape = (len(texts), len(texts[0]), 4)
+    valid = np.ones(shape[:2], bool)
+    for at in invalid:
+        valid[at] = False
+    mask = np.broadcast_to(np.arange(4) > 1, shape)
+    return Batch(
+        np.zeros(shape, np.int32), mask, np.full(shape[:2], 4, np.int32),
+        np.zeros(shape[:2], np.float32), valid,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def lms(tiny_config):
+    config = dataclasses.replace(tiny_config, max_length=4096, vocab_size=TK.vocab_size)
+    return {"judge": LM(config, {})}
+
+
+def call(name, texts, lms, score, examples=None, invalid=(), **hyper):
+    reward = rewards.load({"name": name, **hyper})
+    examples = examples or [Example("", p, []) for p in PROMPTS]
+    return rewards.call(
+        reward, made(texts, invalid), texts, lms, tokenizer=TK, score=score,
+        examples=examples,
+    )  # fmt: skip
+
+
+def test_a_group_is_a_tournament_without_the_bias_for_a_letter(lms):
+    got = call("judge", TEXTS, lms, opinion(compares))
+    worth = np.array([[WORTH[t] for t in group] for group in TEXTS])
+    want = (worth[:, :, None] - worth[:, None]).sum(-1) / 2  # two others each
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    np.testing.assert_allclose(got.sum(1), 0, atol=1e-5)
+
+
+def test_invalid_responses_are_no_opponents(lms):
+    got = call("judge", TEXTS, lms, opinion(compares), invalid=[(0, 1), (1, 0), (1, 1)])
+    np.testing.assert_allclose(got, [[1.5, 0, -1.5], [0, 0, 0]], atol=1e-5)
+
+
+def test_the_opponent_may_be_in_the_row(lms):
+    rows = [Example("", p, [], (), {"best": "rival"}) for p in PROMPTS]
+    got = call("judge", TEXTS, lms, opinion(compares), examples=rows, against="best")
+    np.testing.assert_allclose(got, [[1, -2, -0.5], [-2, 1, 1]], atol=1e-5)
+    with pytest.raises(
+        ValueError, match=r"row 0 has no column 'worst'; it has \['best'\]"
+    ):
+        call("judge", TEXTS, lms, opinion(compares), examples=rows, against="worst")
+
+
+def test_the_question_holds_prompt_and_rubric(lms):
+    seen = []
+
+    def value(question):
+        seen.append(question)
+        return 0.0
+
+    call("judge", TEXTS, lms, opinion(value), rubric="Which is shorter?")
+    assert any("Instructions: Be kind.\n\nUser: Bye?" in q for q in seen)
+    assert any("User: Say hi" in q for q in seen)
+    assert all("Which is shorter? Reply" in q for q in seen)
+
+
+@pytest.mark.parametrize("name", ["judge", "self_evaluation"])
+def test_a_judge_that_is_not_there_is_named(name, lms):
+    with pytest.raises(ValueError, match=rf"rewards\.{name} needs an LM 'grader'; there are \['judge'\]: set config\.lms\.grader"):  # fmt: skip
+        call(name, TEXTS, lms, None, model="grader")
+    with pytest.raises(ValueError, match="reads the tokenizer"):
+        questions.reader(lms, "judge", None, who=name)
+
+
+def test_the_odds_are_those_of_the_model(tiny_config, make_lm):
+    """Of the logits, by hand; in chunks, and with a response of two tokens."""
+    config = dataclasses.replace(tiny_config, vocab_size=TK.vocab_size)
+    lm = make_lm(config)
+    asked = ["One?", "Another one?", "x"]
+    got = questions.log_odds(lm, asked, ("yes", "n"), tokenizer=TK, chunk=2)
+    for question, odds in zip(asked, got, strict=True):
+        total = {}
+        for answer in ("yes", "n"):
+            ids = [*TK.prompt(Example("", question, [])), *answer.encode()]
+            h, _ = transformer.hidden(lm, jnp.array([ids]))
+            logits = np.asarray(transformer.unembed(lm, h), np.float64)[0]
+            logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            first = len(ids) - len(answer)
+            total[answer] = sum(logp[t - 1, ids[t]] for t in range(first, len(ids)))
+        assert odds == pytest.approx(total["yes"] - total["n"], abs=1e-4)
