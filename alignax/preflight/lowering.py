@@ -89,7 +89,7 @@ def plan(config, mesh: Mesh, data: Shape = UNKNOWN) -> Plan:
             average=config.average > 0,
         )  # fmt: skip
         made["step"] = step.make_train_step(
-            policy.config, pieces.tx, loss, mesh, **build.settings(config, pieces)
+            policy.config, pieces.tx, loss, mesh, **build.settings(config, pieces, loss)
         )
         made["moving"] = len(pieces.moving)
         whole = pieces.assemble(state.params, pieces.lms)
@@ -128,7 +128,7 @@ def rows(
         array(b, bool),
     )  # fmt: skip
     if has_rollouts(config):
-        fresh = on_policy.fresh(config)
+        fresh = on_policy.fresh(config, needs)
         named = {*needs, "sampler_logps"} if fresh else {*needs}
         of_extra = ("sampler_logps", "old_values", "returns")
         brought: Any = {k: array(t) for k in of_extra if k in named}

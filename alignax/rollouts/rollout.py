@@ -26,6 +26,9 @@ from alignax.plugin import Bound
 from alignax.rollouts.sampler import STREAM, Baseline, Drawn, Sampler
 from alignax.rollouts.selection import at, beside, differing, joined, select, slots
 
+# What a loss needs that estimates something of the distribution that was sampled.
+OF_SAMPLES = ("old_logps", "sampler_logps", "advantages")
+
 
 class Settings(NamedTuple):
     """The numbers of a run's rollouts.
@@ -86,11 +89,12 @@ class Setup(NamedTuple):
     pick: Callable[[int], list[int]]  # place in the order -> indices of B examples
     sampler: Sampler
     policy: Callable[[Params], LM]
-    score: Callable[..., Any]  # `logprob.score` of host batches
+    score: Callable[..., Any]  # `logprob.score` of host batches, at `temperature`
+    temperature: float  # see `scoring_temperature`
     shaping: Sequence[Bound]  # compiled, in order
     columns: tuple[str, ...]  # '<name>_logps' that frozen LMs fill
     critic: bool  # whether 'old_values' are needed
-    on_policy: bool  # the policy is sampled, at temperature 1
+    on_policy: bool  # the policy is sampled, and scored at the same temperature
     fresh: bool  # see the function of this name
     scored: bool  # the policy scores its responses: something reads that
     sampled: bool  # whether the sampler's own log-probabilities are kept
@@ -136,6 +140,25 @@ def fresh(settings: Settings, *, on_policy: bool, anchor: bool) -> bool:
     batch, the policy's own samples, none of an anchor.
     """
     return settings.steps == 1 and on_policy and not anchor
+
+
+def scoring_temperature(
+    temperature: float, needs: Sequence[str], *, judged: bool
+) -> float:
+    """The temperature at which the step and its rollouts score responses.
+
+    Ratios, policy gradients and a KL to a teacher are of the distribution that was sampled:
+    that at the temperature of the rollouts. Losses of pairs and of imitation train the
+    model itself, whoever wrote the responses: 1.
+
+    Args:
+      temperature: of the rollouts.
+      needs: of the loss.
+      judged: whether there is a reward. What learns from responses without one (a
+        distillation) has the distribution that was sampled as its object.
+    """
+    of_samples = {*OF_SAMPLES} & {*needs}
+    return temperature if of_samples or not judged else 1.0
 
 
 def roll(
@@ -253,7 +276,7 @@ def score_part(
     start = time.monotonic()
     batch, logps = fill(setup, lm, drawn.batch, batch)
     clock["scoring"] += time.monotonic() - start
-    gap = None if logps is None else np.abs(logps - drawn.raw_logps)
+    gap = None if logps is None else np.abs(logps - sampled_logps(setup, drawn))
     if best is not None:
         assert gap is not None  # what has an anchor is scored
         again = np.asarray(setup.score(anchor, own_logps).logps)
@@ -268,14 +291,18 @@ def anchor_best(
 
     Returns:
       They, [B, 1, T], with old_logps of the sampling distribution; and once more with
-      old_logps of the unmodified LM, as the sampler computed them.
+      old_logps as the kernel scores them, as the sampler computed them.
     """
     drawn = setup.sampler.draw(
         anchor, _prompts(setup, some), key, setup.settings.anchor_samples, clock=clock
     )
-    raw: Any = drawn.raw_logps
-    untempered = drawn.batch._replace(old_logps=raw)
-    return select(drawn.batch, "best"), select(untempered, "best")
+    as_scored = drawn.batch._replace(old_logps=sampled_logps(setup, drawn))
+    return select(drawn.batch, "best"), select(as_scored, "best")
+
+
+def sampled_logps(setup: Setup, drawn: Drawn) -> Any:
+    """The sampler's log-probabilities at the temperature at which the kernel scores."""
+    return drawn.raw_logps if setup.temperature == 1 else drawn.batch.old_logps
 
 
 def fill(

@@ -22,7 +22,14 @@ from alignax.inputs.prompts import column_names
 from alignax.inputs.rows import carried_columns
 from alignax.inputs.source import Source
 from alignax.plugin import Bound
-from alignax.rollouts.rollout import Settings, Setup, compiled, fresh, roll
+from alignax.rollouts.rollout import (
+    Settings,
+    Setup,
+    compiled,
+    fresh,
+    roll,
+    scoring_temperature,
+)
 from alignax.rollouts.sampler import Baseline, Sampler
 from alignax.rollouts.selection import at, order
 from alignax.shaping import OF_REFERENCE
@@ -164,7 +171,12 @@ def prepare(
     The policy scores its own responses unless all of its responses are fresh and neither
     a shaping nor a critic reads the scores: one forward pass less.
     """
-    on_policy = sampler.temperature == 1 and behaviour is None
+    temperature = scoring_temperature(
+        sampler.temperature, needs, judged=sampler.reward is not None
+    )
+    if temperature != 1:
+        score = functools.partial(score, temperature=temperature)
+    on_policy = sampler.temperature == temperature and behaviour is None
     check(
         sampler, settings, shaping, needs, on_policy=on_policy,
         reference=baseline is not None, anchor=anchor is not None,
@@ -183,8 +195,8 @@ def prepare(
     new = fresh(settings, on_policy=on_policy, anchor=anchor is not None)
     unread = new and not critic and "old_logps" not in shape_needs
     return Setup(
-        settings, examples, pick, sampler, policy, score, compiled(shaping), columns,
-        critic=critic, on_policy=on_policy, fresh=new,
+        settings, examples, pick, sampler, policy, score, temperature,
+        compiled(shaping), columns, critic=critic, on_policy=on_policy, fresh=new,
         scored=critic or (behaviour is None and not unread),
         sampled=new or "sampler_logps" in needs, behaviour=behaviour, anchor=anchor,
         reference=None if baseline is None else _once(baseline),
@@ -348,7 +360,7 @@ def check(
       settings: of the rollouts.
       shaping: in order.
       needs: what the loss declares.
-      on_policy: whether the policy is sampled, at temperature 1.
+      on_policy: whether the policy is sampled, and scored at the same temperature.
       reference: whether rewards of reference samples are given.
       anchor: whether there is one.
     """
@@ -359,14 +371,8 @@ def check(
     of_samples = "ref_logps" in shape_needs or {"ref_logps", "old_logps"} <= {*needs}
     if of_samples and not on_policy:
         raise ValueError(
-            "a KL to the reference is estimated from samples of the policy itself: "
-            "rollout.temperature=1 and no rollout.policy"
-        )
-    if "old_logps" in needs and sampler.temperature != 1:
-        raise ValueError(
-            "the loss clips ratios to the sampling distribution, which at a temperature "
-            f"of {sampler.temperature} are not 1 even on fresh responses: "
-            "rollout.temperature=1"
+            "a KL to the reference is estimated from samples of the policy itself: no "
+            "rollout.policy"
         )
     if anchor and (settings.keep != "all" or "old_values" in {*needs, *shape_needs}):
         raise ValueError(

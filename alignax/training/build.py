@@ -307,12 +307,13 @@ def pieces(
     return Pieces(policy, assemble, lms, tuple(moving), rate, tx)
 
 
-def settings(config, pieces: Pieces | Run) -> dict[str, Any]:
-    """The keywords of `make_train_step` that a config decides."""
+def settings(config, pieces: Pieces | Run, loss: plugin.Bound) -> dict[str, Any]:
+    """The keywords of `make_train_step` that a config and its loss decide."""
     return dict(
         accumulate=config.accumulate, average=config.average,
         average_every=config.average_every, moving=pieces.moving,
         assemble=pieces.assemble,
+        temperature=on_policy.temperature(config, loss.needs),
     )  # fmt: skip
 
 

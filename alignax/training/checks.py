@@ -231,7 +231,7 @@ def check_rollout(config, plugins: Plugins) -> None:
     source.check(
         Sampler(unused, plugins.reward, {}, unused, **on_policy.sampling(config)),
         rollout.Settings(**on_policy.settings(config)), steps, loss.needs,
-        on_policy=config.rollout.temperature == 1 and not config.rollout.policy,
+        on_policy=on_policy.own_samples(config, loss.needs),
         reference=of_reference, anchor=bool(config.rollout.anchor),
     )  # fmt: skip
 

@@ -5,7 +5,7 @@ The sections `rollout` and `shaping` become the arguments of
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from alignax.rollouts import rollout, sampler, selection
 from alignax.rollouts import source as rollouts_source
 from alignax.runs import checkpoint, workdirs
 from alignax.training import parallel
-from alignax.training.plugins import Plugins
+from alignax.training.plugins import Plugins, has_rollouts
 
 # What a file of reference rewards holds, and whose folder it is in: for messages.
 REWARDS: Any = {"what": "rewards", "setting": "config.rollout.cache"}
@@ -65,6 +65,24 @@ def rollouts(
     )  # fmt: skip
 
 
+def temperature(config, needs: Sequence[str]) -> float:
+    """The temperature at which the step of a loss with these needs scores.
+
+    See `rollout.scoring_temperature`.
+    """
+    if not has_rollouts(config):
+        return 1.0
+    return rollout.scoring_temperature(
+        config.rollout.temperature, needs, judged=bool(config.rollout.reward)
+    )
+
+
+def own_samples(config, needs: Sequence[str]) -> bool:
+    """Whether the policy is sampled, and scored at the temperature of the samples."""
+    same = config.rollout.temperature == temperature(config, needs)
+    return same and not config.rollout.policy
+
+
 def sampling(config) -> dict[str, Any]:
     """The keywords of `Sampler` that a config decides."""
     return dict(
@@ -90,11 +108,10 @@ def settings(config) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def fresh(config) -> bool:
+def fresh(config, needs: Sequence[str]) -> bool:
     """Whether importance ratios are 1 by construction: see `rollout.fresh`."""
-    own = config.rollout.temperature == 1 and not config.rollout.policy
     return rollout.fresh(
-        rollout.Settings(**settings(config)), on_policy=own,
+        rollout.Settings(**settings(config)), on_policy=own_samples(config, needs),
         anchor=bool(config.rollout.anchor),
     )  # fmt: skip
 

@@ -27,7 +27,7 @@ def scorer(mesh: Mesh, *, packed: bool = False) -> Callable:
     rows = NamedSharding(mesh, sharding.BATCH)
     shards = sharding.num_shards(mesh)
 
-    def score(lm, batch, needs=(), **more):
+    def score(lm, batch, needs=(), temperature=1.0, **more):
         many = len(batch.tokens)
         for reader in (lm, more.get("kl_to")):
             if reader is not None:
@@ -39,17 +39,21 @@ def scorer(mesh: Mesh, *, packed: bool = False) -> Callable:
         if packed:
             batch, _ = layout.lay(batch, shards=shards)
         batch = jax.device_put(batch, rows)
-        out = jax.device_get(compiled_score(mesh, tuple(needs))(lm, batch, **more))
+        run = compiled_score(mesh, tuple(needs), temperature)
+        out = jax.device_get(run(lm, batch, **more))
         return jax.tree.map(lambda x: x[:many], out)
 
     return score
 
 
 @functools.cache
-def compiled_score(mesh: Mesh, needs: tuple[str, ...]) -> Callable:
+def compiled_score(
+    mesh: Mesh, needs: tuple[str, ...], temperature: float = 1.0
+) -> Callable:
     """score(lm, batch) of batches that are spread over the mesh, for every host."""
     whole = NamedSharding(mesh, P())  # every host reads the result
-    score = functools.partial(logprob.score, mesh=mesh, needs=needs)
+    how = {} if temperature == 1 else {"temperature": temperature}
+    score = functools.partial(logprob.score, mesh=mesh, needs=needs, **how)
     return jax.jit(score, out_shardings=whole)
 
 

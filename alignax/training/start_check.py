@@ -10,7 +10,7 @@ from alignax import masked
 from alignax.batch import COMPARED, Metrics, Scores
 from alignax.inputs.annotate import annotate
 from alignax.models.transformer import ModelConfig
-from alignax.training import parallel
+from alignax.training import on_policy, parallel
 
 
 def start_check(config, run, state, batch, writer) -> bool:
@@ -30,7 +30,8 @@ def start_check(config, run, state, batch, writer) -> bool:
         return False
     lms, needs = run.frozen(state.average), run.loss.needs
     read = tuple(n for n in needs if n in Scores._fields and n != "logps")
-    score = parallel.compiled_score(run.mesh, ())
+    temperature = on_policy.temperature(config, run.loss.needs)
+    score = parallel.compiled_score(run.mesh, (), temperature)
     cached = batch.ref_logps
     if cached is None and config.lms.get("ref") != "init":
         return False
@@ -41,7 +42,7 @@ def start_check(config, run, state, batch, writer) -> bool:
         check_cache(largest, run.policy.config, where)
     if config.lms.get("ref") != "init":
         return False
-    score = parallel.compiled_score(run.mesh, read)
+    score = parallel.compiled_score(run.mesh, read, temperature)
     ours = run.assemble(state.params, run.lms)
     compared = {"kl_to": lms["ref"]} if {*read} & {*COMPARED} else {}
     policy: Scores = score(ours, batch, **compared)

@@ -114,6 +114,7 @@ def make_train_step(
     average_every: int = 1,
     moving: tuple[str, ...] = (),
     assemble: Callable[[Params, Mapping[str, LM]], LM] | None = None,
+    temperature: float = 1.0,
 ) -> TrainStep:
     """Builds the jitted optimiser step. The state it is given is donated.
 
@@ -131,6 +132,7 @@ def make_train_step(
       moving: names of frozen LMs that are the average of the policy instead.
       assemble: (what is trained, frozen LMs) -> the policy; by default the parameters
         are the policy's own, with adapters they are attached to a frozen base.
+      temperature: at which the policy and the frozen LMs are scored.
 
     Returns:
       A TrainStep.
@@ -140,7 +142,7 @@ def make_train_step(
     numbers = {k: v for k, v in loss.hyper.items() if type(v) in (int, float)}
     objective = Objective(
         loss, {k: v for k, v in loss.hyper.items() if k not in numbers},
-        functools.partial(logprob.score, mesh=mesh),
+        functools.partial(logprob.score, mesh=mesh, temperature=temperature),
         assemble or (lambda params, lms: LM(config, params)), accumulate,
         1 if mesh is None else sharding.num_shards(mesh),
     )  # fmt: skip

@@ -49,7 +49,7 @@ def frozen(name, config):
     return dataclasses.replace(config, vocab_size=size)
 
 
-def scored(config, other, mesh):
+def scored(config, other, mesh, **how):
     """jitted (params, frozen, batch, cotangent) -> (scores, gradient of their sum with it)."""
     needs = logprob.READ + (("values",) if config.value_head else ())
 
@@ -58,7 +58,7 @@ def scored(config, other, mesh):
         def total(params):
             scores = logprob.score(
                 LM(config, params), batch, needs=needs, kl_to=LM(other, frozen),
-                mesh=mesh, tiles=(16, 8),
+                mesh=mesh, tiles=(16, 8), **how,
             )  # fmt: skip
             # Powers, so that no two fields have gradients that cancel.
             fields = [x for x in scores if x is not None]
@@ -106,6 +106,25 @@ def test_kernel_on_a_mesh_is_the_kernel_on_one_device(name, shape, on_one_device
     close(scores, want_scores, 1e-5)
     close(grads, want_grads, 1e-5)
     assert (np.asarray(scores.logps)[~np.asarray(batch.mask)] == 0).all()
+
+
+def test_a_temperature_on_a_mesh_is_that_on_one_device(
+    tiny_config, make_lm, make_batch
+):
+    config = dataclasses.replace(tiny_config, final_softcap=3.0)
+    lms, batch = [make_lm(config, seed) for seed in (0, 1)], make_batch(8, 2, 12)
+    cotangent = np.random.default_rng(0).normal(size=batch.mask.shape)
+    rows = batch, jnp.asarray(cotangent, jnp.float32)
+    want = scored(config, config, None, temperature=0.7)(
+        *[lm.params for lm in lms], *rows
+    )
+    mesh = make_mesh((2, 2, 2))
+    params = [sharding.put_params(lm.params, mesh) for lm in lms]
+    run = scored(config, config, mesh, temperature=0.7)
+    for got, expected in zip(
+        run(*params, *sharding.put_batch(rows, mesh)), want, strict=True
+    ):
+        close(got, expected, 1e-5)
 
 
 def three_steps(config, make_lm, make_batch, mesh):

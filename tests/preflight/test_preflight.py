@@ -35,7 +35,11 @@ def trained(config, workdir):
         average=config.average > 0,
     )
     one = step.make_train_step(
-        run.policy.config, run.tx, run.loss, run.mesh, **build.settings(config, run)
+        run.policy.config,
+        run.tx,
+        run.loss,
+        run.mesh,
+        **build.settings(config, run, run.loss),
     )
     rows = run.source.next(state.params, 0, state.average)
     batch = sharding.put_batch(rows, run.mesh)

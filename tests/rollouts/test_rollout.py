@@ -163,24 +163,42 @@ def test_a_tempered_rollout_reports_the_distribution_it_sampled(lm, one):
             make(lm, one, sampler(one, temperature=temperature))
 
 
-def test_a_kl_from_tempered_samples_is_refused(lm, one):
-    warm = sampler(one, lms={"ref": lm}, temperature=0.7)
+def test_a_kl_from_samples_of_another_policy_is_refused(lm, one):
+    some = sampler(one, lms={"ref": lm})
     for more in (
         {"shaping": steps("kl", "rloo")},
         {"needs": ("old_logps", "ref_logps")},
     ):
         with pytest.raises(ValueError, match="samples of the policy itself"):
-            make(lm, one, warm, **more)
-        cold = sampler(one, lms={"ref": lm})
-        with pytest.raises(ValueError, match="samples of the policy itself"):
-            make(lm, one, cold, behaviour=lm, **more)
-    make(lm, one, warm, needs=("ref_logps",))  # a preference loss on any pairs
+            make(lm, one, some, behaviour=lm, **more)
+    make(lm, one, some, behaviour=lm, needs=("ref_logps",))  # a preference loss
 
 
-def test_ratios_to_a_tempered_distribution_are_refused(lm, one):
-    """They are not 1 on fresh responses, and clipped before anything was learnt."""
-    with pytest.raises(ValueError, match=r"temperature of 0\.7.*temperature=1"):
-        make(lm, one, sampler(one, temperature=0.7))
+@pytest.mark.parametrize("temperature", [0.7, 1.6])
+def test_a_tempered_rollout_is_scored_at_its_temperature(temperature, lm, one):
+    """Ratios of fresh responses are 1, the sampler's numbers the kernel's, and so is the
+    reference's column: that of softmax(logits / temperature)."""
+    other = LM(lm.config, jax.tree.map(lambda x: x + 0.01, lm.params))
+    warm = sampler(one, lms={"ref": other}, temperature=temperature)
+    needs = ("old_logps", "advantages", "ref_logps")
+    source = make(lm, one, warm, needs=needs, batches=2)
+    batch = source.next(lm.params, 0)
+    score = parallel.scorer(one)
+    ours = score(lm, batch, temperature=temperature).logps
+    np.testing.assert_array_equal(ours, batch.old_logps)
+    theirs = score(other, batch, temperature=temperature).logps
+    np.testing.assert_array_equal(theirs, batch.ref_logps)
+    assert source.report()["metrics"]["rollout/logp_gap_max"] < 1e-4
+    assert np.abs(score(lm, batch).logps - batch.old_logps).max() > 0.1
+
+
+def test_pairs_are_scored_by_the_model_itself_whatever_their_temperature(lm, one):
+    warm = sampler(one, lms={"ref": lm}, temperature=0.7)
+    source = make(lm, one, warm, needs=("logps", "ref_logps"), keep="best_worst")
+    batch = source.next(lm.params, 0)
+    theirs = parallel.scorer(one)(lm, batch).logps
+    np.testing.assert_allclose(theirs, batch.ref_logps, atol=2e-5)
+    assert source.report()["metrics"]["rollout/logp_gap_max"] < 1e-4
 
 
 def test_every_rollout_has_one_length(lm, one):
