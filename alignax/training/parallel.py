@@ -52,8 +52,9 @@ def compiled_score(
 ) -> Callable:
     """score(lm, batch) of batches that are spread over the mesh, for every host."""
     whole = NamedSharding(mesh, P())  # every host reads the result
-    how = {} if temperature == 1 else {"temperature": temperature}
-    score = functools.partial(logprob.score, mesh=mesh, needs=needs, **how)
+    score = functools.partial(
+        logprob.score, mesh=mesh, needs=needs, temperature=temperature
+    )
     return jax.jit(score, out_shardings=whole)
 
 

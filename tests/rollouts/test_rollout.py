@@ -155,7 +155,8 @@ def test_a_rollout_does_not_depend_on_the_mesh(lm, one):
 
 def test_a_tempered_rollout_reports_the_distribution_it_sampled(lm, one):
     warm = sampler(one, temperature=2.0)
-    batch = make(lm, one, warm, needs=("advantages",)).next(lm.params, 0)
+    source = make(lm, one, warm, needs=("advantages",), batches=2)
+    batch = source.next(lm.params, 0)
     plain = parallel.scorer(one)(lm, batch).logps
     assert np.abs(plain - batch.old_logps).max() > 0.1
     for temperature in (0.0, -1.0):
