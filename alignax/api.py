@@ -20,10 +20,10 @@ from alignax.batch import LM, Example, Message, from_groups
 from alignax.models import save as model_files
 from alignax.models import transformer
 from alignax.respond import output, responder, starts
-from alignax.respond import stops as stop_places
 from alignax.runs import model_paths
 from alignax.sampling import decode, drafts, generation_settings
 from alignax.sampling import speculate as speculation
+from alignax.sampling import stops as stop_places
 from alignax.sampling.decode import Generated
 from alignax.text import tokenizer as tokenizers
 from alignax.text import tokenizer_files
@@ -493,7 +493,7 @@ def _respond(
     _check_length(lm, [len(i) + asked["max_new"] for i in ids], "tokens with max_new")
     tokens, lengths = generation_settings.ragged([s.prompt for s in begun])
     if groups:
-        pieces = responder.pieces(text, lm.config.vocab_size)
+        pieces = stop_places.pieces(text, lm.config.vocab_size)
         asked["stops"] = stop_places.table(groups, pieces)
     asked |= starts.arrays(begun, begun)
     asked.setdefault("eos_ids", parallel.known(text.eos_ids, lm))

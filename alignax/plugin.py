@@ -171,6 +171,33 @@ def find(folder: str, name: str) -> Callable:
     return _find(folder, name)[1]
 
 
+def function(path: str, setting: str) -> Callable:
+    """A function of the user's own by its dotted name, such as 'my_module.reply'.
+
+    Args:
+      path: MODULE.FUNCTION.
+      setting: the key of the config that names it, for the error.
+
+    Raises:
+      ValueError: there is no such module or no such function in it.
+    """
+    name, _, attribute = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(name), attribute) if name else None
+    except ModuleNotFoundError as error:
+        if error.name is None or not name.startswith(error.name):
+            raise  # it is there, but a module that it imports is not
+        found = None
+    except AttributeError:
+        found = None
+    if not callable(found):
+        raise ValueError(
+            f"{setting} is {path!r}, expected MODULE.FUNCTION of a function that can be "
+            "imported from here"
+        )
+    return found
+
+
 def compose(loss: Bound, weights: Sequence[Bound]) -> Bound:
     """A loss with reweightings, as one loss; they are applied in order, before the loss.
 

@@ -12,8 +12,8 @@ import numpy as np
 from etils import epath
 
 from alignax.batch import LM, Batch, Example
-from alignax.respond import stops as stop_places
 from alignax.runs import checkpoint
+from alignax.sampling import stops as stop_places
 from alignax.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)

@@ -11,9 +11,9 @@ import numpy as np
 from alignax import logprob, plugin, rewards
 from alignax.batch import LM, Batch, Example
 from alignax.models import transformer
-from alignax.respond import output, starts, stops
+from alignax.respond import output, starts
 from alignax.respond.starts import Start
-from alignax.sampling import drafts, generation_settings, prefill
+from alignax.sampling import drafts, generation_settings, prefill, stops
 from alignax.sampling.speculate import speculate
 from alignax.text.tokenizer import Tokenizer
 from alignax.training import parallel
@@ -73,25 +73,8 @@ def settings(config, text: Tokenizer, size: int) -> dict[str, Any]:
         used["logit_bias"] = {int(i): float(nats) for i, nats in used["logit_bias"]}
     if "stops" in used:
         groups = stops.parse(used["stops"], text, name="generate.stops")
-        used["stops"] = stops.table(groups, pieces(text, size))
+        used["stops"] = stops.table(groups, stops.pieces(text, size))
     return {"max_new": generate.max_new, "temperature": generate.temperature, **used}
-
-
-def pieces(text: Tokenizer, size: int) -> list[bytes]:
-    """The bytes that each of `size` ids adds to a text; b'' for specials and unknown ids.
-
-    An id that is a part of a character gets a byte that occurs in no text: a stop string
-    across such ids is not found while decoding, only in the finished text.
-    """
-    anchor = text.encode("a")  # some tokenizers drop the space that begins a text
-    before = text.decode(anchor)
-
-    def piece(i: int) -> bytes:
-        added = text.decode([*anchor, i]).removeprefix(before)
-        return added.encode().replace("\ufffd".encode(), b"\xff")
-
-    known = [piece(i) for i in range(min(size, text.vocab_size))]
-    return known + [b""] * (size - len(known))
 
 
 def build(

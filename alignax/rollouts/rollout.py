@@ -157,8 +157,12 @@ def scoring_temperature(
       judged: whether there is a reward. What learns from responses without one (a
         distillation) has the distribution that was sampled as its object.
     """
-    of_samples = {*OF_SAMPLES} & {*needs}
-    return temperature if of_samples or not judged else 1.0
+    return temperature if of_samples(needs, judged=judged) else 1.0
+
+
+def of_samples(needs: Sequence[str], *, judged: bool) -> bool:
+    """Whether a loss with these needs estimates something of what was sampled."""
+    return bool({*OF_SAMPLES} & {*needs}) or not judged
 
 
 def roll(

@@ -56,6 +56,7 @@ class Sampler(NamedTuple):
         linearly by `overlong_penalty` (Yu et al. 2025); 0 for no such penalty.
       overlong_penalty: subtracted from the feedback of a response of max_new tokens.
       score: `logprob.score` of host batches, for rewards that read an LM.
+      rules: stops and grammar that `generate` has bound, in words; part of the identity.
       reward_seconds: that one call of a reward that reads no LM may take; 0 for any time.
       invalid_rewards: share of the responses of a draw whose reward may fail: it raises,
         takes too long, or gives no finite number. They are then not valid.
@@ -72,6 +73,7 @@ class Sampler(NamedTuple):
     overlong_buffer: int = 0
     overlong_penalty: float = 1.0
     score: Callable[..., Any] | None = None
+    rules: str = ""
     reward_seconds: float = 0.0
     invalid_rewards: float = 0.0
 
@@ -181,6 +183,7 @@ class Sampler(NamedTuple):
             "max_new": self.max_new, "temperature": self.temperature,
             "truncated": f"{self.truncated} {self.punishment}",
             "overlong": f"{self.overlong_buffer} {self.overlong_penalty}",
+            **({"rules": self.rules} if self.rules else {}),
         }  # fmt: skip
 
 

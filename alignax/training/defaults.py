@@ -80,7 +80,15 @@ def get_config() -> ConfigDict:
     c.rollout.source = ""
     c.rollout.group = 4  # responses per prompt
     c.rollout.max_new = 64  # tokens of a response
+    # Of the distribution that is sampled, of which ratios and KLs then are. top-p and top-k
+    # are not offered: a token that they mask has no probability, so no ratio to any later
+    # policy, which may give it some.
     c.rollout.temperature = 1.0
+    # texts (special tokens too) or ids, with which a response ends; it keeps them
+    c.rollout.stops = ()
+    # dotted name of a function (pieces, eos_ids) -> `sampling.automaton.Automaton`: which
+    # tokens may follow. For losses of pairs and of imitation.
+    c.rollout.grammar = ""
     c.rollout.batches = 1  # optimiser steps that one pass over a rollout makes
     c.rollout.epochs = 1  # passes over a rollout
     c.rollout.keep = "all"  # of a group: all | best | best_worst

@@ -4,6 +4,7 @@ The sections `rollout` and `shaping` become the arguments of
 `rollouts.source.rollout_source`.
 """
 
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,13 +12,16 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from alignax import rewards, shaping
+from alignax import plugin, rewards, shaping
 from alignax.batch import LM, Params
 from alignax.inputs import reference_cache, source
 from alignax.models import sharding
 from alignax.rollouts import rollout, sampler, selection
 from alignax.rollouts import source as rollouts_source
 from alignax.runs import checkpoint, workdirs
+from alignax.sampling import stops
+from alignax.sampling.automaton import Automaton
+from alignax.text.tokenizer import Tokenizer
 from alignax.training import parallel
 from alignax.training.plugins import Plugins, has_rollouts
 
@@ -50,7 +54,7 @@ def rollouts(
     grid = sharding.grid(config.layout, config.accumulate, mesh)
     score = parallel.scorer(mesh, packed=grid is not None)
     judged = sampler.Sampler(
-        parallel.generator(text, mesh), plugins.reward, lms, text, score=score,
+        parallel.generator(text, mesh, tables(config, text)), plugins.reward, lms, text, score=score,
         **sampling(config),
     )  # fmt: skip
     baseline = None
@@ -77,6 +81,11 @@ def temperature(config, needs: Sequence[str]) -> float:
     )
 
 
+def of_samples(config, needs: Sequence[str]) -> bool:
+    """Whether a loss with these needs estimates something of what was sampled."""
+    return rollout.of_samples(needs, judged=bool(config.rollout.reward))
+
+
 def own_samples(config, needs: Sequence[str]) -> bool:
     """Whether the policy is sampled, and scored at the temperature of the samples."""
     same = config.rollout.temperature == temperature(config, needs)
@@ -91,8 +100,40 @@ def sampling(config) -> dict[str, Any]:
         overlong_buffer=config.rollout.overlong_buffer,
         overlong_penalty=config.rollout.overlong_penalty,
         reward_seconds=config.rollout.reward_seconds,
-        invalid_rewards=config.rollout.invalid_rewards,
+        invalid_rewards=config.rollout.invalid_rewards, rules=rules(config),
     )  # fmt: skip
+
+
+def rules(config) -> str:
+    """Stops and grammar of a config in words; '' without any."""
+    asked = {"stops": tuple(config.rollout.stops), "grammar": config.rollout.grammar}
+    return " ".join(f"{k}={v!r}" for k, v in asked.items() if v)
+
+
+def tables(config, text: Tokenizer) -> Callable[[int], dict[str, Automaton]] | None:
+    """V -> the stops and the grammar of a config's rollouts over V tokens; None without.
+
+    Raises:
+      ValueError: a stop that is none; a grammar that cannot be imported.
+    """
+    if not rules(config):
+        return None
+    groups = stops.parse(tuple(config.rollout.stops), text, name="rollout.stops")
+    grammar = None
+    if config.rollout.grammar:
+        grammar = plugin.function(config.rollout.grammar, "rollout.grammar")
+
+    @functools.cache
+    def of(size: int) -> dict[str, Automaton]:
+        pieces, found = stops.pieces(text, size), {}
+        if groups:
+            found["stops"] = stops.table(groups, pieces)
+        if grammar is not None:
+            ends = [i for i in text.eos_ids if i < size]
+            found["grammar"] = grammar(pieces, sorted(ends))
+        return found
+
+    return of
 
 
 def settings(config) -> dict[str, Any]:

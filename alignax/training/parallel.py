@@ -63,13 +63,22 @@ def known(ids: Iterable[int], lm: LM) -> list[int]:
     return sorted(i for i in ids if i < lm.config.vocab_size)
 
 
-def generator(text: tokenizer.Tokenizer, mesh: Mesh) -> Callable:
-    """decode.generate of the tokenizer's ids and EOS, prompts spread over the mesh."""
+def generator(
+    text: tokenizer.Tokenizer, mesh: Mesh, tables: Callable[[int], dict] | None = None
+) -> Callable:
+    """decode.generate of the tokenizer's ids and EOS, prompts spread over the mesh.
+
+    Args:
+      text: the tokenizer.
+      mesh: devices.
+      tables: V -> the keywords 'stops' and 'grammar' of `generate`, over V tokens.
+    """
     shards = sharding.num_shards(mesh)
 
     def generate(lm, prompts, lengths, key, **settings):
         lm = transformer.limit_ids(lm, text.vocab_size)
         eos_ids = known(text.eos_ids, lm)
+        settings |= tables(lm.config.vocab_size) if tables else {}
         spec = P() if len(prompts) % shards else sharding.BATCH
         place = functools.partial(jax.device_put, device=NamedSharding(mesh, spec))
         prompts, lengths = place(np.asarray(prompts)), place(np.asarray(lengths))

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import tiny
 
-from alignax.respond import output, respond, responder, stops
+from alignax.respond import output, respond
+from alignax.sampling import stops
 from alignax.text import tokenizer
 
 BYTES = tokenizer.load("bytes")
@@ -31,9 +32,7 @@ def first(table, ids):
 
 
 def table(text, wanted):
-    return stops.table(
-        stops.parse(wanted, text), responder.pieces(text, text.vocab_size)
-    )
+    return stops.table(stops.parse(wanted, text), stops.pieces(text, text.vocab_size))
 
 
 KINDS = {  # stops, ids of a response: (tokens up to the stop, text in front of it)

@@ -88,6 +88,23 @@ def table(groups: Sequence[Group], pieces: Sequence[bytes]) -> Automaton:
     return functools.reduce(automaton.union, tables)
 
 
+def pieces(text: Tokenizer, size: int) -> list[bytes]:
+    """The bytes that each of `size` ids adds to a text; b'' for specials and unknown ids.
+
+    An id that is a part of a character gets a byte that occurs in no text: a stop string
+    across such ids is not found while decoding, only in the finished text.
+    """
+    anchor = text.encode("a")  # some tokenizers drop the space that begins a text
+    before = text.decode(anchor)
+
+    def piece(i: int) -> bytes:
+        added = text.decode([*anchor, i]).removeprefix(before)
+        return added.encode().replace("\ufffd".encode(), b"\xff")
+
+    known = [piece(i) for i in range(min(size, text.vocab_size))]
+    return known + [b""] * (size - len(known))
+
+
 def places(
     groups: Sequence[Group], text: Tokenizer, given: Sequence[int], ids: Sequence[int],
     *, begin: int, min_new: int,

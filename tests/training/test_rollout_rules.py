@@ -1,0 +1,94 @@
+"""Rollouts whose responses end at stops or follow a grammar."""
+
+import string
+
+import numpy as np
+import pytest
+import test_on_policy
+
+from alignax.sampling.automaton import Automaton
+from alignax.text import tokenizer
+from alignax.training import build, checks, loop
+
+TK = tokenizer.load("bytes")
+PAIRS = {
+    "loss": {"name": "dpo", "beta": 0.1}, "shaping": {}, "rollout.group": 4,
+    "rollout.keep": "best_worst",
+}  # fmt: skip
+
+
+def digits(pieces, eos_ids):
+    """Digits, then one letter at most, after which only the end is allowed."""
+    is_digit = np.array([p.isdigit() for p in pieces])
+    is_letter = np.array([p.isalpha() for p in pieces])
+    ends = np.isin(np.arange(len(pieces)), eos_ids)
+    flag = np.stack([is_digit | is_letter | ends, ends])
+    return Automaton(np.stack([is_letter, np.ones_like(ends)]).astype(np.int32), flag)
+
+
+def responses(config, folder):
+    """Texts of one rollout's responses, and its batch."""
+    run = build.build(config, str(folder))
+    batch = run.source.next(run.policy.params, 0)
+    ids, mask = np.asarray(batch.tokens), np.asarray(batch.mask)
+    texts = [
+        TK.decode(ids[*at][mask[*at]].tolist()) for at in np.argwhere(mask.any(-1))
+    ]
+    return texts, batch, run.source.report()["metrics"]
+
+
+def test_a_response_ends_with_a_stop_and_is_not_cut_off(tmp_path):
+    letters = tuple(string.ascii_letters)
+    config = test_on_policy.run_config(**{"rollout.stops": letters, "rollout.group": 8})
+    texts, batch, metrics = responses(config, tmp_path / "run")
+    stopped = [t for t in texts if set(t) & {*letters}]
+    assert len(stopped) > 5
+    assert all(t[-1] in letters and not set(t[:-1]) & {*letters} for t in stopped)
+    sizes = np.asarray(batch.mask).sum(-1)
+    assert (sizes < 6).any()
+    assert metrics["rollout/ended"] > 0.1
+    assert metrics["rollout/logp_gap_max"] < 1e-3  # stops change no token's probability
+
+
+def test_a_response_follows_the_grammar(tmp_path):
+    grammar = {"rollout.grammar": "test_rollout_rules.digits"}
+    texts, *_ = responses(
+        test_on_policy.run_config(**PAIRS, **grammar), tmp_path / "run"
+    )
+    assert texts
+    assert all(t.rstrip(string.ascii_letters).isdigit() or len(t) <= 1 for t in texts)
+    short = test_on_policy.run_config(**PAIRS, **grammar, num_steps=1)
+    loop.train(short, str(tmp_path / "short"))
+
+
+def test_a_run_goes_on_with_its_own_stops_only(tmp_path):
+    def source(stops):
+        config = test_on_policy.run_config(**{"rollout.stops": stops})
+        folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        return build.build(config, str(folder)).source
+
+    saved = source(("a",)).state()
+    source(("a",)).restore(saved)
+    for other in ((), ("b",)):
+        with pytest.raises(ValueError, match="other rollout settings"):
+            source(other).restore(saved)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"rollout.grammar": "test_rollout_rules.digits"}, "reads the distribution that was"),
+        ({"rollout.grammar": "no_such.rules", **PAIRS}, "rollout.grammar is 'no_such.rules'"),
+        ({"rollout.grammar": "test_rollout_rules.none", **PAIRS}, "expected MODULE.FUNCTION"),
+        ({"rollout.grammar": "digits", **PAIRS}, "expected MODULE.FUNCTION"),
+    ],
+)  # fmt: skip
+def test_a_grammar_that_cannot_be_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        checks.check(test_on_policy.run_config(**changes))
+
+
+def test_a_stop_that_is_none_is_refused(tmp_path):
+    config = test_on_policy.run_config(**{"rollout.stops": ("a", "")})
+    with pytest.raises(ValueError, match=r"rollout\.stops has ''"):
+        build.build(config, str(tmp_path / "run"))
