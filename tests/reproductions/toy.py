@@ -86,22 +86,24 @@ def _trainer(
 
 
 def train(
-    lm: LM, loss: str, batch_of: Callable[[int], Batch], num_steps: int, *,
+    lm: LM, loss: str, batch_of: Callable[..., Batch], num_steps: int, *,
     lr: float = 3e-3, lms: dict[str, LM] | None = None, watch: Callable | None = None,
-    every: int = 1, b1: float = 0.9, **hyper: Any,
+    every: int = 1, b1: float = 0.9, on_policy: bool = False, **hyper: Any,
 ) -> tuple[LM, list]:  # fmt: skip
     """Trains a copy of `lm` with Adam.
 
     Args:
       lm: where to start.
       loss: a file of alignax/losses.
-      batch_of: step -> Batch; one shape, or every new shape compiles.
+      batch_of: step -> Batch, or (step, LM) -> Batch if `on_policy`; one shape, or every
+        new shape compiles.
       num_steps: optimiser steps.
       lr: learning rate, constant.
       lms: frozen models by name, for what the loss needs.
       watch: called with the LM before steps 0, every, 2 every, ... and after the last.
       every: see `watch`.
       b1: Adam's first decay.
+      on_policy: see `batch_of`.
       **hyper: of the loss.
 
     Returns:
@@ -113,7 +115,8 @@ def train(
     for i in range(num_steps):
         if watch is not None and i % every == 0:
             seen.append(watch(LM(lm.config, state.params)))
-        state, _ = run(state, lms or {}, batch_of(i))
+        now = (LM(lm.config, state.params),) if on_policy else ()
+        state, _ = run(state, lms or {}, batch_of(i, *now))
     out = LM(lm.config, jax.tree.map(jnp.array, state.params))
     if watch is not None:
         seen.append(watch(out))
