@@ -221,13 +221,14 @@ def compose(loss: Bound, weights: Sequence[Bound]) -> Bound:
         forms = shared
 
     def function(policy, batch, **hyper):
-        scale = 1.0
+        scale, found = 1.0, {}
         for w in weights:
             own = {k: hyper.pop(f"{w.name}.{k}") for k in w.hyper}
-            policy, batch, factor = w.function(policy, batch, **own)
+            policy, batch, factor, *more = w.function(policy, batch, **own)
             scale = scale * factor
+            found |= more[0] if more else {}
         values, metrics = loss.function(policy, batch, **hyper)
-        return values * scale, metrics | {"weight": scale}
+        return values * scale, metrics | {"weight": scale} | found
 
     hyper = {f"{w.name}.{k}": v for w in weights for k, v in w.hyper.items()}
     needs = dict.fromkeys(n for b in (loss, *weights) for n in b.needs)
