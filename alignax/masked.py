@@ -35,13 +35,14 @@ def token_weights(
     'sequence': every response has the same weight, shared equally by its tokens.
     'constant': every token has weight 1 / length, whatever the length of its response.
 
-    Under gradient accumulation `alignax/training/gradient.py` computes the weights once for
-    the whole step and passes them in `extra['token_weights']`; these are returned unchanged.
+    `alignax/training/gradient.py` computes the weights once for the whole step, which a
+    micro-batch does not know, with the length of the config, which a bucket does not know,
+    and passes them in `extra['token_weights']`; these are returned unchanged.
 
     Args:
       batch: mask [B, G, T] and valid [B, G] are read.
       mode: one of MODES.
-      length: tokens that mode 'constant' divides by, default T.
+      length: tokens that mode 'constant' divides by; None and 0 are T.
 
     Returns:
       Weights, 0 on padding, prompts and invalid responses.

@@ -7,7 +7,7 @@ FORMS (the forms of rows that the equation is about, of `batch.FORMS`; a run on 
 another form is refused before anything compiles), COUPLED (True if the prompts of a step
 depend on each other), EMA ({name: initial}, running means that the loss receives as `ema=`),
 RANGES ({hyper-parameter: interval, such as '(0, inf)'}) and REQUIRES ({option: value}, what
-a config of rollouts must set). Rollouts take the prompts of rows of any form: a loss that
+a config of rollouts must set; `...` is any value but an empty one). Rollouts take the prompts of rows of any form: a loss that
 only they serve declares 'prompts'. A loss without FORMS takes every row with a response.
 
 Terms that several losses share are in `alignax/masked.py` (sums and means), `pairs.py`

@@ -17,7 +17,10 @@ from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("values",)
 FORMS = ("labelled", "groups")
-REQUIRES = {"rollout.keep": "all"}  # selected responses are not samples of p
+REQUIRES = {  # of rollouts: all samples of one frozen p; a policy that moves has no fixed V
+    "rollout.keep": "all",
+    "rollout.policy": ...,
+}
 RANGES = {"radius": "(0, inf]"}
 
 

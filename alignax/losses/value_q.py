@@ -23,7 +23,10 @@ from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps", "ref_logps", "state_values", "forward_kl")
 FORMS = ("labelled", "groups")
-REQUIRES = {"rollout.keep": "all"}  # selected responses are not samples of p
+REQUIRES = {  # of rollouts: all samples of the reference, which is p
+    "rollout.keep": "all",
+    "rollout.policy": "ref",
+}
 RANGES = {"scale": "(0, inf)", "penalty": "[0, inf)"}
 
 

@@ -18,7 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from alignax.models import lora, transformer
 
-PARAM_RULES = (*transformer.PARAM_RULES, *lora.PARAM_RULES)
+# ns_coeffs are constants in the state of Muon
+PARAM_RULES = (*transformer.PARAM_RULES, *lora.PARAM_RULES, ("ns_coeffs$", P()))
 AXES = ("data", "fsdp", "model")
 BATCH = P(("data", "fsdp"))  # shards B; a group G is never split
 LAYOUTS = ("packed", "grouped", "rows")  # what config.layout may be

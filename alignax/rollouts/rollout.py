@@ -444,6 +444,7 @@ def summary(batch: Batch, drawn: Drawn, judged: bool) -> dict[str, float]:
         out[f"tokens_p{share}"] = np.quantile(sizes, share / 100)
     for label, values in drawn.members.items():
         out[f"reward/{label}"] = values[valid].mean()
+    out |= explained(batch)
     if batch.ref_logps is not None:
         ratio = np.asarray(batch.old_logps) - np.asarray(batch.ref_logps)
         out["kl"] = ratio[valid].sum(-1).mean()
@@ -484,6 +485,23 @@ def shown(
         }
         rows.append(row)
     return rows
+
+
+def explained(batch: Batch) -> dict[str, float]:
+    """How much of the variance of the returns the critic foresaw: 1 - Var(R - V) / Var(R).
+
+    Over the scored tokens of valid responses; {} without a critic and where all returns are
+    equal. 0 is a constant value, 1 is perfect, and below 0 the critic does harm.
+    """
+    extra = batch.extra or {}
+    if not {"returns", "old_values"} <= extra.keys():
+        return {}
+    scored = np.asarray(batch.mask & batch.valid[..., None])
+    returns, values = (np.asarray(extra[k])[scored] for k in ("returns", "old_values"))
+    total = returns.var()
+    if not total:
+        return {}
+    return {"explained_variance": float(1 - (returns - values).var() / total)}
 
 
 def _prompts(setup: Setup, some: Sequence[Example]) -> PromptBatch:

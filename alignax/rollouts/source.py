@@ -99,6 +99,7 @@ def rollout_source(
         total_tokens: sampled since the start of the run.
         entropy: of the sampling distribution, nats per token, estimated from the samples.
         kl: nats per response, where the reference is read.
+        explained_variance: of the returns by the critic, where there is one.
         logp_gap, logp_gap_max: between sampler and kernel, nats per token, under the
           behaviour policy. Where the policy does not score its responses (see `prepare`)
           the step itself reports logp_gap, as a mean over prompts, and no maximum.

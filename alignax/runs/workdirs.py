@@ -17,6 +17,7 @@ VOLATILE = (
     "log_every", "checkpoint", "profile", "wandb", "mesh", "patience", "watchdog",
     "row_cache", "rollout.show",
 )  # fmt: skip
+OWN_B2 = {"adamw": 0.999, "lion": 0.99, "muon": 0.999}  # optax's; what optim.b2=0 means
 # Keys that runs of earlier versions lack. They only decide how rows become ids, which the
 # saved position in the data is checked by. Any other key that they lack has to be off.
 ADDED = ("template", "template_system", "truncate", "min_response", "truncate_prompts")
@@ -32,6 +33,9 @@ def check_owner(workdir: str, config) -> None:
     if there.get("prompts") and not (folder / RESPONSES).exists():
         return  # killed before its first line
     a, b = _flat(_judged(there)), _flat(_judged(plain(config)))
+    for run in (a, b):
+        if run.get("optim.b2") == 0:
+            run["optim.b2"] = OWN_B2.get(run["optim.name"], 0.999)
     differ = [
         f"{k} ({a.get(k, 'absent')} there, {b.get(k, 'absent')} here)"
         for k in sorted({*a, *b})

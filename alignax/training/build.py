@@ -312,7 +312,7 @@ def settings(config, pieces: Pieces | Run, loss: plugin.Bound) -> dict[str, Any]
     return dict(
         accumulate=config.accumulate, average=config.average,
         average_every=config.average_every, moving=pieces.moving,
-        assemble=pieces.assemble,
+        assemble=pieces.assemble, length=config.length,
         temperature=on_policy.temperature(config, loss.needs),
     )  # fmt: skip
 

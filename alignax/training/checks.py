@@ -17,6 +17,11 @@ from alignax.training import loading, on_policy, optim
 from alignax.training.plugins import Plugins, bind, evaluation, has_rollouts
 
 # What only the policy's own responses bring: a loss that needs one of these needs rollouts.
+# Why a loss has a requirement, by its key.
+REASONS = {
+    "rollout.policy": "it learns from samples of one frozen LM, and the trained policy "
+    "moves (lms.base='init' and rollout.policy='base' samples the initial one)"
+}
 OF_ROLLOUTS = (*OF_BEHAVIOUR, "advantages", "returns", "old_values")
 SOURCES = ("", "policy")  # of the responses that a run learns from
 
@@ -85,6 +90,10 @@ def check_run(config) -> None:
 def check_optim(config) -> None:
     """The optimiser and its schedule exist and take their settings."""
     optim.from_config(config)
+    if config.optim.critic_lr and not config.model.value_head:
+        raise ValueError(
+            "optim.critic_lr is the rate of the value head: config.model.value_head=True"
+        )
 
 
 def check_model(config, plugins: Plugins) -> None:
@@ -318,13 +327,21 @@ def check_rollout_lms(config, steps: Sequence[Bound]) -> None:
 def check_required(config, loss: plugin.Bound, steps: Sequence[plugin.Bound]) -> None:
     """The rollouts are those that the loss was derived for, as its REQUIRES says.
 
-    REQUIRES maps a key of the config to its value, to a tuple of possible values, or, if
-    the value has a dot, to the name of another key that has the same value.
+    REQUIRES maps a key of the config to its value, to a tuple of possible values, to
+    `...` for any but an empty one, or, if the value has a dot, to the name of
+    another key that has the same value.
     """
     values = {f"loss.{k}": v for k, v in loss.hyper.items()}
     values |= {f"rollout.{k}": v for k, v in config.rollout.items()}
     values |= {f"{s.name}.{k}": v for s in steps for k, v in s.hyper.items()}
     for key, what in loss.requires.items():
+        if what is ...:
+            if not values.get(key):
+                raise ValueError(
+                    f"loss {loss.name!r}: {key} is empty, expected the name of one of "
+                    f"config.lms: {REASONS.get(key, 'the loss needs it')}"
+                )
+            continue
         other = isinstance(what, str) and "." in what
         want = values[what] if other else what
         allowed = want if isinstance(want, tuple) else (want,)

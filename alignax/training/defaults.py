@@ -143,15 +143,16 @@ def get_config() -> ConfigDict:
     c.generate.reward = ConfigDict()  # name, and its hyper-parameters: scores, searches
 
     c.optim = ConfigDict()
-    c.optim.name = "adamw"  # adamw | adafactor | lion
+    c.optim.name = "adamw"  # adamw | adafactor | lion | muon (matrices; adamw the rest)
     c.optim.lr = 1e-6
+    c.optim.critic_lr = 0.0  # of the value head, by the same schedule; 0 = lr
     c.optim.schedule = "cosine"  # constant | linear | cosine
     c.optim.warmup = 0  # steps
     c.optim.final = 0.1  # last rate as a share of the peak
     c.optim.clip = 1.0  # global gradient norm; 0 does not clip
     c.optim.weight_decay = 0.0
     c.optim.b1 = 0.9
-    c.optim.b2 = 0.999
+    c.optim.b2 = 0.0  # 0 = the optimiser's own: .999, of lion .99
 
     c.evals = ConfigDict()  # {evaluation: its hyper-parameters}
     c.eval_data = ConfigDict()  # name, and the data set's own parameters

@@ -30,6 +30,7 @@ class Objective(NamedTuple):
       assemble: (trained parameters, frozen LMs) -> the policy.
       accumulate: micro-batches per step.
       shards: of the batch over the mesh.
+      length: tokens that the reduction 'constant' divides by, 0 for T.
     """
 
     loss: Bound
@@ -38,6 +39,7 @@ class Objective(NamedTuple):
     assemble: Callable[[Params, Mapping[str, LM]], LM]
     accumulate: int = 1
     shards: int = 1
+    length: int = 0
 
 
 def gradient(
@@ -58,6 +60,11 @@ def gradient(
       (loss, metrics, gradient). Prompts without a valid response do not count.
     """
     count = jnp.maximum(masked.prompts(batch).sum(), 1)
+    loss = objective.loss
+    if mode := loss.hyper.get("reduction"):  # weights know the whole step
+        weights = masked.token_weights(batch, mode, length=objective.length)
+        extra = {**(batch.extra or {}), "token_weights": weights}
+        batch = batch._replace(extra=extra)
 
     def forward(params: Params, part: Batch) -> Scores:
         policy = objective.assemble(params, lms)
@@ -75,11 +82,6 @@ def gradient(
         (value, metrics), grads = of_batch(params, batch)
         return value, {k: v / count for k, v in metrics.items()}, grads
 
-    loss = objective.loss
-    if "reduction" in loss.hyper:  # weights know the whole step, not a micro-batch
-        weights = masked.token_weights(batch, loss.hyper["reduction"])
-        extra = {**(batch.extra or {}), "token_weights": weights}
-        batch = batch._replace(extra=extra)
     parts = jax.tree.map(lambda x: split(objective, x), batch)
     if not loss.coupled:
 

@@ -2,11 +2,14 @@
 
 import jax
 import optax
+import optax.contrib
 
 from alignax.models.sharding import path_string
+from alignax.runs.workdirs import OWN_B2
 
 SCHEDULES = ("constant", "linear", "cosine")
-RATE = ("lr", "schedule", "warmup", "final")  # of config.optim: the schedule's own
+# of config.optim: the schedule's own
+RATE = ("lr", "schedule", "warmup", "final", "critic_lr")
 
 
 def schedule(
@@ -53,34 +56,97 @@ def decayed(params):
 
 def make_tx(
     rate, *, name: str = "adamw", clip: float = 1.0, weight_decay: float = 0.0,
-    b1: float = 0.9, b2: float = 0.999,
+    b1: float = 0.9, b2: float = 0.0, critic: float = 1.0,
 ) -> optax.GradientTransformation:  # fmt: skip
     """Global-norm clipping (clip > 0), then the named optimiser.
 
     Args:
       rate: a number or a schedule.
-      name: 'adamw', 'adafactor' or 'lion'.
+      name: 'adamw', 'adafactor', 'lion' or 'muon'.
       clip: largest global gradient norm; 0 does not clip.
       weight_decay: decoupled, on matrices only.
-      b1, b2: decay of the first and second moments (Adafactor has its own).
+      b1, b2: decay of the first and second moments (Adafactor has its own). A b2 of 0 is
+        the optimiser's own, in OWN_B2. Muon's matrices have its default momentum instead.
+      critic: the rate of the value head, in multiples of the others'.
 
     Raises:
       ValueError: unknown name.
     """
+    b2 = b2 or OWN_B2.get(name, 0.0)
     makers = {
         "adamw": lambda: optax.adamw(rate, b1, b2, weight_decay=weight_decay, mask=decayed),
         "lion": lambda: optax.lion(rate, b1, b2, weight_decay=weight_decay, mask=decayed),
-        # not optax.adafactor, whose weight decay the learning rate does not scale
+        # not optax.adafactor: its decay is not scaled by the learning rate, and its rate is
+        # relative to a parameter's size, which no other optimiser's here is
         "adafactor": lambda: optax.chain(
-            optax.scale_by_factored_rms(),
+            _clipped_rms(),
             optax.add_decayed_weights(weight_decay, decayed),
             optax.scale_by_learning_rate(rate),
+        ),
+        # matrices' updates have AdamW's root mean square (.2), so that one rate serves both
+        "muon": lambda: optax.contrib.muon(
+            rate, weight_decay=weight_decay, weight_decay_mask=decayed,
+            adam_b1=b1, adam_b2=b2, adam_weight_decay=0.0, consistent_rms=0.2,
+            muon_weight_dimension_numbers=matrices,
         ),
     }  # fmt: skip
     if name not in makers:
         raise ValueError(f"unknown optimiser {name!r}; known: {', '.join(makers)}")
     clipping = optax.clip_by_global_norm(clip) if clip else optax.identity()
-    return optax.chain(clipping, makers[name]())
+    own = [] if critic == 1 else [optax.masked(optax.scale(critic), of_critic)]
+    return optax.chain(clipping, makers[name](), *own)
+
+
+def _clipped_rms() -> optax.GradientTransformation:
+    """Factored second moments; a matrix's update has a root mean square of at most 1.
+
+    The bound is that of the paper and of optax.adafactor. It keeps no state, so that runs
+    from before it was here go on.
+
+    Source: Shazeer and Stern 2018, https://arxiv.org/abs/1804.04235
+    """
+    rms, bound = optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)
+
+    def update(grads, state, params=None):
+        updates, state = rms.update(grads, state, params)
+        return bound.update(updates, bound.init(params), params)[0], state
+
+    return optax.GradientTransformation(rms.init, update)
+
+
+def of_critic(params):
+    """True on the value head."""
+
+    def one(path, _):
+        return path_string(path).startswith("value_head")
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def matrices(params):
+    """Which axes of the matrices of the blocks are inputs and outputs; None for all else.
+
+    Embeddings, heads, norms and biases are AdamW's (with Nesterov momentum, as optax has it
+    beside Muon). The first axis counts layers; the heads
+    of an attention are one matrix. Adapters are matrices too.
+    """
+
+    def one(path, x):
+        *_, module, name = ["", *path_string(path).split("/")]
+        if not path_string(path).startswith("blocks") or name not in (
+            "kernel",
+            "a",
+            "b",
+        ):
+            return None
+        last = x.ndim - 1
+        # what comes in: one axis, or heads and their width (of the output of an attention)
+        middle = last if name == "a" or (name == "kernel" and module == "o") else 2
+        return optax.contrib.MuonDimensionNumbers(
+            tuple(range(1, middle)), tuple(range(middle, last + 1))
+        )
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def from_config(config) -> tuple[optax.Schedule, optax.GradientTransformation]:
@@ -94,4 +160,9 @@ def from_config(config) -> tuple[optax.Schedule, optax.GradientTransformation]:
         warmup=config.optim.warmup, final=config.optim.final,
     )  # fmt: skip
     others = {k: v for k, v in config.optim.items() if k not in RATE}
-    return rate, make_tx(rate, **others)
+    if config.optim.critic_lr < 0:
+        raise ValueError(
+            f"optim.critic_lr is {config.optim.critic_lr}, expected 0 (as optim.lr) or more"
+        )
+    critic = config.optim.critic_lr / config.optim.lr if config.optim.critic_lr else 1.0
+    return rate, make_tx(rate, **others, critic=critic)

@@ -58,15 +58,23 @@ class TrainStep(NamedTuple):
     def with_hyper(self, **numbers: float) -> "TrainStep":
         """The same compiled program with other hyper-parameters: for sweeps.
 
+        An integer stays one: another type would be another program.
+
         Raises:
-          ValueError: a name that is no numeric hyper-parameter of the loss.
+          ValueError: a name that is no numeric hyper-parameter of the loss; a fraction
+            where the loss has an integer.
         """
         if unknown := sorted(numbers.keys() - self.hyper.keys()):
             raise ValueError(
                 f"the loss has no number {unknown}; it has {sorted(self.hyper)}"
             )
+        for k, v in numbers.items():
+            if self.hyper[k].dtype == np.int32 and v != int(v):
+                raise ValueError(f"the loss has an integer for {k}, not {v}")
         placed = {
-            k: jax.device_put(jnp.asarray(v, jnp.float32), self.hyper[k].sharding)
+            k: jax.device_put(
+                np.asarray(v, self.hyper[k].dtype), self.hyper[k].sharding
+            )
             for k, v in numbers.items()
         }
         return self._replace(hyper={**self.hyper, **placed})
@@ -115,6 +123,7 @@ def make_train_step(
     moving: tuple[str, ...] = (),
     assemble: Callable[[Params, Mapping[str, LM]], LM] | None = None,
     temperature: float = 1.0,
+    length: int = 0,
 ) -> TrainStep:
     """Builds the jitted optimiser step. The state it is given is donated.
 
@@ -133,6 +142,8 @@ def make_train_step(
       assemble: (what is trained, frozen LMs) -> the policy; by default the parameters
         are the policy's own, with adapters they are attached to a frozen base.
       temperature: at which the policy and the frozen LMs are scored.
+      length: tokens of a row that the reduction 'constant' divides by, whatever the T of
+        a batch; 0 divides by T.
 
     Returns:
       A TrainStep.
@@ -144,7 +155,7 @@ def make_train_step(
         loss, {k: v for k, v in loss.hyper.items() if k not in numbers},
         functools.partial(logprob.score, mesh=mesh, temperature=temperature),
         assemble or (lambda params, lms: LM(config, params)), accumulate,
-        1 if mesh is None else sharding.num_shards(mesh),
+        1 if mesh is None else sharding.num_shards(mesh), length,
     )  # fmt: skip
     plan = _Plan(objective, tx, average, average_every, moving)
     whole = None if mesh is None else NamedSharding(mesh, P())

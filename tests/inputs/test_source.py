@@ -3,6 +3,7 @@
 import collections
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from alignax import masked
 from alignax.batch import Example, check
 from alignax.data import Examples, synthetic
 from alignax.inputs import detokenize, plan, prompts, source
@@ -497,6 +499,29 @@ def test_every_row_has_the_same_weight_in_packed_batches(kind, clip):
         for which in (True, False)
     }
     assert mean[True] / mean[False] == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+def test_every_token_has_about_the_same_weight_in_packed_batches(balanced):
+    """Reduction 'token' divides a step by its tokens: steps of equally many are fair.
+
+    Where batches are of like length, a token of a short row counts several times as much.
+    """
+    rows = with_long_rows("bimodal")
+    src = build(rows, batch_size=8, length=400, grid=(1, 1), balanced=balanced)
+    total: dict[bool, float] = {True: 0.0, False: 0.0}
+    tokens: dict[bool, int] = {True: 0, False: 0}
+    for _ in range(100):
+        batch = src.next()
+        scored = batch.mask.sum((1, 2))
+        on_device = jax.tree.map(jnp.asarray, batch)
+        weights = np.asarray(masked.token_weights(on_device, "token")).sum((1, 2))
+        for long in (True, False):
+            which = (batch.mask[:, 0].sum(-1) > 60) == long
+            total[long] += weights[which].sum()
+            tokens[long] += int(scored[which].sum())
+    ratio = total[True] / tokens[True] * tokens[False] / total[False]
+    assert ratio == pytest.approx(1, abs=0.02) if balanced else ratio < 0.6
 
 
 def test_rows_that_would_be_emptier_than_batches_of_like_length_are_reported(caplog):

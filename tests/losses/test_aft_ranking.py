@@ -66,3 +66,32 @@ def test_an_unknown_constraint_and_a_single_response_are_errors():
         aft_ranking.loss(*group(SCORES, FEEDBACK), constraint="bound")
     with pytest.raises(ValueError, match=r"aft_ranking ranks .* one per prompt: use"):
         aft_ranking.loss(*group([-1.0], [1]))
+
+
+@pytest.mark.parametrize(
+    "feedback, imitated",
+    [
+        ([0, 0, 0], False),  # all wrong: there is nothing to learn from
+        ([1, 1, 1], True),  # all right
+        ([0, 0, 1], True),
+        ([0.3, 0.1, 0], False),  # the best of wrong ones is wrong
+    ],
+)
+def test_a_wrong_answer_is_never_imitated(feedback, imitated):
+    slope = slopes(aft_ranking.loss, SCORES, feedback, constraint="detached")
+    raised = (slope < 0).nonzero()[0].tolist()
+    best = int(np.argmax(feedback))
+    compared = len(set(feedback)) > 1
+    assert (best in raised) == (imitated or compared)
+    got = cost(aft_ranking.loss, SCORES, feedback, lam=1.0)
+    alone = cost(aft_ranking.loss, SCORES, feedback, lam=0.0)
+    assert got - alone == pytest.approx(-SCORES[best] * imitated, abs=1e-6)
+    anyway = cost(aft_ranking.loss, SCORES, feedback, lam=1.0, right=-math.inf)
+    assert anyway - alone == pytest.approx(-SCORES[best], abs=1e-6)
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 0], [1, 1, 1], [0, 1, 1]])
+def test_on_any_labels_the_loss_is_the_binary_one(labels):
+    assert cost(aft_ranking.loss, SCORES, labels) == pytest.approx(
+        cost(aft.loss, SCORES, labels), rel=1e-6, abs=1e-7
+    )

@@ -2,6 +2,7 @@
 
 import math
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from losses_rollouts import (
@@ -9,6 +10,7 @@ from losses_rollouts import (
     assert_no_variance_no_gradient,
     assert_oracle,
     cost,
+    gradient,
     group,
     slopes,
 )
@@ -113,8 +115,16 @@ def test_random_rollouts_are_those_of_the_oracle(make_batch, reduction):
     assert_oracle(loss, oracle.policy_gradient, make_batch, **hyper)
 
 
-@pytest.mark.parametrize("missing", ["old_logps", "advantages"])
-def test_a_batch_that_is_no_rollout_is_an_error(missing):
+def test_a_batch_that_is_no_rollout_is_an_error():
     policy, batch = group([[0.0]], [[1]])
     with pytest.raises(ValueError, match="rollouts bring them"):
-        loss(policy, batch._replace(**{missing: None}))
+        loss(policy, batch._replace(advantages=None))
+
+
+def test_without_old_log_probabilities_the_gradient_is_that_of_a_ratio_of_one():
+    policy, batch = group([[0.0, 0.0], [0.0]], [[1, -2], [3]])
+    far = policy._replace(logps=jnp.where(batch.mask, -7.0, 0.0))
+    want = gradient(loss, policy, batch)
+    got = gradient(loss, far, batch._replace(old_logps=None))
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    assert np.abs(got).max() > 0

@@ -322,14 +322,15 @@ def aft(group, *, constraint, slack, lam):
     return math.log(total) - lam * positives[0]
 
 
-def aft_ranking(group, *, constraint, slack, lam):
+def aft_ranking(group, *, constraint, slack, lam, right=0.5):
     total = 1.0
     for y, z in ordered(group):
         total += math.exp(z.mean - y.mean)
         if constraint == "boundary":
             lowest = min(x.mean for x in group if x.feedback > z.feedback)
             total += math.exp(2 * lowest - 2 * slack - y.mean - z.mean)
-    return math.log(total) - lam * best_first(group)[0].mean
+    best = best_first(group)[0]
+    return math.log(total) - (lam * best.mean if best.feedback > right else 0.0)
 
 
 def kto(prompts, *, beta, desirable_weight, undesirable_weight):

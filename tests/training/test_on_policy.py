@@ -100,6 +100,23 @@ REFUSED = {
     ),
     "no draws": ({"rollout.max_draws": 0}, "max_draws is 0"),
     "no rollouts": ({"loss": {"name": "sft"}, "rollout.reward": {}}, "needs rollouts"),
+    "a moving value": (
+        {"loss": {"name": "value_mean"}, "shaping": {}, "model.value_head": True},
+        "rollout.policy is empty, expected the name of one of config.lms: it learns from",
+    ),
+    "a moving soft value": (
+        {"loss": {"name": "value_soft"}, "shaping": {}, "model.value_head": True},
+        "rollout.policy is empty",
+    ),
+    "a moving next value": (
+        {"loss": {"name": "value_bootstrap"}, "shaping": {}, "model.value_head": True},
+        "rollout.policy is empty",
+    ),
+    "a moving Q": (
+        {"loss": {"name": "value_q"}, "shaping": {}, "model.value_head": True},
+        r"rollout\.policy is , expected ref",
+    ),
+    "no critic to rate": ({"optim.critic_lr": 1e-3}, "critic_lr is the rate of"),
 }  # fmt: skip
 
 

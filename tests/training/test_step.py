@@ -297,3 +297,48 @@ def test_any_function_is_a_loss(tiny_lm, make_batch):
     want = -float(score(tiny_lm, batch).logps.sum()) / 4
     _, metrics = step(init_state(tiny_lm.params, tx, mesh), {}, put_batch(batch, mesh))
     assert float(metrics["loss"]) == pytest.approx(want, rel=1e-5)
+
+
+# -- reductions and hyper-parameters
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_constant_reduction_divides_by_the_length_of_the_config(
+    tiny_lm, make_batch, accumulate
+):
+    """Not by the T of a bucket, or short rows would weigh more than in another batch."""
+    loss = plugin.load("losses", "sft", {"reduction": "constant"})
+    batch = make_batch(4, 1, 12)
+    widen = lambda x: np.pad(x, [(0, 0), (0, 0), (0, 12)])  # noqa: E731
+    wide = batch._replace(tokens=widen(batch.tokens), mask=widen(batch.mask))
+    found = {}
+    for length in (0, 48):
+        for name, given in (("narrow", batch), ("wide", wide)):
+            step, state = start(tiny_lm, loss, accumulate=accumulate, length=length)
+            metrics = step(state, {}, put_batch(given, make_mesh((1, 1, 1))))[1]
+            found[name, length] = float(metrics["loss"])
+    assert found["narrow", 48] == pytest.approx(found["wide", 48], rel=1e-5)
+    assert found["narrow", 48] == pytest.approx(found["narrow", 0] / 4, rel=1e-5)
+    assert found["narrow", 0] == pytest.approx(2 * found["wide", 0], rel=1e-5)
+
+
+def counting(policy, batch, *, many: int = 2, scale: float = 1.0):
+    """A loss with an integer, which picks a shape of arithmetic and not a size."""
+    value = -policy.logps.sum((1, 2)) * scale / (many * many)
+    return value, {"whole": jnp.full(len(batch.valid), 1.0 * (jnp.asarray(many).dtype == jnp.int32))}  # fmt: skip
+
+
+def test_other_integers_are_integers(tiny_lm, make_batch):
+    batch = put_batch(make_batch(4, 1, 12), make_mesh((1, 1, 1)))
+    step, state = start(tiny_lm, plugin.bind(counting))
+    first = step(jax.tree.map(jnp.copy, state), {}, batch)[1]
+    for three in (3, 3.0):
+        other = step.with_hyper(many=three)
+        assert other.hyper["many"].dtype == jnp.int32
+        got = other(jax.tree.map(jnp.copy, state), {}, batch)[1]
+        assert got["whole"] == first["whole"] == 1
+        assert float(got["loss"]) == pytest.approx(float(first["loss"]) * 4 / 9)
+    assert step.compilations(state) == 1
+    assert step.with_hyper(scale=2).hyper["scale"].dtype == jnp.float32
+    with pytest.raises(ValueError, match=r"integer for many, not 2\.5"):
+        step.with_hyper(many=2.5)
