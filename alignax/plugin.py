@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from alignax import masked
-from alignax.batch import COMPARED, FORMS, OF_BEHAVIOUR, Example
+from alignax.batch import COMPARED, FORMS, OF_BEHAVIOUR, Example, Metrics
 
 ROLES = {  # folder -> the function that every file in it defines (one of them)
     "losses": ("loss",), "reweight": ("reweight",), "shaping": ("shape",),
@@ -221,7 +221,8 @@ def compose(loss: Bound, weights: Sequence[Bound]) -> Bound:
         forms = shared
 
     def function(policy, batch, **hyper):
-        scale, found = 1.0, {}
+        scale: Any = 1.0
+        found: Metrics = {}
         for w in weights:
             own = {k: hyper.pop(f"{w.name}.{k}") for k in w.hyper}
             policy, batch, factor, *more = w.function(policy, batch, **own)
