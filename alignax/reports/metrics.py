@@ -329,16 +329,36 @@ def _truncate(path: pathlib.Path, step: int) -> None:
 
 
 def _markdown(row: Mapping[str, Any]) -> str:
-    """A row of text as a Markdown section, with fences longer than any in the text."""
-    title = f"## step {row['step']}, sample {row['index']}\n"
-    parts = [title]
-    for name, value in row.items():
-        if name not in ("step", "index"):
-            text = str(value)
-            longest = max(map(len, re.findall("`+", text)), default=0)
-            fence = "`" * max(3, longest + 1)
-            parts.append(f"**{name}**\n\n{fence}text\n{text}\n{fence}\n")
+    """A row of text as a Markdown section; `responses` and what is said of each together."""
+    parts = [f"## step {row['step']}, sample {row['index']}\n"]
+    texts = row.get("responses")
+    texts = texts if isinstance(texts, list) else []
+
+    def of_responses(name: str) -> bool:
+        value = row[name]
+        return bool(texts) and isinstance(value, list) and len(value) == len(texts)
+
+    names = [name for name in row if name not in ("step", "index")]
+    for name in names:
+        if not of_responses(name):
+            parts.append(f"**{name}**\n\n{_fenced(str(row[name]))}")
+    for i, text in enumerate(texts):
+        said = [
+            f"{name} {row[name][i]:.4g}" if isinstance(row[name][i], float)
+            else f"{name} {row[name][i]}"
+            for name in names
+            if name != "responses" and of_responses(name)
+        ]  # fmt: skip
+        title = f"**response {i + 1}**" + (": " + ", ".join(said) if said else "")
+        parts.append(f"{title}\n\n{_fenced(str(text))}")
     return "\n".join(parts) + "\n"
+
+
+def _fenced(text: str) -> str:
+    """A text in a fence that is longer than any in it."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{text}\n{fence}\n"
 
 
 def _start_wandb(folder: pathlib.Path, config: Mapping[str, Any] | None) -> Any:

@@ -456,8 +456,8 @@ def shown(
 ) -> list[dict[str, Any]]:
     """The responses to the first prompts of a rollout as rows of text.
 
-    A row has the prompt, the columns of its data, and of every response its text, reward
-    (and that of each member), advantage (mean over its tokens, None without), whether it
+    A row has the prompt, the columns of its data, and of every response its text, reward as
+    a score (and that of each member), advantage (mean over its tokens, None without), whether it
     was cut off at max_new, and whether it counts.
     """
     many = min(setup.settings.show, len(some))
@@ -473,7 +473,7 @@ def shown(
         row: dict[str, Any] = {
             "rollout": number, "id": some[b].id, "prompt": some[b].prompt,
             **{f"column {k}": v for k, v in some[b].columns.items()},
-            "responses": words[b], "rewards": first.batch.feedback[b].tolist(),
+            "responses": words[b], "scores": first.batch.feedback[b].tolist(),
         }  # fmt: skip
         for label, values in first.members.items():
             row[f"reward {label}"] = values[b].tolist()

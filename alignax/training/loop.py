@@ -227,7 +227,7 @@ def dispatch(session: Session, now: LoopState, at: int) -> LoopState:
         close_to_start(metrics, run.policy.config)
     tokens, padding = usage(rows)
     metrics |= {"padding": padding} | report.get("metrics", {})
-    session.writer.samples(at - 1, report.get("samples", []))
+    session.writer.samples(at, report.get("samples", []))
     pending = Pending(at, metrics, report.get("ids", []), tokens)
     return now._replace(
         state=state, pending=pending, shapes=shapes, profiling=profiling

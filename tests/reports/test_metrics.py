@@ -295,3 +295,18 @@ def test_progress_is_shown_by_process_0_only(monkeypatch):
     with progress.progress(4, file=log) as show:
         show(4, {})
     assert log.getvalue() == ""
+
+
+def test_responses_stand_beside_what_is_said_of_them(tmp_path):
+    row = {
+        "prompt": ["a", "b"], "responses": ["one", "two ```"], "scores": [0.5, 1.0],
+        "truncated": [True, False],
+    }  # fmt: skip
+    with Writer(tmp_path) as writer:
+        writer.samples(3, [row])
+    page = (tmp_path / "samples.md").read_text(encoding="utf-8")
+    assert "**response 1**: scores 0.5, truncated True\n\n```text\none\n```" in page
+    assert (
+        "**response 2**: scores 1, truncated False\n\n````text\ntwo ```\n````" in page
+    )
+    assert page.index("**prompt**") < page.index("**response 1**")

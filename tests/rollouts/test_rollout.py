@@ -363,7 +363,7 @@ def test_rollouts_are_shown_as_text(lm, one):
     assert row["prompt"] == example.prompt
     assert row["column answer"] == example.columns["answer"]
     assert row["reward rows"][0] in (example.columns["level"], 0)
-    assert len(row["responses"]) == len(row["rewards"]) == len(row["advantages"]) == 3
+    assert len(row["responses"]) == len(row["scores"]) == len(row["advantages"]) == 3
     assert row["valid"] == [not t for t in row["truncated"]]
     del batch
 
