@@ -302,7 +302,7 @@ def test_responses_stand_beside_what_is_said_of_them(tmp_path):
         "prompt": ["a", "b"], "responses": ["one", "two ```"], "scores": [0.5, 1.0],
         "truncated": [True, False],
     }  # fmt: skip
-    with Writer(tmp_path) as writer:
+    with metrics.Writer(tmp_path) as writer:
         writer.samples(3, [row])
     page = (tmp_path / "samples.md").read_text(encoding="utf-8")
     assert "**response 1**: scores 0.5, truncated True\n\n```text\none\n```" in page
