@@ -336,7 +336,8 @@ def _markdown(row: Mapping[str, Any]) -> str:
 
     def of_responses(name: str) -> bool:
         value = row[name]
-        return bool(texts) and isinstance(value, list) and len(value) == len(texts)
+        several = isinstance(value, list) and len(value) == len(texts)
+        return bool(texts) and several and name != "prompt"  # a list of messages
 
     names = [name for name in row if name not in ("step", "index")]
     for name in names:
