@@ -24,8 +24,7 @@ METHODS = {  # decoder: (its hyper-parameters, models that it reads, reward)
     "nudging_words": ({"gamma": 0.4, "chunk": 16}, {"nudge": "init"}, {}),
     "pine": ({"separator": "<|document|>"}, {}, {}),
     "proxy": ({"weight": 1.0}, {"policy": "init", "ref": "init"}, {}),
-    "rain": ({"simulations": 50, "rollout": 32}, {"judge": "init"},
-             {"name": "self_evaluation"}),
+    "rain": ({"simulations": 50, "rollout": 32}, {"judge": "init"}, {"name": "self_evaluation"}),
     "rsd": ({"step": 64, "delta": 0.7}, {"draft": "init"}, JUDGE),
     "safe_decoding": ({"alpha": 3.0, "first": 2}, {"expert": "init"}, {}),
     "steering": ({"vectors": "random", "strength": 1.0}, {}, {}),
@@ -52,8 +51,7 @@ def get_config(arg: str = ""):
         models.smoke(c, kind="prompts")
         c.num_steps, c.prompts, c.data, c.eval_data = 0, {**c.eval_data}, {}, {}
         c.generate.max_new = 8
-        short = {"pine": {"separator": "e"}, "rain": {"simulations": 4, "extra": 2}}
-        c.decoder.update(short.get(method, {}))
+        c.decoder.update({"separator": "e"} if method == "pine" else {})
         # the model's own value head, which is 0, in place of a trained one
         c.lms = {name: path for name, path in lms.items() if path}
         c.model.value_head = len(c.lms) < len(lms)
