@@ -94,7 +94,7 @@ class Setup(NamedTuple):
     shaping: Sequence[Bound]  # compiled, in order
     columns: tuple[str, ...]  # '<name>_logps' that frozen LMs fill
     critic: bool  # whether 'old_values' are needed
-    on_policy: bool  # the policy is sampled, and scored at the same temperature
+    on_policy: bool  # old_logps are the policy's own, as the kernel scores it
     fresh: bool  # see the function of this name
     scored: bool  # the policy scores its responses: something reads that
     sampled: bool  # whether the sampler's own log-probabilities are kept

@@ -19,6 +19,8 @@ from alignax.batch import LM, Batch, Example
 from alignax.inputs.detokenize import texts
 from alignax.inputs.prompts import PromptBatch, prompt_batches
 from alignax.plugin import Bound
+from alignax.rollouts import recorded as recorded_responses
+from alignax.rollouts.recorded import Recorded
 from alignax.text.tokenizer import Tokenizer
 
 TRUNCATED = ("keep", "drop", "punish")
@@ -56,7 +58,9 @@ class Sampler(NamedTuple):
         linearly by `overlong_penalty` (Yu et al. 2025); 0 for no such penalty.
       overlong_penalty: subtracted from the feedback of a response of max_new tokens.
       score: `logprob.score` of host batches, for rewards that read an LM.
-      rules: stops and grammar that `generate` has bound, in words; part of the identity.
+      rules: what else decides which responses there are (stops, a grammar, a file of
+        responses), in words; part of the identity.
+      recorded: responses of another sampler, which are taken instead of drawn ones.
       reward_seconds: that one call of a reward that reads no LM may take; 0 for any time.
       invalid_rewards: share of the responses of a draw whose reward may fail: it raises,
         takes too long, or gives no finite number. They are then not valid.
@@ -74,6 +78,7 @@ class Sampler(NamedTuple):
     overlong_penalty: float = 1.0
     score: Callable[..., Any] | None = None
     rules: str = ""
+    recorded: Recorded | None = None
     reward_seconds: float = 0.0
     invalid_rewards: float = 0.0
 
@@ -125,12 +130,7 @@ class Sampler(NamedTuple):
           ValueError: as `rewards.attempt`.
         """
         start = time.monotonic()
-        out = jax.device_get(
-            self.generate(
-                lm, prompts.tokens, prompts.lengths, key, max_new=self.max_new,
-                group=group, temperature=0.0 if greedy else self.temperature,
-            )
-        )  # fmt: skip
+        out = self.respond(lm, prompts, key, group, greedy=greedy)
         middle = time.monotonic()
         valid = out.batch.valid & prompts.valid[:, None]
         if self.truncated == "drop":
@@ -151,6 +151,21 @@ class Sampler(NamedTuple):
         return Drawn(
             batch, out.raw_logps, out.truncated, differs(earned, valid), judged.failed,
             judged.members,
+        )  # fmt: skip
+
+    def respond(
+        self, lm: LM, prompts: PromptBatch, key: Any, group: int, *, greedy: bool
+    ) -> Any:
+        """Generated on the host: G responses to every prompt; arguments as for `draw`."""
+        if self.recorded is not None and not greedy:
+            return recorded_responses.generated(
+                self.recorded, prompts, key, group=group, max_new=self.max_new
+            )
+        return jax.device_get(
+            self.generate(
+                lm, prompts.tokens, prompts.lengths, key, max_new=self.max_new,
+                group=group, temperature=0.0 if greedy else self.temperature,
+            )
         )  # fmt: skip
 
     def judge(self, batch: Batch, prompts: PromptBatch) -> rewards.Judged:

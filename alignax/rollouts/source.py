@@ -177,9 +177,12 @@ def prepare(
     )
     if temperature != 1:
         score = functools.partial(score, temperature=temperature)
-    on_policy = sampler.temperature == temperature and behaviour is None
+    own = sampler.temperature == temperature and behaviour is None
+    # Beside importance weights, old_logps are the policy's own, whoever sampled.
+    on_policy = own and (sampler.recorded is None or "sampler_logps" in needs)
     check(
-        sampler, settings, shaping, needs, on_policy=on_policy,
+        sampler, settings, shaping, needs,
+        on_policy=own and sampler.recorded is None,
         reference=baseline is not None, anchor=anchor is not None,
     )  # fmt: skip
     pick = order(len(examples), settings.batch_size, settings.seed)
@@ -366,6 +369,11 @@ def check(
       anchor: whether there is one.
     """
     sampler.check()
+    if sampler.recorded is not None and (reference or anchor):
+        raise ValueError(
+            "rollout.source is a file of responses: neither rollout.anchor nor a shaping that "
+            "samples the reference"
+        )
     _check_numbers(sampler, settings)
     _check_shaping(settings, shaping, reference)
     shape_needs = {n for s in shaping for n in s.needs}
@@ -373,7 +381,7 @@ def check(
     if of_samples and not on_policy:
         raise ValueError(
             "a KL to the reference is estimated from samples of the policy itself: no "
-            "rollout.policy"
+            "rollout.policy, and no file as rollout.source"
         )
     if anchor and (settings.keep != "all" or "old_values" in {*needs, *shape_needs}):
         raise ValueError(

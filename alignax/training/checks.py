@@ -10,6 +10,7 @@ from typing import Any
 from alignax import plugin, shaping
 from alignax.batch import OF_BEHAVIOUR
 from alignax.plugin import Bound
+from alignax.records import files
 from alignax.rollouts import rollout, source
 from alignax.rollouts.sampler import Sampler
 from alignax.text.dialogues import SPECIALS
@@ -23,7 +24,6 @@ REASONS = {
     "moves (lms.base='init' and rollout.policy='base' samples the initial one)"
 }
 OF_ROLLOUTS = (*OF_BEHAVIOUR, "advantages", "returns", "old_values")
-SOURCES = ("", "policy")  # of the responses that a run learns from
 
 
 def check(config) -> Plugins:
@@ -200,9 +200,10 @@ def check_evals(config, plugins: Plugins) -> None:
 def check_rollout(config, plugins: Plugins) -> None:
     """Rollouts, shapings and the loss go together."""
     loss, steps = plugins.loss, plugins.shaping
-    if config.rollout.source not in SOURCES:
+    if on_policy.from_file(config) and not config.rollout.source.endswith(files.TYPES):
         raise ValueError(
-            f"rollout.source is {config.rollout.source!r}, expected one of {SOURCES}"
+            f"rollout.source is {config.rollout.source!r}, expected '', 'policy' or a file "
+            f"({', '.join(files.TYPES)})"
         )
     if not has_rollouts(config):
         if config.shaping:
@@ -215,6 +216,7 @@ def check_rollout(config, plugins: Plugins) -> None:
     if not config.rollout.reward:
         check_without_reward(config, plugins)
     check_grammar(config, loss)
+    check_recorded(config, steps)
     if "advantages" in loss.needs and not steps:
         raise ValueError(f"loss {loss.name!r} needs advantages: set config.shaping")
     if steps and sum(s.stage == "advantage" for s in steps) != 1:
@@ -257,6 +259,23 @@ def check_grammar(config, loss: Bound) -> None:
             "rollout.grammar is the policy's renormalised over the tokens that it allows: "
             "ratios of whole distributions would be wrong. Take rollout.stops, or a loss of "
             "pairs or imitation (rollout.keep='best_worst' or 'best')"
+        )
+
+
+def check_recorded(config, steps: Sequence[Bound]) -> None:
+    """Nothing else is to sample where responses come from a file."""
+    rollout = config.rollout
+    asked = {
+        "rollout.policy": rollout.policy, "rollout.anchor": rollout.anchor,
+        "rollout.grammar": rollout.grammar, "rollout.stops": rollout.stops,
+        "rollout.dynamic_sampling": rollout.dynamic_sampling,
+        "a shaping that samples lms.ref": any(
+            s.baseline in shaping.OF_REFERENCE for s in steps
+        ),
+    }  # fmt: skip
+    if on_policy.from_file(config) and (wrong := [k for k, v in asked.items() if v]):
+        raise ValueError(
+            f"rollout.source is a file of responses, which leaves no room for {wrong[0]}"
         )
 
 

@@ -76,7 +76,8 @@ def get_config() -> ConfigDict:
     c.rollout = ConfigDict()  # the policy's own responses, to the prompts of c.data
     c.rollout.reward = ConfigDict()  # name, and its hyper-parameters; {} = none
     # Whose responses a run learns from: '' = the policy's if there is a reward, else those
-    # of the data | policy (for losses that need no reward)
+    # of the data | policy (for losses that need no reward) | a file of another sampler's
+    # responses with their log-probabilities (rollouts/recorded.py)
     c.rollout.source = ""
     c.rollout.group = 4  # responses per prompt
     c.rollout.max_new = 64  # tokens of a response

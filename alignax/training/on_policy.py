@@ -16,7 +16,7 @@ from alignax import plugin, rewards, shaping
 from alignax.batch import LM, Params
 from alignax.inputs import reference_cache, source
 from alignax.models import sharding
-from alignax.rollouts import rollout, sampler, selection
+from alignax.rollouts import recorded, rollout, sampler, selection
 from alignax.rollouts import source as rollouts_source
 from alignax.runs import checkpoint, workdirs
 from alignax.sampling import stops
@@ -57,6 +57,13 @@ def rollouts(
         parallel.generator(text, mesh, tables(config, text)), plugins.reward, lms, text, score=score,
         **sampling(config),
     )  # fmt: skip
+    if from_file(config):
+        found = recorded.read(
+            config.rollout.source, eos_ids=text.eos_ids, vocab_size=text.vocab_size
+        )
+        recorded.check(found, [examples[i].id for i in range(len(examples))])
+        words = f"{judged.rules} responses={found.digest}".strip()
+        judged = judged._replace(recorded=found, rules=words)
     baseline = None
     if any(s.baseline in shaping.OF_REFERENCE for s in steps):
         baseline = reference_rewards(config, examples, judged, workdir)
@@ -89,7 +96,12 @@ def of_samples(config, needs: Sequence[str]) -> bool:
 def own_samples(config, needs: Sequence[str]) -> bool:
     """Whether the policy is sampled, and scored at the temperature of the samples."""
     same = config.rollout.temperature == temperature(config, needs)
-    return same and not config.rollout.policy
+    return same and not config.rollout.policy and not from_file(config)
+
+
+def from_file(config) -> bool:
+    """Whether the responses of a config are another sampler's, in a file."""
+    return config.rollout.source not in ("", "policy")
 
 
 def sampling(config) -> dict[str, Any]:
@@ -149,10 +161,16 @@ def settings(config) -> dict[str, Any]:
     )  # fmt: skip
 
 
+def weighted(config, needs: Sequence[str]) -> bool:
+    """Whether importance weights stand between a file's sampler and the policy."""
+    return from_file(config) and "sampler_logps" in needs
+
+
 def fresh(config, needs: Sequence[str]) -> bool:
     """Whether importance ratios are 1 by construction: see `rollout.fresh`."""
     return rollout.fresh(
-        rollout.Settings(**settings(config)), on_policy=own_samples(config, needs),
+        rollout.Settings(**settings(config)),
+        on_policy=own_samples(config, needs) or weighted(config, needs),
         anchor=bool(config.rollout.anchor),
     )  # fmt: skip
 

@@ -78,7 +78,7 @@ REFUSED = {
     "punish": ({"rollout.truncated": "punish"}, "truncated='punish' needs rewards"),
     "overlong": ({"rollout.overlong_buffer": 2}, "overlong_buffer needs rewards"),
     "pairs": ({"loss": {"name": "dpo"}}, "reads pairs, but responses without rewards are"),
-    "no such source": ({"rollout.source": "data"}, "rollout.source is 'data'"),
+    "no such source": ({"rollout.source": "data"}, "rollout.source is 'data', expected"),
     "mixture": (
         {"mixture": {"a": {"name": "synthetic", "ratio": 1.0}}, "data": {}},
         "rollouts take config.data, not a mixture",
