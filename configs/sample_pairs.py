@@ -15,6 +15,7 @@ def get_config(arg: str = ""):
     c.num_steps = 2 if arg else 0
     c.eval_data.split = "train"
     c.evals = {"sample": {"group": 4, "max_new": 64, "size": 16 if arg else 256}}
+    c.evals.sample.truncated = "drop"
     c.evals.sample.reward = {
         "name": "constraints",
         "max_words": 40,

@@ -25,11 +25,14 @@ from alignax.inputs.prompts import prompt_batches
 from alignax.reports.metrics import bootstrap
 
 
+TRUNCATEDS = ("keep", "drop")
+
+
 def evaluate(
     lm: LM, lms: dict[str, LM], data, *, key, tokenizer, generate, score,
     batch_size: int, length: int, reward: str | Mapping[str, Any], group: int = 4,
     max_new: int = 64, temperature: float = 1.0, size: int = 256,
-    keep_given: bool = False,
+    keep_given: bool = False, truncated: str = "keep",
 ) -> Metrics:  # fmt: skip
     """Samples a group of responses to each prompt and scores them.
 
@@ -37,16 +40,18 @@ def evaluate(
       reward: a file in rewards/ (or {'name': ..., its hyper-parameters}), or a dotted
         name of a function of the response's text.
       group: G, responses per prompt.
-      max_new: most tokens per response; one that does not end by then is left out.
+      max_new: most tokens per response.
       temperature: of the sampler.
       size: prompts to use, from the start of the data (0 = all).
       keep_given: put the data's chosen or best response in front of each group, so that the
         model's own samples are its negatives; it scores one more than the best of them.
+      truncated: 'keep' has responses that max_new cut off in the rows, and says which; for
+        rows to train on, 'drop' leaves them out.
 
     Returns:
       'reward' and 'best' (of a group) with intervals over prompts, 'ended' (share of
-      responses that end in EOS), 'empty' (prompts without a response that ends and is not
-      blank; they are in no row) and 'samples': rows of prompt, responses and scores.
+      responses that end in EOS), 'empty' (prompts without a response for the rows: that is
+      not blank and, under 'drop', ends; they are in no row) and 'samples': rows of prompt, responses and scores.
 
     Raises:
       ValueError: `keep_given` of a prompt without a response.
@@ -74,16 +79,16 @@ def evaluate(
             best.append(r[j].max())
             ended.append(done.mean())
             kept = [
-                (t, float(s))
-                for t, s, d in zip(texts[j], r[j], done, strict=True)
-                if d and t.strip()
+                (t, float(s), not d)
+                for t, s, d in zip(texts[j], r[j], done.tolist(), strict=True)
+                if (d or truncated == "keep") and t.strip()
             ]
             if keep_given:
                 if not example.responses:
                     raise ValueError(
                         f"{example.id}: keep_given, but no response is given"
                     )
-                kept.insert(0, (_text(example), float(r[j].max()) + 1))
+                kept.insert(0, (_text(example), float(r[j].max()) + 1, False))
             if not kept:
                 empty += 1
                 continue
@@ -91,9 +96,14 @@ def evaluate(
                 {
                     "id": example.id,
                     "prompt": example.prompt,
-                    "responses": [t for t, _ in kept],
-                    "scores": [s for _, s in kept],
+                    "responses": [t for t, _, _ in kept],
+                    "scores": [s for _, s, _ in kept],
                 }
+                | (
+                    {"truncated": [c for _, _, c in kept]}
+                    if truncated == "keep"
+                    else {}
+                )
             )
     return {
         **bootstrap(np.array(mean)).named("reward"),

@@ -379,10 +379,16 @@ def drawn(tiny_config, data=PROMPTS, **kwargs):
     )  # fmt: skip
 
 
-def test_samples_are_groups_with_their_scores_and_what_does_not_end_is_left_out(
-    tiny_config,
-):
+def test_samples_are_groups_with_their_scores_and_say_what_does_not_end(tiny_config):
     got = drawn(tiny_config)
+    assert got["samples"][1] == {
+        "id": "e1", "prompt": "2", "responses": ["a2", "b2", "endless"],
+        "scores": [pytest.approx(1 / 3), 0.0, 0.0], "truncated": [False, False, True],
+    }  # fmt: skip
+
+
+def test_what_does_not_end_is_left_out_of_rows_to_train_on(tiny_config):
+    got = drawn(tiny_config, truncated="drop")
     assert got["samples"][1] == {
         "id": "e1", "prompt": "2", "responses": ["a2", "b2"],
         "scores": [pytest.approx(1 / 3), 0.0],
@@ -394,7 +400,7 @@ def test_samples_are_groups_with_their_scores_and_what_does_not_end_is_left_out(
 
 
 def test_the_given_response_beats_the_models_own(tiny_config):
-    got = drawn(tiny_config, keep_given=True)
+    got = drawn(tiny_config, keep_given=True, truncated="drop")
     assert got["samples"][0]["responses"] == ["x", "a1", "b1"]
     assert got["samples"][0]["scores"] == [
         pytest.approx(4 / 3),
@@ -408,7 +414,7 @@ def test_the_given_response_beats_the_models_own(tiny_config):
 def test_samples_come_back_as_groups_and_become_pairs(tiny_config, tmp_path):
     """The whole way: samples.jsonl of a run, data.jsonl, data.pairing."""
     with Writer(tmp_path) as writer:
-        writer.samples(0, drawn(tiny_config)["samples"])
+        writer.samples(0, drawn(tiny_config, truncated="drop")["samples"])
     source = {"name": "jsonl", "path": str(tmp_path / "samples.jsonl")}
     pairs = pairing.examples(split="all", source=source)
     assert [tuple(p.responses) for p in pairs] == [
@@ -427,7 +433,7 @@ def test_a_prompt_whose_samples_never_end_is_counted_and_in_no_row(
         return run(
             sample, made_up(tiny_config, "a"), {}, PROMPTS, None, generator(texts),
             reward={"name": "constraints", "keywords": ("b",)}, group=2, max_new=4,
-            **kwargs,
+            truncated="drop", **kwargs,
         )  # fmt: skip
 
     metrics = got()
