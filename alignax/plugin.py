@@ -35,6 +35,7 @@ HANDED = (
     "length",
     "ema",
 )
+SUM = "sum"  # name of a weighted sum of losses: see `combine`
 READING = ("raw", "specials")  # keys of every data section: see `dialogues.Reading`
 SEARCH = (*HANDED, "max_new", "judge", "temperature", "eos_ids", "reader")
 
@@ -198,6 +199,80 @@ def function(path: str, setting: str) -> Callable:
     return found
 
 
+def combine(parts: Mapping[str, tuple[float, Bound]], *, reduction: str = "") -> Bound:
+    """A weighted sum of losses, as one loss.
+
+    Args:
+      parts: label -> (weight, loss of the folder losses/). Hyper-parameters become
+        'label.parameter', beside 'label.weight'; metrics and running means 'label/name'.
+      reduction: of all parts that have one; '' takes it from them.
+
+    Raises:
+      ValueError: no part, no form of rows that all parts read, parts with different
+        reductions, or parts that need different rollouts.
+    """
+    if not parts:
+        raise ValueError("loss 'sum' has no parts: {name: {'weight': 1.0, ...}, ...}")
+    requires: dict[str, Any] = {}
+    forms: tuple[str, ...] = ()
+    reductions = {}
+    for label, (_, loss) in parts.items():
+        shared = tuple(f for f in forms or loss.forms if f in (loss.forms or forms))
+        if not shared and forms and loss.forms:
+            raise ValueError(
+                f"the parts of a sum read other rows: {label} reads "
+                f"{' or '.join(loss.forms)}, those before it {' or '.join(forms)}"
+            )
+        forms = shared
+        for key, value in loss.requires.items():
+            # 'loss.n' is a hyper-parameter of the part
+            own = value.replace("loss.", f"loss.{label}.") if isinstance(value, str) else value  # fmt: skip
+            key = key.replace("loss.", f"loss.{label}.")
+            if requires.setdefault(key, own) != own:
+                raise ValueError(f"the parts of a sum need different values of {key}")
+        if "reduction" in loss.hyper:
+            reductions[label] = reduction or loss.hyper["reduction"]
+    if len(set(reductions.values())) > 1:
+        raise ValueError(
+            f"the parts of a sum have different reductions, {reductions}: set "
+            "loss.reduction to one for all"
+        )
+
+    def function(
+        policy, batch, *, ema: Mapping[str, Any] = MappingProxyType({}), **hyper
+    ):
+        total: Any = 0.0
+        metrics: Metrics = {}
+        for label, (_, loss) in parts.items():
+            own = {k: hyper[f"{label}.{k}"] for k in loss.hyper if k != "reduction"}
+            if "reduction" in loss.hyper:
+                own["reduction"] = hyper["reduction"]
+            if loss.ema:
+                own["ema"] = {k: ema[f"{label}/{k}"] for k in loss.ema}
+            values, found = loss.function(policy, batch, **own)
+            total = total + hyper[f"{label}.weight"] * values
+            for k, v in {**found, "loss": values}.items():
+                mean = k.removeprefix("ema/")  # what a running mean follows
+                metrics[f"{label}/{k}" if mean == k else f"ema/{label}/{mean}"] = v
+        return total, metrics
+
+    hyper: dict[str, Any] = {}
+    for label, (weight, loss) in parts.items():
+        own = {k: v for k, v in loss.hyper.items() if k != "reduction"}
+        hyper |= {f"{label}.weight": float(weight)}
+        hyper |= {f"{label}.{k}": v for k, v in own.items()}
+    if reductions:
+        hyper["reduction"] = next(iter(reductions.values()))
+    losses = [loss for _, loss in parts.values()]
+    return Bound(
+        "losses.sum", function, hyper,
+        tuple(dict.fromkeys(n for loss in losses for n in loss.needs)), forms,
+        any(loss.coupled for loss in losses),
+        {f"{k}/{e}": v for k, (_, loss) in parts.items() for e, v in loss.ema.items()},
+        requires=requires, role="loss",
+    )  # fmt: skip
+
+
 def compose(loss: Bound, weights: Sequence[Bound]) -> Bound:
     """A loss with reweightings, as one loss; they are applied in order, before the loss.
 
@@ -315,13 +390,42 @@ def load_loss(config: Any) -> Bound:
         load_section("reweight", {"name": name, **hyper})
         for name, hyper in config.reweight.items()
     ]
-    loss = compose(load_section("losses", config.loss), weights)
+    found = plain_section(config.loss)
+    summed = found.get("name") == SUM
+    loss = compose(
+        _load_sum(found) if summed else load_section("losses", found), weights
+    )
     mode = loss.hyper.get("reduction", masked.MODES[0])
     if mode not in masked.MODES:
         raise ValueError(
             f"{loss.name}: reduction={mode!r} is not one of {', '.join(masked.MODES)}"
         )
     return loss._replace(needs=match_needs(loss.needs, list(config.lms)))
+
+
+def _load_sum(spec: Mapping[str, Any]) -> Bound:
+    """{'name': 'sum', 'parts': {loss: {'weight': ..., its hyper-parameters}}} as one loss.
+
+    A part may have a 'name', if its label is another.
+    """
+    if unknown := sorted({*spec} - {"name", "parts", "reduction"}):
+        raise ValueError(
+            f"loss 'sum' has no hyper-parameter {unknown[0]!r}; it takes 'parts' and "
+            "'reduction', and each part its own"
+        )
+    parts = {}
+    for label, section in spec.get("parts", {}).items():
+        own = dict(section)
+        weight = own.pop("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise ValueError(
+                f"loss.parts.{label}.weight is {weight!r}, expected a number"
+            )
+        try:
+            parts[label] = (weight, load("losses", own.pop("name", label), own))
+        except ValueError as error:
+            raise ValueError(f"loss.parts.{label}: {error}") from error
+    return combine(parts, reduction=spec.get("reduction", ""))
 
 
 def load_examples(spec: Any, drop: tuple[str, ...] = ()) -> Sequence[Example]:
