@@ -20,6 +20,7 @@ from alignax.inputs.detokenize import texts
 from alignax.inputs.prompts import PromptBatch, prompt_batches
 from alignax.plugin import Bound
 from alignax.rollouts import recorded as recorded_responses
+from alignax.rollouts import turns
 from alignax.rollouts.recorded import Recorded
 from alignax.text.tokenizer import Tokenizer
 
@@ -58,9 +59,10 @@ class Sampler(NamedTuple):
         linearly by `overlong_penalty` (Yu et al. 2025); 0 for no such penalty.
       overlong_penalty: subtracted from the feedback of a response of max_new tokens.
       score: `logprob.score` of host batches, for rewards that read an LM.
-      rules: what else decides which responses there are (stops, a grammar, a file of
-        responses), in words; part of the identity.
+      rules: what else decides which responses there are (stops, a grammar, replies, a
+        file of responses), in words; part of the identity.
       recorded: responses of another sampler, which are taken instead of drawn ones.
+      conversation: who replies to the policy, for responses of several turns.
       reward_seconds: that one call of a reward that reads no LM may take; 0 for any time.
       invalid_rewards: share of the responses of a draw whose reward may fail: it raises,
         takes too long, or gives no finite number. They are then not valid.
@@ -79,6 +81,7 @@ class Sampler(NamedTuple):
     score: Callable[..., Any] | None = None
     rules: str = ""
     recorded: Recorded | None = None
+    conversation: turns.Conversation | None = None
     reward_seconds: float = 0.0
     invalid_rewards: float = 0.0
 
@@ -161,12 +164,25 @@ class Sampler(NamedTuple):
             return recorded_responses.generated(
                 self.recorded, prompts, key, group=group, max_new=self.max_new
             )
-        return jax.device_get(
-            self.generate(
-                lm, prompts.tokens, prompts.lengths, key, max_new=self.max_new,
-                group=group, temperature=0.0 if greedy else self.temperature,
-            )
-        )  # fmt: skip
+        temperature = 0.0 if greedy else self.temperature
+
+        def say(
+            turn: int, tokens: Any, lengths: Any, group: int, limits: Any = None
+        ) -> Any:
+            more = {} if limits is None else {"limits": limits}
+            own = jax.random.fold_in(key, turn) if turn else key
+            out = self.generate(
+                lm, tokens, lengths, own, max_new=self.max_new, group=group,
+                temperature=temperature, **more,
+            )  # fmt: skip
+            return jax.device_get(out)
+
+        if self.conversation is not None:
+            return turns.converse(
+                say, self.conversation, prompts, self.tokenizer, group=group,
+                max_new=self.max_new,
+            )  # fmt: skip
+        return say(0, prompts.tokens, prompts.lengths, group)
 
     def judge(self, batch: Batch, prompts: PromptBatch) -> rewards.Judged:
         """Rewards of responses; without a reward all are 0, and none failed."""

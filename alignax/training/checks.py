@@ -217,6 +217,7 @@ def check_rollout(config, plugins: Plugins) -> None:
         check_without_reward(config, plugins)
     check_grammar(config, loss)
     check_recorded(config, steps)
+    check_turns(config)
     if "advantages" in loss.needs and not steps:
         raise ValueError(f"loss {loss.name!r} needs advantages: set config.shaping")
     if steps and sum(s.stage == "advantage" for s in steps) != 1:
@@ -262,13 +263,25 @@ def check_grammar(config, loss: Bound) -> None:
         )
 
 
+def check_turns(config) -> None:
+    """Somebody replies, and there is a turn after a reply."""
+    reply, turns = config.rollout.reply, config.rollout.turns
+    if bool(reply) != (turns > 1):
+        raise ValueError(
+            f"rollout.turns is {turns} and rollout.reply {reply!r}: several turns need "
+            "the name of a function (rows, texts) -> replies, and a reply turns >= 2"
+        )
+    if reply:
+        plugin.function(reply, "rollout.reply")
+
+
 def check_recorded(config, steps: Sequence[Bound]) -> None:
     """Nothing else is to sample where responses come from a file."""
     rollout = config.rollout
     asked = {
         "rollout.policy": rollout.policy, "rollout.anchor": rollout.anchor,
         "rollout.grammar": rollout.grammar, "rollout.stops": rollout.stops,
-        "rollout.dynamic_sampling": rollout.dynamic_sampling,
+        "rollout.dynamic_sampling": rollout.dynamic_sampling, "rollout.reply": rollout.reply,
         "a shaping that samples lms.ref": any(
             s.baseline in shaping.OF_REFERENCE for s in steps
         ),

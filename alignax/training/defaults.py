@@ -90,6 +90,12 @@ def get_config() -> ConfigDict:
     # dotted name of a function (pieces, eos_ids) -> `sampling.automaton.Automaton`: which
     # tokens may follow. For losses of pairs and of imitation.
     c.rollout.grammar = ""
+    # dotted name of a function (rows, texts) -> replies, one for each conversation: a text,
+    # or None where it is done. Replies are read and not scored; max_new counts them.
+    c.rollout.reply = ""
+    c.rollout.turns = (
+        0  # most turns of the policy in a response; 0 = one, without replies
+    )
     c.rollout.batches = 1  # optimiser steps that one pass over a rollout makes
     c.rollout.epochs = 1  # passes over a rollout
     c.rollout.keep = "all"  # of a group: all | best | best_worst

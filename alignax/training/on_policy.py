@@ -16,7 +16,7 @@ from alignax import plugin, rewards, shaping
 from alignax.batch import LM, Params
 from alignax.inputs import reference_cache, source
 from alignax.models import sharding
-from alignax.rollouts import recorded, rollout, sampler, selection
+from alignax.rollouts import recorded, rollout, sampler, selection, turns
 from alignax.rollouts import source as rollouts_source
 from alignax.runs import checkpoint, workdirs
 from alignax.sampling import stops
@@ -57,6 +57,10 @@ def rollouts(
         parallel.generator(text, mesh, tables(config, text)), plugins.reward, lms, text, score=score,
         **sampling(config),
     )  # fmt: skip
+    if config.rollout.reply:
+        reply = plugin.function(config.rollout.reply, "rollout.reply")
+        asked = turns.Conversation(reply, config.rollout.turns)
+        judged = judged._replace(conversation=asked)
     if from_file(config):
         found = recorded.read(
             config.rollout.source, eos_ids=text.eos_ids, vocab_size=text.vocab_size
@@ -117,8 +121,12 @@ def sampling(config) -> dict[str, Any]:
 
 
 def rules(config) -> str:
-    """Stops and grammar of a config in words; '' without any."""
-    asked = {"stops": tuple(config.rollout.stops), "grammar": config.rollout.grammar}
+    """Stops, grammar and replies of a config in words; '' without any."""
+    asked = {
+        "stops": tuple(config.rollout.stops), "grammar": config.rollout.grammar,
+        "reply": config.rollout.reply,
+        "turns": config.rollout.turns * bool(config.rollout.reply),
+    }  # fmt: skip
     return " ".join(f"{k}={v!r}" for k, v in asked.items() if v)
 
 
@@ -128,7 +136,7 @@ def tables(config, text: Tokenizer) -> Callable[[int], dict[str, Automaton]] | N
     Raises:
       ValueError: a stop that is none; a grammar that cannot be imported.
     """
-    if not rules(config):
+    if not (config.rollout.stops or config.rollout.grammar):
         return None
     groups = stops.parse(tuple(config.rollout.stops), text, name="rollout.stops")
     grammar = None
