@@ -104,8 +104,7 @@ def test_names_and_hyper_parameters_bind(name, arg):
             assert config.rollout.max_new < config.length
         if {"values", "state_values", "old_values"} & needs:
             assert config.model.value_head
-        rest = ("lr", "schedule", "warmup", "final")
-        optim.make_tx(1.0, **{k: v for k, v in config.optim.items() if k not in rest})
+        optim.from_config(config)
         assert arg or not config.num_steps or config.num_steps > config.optim.warmup
 
 

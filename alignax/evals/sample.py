@@ -24,7 +24,6 @@ from alignax.data import best_first
 from alignax.inputs.prompts import prompt_batches
 from alignax.reports.metrics import bootstrap
 
-
 TRUNCATEDS = ("keep", "drop")
 
 

@@ -382,7 +382,7 @@ def drawn(tiny_config, data=PROMPTS, **kwargs):
 def test_samples_are_groups_with_their_scores_and_say_what_does_not_end(tiny_config):
     got = drawn(tiny_config)
     assert got["samples"][1] == {
-        "id": "e1", "prompt": "2", "responses": ["a2", "b2", "endless"],
+        "id": "e1", "prompt": "2", "responses": ["a2", "b2", "endl"],
         "scores": [pytest.approx(1 / 3), 0.0, 0.0], "truncated": [False, False, True],
     }  # fmt: skip
 
