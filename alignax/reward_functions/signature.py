@@ -112,6 +112,14 @@ def keywords(function: Callable) -> tuple[str, ...]:
     )
 
 
+def reads_rows(signature: Signature) -> bool:
+    """Whether a reward may read columns of the data."""
+    known = (*FLAT, *EITHER, "lms") if signature.kind == "completions" else (*NAMES,)
+    named = {*signature.names} - {*known}
+    every = signature.rest or "rows" in signature.names
+    return signature.kind != "text" and bool(named or every)
+
+
 def columns(signature: Signature, available: Collection[str]) -> list[str]:
     """Names of the columns of the data that a reward reads, sorted."""
     if signature.kind == "text":

@@ -168,6 +168,8 @@ def check(reward: Bound, examples: Sequence[Example]) -> list[str]:
     Raises:
       ValueError: as `columns`; or an example lacks a column that the reward names.
     """
+    if not reads_rows(reward):
+        return []  # without reading the data once more
     lacking: dict[str, int] = {}
     available: set[str] = set()
     for i in range(len(examples)):
@@ -199,6 +201,13 @@ def columns(reward: Bound, available: Sequence[str]) -> list[str]:
     for member in members(reward).values():
         read |= {*columns(member, available)}
     return sorted(read)
+
+
+def reads_rows(reward: Bound) -> bool:
+    """Whether a reward, or one of its members, may read columns of the data."""
+    several = members(reward).values()
+    form = signature.read(reward.function, reward.name)
+    return signature.reads_rows(form) or any(map(reads_rows, several))
 
 
 def names(reward: Bound) -> set[str]:

@@ -1,5 +1,6 @@
 """Which arguments a reward gets: one rule by its signature."""
 
+import collections.abc
 import functools
 import math
 
@@ -126,3 +127,23 @@ def test_keyword_only_arguments_are_hyper_parameters():
     assert bound.hyper == {"weight": 2.0}  # `answer` is a column, as in TRL
     with pytest.raises(ValueError, match="no hyper-parameter 'weigth'"):
         rewards.load({"name": f"{__name__}.of_groups", "weigth": 3})
+
+
+class Unread(collections.abc.Sequence):
+    """Examples that nobody may read."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        raise AssertionError("was read")
+
+
+def test_data_are_not_read_for_a_reward_that_reads_no_columns():
+    assert rewards.check(rewards.load(f"{__name__}.of_text"), Unread()) == []
+    constraints = rewards.load({"name": "constraints", "max_words": 3})
+    assert rewards.check(constraints, Unread()) == []
+    several = {"a": {"name": "constraints", "max_words": 3}, "b": f"{__name__}.of_rows"}
+    for reward in (f"{__name__}.of_rows", {"name": "ensemble", "members": several}):
+        with pytest.raises(AssertionError, match="was read"):
+            rewards.check(rewards.load(reward), Unread())
