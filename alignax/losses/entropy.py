@@ -12,10 +12,12 @@ Differs from the paper: the weight is that of the sum; the reduction is explicit
 
 from jaxtyping import Array, Float
 
+from alignax import batch as rows
 from alignax import masked
 from alignax.batch import Batch, Metrics, Scores
 
 NEEDS = ("entropy",)
+FORMS = tuple(rows.FORMS)  # it is a part of losses on all of them
 
 
 def loss(

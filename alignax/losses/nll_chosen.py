@@ -6,6 +6,7 @@ Source: the generation loss of MPO, Wang et al. 2024, https://arxiv.org/abs/2411
 Differs from the paper: nothing; `rpo` adds it to DPO by itself.
 """
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from alignax import masked
@@ -26,4 +27,5 @@ def loss(policy: Scores, batch: Batch) -> tuple[Float[Array, " B"], Metrics]:
       [B] values, and the metric 'nll_chosen' (the same).
     """
     nll = -masked.token_mean(policy.logps, batch)[:, 0]
+    nll = jnp.where(batch.valid[:, 0], nll, 0.0)
     return nll, {"nll_chosen": nll}

@@ -202,10 +202,16 @@ def roll(
         parts.append(score_part(setup, lm, anchor, some[part], mine, key, clock))
     whole: Scored = joined(parts)
     batch = slots(whole.batch, slice(group))
+    if any("members" in shape.needs for shape in setup.shaping):
+        members = {f"reward/{k}": v for k, v in responses.members.items()}
+        batch = batch._replace(extra={**(batch.extra or {}), **members})
     for shape, baseline in zip(
         setup.shaping, baselines(setup, some, whole.greedy), strict=True
     ):
         batch = shaped(shape, batch, baseline)
+    if batch.extra is not None:  # rewards of members are for the shapings alone
+        left = {k: v for k, v in batch.extra.items() if not k.startswith("reward/")}
+        batch = batch._replace(extra=left or None)
     judged = setup.sampler.reward is not None
     numbers = {**summary(batch, responses, judged), **counts, **clock}
     if whole.gap is not None:

@@ -20,12 +20,13 @@ to the same prompt. A module declares:
             policy's one greedy response; 'group', the other responses of the group, which
             has at least two; '' (the default), none. With the last two `baseline` is None.
             It may be a function of the hyper-parameters
-  NEEDS     columns to fill before ('old_logps', 'ref_logps', 'old_values')
+  NEEDS     columns to fill before ('old_logps', 'ref_logps', 'old_values'); 'members' are
+            the rewards that an ensemble combines, as extra['reward/LABEL'] [B, G]
   RETURNS   True: the output plus `old_values` is the critic's target (`extra['returns']`)
   COUPLED   True: the output for a prompt depends on the other prompts of the rollout
 
-Reading order: rloo and group_norm (baselines of a group), kl (the penalty), whiten, gae (a
-critic), remax, ctrl (inference-aware alignment).
+Reading order: constant, rloo and group_norm (baselines), normalise, gdpo (several rewards),
+kl (the penalty), whiten, gae (a critic), remax, pass_at_k and ctrl (inference-aware).
 """
 
 from collections.abc import Iterable

@@ -56,8 +56,7 @@ def shape(
     order = jnp.argsort(jnp.where(valid, reward, jnp.inf), -1)
     r = jnp.take_along_axis(jnp.where(valid, reward, 0.0), order, -1)
     weights = jnp.asarray(weights_of(reward.shape[-1], k))[valid.sum(-1)]  # [B, G]
-    higher = jnp.arange(r.shape[-1])[:, None] > jnp.arange(r.shape[-1])
-    above = jnp.where(higher, r[..., None] - r[..., None, :], 0.0)
+    above = jnp.tril(r[..., None] - r[..., None, :], -1)  # r_(i) - r_(j) where j < i
     gain = (above * weights[..., None, :]).sum(-1)
     out = jnp.take_along_axis(gain, jnp.argsort(order, -1), -1)
     return masked.spread(batch, jnp.where(valid, out, 0.0))

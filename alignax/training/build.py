@@ -262,7 +262,7 @@ def describe_data(config, run: Run, examples: Any) -> None:
     if run.eval_data is None and config.eval_data:
         run.say("evaluation data: none at test_fraction=0, so there are no evaluations")
     # prompts alone are no rows to score; an evaluation that reads responses refuses them
-    sampled = run.evals and set(run.evals) <= set(run.asked)
+    sampled = set(run.evals) <= set(run.asked)
     if run.eval_data is not None and not (sampled and not run.eval_data[0].responses):
         batches = source.eval_batches(
             run.eval_data, run.tokenizer, length=config.length,

@@ -223,6 +223,11 @@ def check_rollout(config, plugins: Plugins) -> None:
     if steps and sum(s.stage == "advantage" for s in steps) != 1:
         names = [s.name for s in steps]
         raise ValueError(f"config.shaping has {names}: one of them makes advantages")
+    if any("members" in s.needs for s in steps) and not config.rollout.reward.get("members"):  # fmt: skip
+        raise ValueError(
+            f"config.shaping has {[s.name for s in steps if 'members' in s.needs]}, which "
+            "need several rewards: set rollout.reward to an ensemble with members"
+        )
     if steps and "advantages" not in loss.needs:
         raise ValueError(
             f"loss {loss.name!r} reads no advantages: empty config.shaping"

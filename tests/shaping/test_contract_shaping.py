@@ -19,7 +19,7 @@ from alignax.rollouts import rollout
 
 NAMES = plugin.available("shaping")
 B, G, K = 4, 3, 9
-COLUMNS = ("old_logps", "ref_logps", "old_values")  # what a rollout can fill
+COLUMNS = ("old_logps", "ref_logps", "old_values", "members")  # what a rollout can fill
 
 
 @pytest.fixture(params=NAMES)
@@ -46,7 +46,10 @@ def given(bound, make_batch, seed=0):
     batch = batch._replace(
         feedback=jnp.float32(rng.normal(size=(B, G))),
         old_logps=column(-3, 0), ref_logps=column(-3, 0),
-        extra={"old_values": column(-1, 1)},
+        extra={
+            "old_values": column(-1, 1),
+            **{f"reward/{k}": jnp.float32(rng.normal(size=(B, G))) for k in "ab"},
+        },
         # the first stage finds nothing; each later one what a KL penalty would leave
         advantages=None if bound.stage == "reward" else column(-1, 1),
     )  # fmt: skip
@@ -89,6 +92,8 @@ def test_what_is_not_scored_does_not_matter(bound, make_batch):
     want = call(bound, batch, baseline)
 
     def spoil(x):
+        if x is not None and x.ndim == 2:
+            return jnp.where(batch.valid, x, 777.0)
         return None if x is None else jnp.where(scored(batch), x, -777.0)
 
     spoilt = batch._replace(
@@ -149,13 +154,19 @@ def test_compiled_equals_eager(bound, make_batch):
     )
 
 
+def column_of(key):
+    """What NEEDS calls a column of `extra`."""
+    return "members" if key.startswith("reward/") else key
+
+
 def test_it_reads_only_what_it_needs(bound, make_batch):
     """Columns that NEEDS does not name may be missing, so they must not be read."""
     batch, baseline = given(bound, make_batch)
     want = call(bound, batch, baseline)
     bare = batch._replace(
         **{k: None for k in ("old_logps", "ref_logps") if k not in bound.needs},
-        extra={k: v for k, v in batch.extra.items() if k in bound.needs} or None,
+        extra={k: v for k, v in batch.extra.items() if column_of(k) in bound.needs}
+        or None,
     )
     np.testing.assert_array_equal(call(bound, bare, baseline), want)
 
@@ -169,6 +180,10 @@ def test_every_need_is_read_and_missed(bound, make_batch):
         if need in Batch._fields:
             changed = batch._replace(**{need: getattr(batch, need) + ramp})
             without = batch._replace(**{need: None})
+        elif need == "members":
+            other = {"reward/a": batch.feedback, "reward/b": batch.feedback}
+            changed = batch._replace(extra=other)
+            without = batch._replace(extra=None)
         else:
             changed = batch._replace(extra={need: batch.extra[need] + ramp})
             without = batch._replace(extra=None)
@@ -241,6 +256,10 @@ def alternatives(bound, name):
         tried = known
     elif isinstance(default, bool):
         tried = [not default]
+    elif default == float("inf"):  # a bound that does not bind
+        tried = [0.5]
+    elif isinstance(default, tuple):  # weights of members
+        tried = [(("a", 3.0),)]
     else:
         tried = [type(default)(x) for x in (default * 1.5 + 1, default * 0.75)]
     found = []

@@ -1,6 +1,5 @@
-"""Normalised rewards: by constants, by samples of the reference, and clipped."""
+"""Normalised rewards: less a mean, over a deviation, and clipped."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from shaping_groups import group
@@ -27,30 +26,6 @@ def test_constants_by_hand_and_clipping():
     np.testing.assert_allclose(got, batch.feedback)
 
 
-def test_samples_of_the_reference_have_mean_zero_and_variance_one():
-    samples = np.random.default_rng(0).normal(7, 3, 50).astype(np.float32)
-    batch = group(samples[None])
-    pool = jnp.asarray(np.sort(samples)[None])
-    got = rewards(normalise.shape(batch, pool, source="reference"), batch)
-    np.testing.assert_allclose(got, (samples - samples.mean())[None] / samples.std(), rtol=1e-4, atol=1e-5)  # fmt: skip
-    assert abs(got.mean()) < 1e-5
-    assert got.std() == pytest.approx(1, abs=1e-4)
-    got = rewards(normalise.shape(batch, pool, source="reference", clip=1.0), batch)
-    assert np.abs(got).max() == 1
-
-
-def test_equal_samples_leave_the_scale():
-    batch = group([[3.0, 5.0]])
-    pool = jnp.full((1, 9), 3.0)
-    got = rewards(normalise.shape(batch, pool, source="reference"), batch)
-    np.testing.assert_allclose(got, [[0, 2]])
-
-
-def test_what_it_compares_with_is_decided_by_its_source():
-    assert plugin.load("shaping", "normalise").baseline == ""
-    bound = plugin.load("shaping", "normalise", {"source": "reference"})
-    assert bound.baseline == "pool"
-    with pytest.raises(
-        ValueError, match="source='pool' is not one of constants, reference"
-    ):
-        plugin.load("shaping", "normalise", {"source": "pool"})
+def test_a_deviation_of_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"std=0\.0 is outside \(0, inf\)"):
+        plugin.load("shaping", "normalise", {"std": 0.0})
