@@ -19,7 +19,7 @@ from alignax import plugin, rewards, shaping
 from alignax.batch import LM, Batch
 from alignax.models import sharding, transformer
 from alignax.text import tokenizer
-from alignax.training import build, checks, loading, loop, optim, step
+from alignax.training import build, checks, loading, loop, optim, plugins, step
 from configs import common
 
 TK = tokenizer.load("bytes")
@@ -79,7 +79,8 @@ def test_names_and_hyper_parameters_bind(name, arg):
     for config in stages(load(name, arg)):
         loss = plugin.load_loss(config)
         for evaluation, hyper in config.evals.items():
-            bound = plugin.load_section("evals", {"name": evaluation, **hyper})
+            bound = plugins.evaluation(config, evaluation)
+            assert {*hyper} <= {*bound.hyper}
             if "reward" in bound.hyper:
                 rewards.load(bound.hyper["reward"])
         assert not config.evals or config.eval_data, "evaluations without data"
