@@ -38,6 +38,7 @@ def examples(
     test_fraction: float | None = None,
     strict: bool = False,
     columns: Mapping[str, str] | None = None,
+    numbers: tuple[str, ...] = (),
 ) -> Examples:
     """Reads a file of examples.
 
@@ -52,6 +53,8 @@ def examples(
         the test split is empty, and no evaluation is made of it.
       strict: raises at the first row that cannot be used instead of counting it.
       columns: key in the file -> the key above, such as {'question': 'prompt'}.
+      numbers: keys that every row has as a number, for a loss or a reweighting that reads
+        them in a batch, such as 'weight' or 'margin'.
 
     Returns:
       The usable rows in order; `report` names those that are 'malformed', and those that
@@ -61,9 +64,18 @@ def examples(
       FileNotFoundError: no such file; names the files beside it.
       ValueError: an unknown file type, a damaged file, no usable row at all, a split
         that this file does not have or that would be empty, a key of `columns` that is in
-        no row, or (strict) an unusable row.
+        no row, a row without a number of `numbers`, or (strict) an unusable row.
     """
-    return read(split, path, kind, test_fraction, strict, columns, set())
+    found = read(split, path, kind, test_fraction, strict, columns, set())
+    for example in found if numbers else ():
+        for key in numbers:
+            if not isinstance(example.columns.get(key), int | float):
+                raise ValueError(
+                    f"{example.id}: {key!r} is {example.columns.get(key)!r}, expected a "
+                    "number in every row, as data.numbers says"
+                )
+    found.carried = tuple(numbers)
+    return found
 
 
 def read(

@@ -27,7 +27,8 @@ def loss(
 
     Args:
       policy: values [B, 2, T]; slot 0 chosen, slot 1 rejected.
-      batch: mask [B, 2, T], valid [B, 2].
+      batch: mask [B, 2, T], valid [B, 2]; extra['margin'] [B], if the rows have one
+        (data.numbers), is added to m.
       margin: m, subtracted from the difference of rewards, >= 0.
       centring: c, weight of the squared sum, >= 0; it fixes the free additive constant.
 
@@ -36,7 +37,8 @@ def loss(
     """
     reward = masked.last(policy.values, batch.mask)
     chosen, rejected = pairs.sides(reward, batch)
-    value = -jax.nn.log_sigmoid(chosen - rejected - margin)
+    own = (batch.extra or {}).get("margin", 0.0)
+    value = -jax.nn.log_sigmoid(chosen - rejected - margin - own)
     value += centring * (chosen + rejected) ** 2
     return pairs.outcome(
         batch, value, chosen, rejected, reward_chosen=chosen, reward_rejected=rejected

@@ -6,5 +6,5 @@ metrics as a fourth result where there are any.
 the loss's values are multiplied by the weights. NEEDS, FORMS and RANGES as in losses/: the
 two together read the forms that both declare.
 
-Reading order: wpo, length_desensitised, importance (of rollouts).
+Reading order: row_weight, wpo, length_desensitised, importance (of rollouts).
 """
