@@ -474,7 +474,8 @@ def drawn(*differs):
     batch = group([(float(d), 0.0) for d in differs])
     batch.tokens[:, :, 0] = 10 * drawn.number + np.arange(n)[:, None]
     zeros = np.zeros(batch.mask.shape, np.float32)
-    return samplers.Drawn(batch, zeros, np.zeros((n, 2), bool), np.array(differs))
+    none = np.zeros((n, 2), bool)
+    return samplers.Drawn(batch, zeros, none, np.array(differs), none, {})
 
 
 def collect(plan, many, most):
@@ -697,7 +698,7 @@ def test_prompts_that_a_run_does_not_meet_are_not_sampled():
     [
         (lambda text: 1 / 0, r"ZeroDivisionError.*on the response '.+'"),
         (lambda text: float("nan"), r"gave nan for the response '.+'"),
-        (lambda batch, texts, lms: np.zeros(3), r"gave shape \(3,\) for \(2, 3\) responses"),
+        (lambda batch, texts, lms: np.zeros(3), r"gave shape \(3,\), expected .* = \(2, 3\)"),
     ],
 )  # fmt: skip
 def test_a_reward_that_breaks_names_the_text(lm, one, reward, message):
