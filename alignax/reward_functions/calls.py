@@ -24,7 +24,10 @@ from alignax.reward_functions import signature, time_limit
 from alignax.reward_functions.signature import Signature
 
 # of files that are not the user's
-OTHERS = (os.path.dirname(alignax.__file__), sysconfig.get_path("purelib"))
+OTHERS = tuple(
+    folder + os.sep
+    for folder in (os.path.dirname(alignax.__file__), sysconfig.get_path("purelib"))
+)
 
 
 class Judged(NamedTuple):
@@ -42,6 +45,14 @@ class Failure(NamedTuple):
 
     reason: str
     cause: BaseException | None = None
+
+
+NONE = "gave None"
+OF_GROUP = "failed for another response of the group, and so"
+
+
+class _Shape(ValueError):
+    """A reward gave something else than a number for every response."""
 
 
 class Responses(NamedTuple):
@@ -75,49 +86,58 @@ class Responses(NamedTuple):
         assert examples is not None
         return [examples[int(i)] for i in places]
 
-    def alone(self, b: int, g: int) -> "Responses":
-        """One response to one prompt."""
-        at = (slice(b, b + 1), slice(g, g + 1))
+    def part(self, b: int, g: slice = slice(None)) -> "Responses":
+        """Some responses to one prompt."""
+        at = (slice(b, b + 1), g)
         batch = jax.tree.map(lambda x: x[at[: min(np.ndim(x), 2)]], self.batch)
         if self.examples is not None:
             extra = {**(batch.extra or {}), "row": self.places[b : b + 1]}
             batch = batch._replace(extra=extra)
-        return self._replace(batch=batch, texts=[[self.texts[b][g]]])
+        return self._replace(batch=batch, texts=[self.texts[b][g]])
 
 
 def judge(
-    reward: Bound, given: Responses, *, alone: bool = True, seconds: float = 0.0,
-    tolerated: float = 0.0,
+    reward: Bound, given: Responses, *, apart: bool = True, seconds: float = 0.0,
+    tolerated: float = 0.0, none: bool = False,
 ) -> Judged:  # fmt: skip
-    """The rewards of a batch.
+    """The rewards of a batch, on this host.
+
+    A function that raises or takes too long on a batch is called for every prompt, and the
+    whole group of a prompt on which it does so again has failed: a reward may compare the
+    responses of a group.
 
     Args:
       reward: from `rewards.load`.
       given: responses, and what else the reward may read.
-      alone: whether responses can be judged one at a time; not where all hosts compute
+      apart: whether some of the responses can be judged apart; not where all hosts compute
         with an LM together.
       seconds: that one call of the function may take; 0 for any time.
       tolerated: share of the valid responses that may fail.
+      none: any number of responses may get None.
 
     Raises:
       ValueError: more responses fail; the message shows the first and the traceback of the
         function. The reward gave another shape, or needs what is not given.
     """
     form = signature.read(reward.function, reward.name)
+    call = _Call(reward, form, seconds)
     valid = given.valid
     if form.kind == "text":
-        found = _one_by_one(reward, form, given, seconds, tolerated)
+        found = _one_by_one(call, given, tolerated)
     else:
-        whole = _whole(reward, form, given, alone, seconds, tolerated)
-        found = whole or _one_by_one(reward, form, given, seconds, tolerated)
-    values, failures, members = found
+        found = _together(call, given, tolerated if apart else 0.0, apart)
     failed = np.zeros(valid.shape, bool)
-    for b, g in failures:
-        failed[b, g] = True
-    _check_share(reward, given, failures, tolerated)
+    for at in found.failures:
+        failed[at] = True
+    worse = {
+        at: f for at, f in found.failures.items() if not (none and f.reason == NONE)
+    }
+    _check_share(reward, given, worse, tolerated)
     keep = valid & ~failed
-    clean = {k: np.where(keep, v, 0.0).astype(np.float32) for k, v in members.items()}
-    return Judged(np.where(keep, values, 0.0).astype(np.float32), failed, clean)
+    clean = {
+        k: np.where(keep, v, 0.0).astype(np.float32) for k, v in found.members.items()
+    }
+    return Judged(np.where(keep, found.values, 0.0).astype(np.float32), failed, clean)
 
 
 class Found(NamedTuple):
@@ -127,65 +147,95 @@ class Found(NamedTuple):
     failures: dict[tuple[int, int], Failure]
     members: dict[str, np.ndarray]  # [B, G]
 
+    def put(self, b: int, g: slice, part: "Found") -> None:
+        """Writes what was found for some responses to prompt b."""
+        self.values[b : b + 1, g] = part.values
+        for label, own in part.members.items():
+            whole = self.members.setdefault(label, np.zeros(self.values.shape))
+            whole[b : b + 1, g] = own
+        for (_, i), failure in part.failures.items():
+            self.failures[b, (g.start or 0) + i] = failure
 
-def _whole(
-    reward: Bound, form: Signature, given: Responses, alone: bool, limit: float,
-    tolerated: float,
-) -> Found | None:  # fmt: skip
-    """One call for all responses; None where it raised, so that each is tried alone."""
-    handed = arguments(reward, form, given)
-    try:
-        with time_limit.limited(limit):
+
+class _Call(NamedTuple):
+    """A reward, how it is called, and for how long at most."""
+
+    reward: Bound
+    form: Signature
+    seconds: float
+
+    def __call__(self, given: Responses) -> Found:
+        """One call; what it raises goes on."""
+        if self.form.kind == "text":
+            ((text,),) = given.texts
+            handed: Callable[[], Any] = functools.partial(self.reward.__call__, text)
+        else:
+            handed = arguments(self.reward, self.form, given)
+        with time_limit.limited(self.seconds):
             out = handed()
-    except (Exception, time_limit.TimeUp) as error:
-        if tolerated and alone:
-            return None
-        if alone:
-            found = _one_by_one(reward, form, given, limit, 0.0)
-            _check_share(reward, given, found.failures, 0.0)
-        raise ValueError(  # or alone none of them fails
-            f"reward {reward.name} {described(error, limit)} on a batch that begins with "
-            f"{given.texts[0][0]!r}{_trace(error)}"
-        ) from error
-    shape = given.valid.shape
-    return _numbers(reward, form, out, shape, given)
+        if self.form.kind == "text":
+            out = [[out]]
+        return _numbers(self.reward, self.form, out, given.valid.shape, given)
 
 
-def _one_by_one(
-    reward: Bound, form: Signature, given: Responses, limit: float, tolerated: float
-) -> Found:
+ERRORS = (Exception, time_limit.TimeUp)
+
+
+def _together(call: _Call, given: Responses, tolerated: float, apart: bool) -> Found:
+    """One call for all responses; if it raises, one for every prompt."""
+    arguments(call.reward, call.form, given)  # what is not given is no failure
+    try:
+        return call(given)
+    except _Shape:
+        raise
+    except ERRORS as error:
+        cause = error
+    if apart:
+        found = _by_prompt(call, given, tolerated)
+        if tolerated or found.failures:
+            return found
+    raise ValueError(
+        f"reward {call.reward.name} {described(cause, call.seconds)} on a batch that "
+        f"begins with {given.texts[0][0]!r}{_trace(cause)}"
+    ) from cause
+
+
+def _by_prompt(call: _Call, given: Responses, tolerated: float) -> Found:
+    """A call for every prompt, until more responses have failed than are tolerated."""
+    valid = given.valid
+    found = Found(np.zeros(valid.shape), {}, {})
+    for b in np.flatnonzero(valid.any(1)).tolist():
+        part = given.part(b)
+        try:
+            found.put(b, slice(None), call(part))
+        except _Shape:
+            raise
+        except ERRORS as error:
+            why = Failure(described(error, call.seconds), error)
+            single = _one_by_one(call, part, 1.0).failures
+            alike = [g for (_, g), f in single.items() if type(f.cause) is type(error)]
+            first = min(alike, default=int(valid[b].argmax()))
+            for g in np.flatnonzero(valid[b]).tolist():
+                mine = single.get((0, g), why) if g == first else Failure(OF_GROUP)
+                found.failures[b, g] = mine
+        if len(found.failures) > tolerated * valid.sum():
+            break
+    return found
+
+
+def _one_by_one(call: _Call, given: Responses, tolerated: float) -> Found:
     """A call for every valid response, until more have failed than are tolerated."""
     valid = given.valid
-    values = np.zeros(valid.shape)
-    failures: dict[tuple[int, int], Failure] = {}
-    members: dict[str, np.ndarray] = {}
+    found = Found(np.zeros(valid.shape), {}, {})
     for b, g in np.argwhere(valid).tolist():
-        if form.kind == "text":
-            handed: Callable[[], Any] = functools.partial(
-                reward.__call__, given.texts[b][g]
-            )
-        else:
-            handed = arguments(reward, form, given.alone(b, g))
+        one = slice(g, g + 1)
         try:
-            with time_limit.limited(limit):
-                out = handed()
-        except (Exception, time_limit.TimeUp) as error:
-            failures[b, g] = Failure(described(error, limit), error)
-        else:
-            if form.kind != "text":
-                got = _numbers(reward, form, out, (1, 1), given.alone(b, g))
-                values[b, g] = got.values[0, 0]
-                for label, own in got.members.items():
-                    members.setdefault(label, np.zeros(valid.shape))[b, g] = own[0, 0]
-                if got.failures:
-                    failures[b, g] = got.failures[0, 0]
-            elif isinstance(number := _number(out), Failure):
-                failures[b, g] = number
-            else:
-                values[b, g] = number
-        if len(failures) > tolerated * valid.sum():
+            found.put(b, one, call(given.part(b, one)))
+        except ERRORS as error:
+            found.failures[b, g] = Failure(described(error, call.seconds), error)
+        if len(found.failures) > tolerated * valid.sum():
             break
-    return Found(values, failures, members)
+    return found
 
 
 def arguments(reward: Bound, form: Signature, given: Responses) -> Callable[[], Any]:
@@ -209,7 +259,10 @@ def arguments(reward: Bound, form: Signature, given: Responses) -> Callable[[], 
     group = given.valid.shape[1]
     for name in names:
         repeat = group if flat else 1
-        has[name] = functools.partial(_column, given, name, repeat, reward.name)
+        required = name in form.required
+        has[name] = functools.partial(
+            _column, given, name, repeat, reward.name, required
+        )
     needed = [n for n in form.required if n not in has]
     if needed:
         row = needed[0] not in ("tokenizer", "score", "lms")
@@ -231,13 +284,13 @@ def _grouped(given: Responses) -> dict[str, Callable[[], Any]]:
         "batch": lambda: given.batch,
         "texts": lambda: given.texts,
         "ids": lambda: response_ids(given.batch),
+        "given": lambda: given,
     }
     if given.tokenizer is not None:
         has["whole"] = lambda: whole_texts(given)
     if given.examples is not None:
         has["prompts"] = lambda: [e.prompt for e in given.own]
         has["rows"] = lambda: [dict(e.columns) for e in given.own]
-        has["examples"] = lambda: given.examples
     return has
 
 
@@ -273,13 +326,15 @@ def _flat(given: Responses) -> dict[str, Callable[[], Any]]:
     return has
 
 
-def _column(given: Responses, name: str, repeat: int, reward: str) -> list[Any]:
-    """A column, one entry per prompt, or per response."""
+def _column(
+    given: Responses, name: str, repeat: int, reward: str, required: bool
+) -> list[Any]:
+    """A column, one entry per prompt, or per response; None where a row lacks it."""
     out = []
     for e in given.own:
-        if name not in e.columns:
+        if required and name not in e.columns:
             raise ValueError(f"reward {reward} reads {name!r}, which {e.id} lacks")
-        out += [e.columns[name]] * repeat
+        out += [e.columns.get(name)] * repeat
     return out
 
 
@@ -314,71 +369,64 @@ def _numbers(
     Raises:
       ValueError: another shape.
     """
-    members: dict[str, np.ndarray] = {}
+    members: Mapping[str, Any] = {}
     if isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], dict):
         out, members = out
-    first = repr(given.texts[0][0])
     want: tuple[int, ...] = shape
     expected = f"numbers [B, G] = {shape}"
     if form.kind == "completions":
         want = (math.prod(shape),)
         expected = f"a list of {want[0]} numbers"
-    if hasattr(out, "__array__") or np.isscalar(out) or out is None:
-        items = np.asarray(out)
-    else:
-        try:
-            items = _objects(out, len(want))
-        except TypeError as error:
-            raise ValueError(
-                f"reward {reward.name} gave {type(out).__name__}, expected {expected}, for "
-                f"responses the first of which is {first}"
-            ) from error
-    if items.shape != want:
-        raise ValueError(
-            f"reward {reward.name} gave shape {items.shape}, expected {expected}, for "
-            f"responses the first of which is {first}"
-        )
+
+    def shaped(x: Any, what: str) -> np.ndarray:
+        items = _objects(x, len(want))
+        if items.shape != want:
+            kind = "" if hasattr(x, "__array__") else f" (a {type(x).__name__})"
+            raise _Shape(
+                f"reward {reward.name} gave {what}shape {items.shape}{kind}, expected "
+                f"{expected}, for responses the first of which is {given.texts[0][0]!r}"
+            )
+        return items.reshape(shape)
+
     values, failures = np.zeros(shape), {}
-    for (b, g), item in np.ndenumerate(items.reshape(shape)):
+    for at, item in np.ndenumerate(shaped(out, "")):
         number = _number(item)
         if not isinstance(number, Failure):
-            values[b, g] = number
-        elif given.valid[b, g]:
-            failures[b, g] = number
-    return Found(values, failures, members)
+            values[at] = number
+        elif given.valid[at]:
+            failures[at] = number
+    own = {
+        str(k): np.asarray(shaped(v, f"member {k!r} of "), np.float64)
+        for k, v in members.items()
+    }
+    return Found(values, failures, own)
 
 
 def _objects(out: Any, depth: int) -> np.ndarray:
-    """Nested sequences as an array of objects; rows of unequal lengths have no shape.
-
-    Raises:
-      TypeError: something that is no sequence.
-    """
-    if isinstance(out, str | Mapping):
-        raise TypeError
+    """Nested sequences as an array of objects, of as many axes as are regular."""
+    if hasattr(out, "__array__"):
+        return np.asarray(out)
+    if out is None or isinstance(out, str | Mapping) or not hasattr(out, "__iter__"):
+        return np.empty((), object)
     rows = list(out)
-    if depth == 1:
-        items = np.empty(len(rows), object)
-        items[:] = rows
+    items = np.empty(len(rows), object)
+    items[:] = rows
+    if depth == 1 or not rows:
         return items
-    inner = [r if hasattr(r, "__array__") else list(r) for r in rows]
-    if len({len(r) for r in inner}) > 1:
-        raise TypeError
-    items = np.empty((len(inner), len(inner[0]) if inner else 0), object)
-    for i, r in enumerate(inner):
-        items[i] = list(r)
-    return items
+    inner = [_objects(r, depth - 1) for r in rows]
+    same = len({x.shape for x in inner}) == 1 and inner[0].ndim == depth - 1
+    return np.stack(inner) if same else items
 
 
 def _number(x: Any) -> float | Failure:
     """x as a finite number, or why it is none."""
     if x is None:
-        return Failure("gave None")
+        return Failure(NONE)
     if isinstance(x, str | bytes):
         return Failure(f"gave the text {x!r}, expected a number,")
     try:
         number = float(x)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return Failure(f"gave {type(x).__name__}, expected a number,")
     if not np.isfinite(np.float32(number)):
         return Failure(f"gave {number}")
@@ -392,13 +440,15 @@ def _check_share(
     """Raises ValueError if more responses have failed than are tolerated."""
     if not failures or len(failures) <= tolerated * given.valid.sum():
         return
-    (b, g), first = min(failures.items())
-    many = f"; {len(failures)} of {int(given.valid.sum())} responses failed"
+    b, g = min(failures, key=lambda at: (failures[at].reason == OF_GROUP, at))
+    first = failures[b, g]
+    count = sum(f.reason != OF_GROUP for f in failures.values())
+    many = f"; {count} of {int(given.valid.sum())} responses failed"
     on = "for" if first.cause is None else "on"
     limit = " (rollout.invalid_rewards is the share that may fail)"
     raise ValueError(
         f"reward {reward.name} {first.reason} {on} the response {given.texts[b][g]!r}"
-        + many * (len(failures) > 1) + limit * (tolerated > 0) + _trace(first.cause)
+        + many * (count > 1) + limit * (tolerated > 0) + _trace(first.cause)
     ) from first.cause  # fmt: skip
 
 

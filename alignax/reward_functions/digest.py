@@ -24,7 +24,7 @@ EARLIER: dict[str, str] = {
 # saved. An entry holds only as long as the code is the same.
 SAME: dict[str, str] = {
     "19b1725ad287a2df": "6a0459135f010bb8",  # constraints: takes texts alone
-    "40f347e3bb603de1": "91989e8a084975b2",  # ensemble: returns those of its members too
+    "2df2e4b9d29e912b": "91989e8a084975b2",  # ensemble: None of a member, and their rewards
     "c71533d7836eba5d": "ded57b2fd2be0487",  # model: text for another tokenizer
     "b9efcba23ab03b08": "e33aeb694ca0fedd",  # relevance: takes no LMs
 }

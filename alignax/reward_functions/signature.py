@@ -23,10 +23,17 @@ NAMES = {  # what a positional argument of this name gets
     "lms": "frozen LMs by name",
     "tokenizer": "the tokenizer of the run",
     "score": "logprob.score of host batches, over the devices of the run",
-    "examples": "what batch.extra['row'] counts in, to hand on to another reward",
+    "given": "all of these (`calls.Responses`), to hand on to another reward",
 }
 FLAT = ("prompts", "completions", "completion_ids")  # names of TRL's form
 EITHER = ("tokenizer", "score")  # handed in also where they are keyword-only
+TEXT = (
+    "text",
+    "response",
+    "completion",
+    "output",
+    "answer_text",
+)  # names of a response
 KINDS = ("text", "groups", "completions")
 
 
@@ -139,6 +146,7 @@ def check(signature: Signature, available: Collection[str], name: str) -> None:
       name: of the reward in messages.
     """
     if signature.kind == "text":
+        _check_text(signature, available, name)
         return
     flat = signature.kind == "completions"
     known = (*FLAT, *EITHER, "lms") if flat else (*NAMES,)
@@ -159,6 +167,20 @@ def check(signature: Signature, available: Collection[str], name: str) -> None:
             f"the data have a column {both[0]!r}, and a reward gets something else under "
             f"this name: rename it, as in config.data.columns = {{{both[0]!r}: "
             f"'my_{both[0]}'}}"
+        )
+
+
+def _check_text(signature: Signature, available: Collection[str], name: str) -> None:
+    """Raises ValueError for a function of a text that would miss an argument."""
+    first, *others = signature.names
+    lost = [n for n in others if n in available or n in NAMES]
+    lost += ["**"] * signature.rest
+    lost += [first] * (first in available and first not in TEXT)
+    if lost:
+        raise ValueError(
+            f"reward {name} would get the text of one response as {first!r} and nothing "
+            f"else, but it has {lost[0]!r} too: name its first argument 'texts' (B lists of "
+            "G) or 'completions' (a flat list), then columns are handed in"
         )
 
 

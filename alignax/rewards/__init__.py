@@ -88,7 +88,7 @@ def attempt(
     read = names(reward)
     several = jax.process_count() > 1
     how: dict[str, Any] = {
-        "alone": not (several and "score" in read), "tolerated": tolerated,
+        "apart": not (several and "score" in read), "tolerated": tolerated,
         "seconds": 0.0 if {"lms", "score"} & read else seconds,
     }  # fmt: skip
     if not several:
@@ -180,7 +180,8 @@ def check(reward: Bound, examples: Sequence[Example]) -> list[str]:
             lacking.setdefault(name, i)
         available |= mine
     read = columns(reward, sorted(available))
-    for name in sorted({*read} & {*lacking} & names(reward)):
+    required = {name for form in forms(reward) for name in form.required}
+    for name in sorted({*read} & {*lacking} & required):
         raise ValueError(
             f"reward {reward.name} reads the column {name!r}, which "
             f"{examples[lacking[name]].id} lacks"
@@ -205,16 +206,19 @@ def columns(reward: Bound, available: Sequence[str]) -> list[str]:
 
 def reads_rows(reward: Bound) -> bool:
     """Whether a reward, or one of its members, may read columns of the data."""
-    several = members(reward).values()
-    form = signature.read(reward.function, reward.name)
-    return signature.reads_rows(form) or any(map(reads_rows, several))
+    return any(map(signature.reads_rows, forms(reward)))
 
 
 def names(reward: Bound) -> set[str]:
     """Names that a reward is handed; of one that combines others, those of its members."""
+    return {name for form in forms(reward) for name in form.names}
+
+
+def forms(reward: Bound) -> list[signature.Signature]:
+    """The signature of a reward; of one that combines others, those of its members."""
     if several := members(reward):
-        return set().union(*map(names, several.values()))
-    return {*signature.read(reward.function, reward.name).names}
+        return [form for member in several.values() for form in forms(member)]
+    return [signature.read(reward.function, reward.name)]
 
 
 def members(reward: Bound) -> dict[str, Bound]:

@@ -203,7 +203,7 @@ def roll(
     whole: Scored = joined(parts)
     batch = slots(whole.batch, slice(group))
     if any("members" in shape.needs for shape in setup.shaping):
-        members = {f"reward/{k}": v for k, v in responses.members.items()}
+        members: Any = {f"reward/{k}": v for k, v in responses.members.items()}
         batch = batch._replace(extra={**(batch.extra or {}), **members})
     for shape, baseline in zip(
         setup.shaping, baselines(setup, some, whole.greedy), strict=True

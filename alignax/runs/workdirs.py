@@ -19,8 +19,10 @@ VOLATILE = (
 )  # fmt: skip
 OWN_B2 = {"adamw": 0.999, "lion": 0.99, "muon": 0.999}  # optax's; what optim.b2=0 means
 # Keys that runs of earlier versions lack. They only decide how rows become ids, which the
-# saved position in the data is checked by. Any other key that they lack has to be off.
+# saved position in the data is checked by.
 ADDED = ("template", "template_system", "truncate", "min_response", "truncate_prompts")
+# Sections that have the same keys in every config.
+FIXED = ("model", "lora", "rollout", "generate", "optim", "checkpoint")
 
 
 def check_owner(workdir: str, config) -> None:
@@ -41,7 +43,7 @@ def check_owner(workdir: str, config) -> None:
         for k in sorted({*a, *b})
         if a.get(k) != b.get(k)
         and not k.startswith(VOLATILE)
-        and not (k not in a and (k.partition(".")[0] in ADDED or not b[k]))
+        and not (k not in a and _may_be_added(k, b[k]))
     ]
     if differ:
         raise ValueError(
@@ -103,6 +105,17 @@ def everywhere(here: bool, what: str) -> bool:
         names = np.flatnonzero(hosts).tolist()
         raise ValueError(f"{what} only on hosts {names}: name a folder that all share")
     return bool(hosts.all())
+
+
+def _may_be_added(key: str, value: Any) -> bool:
+    """Whether a run that lacks a key may go on with this value of it.
+
+    A key of a section whose keys are those of all configs is new, and off if it is falsy.
+    Sections of plug-ins hold what differs from the plug-in's defaults, whatever these are.
+    """
+    section = key.partition(".")[0]
+    fixed = section in FIXED and not key.startswith(("rollout.reward.", "model.sizes."))
+    return section in ADDED or (fixed and not value)
 
 
 def _judged(config: dict[str, Any]) -> dict[str, Any]:

@@ -148,7 +148,18 @@ def a_string(texts, rows):
     return [["good" if t == "2" else 1 for t in group] for group in texts]
 
 
+def raises_for_all(texts, rows):
+    return [[float(int(t[0])) and 1.0 for t in g] for g in _no_two(texts)]
+
+
+def _no_two(texts):
+    if any("2" in g for g in texts):
+        raise OSError("no")
+    return [["1"] * len(g) for g in texts]
+
+
 BAD = {
+    raises_for_all: r"raises_for_all raised OSError\(no\) on the response '2'\n .*in _no_two",
     hangs: r"hangs took more than 0.2 seconds \(rollout.reward_seconds\) on the response '2'",
     sleeps: r"sleeps took more than 0.2 seconds .* on the response '2'",
     catches_all: "took more than 0.2 seconds",
@@ -171,14 +182,44 @@ def test_a_reward_that_fails_names_the_response(function, batch):
 
 @pytest.mark.parametrize("function", BAD, ids=lambda f: f.__name__)
 def test_some_may_fail(function, batch):
-    """One of four responses: it is not valid, the others have their rewards."""
-    got = call(function, batch, seconds=0.2, tolerated=0.25)
-    assert got.failed.tolist() == [[False, True], [False, False]]
-    assert got.values.tolist() == [[1, 0], [1, 1]]
-    with pytest.raises(ValueError, match=r"the response .* \(rollout.invalid_rewards is the share"):  # fmt: skip
+    """One of four responses: it is not valid, the others have their rewards.
+
+    Where a function of all responses raises, the group of that response has failed: it may
+    compare responses.
+    """
+    raised = function in (sleeps, raises_for_all)
+    share = 0.5 if raised else 0.25
+    got = call(function, batch, seconds=0.2, tolerated=share)
+    assert got.failed.tolist() == [[raised, True], [False, False]]
+    assert got.values.tolist() == [[not raised, 0], [1, 1]]
+    with pytest.raises(
+        ValueError, match=r"the response '2'.* \(rollout.invalid_rewards is the"
+    ):
         call(
-            function, batch, texts=[["2", "2"], ["1", "3"]], seconds=0.2, tolerated=0.25
+            function,
+            batch,
+            texts=[["2", "2"], ["1", "2"]],
+            seconds=0.2,
+            tolerated=share,
         )
+
+
+def centred(completions, **kwargs):
+    """Compares the responses of a group: right only if it is called for whole groups."""
+    if "two" in completions:
+        raise KeyError("two")
+    sizes = np.array([len(c) for c in completions], float).reshape(-1, 2)
+    return (sizes - sizes.mean(1, keepdims=True)).ravel().tolist()
+
+
+def test_a_reward_that_compares_within_groups_is_never_given_half_of_one(batch):
+    got = call(centred, batch, texts=[["three", "1"], ["1", "two"]], tolerated=0.5)
+    assert got.values.tolist() == [[2, -2], [0, 0]]
+    assert got.failed.tolist() == [[False, False], [True, True]]
+    with pytest.raises(
+        ValueError, match=r"raised KeyError\('two'\) on the response 'two'"
+    ):
+        call(centred, batch, texts=[["three", "1"], ["1", "two"]])
 
 
 def one_short(completions, **kwargs):
@@ -204,11 +245,14 @@ def a_dict(texts, rows):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (one_short, r"gave shape \(3,\), expected a list of 4 numbers"),
-        (flat, r"expected numbers \[B, G\] = \(2, 2\)"),
-        (ragged, r"expected numbers \[B, G\] = \(2, 2\)"),
-        (a_number, r"gave shape \(\), expected numbers \[B, G\] = \(2, 2\)"),
-        (a_dict, "gave dict, expected numbers"),
+        (one_short, r"gave shape \(3,\) \(a list\), expected a list of 4 numbers"),
+        (flat, r"gave shape \(4,\) \(a list\), expected numbers \[B, G\] = \(2, 2\)"),
+        (ragged, r"gave shape \(2,\) \(a list\), expected numbers \[B, G\] = \(2, 2\)"),
+        (
+            a_number,
+            r"gave shape \(\) \(a float\), expected numbers \[B, G\] = \(2, 2\)",
+        ),
+        (a_dict, r"gave shape \(\) \(a dict\), expected numbers"),
     ],
 )
 def test_a_wrong_shape_is_an_error_whatever_may_fail(function, message, batch):
@@ -272,3 +316,75 @@ def test_members_of_an_ensemble_are_given_too(batch):
 
 def long(text):
     return len(text)
+
+
+def multi_task(completions, answer, **kwargs):
+    """As in TRL: None where the task is not this function's."""
+    return [
+        None if a == "3" else float(c == a)
+        for c, a in zip(completions, answer, strict=True)
+    ]
+
+
+def nothing(completions, **kwargs):
+    return [None if "2" in c else 1.0 for c in completions]
+
+
+def test_a_member_that_gives_none_is_left_out_for_that_response(batch):
+    def summed(rule, *names, **how):
+        members = {n: f"{__name__}.{n}" for n in names}
+        judge = rewards.load({"name": "ensemble", "members": members, "rule": rule})
+        return rewards.attempt(judge, batch, TEXTS, {}, examples=EXAMPLES, **how)
+
+    got = summed("sum", "multi_task", "long")  # TEXTS of the rows with answers 3 and 1
+    assert got.values.tolist() == [[1, 1], [2, 3]]
+    assert summed("mean", "multi_task", "long").values.tolist() == [[1, 1], [1, 1.5]]
+    with pytest.raises(ValueError, match="gave nan for the response '2'"):
+        summed("sum", "nothing")
+    got = summed("sum", "nothing", tolerated=0.25)
+    assert got.failed.tolist() == [[False, True], [False, False]]
+    with pytest.raises(ValueError, match=r"member 'raises': .*raised KeyError"):
+        summed("sum", "raises", "long")
+
+
+def with_rest(completions, **kwargs):
+    return [0.0 if hint is None else 1.0 for hint in kwargs["hint"]]
+
+
+def with_default(texts, hint=None):
+    return [
+        [0.0 if h is None else 1.0] * len(t) for t, h in zip(texts, hint, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("function", [with_rest, with_default])
+def test_a_row_without_a_column_that_others_have_gives_none(function, batch):
+    some = [EXAMPLES[0], EXAMPLES[1], EXAMPLES[2]._replace(columns={"hint": "x"})]
+    judge = rewards.load(f"{__name__}.{function.__name__}")
+    rewards.check(judge, some)
+    got = rewards.call(judge, batch, TEXTS, {}, examples=some)
+    assert got.tolist() == [[1, 1], [0, 0]]
+
+
+def pair(completions, **kwargs):
+    return [1.0, 2.0, 3.0, 4.0], {"half": [0.5, 1.0, 1.5, 2.0]}
+
+
+def bad_pair(completions, **kwargs):
+    return [1.0, 2.0, 3.0, 4.0], {"half": [0.5]}
+
+
+def test_rewards_that_a_reward_returns_beside_have_its_shape(batch):
+    got = call(pair, batch)
+    assert got.members["half"].tolist() == [[0.5, 1.0], [1.5, 2.0]]
+    with pytest.raises(ValueError, match=r"gave member 'half' of shape \(1,\)"):
+        call(bad_pair, batch)
+
+
+def huge(text):
+    return 10**400
+
+
+def test_a_number_beyond_floats_is_a_failure(batch):
+    with pytest.raises(ValueError, match="huge gave int, expected a number"):
+        call(huge, batch)

@@ -1,6 +1,5 @@
 """Which arguments a reward gets: one rule by its signature."""
 
-import collections.abc
 import functools
 import math
 
@@ -129,21 +128,34 @@ def test_keyword_only_arguments_are_hyper_parameters():
         rewards.load({"name": f"{__name__}.of_groups", "weigth": 3})
 
 
-class Unread(collections.abc.Sequence):
-    """Examples that nobody may read."""
-
-    def __len__(self):
-        return 3
-
-    def __getitem__(self, index):
-        raise AssertionError("was read")
-
-
 def test_data_are_not_read_for_a_reward_that_reads_no_columns():
-    assert rewards.check(rewards.load(f"{__name__}.of_text"), Unread()) == []
-    constraints = rewards.load({"name": "constraints", "max_words": 3})
-    assert rewards.check(constraints, Unread()) == []
-    several = {"a": {"name": "constraints", "max_words": 3}, "b": f"{__name__}.of_rows"}
-    for reward in (f"{__name__}.of_rows", {"name": "ensemble", "members": several}):
-        with pytest.raises(AssertionError, match="was read"):
-            rewards.check(rewards.load(reward), Unread())
+    constraints = {"name": "constraints", "max_words": 3}
+    several = {"a": constraints, "b": f"{__name__}.of_rows"}
+    reads = {
+        f"{__name__}.of_text": False, f"{__name__}.of_rows": True, f"{__name__}.trl": True,
+        f"{__name__}.of_groups": True,
+    }  # fmt: skip
+    for name, want in reads.items():
+        assert rewards.reads_rows(rewards.load(name)) == want
+    assert not rewards.reads_rows(rewards.load(constraints))
+    assert rewards.reads_rows(rewards.load({"name": "ensemble", "members": several}))
+
+
+def text_and_answer(text, answer=""):
+    return 0.0
+
+
+def only_answer(answer):
+    return 0.0
+
+
+def text_and_rest(text, **kwargs):
+    return 0.0
+
+
+@pytest.mark.parametrize("function", [text_and_answer, only_answer, text_and_rest])
+def test_a_function_of_a_text_that_names_a_column_is_refused(function):
+    found = signature.read(function)
+    with pytest.raises(ValueError, match="name its first argument 'texts'"):
+        signature.check(found, ["answer"], "mine")
+    signature.check(signature.read(of_text), ["text", "answer"], "mine")
