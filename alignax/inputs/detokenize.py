@@ -15,10 +15,19 @@ BUCKET = 64  # T of `retokenize` is a multiple of it, for few compilations
 
 
 def texts(batch: Batch, tokenizer: Tokenizer) -> list[list[str]]:
-    """The scored tokens of every response as text: B lists of G."""
+    """The scored tokens of every response as text: B lists of G.
+
+    Turns between which something is not scored are on lines of their own.
+    """
     tokens, mask = np.asarray(batch.tokens), np.asarray(batch.mask)
+
+    def one(ids: np.ndarray, scored: np.ndarray) -> str:
+        at = np.flatnonzero(scored)
+        turns = np.split(at, np.flatnonzero(np.diff(at) > 1) + 1)
+        return "\n".join(tokenizer.decode(ids[turn].tolist()) for turn in turns)
+
     return [
-        [tokenizer.decode(t[m].tolist()) for t, m in zip(*group, strict=True)]
+        [one(t, m) for t, m in zip(*group, strict=True)]
         for group in zip(tokens, mask, strict=True)
     ]
 

@@ -17,7 +17,10 @@ from alignax.batch import Batch, Metrics, Scores
 
 NEEDS = ("logps", "advantages")
 FORMS = ("prompts",)
-REQUIRES = {"rollout.batches": 1, "rollout.epochs": 1}
+REQUIRES = {
+    "rollout.batches": 1, "rollout.epochs": 1, "rollout.policy": "",
+    "rollout.source": ("", "policy"),
+}  # fmt: skip
 
 
 def loss(

@@ -25,6 +25,7 @@ from alignax.reports.progress import progress
 from alignax.respond import output, responder
 from alignax.respond import starts as beginnings
 from alignax.respond.starts import Start
+from alignax.reward_functions import time_limit
 from alignax.runs import checkpoint, workdirs
 from alignax.runs.model_paths import ModelPath
 from alignax.sampling import generation_settings
@@ -87,7 +88,8 @@ def respond(config, workdir: str, stop: Callable[[], bool] = lambda: False) -> b
     fresh = not (folder / "config.json").exists()
     try:
         run = build.build(config, workdir, model)
-        return _respond(config, run, now, stop)
+        with time_limit.by_default(config.rollout.reward_seconds):
+            return _respond(config, run, now, stop)
     except BaseException:
         if fresh and not (folder / NAME).exists():  # the folder stays free for others
             (folder / "config.json").unlink(missing_ok=True)

@@ -348,14 +348,20 @@ def response_ids(batch: Batch) -> list[list[list[int]]]:
 
 
 def whole_texts(given: Responses) -> list[list[str]]:
-    """The responses with special tokens, and with the prefill of their prompt."""
-    decode = functools.partial(given.tokenizer.decode, keep_specials=True)
-    begun = [given.prefill] * len(given.texts)
+    """The responses with special tokens, replies between turns, and the prefill."""
+    tokens, mask = np.asarray(given.batch.tokens), np.asarray(given.batch.mask)
+
+    def decode(ids: np.ndarray, scored: np.ndarray) -> str:
+        at = np.flatnonzero(scored)
+        span = ids[at[0] : at[-1] + 1] if at.size else ids[:0]
+        return given.tokenizer.decode(span.tolist(), keep_specials=True)
+
+    begun = [given.prefill] * len(tokens)
     if given.examples is not None:
         begun = [detokenize.begun(e.prompt) + given.prefill for e in given.own]
     return [
-        [first + decode(ids) for ids in group]
-        for first, group in zip(begun, response_ids(given.batch), strict=True)
+        [first + decode(t, m) for t, m in zip(*group, strict=True)]
+        for first, *group in zip(begun, tokens, mask, strict=True)
     ]
 
 

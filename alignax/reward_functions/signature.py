@@ -14,8 +14,8 @@ from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 NAMES = {  # what a positional argument of this name gets
-    "texts": "B lists of G responses as text",
-    "whole": "the same, with special tokens and with what the response was begun with",
+    "texts": "B lists of G responses as text; several turns are on lines of their own",
+    "whole": "the same, with special tokens, replies, and what the response began with",
     "ids": "B lists of G lists of token ids of the responses",
     "prompts": "B prompts: text or messages",
     "rows": "B dicts of all columns of the data, numbers or text",

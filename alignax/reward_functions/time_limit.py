@@ -7,6 +7,7 @@ process cannot get a closure, so there is no other process.
 """
 
 import contextlib
+import contextvars
 import logging
 import signal
 import threading
@@ -18,6 +19,24 @@ log = logging.getLogger(__name__)
 
 class TimeUp(BaseException):
     """The time is over. No `except Exception` of the function that is timed catches it."""
+
+
+_usual = contextvars.ContextVar("seconds", default=0.0)
+
+
+@contextlib.contextmanager
+def by_default(seconds: float) -> Iterator[None]:
+    """In the block a reward may take so many seconds per call; 0 is no limit."""
+    token = _usual.set(seconds)
+    try:
+        yield
+    finally:
+        _usual.reset(token)
+
+
+def usual() -> float:
+    """Seconds of the `by_default` that is in force; 0 for no limit."""
+    return _usual.get()
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from alignax.batch import Batch, Example
 from alignax.inputs.detokenize import texts
 from alignax.inputs.prompts import PromptBatch
 from alignax.plugin import Bound
-from alignax.reward_functions import calls, signature
+from alignax.reward_functions import calls, signature, time_limit
 from alignax.reward_functions.calls import Judged, Responses
 from alignax.reward_functions.digest import EARLIER, saved_digest, source_digest
 
@@ -72,7 +72,8 @@ def attempt(
       examples: whose prompts and columns a reward may read; every host holds all of them.
         Without extra['row'] they are the B of this batch.
       prefill: that all responses were begun with, beside that of their prompt.
-      seconds: that one call of a function that reads no LM may take; 0 for any time.
+      seconds: that one call of a function that reads no LM may take; 0 for
+        `time_limit.usual`.
       tolerated: share of the responses that may fail (see `reward_functions.calls`).
 
     Returns:
@@ -89,7 +90,7 @@ def attempt(
     several = jax.process_count() > 1
     how: dict[str, Any] = {
         "apart": not (several and "score" in read), "tolerated": tolerated,
-        "seconds": 0.0 if {"lms", "score"} & read else seconds,
+        "seconds": 0.0 if {"lms", "score"} & read else seconds or time_limit.usual(),
     }  # fmt: skip
     if not several:
         return calls.judge(reward, given, **how)

@@ -23,6 +23,7 @@ from alignax.inputs.annotate import annotate
 from alignax.inputs.detokenize import texts
 from alignax.inputs.prompts import PromptBatch, prompt_batches, subset
 from alignax.plugin import Bound
+from alignax.reward_functions import calls
 from alignax.rollouts.sampler import STREAM, Baseline, Drawn, Sampler
 from alignax.rollouts.selection import at, beside, differing, joined, select, slots
 
@@ -279,6 +280,11 @@ def score_part(
         prompts = _prompts(setup, some)
         answer = whole.draw(lm, prompts, key, 1, greedy=True, clock=clock)
         greedy = np.asarray(answer.batch.feedback)
+        known = drawn.batch.valid & np.asarray(
+            answer.batch.valid
+        )  # no baseline, no advantage
+        drawn = drawn._replace(batch=drawn.batch._replace(valid=known))
+        batch = drawn.batch
     if anchor is not None:
         best, own_logps = anchor_best(setup, anchor, some, key, clock)
         count = batch.valid.any(1, keepdims=True)  # an unfilled place is empty
@@ -468,7 +474,13 @@ def shown(
     """
     many = min(setup.settings.show, len(some))
     first = at(slice(many), drawn)
-    words = texts(first.batch, setup.sampler.tokenizer)
+    several = setup.sampler.conversation is not None
+    given = calls.Responses(first.batch, [], {}, setup.sampler.tokenizer)
+    words = (
+        calls.whole_texts(given)  # with the replies
+        if several
+        else texts(first.batch, setup.sampler.tokenizer)
+    )
     advantages = None
     if batch.advantages is not None:
         some_batch = at(slice(many), batch)

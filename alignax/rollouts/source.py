@@ -38,6 +38,10 @@ log = logging.getLogger(__name__)
 KEEP = ("all", "best", "best_worst")
 COUNTS = ("group", "batches", "epochs", "max_draws", "anchor_samples")  # at least 1
 EMPTY = 10  # rollouts without a valid response, in a row, that end a run
+NO_DIFFERENCE = (
+    "; or no group has a difference in its rewards (rollout.dynamic_sampling, "
+    "rollout.max_draws)"
+)
 ROWS = 2  # stream of numpy's generator under the seed of a run
 
 
@@ -238,8 +242,10 @@ def refill(
         raise ValueError(
             f"{EMPTY} rollouts in a row have no valid response: {share:.0%} of the responses "
             "of the last one ended before rollout.max_new, and the rewards of "
-            f"{made.metrics['rollout/failed_rewards']:.0%} failed (rollout.truncated="
-            f"{setup.sampler.truncated!r}, rollout.invalid_rewards)"
+            f"{made.metrics.get('rollout/failed_rewards', 0.0):.0%} failed "
+            f"(rollout.truncated={setup.sampler.truncated!r}, rollout.invalid_rewards)"
+            + NO_DIFFERENCE
+            * setup.settings.dynamic_sampling
         )
     total = place.tokens + made.tokens
     metrics = {**made.metrics, "rollout/total_tokens": float(total)}
@@ -420,6 +426,11 @@ def _check_shaping(
                 f"{comparing[0]} compares the responses of a group: rollout.group >= 2"
             )
     for s in shaping:
+        if s.name.rpartition(".")[2] == "pass_at_k" and s.hyper["k"] > settings.group:
+            raise ValueError(
+                f"shaping.pass_at_k: the best of k={s.hyper['k']} cannot be taken of "
+                f"rollout.group={settings.group} responses"
+            )
         if s.baseline in OF_REFERENCE and not reference:
             raise ValueError(f"{s.name} needs rewards of reference samples")
         earlier = [other.name for other in shaping if other.stage == "reward"]

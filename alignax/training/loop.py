@@ -272,7 +272,9 @@ def settle(
     if utilisation is not None:
         metrics["train/mfu"] = utilisation
     metrics["train/lr"] = float(session.run.rate(pending.step - 1))
-    warn_of_rounding(metrics)
+    rollout = session.config.rollout
+    if not (rollout.policy or rollout.anchor or rollout.source not in ("", "policy")):
+        warn_of_rounding(metrics)
     return now, metrics
 
 
@@ -283,7 +285,8 @@ def warn_of_rounding(metrics: Metrics) -> None:
     those that drew the responses.
     """
     first = any("/rollout/" in key for key in metrics)
-    if first and metrics.get("train/log_ratio_max", 0.0) > 0.5:
+    found = [v for k, v in metrics.items() if k.endswith("log_ratio_max")]
+    if first and max(found, default=0.0) > 0.5:
         fallback.say_once(
             "on the first step of a rollout the importance ratios are 1 but for rounding, "
             "which takes more than half of the clip range (train/log_ratio_max, in such "

@@ -70,3 +70,40 @@ def test_hosts_that_see_different_files_are_an_error(monkeypatch):
     assert workdirs.everywhere(True, "the cache is there")
     with pytest.raises(ValueError, match=r"the cache is there only on hosts \[1\]"):
         workdirs.everywhere(False, "the cache is there")
+
+
+def test_a_new_key_of_a_fixed_section_that_is_off_is_no_difference(tmp_path):
+    """A key of a plug-in that is absent has the plug-in's default, whatever that is."""
+    config = tiny.config("pairs")
+    config.rollout.reward = {"name": "final_answer"}
+    workdirs.prepare(str(tmp_path), config)
+    path = tmp_path / "config.json"
+    there = json.loads(path.read_text())
+    del (
+        there["rollout"]["reward_seconds"],
+        there["optim"]["critic_lr"],
+        there["template"],
+    )
+    path.write_text(json.dumps(there))
+    workdirs.check_owner(str(tmp_path), config)
+    for key, value in {
+        "loss.label_smoothing": 0.0, "rollout.reward.correct": 0.0, "data.strict": False,
+        "optim.critic_lr": 1e-4, "rollout.reward_seconds": 3.0,
+    }.items():  # fmt: skip
+        other = config.copy_and_resolve_references()
+        with other.unlocked():
+            other.update_from_flattened_dict({key: value})
+        with pytest.raises(ValueError, match=key):
+            workdirs.check_owner(str(tmp_path), other)
+
+
+def test_a_reward_that_an_evaluation_takes_from_rollouts_may_be_written_out(tmp_path):
+    config = tiny.config("sft")
+    config.rollout.reward = {"name": "constraints", "max_words": 3}
+    config.evals = {"sample": {"max_new": 4}}
+    workdirs.prepare(str(tmp_path), config)
+    config.evals.sample.reward = {"name": "constraints", "max_words": 3}
+    workdirs.check_owner(str(tmp_path), config)
+    config.evals.sample.reward.max_words = 4
+    with pytest.raises(ValueError, match=r"evals\.sample\.reward\.max_words"):
+        workdirs.check_owner(str(tmp_path), config)

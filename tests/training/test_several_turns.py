@@ -32,7 +32,7 @@ def points(texts, rows):
     """1 for the first guess, a half for the second."""
     out = np.zeros((len(texts), len(texts[0])), np.float32)
     for b, g in np.ndindex(*out.shape):
-        guesses = [right(c, rows[b]["side"]) for c in texts[b][g][:2]]
+        guesses = [right(c, rows[b]["side"]) for c in texts[b][g][::2][:2]]
         out[b, g] = 1 if guesses[:1] == [True] else 0.5 * any(guesses)
     return out
 
