@@ -126,7 +126,9 @@ def test_an_unknown_reweighting_or_a_number_out_of_range_is_an_error():
 def test_an_invalid_response_leaves_everything_finite(name):
     policy, batch = pair()
     low = jnp.where(batch.mask, -1e4, 0.0)
-    batch = batch._replace(valid=batch.valid.at[0, 1].set(False))
+    batch = batch._replace(
+        valid=batch.valid.at[0, 1].set(False), extra={"weight": jnp.ones(1)}
+    )
     policy = policy._replace(logps=policy.logps.at[:, 1].set(low[:, 1]))
     loss = plugin.compose(bound("losses", "dpo"), [bound("reweight", name)])
     value, grad = jax.value_and_grad(lambda p: loss(p, batch)[0].sum())(policy)
