@@ -190,7 +190,9 @@ def _place(out: Any, at, start, number, i, group, piece, tokens, mask) -> int:
 
 
 def choose(blocks: Sequence[Sequence[int]], places: int, most: int) -> tuple[int, int]:
-    """(R, L) for a batch with given groups, one of eight shapes.
+    """(R, L) for a batch with given groups, one of sixteen shapes.
+
+    Each is a program to compile; a batch holds many responses, so that few occur in a run.
 
     Args:
       blocks: distinct tokens of the groups of every block.
@@ -199,8 +201,8 @@ def choose(blocks: Sequence[Sequence[int]], places: int, most: int) -> tuple[int
     """
     rows = max(1, places * most // max(2 * TARGET, 4 * most))
     rows = math.gcd(places, 1 << rows.bit_length() - 1)
-    for eighths in range(1, 9):
-        length = -(-places * most * eighths // (8 * rows * 8)) * 8
+    for part in range(1, 17):
+        length = -(-places * most * part // (16 * rows * 8)) * 8
         fits = length >= max(map(max, blocks))
         if fits and all(len(pack(block, length)) <= rows for block in blocks):
             break

@@ -85,7 +85,7 @@ def dataset_source(
     the examples of a window are divided over its batches so that each has about as many
     tokens. That works well where a batch holds several prompts of every length. With
     `balanced=False`, and in a mixture, batches are those of plain rows, and each is packed
-    into one of eight shapes.
+    into one of sixteen shapes.
 
     An example that cannot be tokenised (its prompt's ids are no prefix of the whole, a
     turn holds two EOS, ...) counts as malformed and is named with its reason.

@@ -20,11 +20,12 @@ from alignax.models.contract import einsum
 LEAST = -1e30  # as good as -inf, without its arithmetic
 FAR = np.iinfo(np.int32).max
 TILES = {"cpu": 128}  # queries and keys of a tile of scores; 512 elsewhere
+PACKED = {"cpu": 64}  # of rows with an `Attend.first`, where `with_tiles` skips many
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("ids", "first"),
+    data_fields=("ids", "first", "tiles"),
     meta_fields=("allowed",),
 )
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +39,13 @@ class Attend:
         a function of a module, since it is a part of the key of a compiled program.
       first: for each token the first column that it may see, in rows in which no token
         sees a later column; tiles of keys before it are skipped. None = column 0.
+      tiles: from `with_tiles`, which all layers share: what a tile of queries sees.
     """
 
     ids: tuple[Int[Array, "N T"], ...]
     allowed: Callable[[tuple, tuple], Any]
     first: Int[Array, "N T"] | None = None
+    tiles: tuple[Int[Array, " I"], Int[Array, "I J"]] | None = None
 
 
 def same_segment(queries: tuple, keys: tuple):
@@ -165,17 +168,18 @@ def _tiled(rule: Rule, q, k, v, queries, keys, window, spans):
 
     Args, beyond those above:
       q: stacked tiles, [I, N, K, Q, E]; k, v: [J, N, K, S, E]; queries and keys likewise.
-      spans: int32 [I] each, the first and the last tile of keys for a tile of queries.
+      spans: which tiles of keys a tile of queries reads: int32 [I], [I] and [I, J], where
+        in the row of the third it begins and ends.
     """
     return _tiled_forward(rule, q, k, v, queries, keys, window, spans)[0]
 
 
 def _tiled_forward(rule, q, k, v, queries, keys, window, spans):
     def tile(x):
-        q, queries, (first, last) = x
+        q, queries, (first, end, order) = x
 
-        def step(j, carry):
-            y, top, total = carry
+        def step(at, carry):
+            j, (y, top, total) = order[at], carry
             k_j, v_j, keys_j = jax.tree.map(lambda x: x[j], (k, v, keys))
             s = _scores(rule, q, k_j, queries, keys_j, window)
             above = jnp.maximum(top, s.max(-1, keepdims=True))
@@ -185,9 +189,7 @@ def _tiled_forward(rule, q, k, v, queries, keys, window, spans):
 
         zeros = jnp.zeros(q.shape, jnp.float32)
         none = zeros[..., :1]
-        y, top, total = jax.lax.fori_loop(
-            first, last + 1, step, (zeros, none + LEAST, none)
-        )
+        y, top, total = jax.lax.fori_loop(first, end, step, (zeros, none + LEAST, none))
         return (y / total).astype(v.dtype), top + jnp.log(total)
 
     y, lse = jax.lax.map(tile, (q, queries, spans))
@@ -199,17 +201,17 @@ def _tiled_backward(rule, residuals, g):
     g = g.astype(v.dtype)
 
     def tile(carry, x):
-        q, queries, (first, last), y, lse, g = x
+        q, queries, (first, end, order), y, lse, g = x
         along = _along(g, y)
 
-        def step(j, carry):
-            dq, dk, dv = carry
+        def step(at, carry):
+            j, (dq, dk, dv) = order[at], carry
             k_j, v_j, keys_j = jax.tree.map(lambda x: x[j], (k, v, keys))
             more = _slopes(rule, q, k_j, v_j, queries, keys_j, window, lse, g, along)
             return dq + more[0], dk.at[j].add(more[1]), dv.at[j].add(more[2])
 
         first_dq = jnp.zeros(q.shape, jnp.float32)
-        dq, dk, dv = jax.lax.fori_loop(first, last + 1, step, (first_dq, *carry))
+        dq, dk, dv = jax.lax.fori_loop(first, end, step, (first_dq, *carry))
         return (dk, dv), dq.astype(q.dtype)
 
     zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (k, v))
@@ -236,7 +238,8 @@ def attention(q, k, v, q_pos, k_pos, attend, local, config, in_order=False):
       in_order: positions are columns, so that no token sees a later column.
 
     Tiles of keys that are masked for a whole tile of queries are skipped where the order
-    of the columns is known: with `in_order` or with an `Attend.first`.
+    of the columns is known, with `in_order` or an `Attend.first`, and where `with_tiles`
+    has found them.
     """
     c = config
     begins = None if attend is None else attend.first
@@ -252,20 +255,12 @@ def attention(q, k, v, q_pos, k_pos, attend, local, config, in_order=False):
     def merge(q):  # concatenates the query heads of a kv head
         return q.reshape(*q.shape[:-3], -1, e)
 
-    most = c.attn_tile or TILES.get(fallback.platform(), 512)
-    if t <= most:
+    size = _tile_size(t, c, packed=begins is not None)
+    if t <= size:
         y = _whole(rule, merge(q), k, v, (q_pos, ids), (k_pos, ids), window)
         y = y.reshape(q.shape)
     else:
-        size = -(-t // -(-t // most))  # tiles of one size, with little padding
-
-        def split(x, axis, fill=0):
-            width = [(0, 0)] * x.ndim
-            width[axis] = (0, -x.shape[axis] % size)
-            x = jnp.pad(x, width, constant_values=fill)
-            shape = (*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
-            return jnp.moveaxis(x.reshape(shape), axis, 0)
-
+        split = functools.partial(_split, size)
         q_pos, k_pos = (jnp.broadcast_to(x, (n, x.shape[1])) for x in (q_pos, k_pos))
         tiles = tuple(split(x, 1) for x in ids)
         queries = split(q_pos, 1), tiles
@@ -279,10 +274,63 @@ def attention(q, k, v, q_pos, k_pos, attend, local, config, in_order=False):
             first = split(begins, 1, FAR).min((1, 2)) // size
         elif in_order and attend is None:
             first = jnp.maximum(last * size - (window - 1), 0) // size
-        spans = first.astype(jnp.int32), last.astype(jnp.int32)
+        order = jnp.broadcast_to(jnp.arange(len(keys[0])), (many, len(keys[0])))
+        spans = first.astype(jnp.int32), last.astype(jnp.int32) + 1, order
+        if attend is not None and attend.tiles is not None:
+            spans = jnp.zeros(many, jnp.int32), *attend.tiles
         y = _tiled(
             rule, merge(q_tiles), split(k, 2), split(v, 2), queries, keys, window, spans
         )
         y = y.reshape(q_tiles.shape)
         y = jnp.moveaxis(y, 0, 3).reshape(*q.shape[:3], -1, e)[:, :, :, :t]
     return y.transpose(0, 3, 1, 2, 4).reshape(n, t, c.num_heads, e)
+
+
+def _tile_size(t: int, config, *, packed: bool) -> int:
+    """Queries and keys of a tile; t where there is one tile."""
+    usual = PACKED if packed else TILES
+    most = config.attn_tile or usual.get(fallback.platform(), 512)
+    return -(-t // -(-t // most))  # tiles of one size, with little padding
+
+
+def _split(size: int, x, axis: int, fill: int = 0):
+    """Tiles of an axis, stacked on a new first one; the last is filled up."""
+    width = [(0, 0)] * x.ndim
+    width[axis] = (0, -x.shape[axis] % size)
+    x = jnp.pad(x, width, constant_values=fill)
+    shape = (*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
+    return jnp.moveaxis(x.reshape(shape), axis, 0)
+
+
+def with_tiles(attend: Attend, positions: Int[Array, "N T"], config) -> Attend:
+    """An `Attend` that knows which tiles of keys each tile of queries sees.
+
+    Of long rows with an `Attend.first` alone: what a response of a group sees, the shared
+    tokens and its own, may be far apart. Evaluated once for all layers.
+
+    Args:
+      attend: the mask.
+      positions: of the tokens.
+      config: a ModelConfig.
+    """
+    t = positions.shape[1]
+    size = _tile_size(t, config, packed=True)
+    if t <= size or attend.first is None or config.attn_kernel != "xla":
+        return attend
+    ids = tuple(_split(size, x, 1) for x in attend.ids)
+    places = _split(size, positions, 1), _split(size, positions, 1, FAR)
+
+    def row(x):
+        i, queries = x
+
+        def seen(y):
+            j, keys = y
+            some = visible(attend.allowed, queries, keys, FAR).any()
+            return some & (j <= i) | (j == i)
+
+        return jax.lax.map(seen, (jnp.arange(len(ids[0])), (places[1], ids)))
+
+    table = jax.lax.map(row, (jnp.arange(len(ids[0])), (places[0], ids)))
+    order = jnp.argsort(~table, axis=1, stable=True).astype(jnp.int32)
+    tiles = table.sum(1).astype(jnp.int32), order
+    return dataclasses.replace(attend, tiles=tiles)

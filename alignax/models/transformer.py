@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from alignax.batch import LM, Params
 from alignax.models import kernels
-from alignax.models.attention import Attend, attention, same_segment
+from alignax.models.attention import Attend, attention, same_segment, with_tiles
 from alignax.models.contract import contract
 
 PARAM_RULES = (  # path regex -> spec; first match wins; no match is an error
@@ -369,6 +369,8 @@ def hidden(
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
     if attend is not None and not isinstance(attend, Attend):
         attend = Attend((attend,), same_segment)
+    if attend is not None and cache is None:
+        attend = with_tiles(attend, positions, c)
     x = params["embed"][tokens].astype(c.dtype)  # the table's gradient stays float32
     if c.embed_scale:
         x = x * jnp.asarray(c.width**0.5, x.dtype)

@@ -53,7 +53,7 @@ class Settings(NamedTuple):
       show: prompts per shown rollout whose responses are given as text.
       show_every: a rollout is shown when so many steps have begun since the one before.
       grid: (shards over all hosts, micro-batches) that the batches of the step are
-        packed for, in one of eight shapes; None leaves one row per response.
+        packed for, in one of sixteen shapes; None leaves one row per response.
     """
 
     batch_size: int

@@ -19,7 +19,7 @@ from alignax.batch import LM, check, from_groups
 from alignax.data import hh_rlhf
 from alignax.inputs import layout
 from alignax.inputs.source import dataset_source
-from alignax.models import lora
+from alignax.models import attention, lora, transformer
 from alignax.models.sharding import make_mesh, put_batch, put_params
 from alignax.text import tokenizer
 from alignax.training import parallel
@@ -450,7 +450,7 @@ def test_scores_on_the_host_are_the_same_packed(tiny_lm):
     shards=st.sampled_from([1, 2]), hosts=st.sampled_from([1, 2]),
     seed=st.integers(0, 99),
 )  # fmt: skip
-def test_any_batch_is_laid_out_in_one_of_eight_shapes(b, g, t, shards, hosts, seed):
+def test_any_batch_is_laid_out_in_one_of_sixteen_shapes(b, g, t, shards, hosts, seed):
     hosts = min(hosts, shards)
     batch = ragged(max(b, 3 * shards), g, t, seed)
     parts = [layout.lay(batch, shards=shards, host=(i, hosts)) for i in range(hosts)]
@@ -458,7 +458,7 @@ def test_any_batch_is_laid_out_in_one_of_eight_shapes(b, g, t, shards, hosts, se
     assert len({part.layout.tokens.shape for part, _ in parts}) == 1
     whole = len(batch.tokens) * g * t / shards
     assert any(
-        rows * length == pytest.approx(whole * k / 8, abs=8 * rows) for k in range(9)
+        rows * length == pytest.approx(whole * k / 16, abs=8 * rows) for k in range(17)
     )
     useful = layout.distinct(batch) / (shards * rows * length)
     assert [share for _, share in parts] == [useful] * hosts
@@ -495,3 +495,53 @@ def test_nearly_all_tokens_of_hh_rlhf_are_useful():
 def distinct_prefixes(batch):
     """Distinct real tokens, one by one: prefixes of a prompt's rows."""
     return len({(i, batch.tokens[i, j, : t + 1].tobytes()) for i, j, t in real(batch)})
+
+
+# -- tiles of keys that a response does not see
+
+
+def far_apart(b=2, g=6, shared=20, own=20):
+    """Groups whose responses are longer than a tile, laid out in one row."""
+    rng = np.random.default_rng(0)
+    ids = lambda n: rng.integers(1, V, n).tolist()  # noqa: E731
+    groups = [[ids(own) for _ in range(g)] for _ in range(b)]
+    batch = from_groups([ids(shared) for _ in range(b)], groups, length=shared + own)
+    return batch._replace(layout=layout.build(batch, length=b * (shared + g * own)))
+
+
+def test_tiles_of_other_responses_are_not_read(tiny_config):
+    config = dataclasses.replace(tiny_config, attn_tile=10)
+    batch = far_apart()
+    inputs = logprob._packed(batch, batch.layout)
+    found = attention.with_tiles(inputs.attend, inputs.positions, config)
+    many, order = map(np.asarray, found.tiles)
+    read = [order[i, : many[i]].tolist() for i in range(len(many))]
+    # of each group two tiles are shared; a response has two of its own
+    assert read[:8] == [
+        [0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4], [0, 1, 4, 5], [0, 1, 6],
+        [0, 1, 6, 7],
+    ]  # fmt: skip
+    assert read[14:17] == [[14], [14, 15], [14, 15, 16]]
+    assert read[-1] == [14, 15, 26, 27]
+    plain = dataclasses.replace(tiny_config, attn_tile=512)
+    assert attention.with_tiles(inputs.attend, inputs.positions, plain).tiles is None
+
+
+@pytest.mark.parametrize("tile", [7, 10, 16])
+def test_tiles_that_are_left_out_change_nothing(
+    tiny_config, make_lm, tile, monkeypatch
+):
+    config = dataclasses.replace(tiny_config, attn_tile=tile)
+    batch, lm = far_apart(), make_lm(config)
+    cotangent = np.random.default_rng(1).normal(size=batch.mask.shape).astype("f")
+
+    def run():
+        def total(params):
+            logps = logprob.score(LM(config, params), batch).logps
+            return (logps * cotangent).sum(), logps
+
+        return jax.jit(jax.value_and_grad(total, has_aux=True))(lm.params)
+
+    got = run()
+    monkeypatch.setattr(transformer, "with_tiles", lambda attend, *_: attend)
+    close(got, run(), 1e-6)
