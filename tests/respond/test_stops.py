@@ -158,6 +158,8 @@ def test_every_way_to_respond_stops_at_a_special_token(tmp_path, way, stop):
 def test_a_search_is_cut_at_ids(tmp_path, method):
     c = tiny.to_respond(tmp_path, method, ["Say", "Two?"], **SEARCHES[method])
     c.generate.group, c.generate.max_new = 1, 12
+    if method == "rain":  # a judge that the cut does not concern
+        c.generate.reward = {"name": "constraints", "max_words": 1000}
     free = answered(c, tmp_path / "free")
     stop = ord(next(x for r in free for x in r["responses"][0] if ord(x) < 128))
     c.generate.stops = (stop,)

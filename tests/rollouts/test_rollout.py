@@ -508,9 +508,10 @@ def test_at_the_bound_what_is_missing_is_not_valid():
     assert tally == {"prompts": 6, "ties_dropped": 2, "surplus": 0, "unfilled": 2}
 
 
-def test_a_rollout_without_any_difference_stops_the_run():
-    with pytest.raises(ValueError, match=r"none of 4 groups .*rollout\.max_draws"):
-        collect([(False, False)] * 3, 2, 2)
+def test_without_any_difference_nothing_is_valid():
+    _, drawn, counts = collect([(False, False)] * 3, 2, 2)
+    assert not drawn.batch.valid.any()
+    assert (counts["prompts"], counts["unfilled"]) == (4, 2)
 
 
 def rare(batch, texts, lms) -> np.ndarray:
@@ -712,3 +713,41 @@ def test_a_reward_that_breaks_on_an_invalid_response_does_no_harm(break_down):
     batch = group([(1.0, 2.0)], [[True, False]])
     bound = plugin.bind(lambda text: break_down() if text == "b" else 1.0)
     assert rewards.call(bound, batch, [["a", "b"]], {}).tolist() == [[1.0, 0.0]]
+
+
+def test_dynamic_sampling_that_finds_no_difference_is_an_empty_rollout(lm, one):
+    source = make(lm, one, sampler(one, always), dynamic_sampling=True, max_draws=2)
+    batch = source.next(lm.params, 0)
+    assert not batch.valid.any()
+    metrics = source.report()["metrics"]
+    assert (metrics["rollout/empty"], metrics["rollout/unfilled"]) == (1, 2)
+    for _ in range(8):
+        source.next(lm.params, 0)
+    with pytest.raises(ValueError, match="or no group has a difference in its rewards"):
+        source.next(lm.params, 0)
+
+
+def test_the_best_of_more_responses_than_there_are_is_refused(lm, one):
+    with pytest.raises(
+        ValueError, match=r"the best of k=4 cannot be taken of rollout\.group=3"
+    ):
+        make(lm, one, shaping=steps("pass_at_k", pass_at_k={"k": 4}))
+    make(lm, one, shaping=steps("pass_at_k", pass_at_k={"k": 3}))
+
+
+def test_a_prompt_without_a_greedy_reward_has_no_advantage(lm, one):
+    """Its baseline is not known, and 0 is none."""
+    fails = []
+
+    def but_greedy(texts, rows):
+        if len(texts[0]) == 1:  # the greedy response
+            fails.append(1)
+            return [[None] if b == 0 else [5.0] for b in range(len(texts))]
+        return [[5.0 + g for g in range(len(t))] for t in texts]
+
+    some = sampler(one, but_greedy, invalid_rewards=0.5)
+    batch = make(lm, one, some, shaping=steps("remax")).next(lm.params, 0)
+    assert fails
+    assert batch.valid.tolist() == [[False] * 3, [True] * 3]
+    assert not batch.advantages[0].any()
+    np.testing.assert_allclose(batch.advantages[1].max(-1), [0, 1, 2])
