@@ -51,7 +51,7 @@ def get_config(arg: str = ""):
         models.smoke(c, kind="prompts")
         c.num_steps, c.prompts, c.data, c.eval_data = 0, {**c.eval_data}, {}, {}
         c.generate.max_new = 8
-        c.decoder.update({"separator": "e"} if method == "pine" else {})
+        c.decoder.update({"pine": {"separator": "e"}, "rain": {"simulations": 3}}.get(method, {}))  # fmt: skip
         # the model's own value head, which is 0, in place of a trained one
         c.lms = {name: path for name, path in lms.items() if path}
         c.model.value_head = len(c.lms) < len(lms)
