@@ -108,7 +108,9 @@ def report(
     }
     if batch.old_logps is None:
         return found
-    share = jnp.abs(log_rho) / jnp.minimum(jnp.log1p(high), -jnp.log1p(-low))
+    width = jnp.minimum(jnp.log1p(high), -jnp.log1p(-low))
+    moved = jnp.abs(log_rho)  # a ratio of 1 is within a range of no width
+    share = jnp.where(moved > 0, moved / jnp.where(width > 0, width, 1e-30), 0.0)
     found["log_ratio"] = masked.per_prompt(share, keep)
     return found | {"log_ratio_max": jnp.where(keep, share, 0.0).max((1, 2))}
 

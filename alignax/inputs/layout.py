@@ -17,6 +17,7 @@ import numpy as np
 
 from alignax.batch import Batch, Layout
 
+LARGEST = 256  # items of a block among which exchanges are looked for: all pairs
 TARGET = 1024  # tokens of a row, where the longest group allows
 
 
@@ -262,7 +263,7 @@ def spread(sizes: Sequence[int], blocks: int) -> list[list[int]]:
         s = min(free, key=lambda s: (total[s], s))
         out[s].append(i)
         total[s] += sizes[i]
-    if len(sizes) > blocks > 1:
+    if len(sizes) > blocks > 1 and len(sizes) <= LARGEST * blocks:
         _exchange(out, np.asarray(sizes), 4 * blocks)
     return [sorted(i for i in block if sizes[i]) for block in out]
 

@@ -80,7 +80,8 @@ def _response(
         many = len(logps) if isinstance(logps, list) else type(logps).__name__
         raise ValueError(f"'logps' has {many}, expected {len(ids)} numbers")
     if not all(-np.inf < x <= 0 for x in logps):
-        raise ValueError(f"'logps' holds {max(logps)}, expected finite numbers up to 0")
+        wrong = next(x for x in logps if not -np.inf < x <= 0)
+        raise ValueError(f"'logps' holds {wrong}, expected finite numbers up to 0")
     cut = row.get("truncated", ids[-1] not in eos_ids)
     if not isinstance(cut, bool):
         raise ValueError(f"'truncated' is {cut!r}, expected true or false")

@@ -259,10 +259,16 @@ def reference_rewards(
         length=length - sampler.max_new,
     )  # fmt: skip
     for i, p in enumerate(prompts):
-        batch = sampler.draw(ref, p, jax.random.fold_in(key, i), samples).batch
-        for name, feedback, valid in zip(
-            p.ids, batch.feedback, batch.valid, strict=False
+        drawn = sampler.draw(ref, p, jax.random.fold_in(key, i), samples)
+        batch = drawn.batch
+        for name, feedback, valid, failed in zip(
+            p.ids, batch.feedback, batch.valid, drawn.failed, strict=False
         ):
+            if failed.any():
+                raise ValueError(
+                    f"{int(failed.sum())} of {samples} reference responses to {name} have no "
+                    "reward, because it failed: that leaves no quantiles"
+                )
             if not valid.all():
                 raise ValueError(
                     f"{int((~valid).sum())} of {samples} reference responses to {name} "

@@ -100,7 +100,7 @@ def rollout_source(
           failed_rewards: of those whose reward failed.
         empty: 1 for a rollout without a valid response, whose steps learn nothing.
         tokens: per response, mean and quantiles (tokens_p10, _p50, _p90).
-        total_tokens: sampled since the start of the run.
+        total_tokens: of the responses that were kept, since the start of the run.
         entropy: of the sampling distribution, nats per token, estimated from the samples.
         kl: nats per response, where the reference is read.
         explained_variance: of the returns by the critic, where there is one.

@@ -160,6 +160,11 @@ def from_config(config) -> tuple[optax.Schedule, optax.GradientTransformation]:
         warmup=config.optim.warmup, final=config.optim.final,
     )  # fmt: skip
     others = {k: v for k, v in config.optim.items() if k not in RATE}
+    if config.optim.critic_lr and not config.optim.lr:
+        raise ValueError(
+            "optim.critic_lr is a multiple of optim.lr, which is 0: to warm up a critic "
+            "take a small optim.lr, such as 1e-12"
+        )
     if config.optim.critic_lr < 0:
         raise ValueError(
             f"optim.critic_lr is {config.optim.critic_lr}, expected 0 (as optim.lr) or more"
