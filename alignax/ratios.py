@@ -94,8 +94,8 @@ def report(
 
     They are 'ratio', 'clipped' (share of tokens with a ratio outside 1 - low .. 1 + high)
     and 'approx_kl' (k3, nats per token). Where the ratio is not 1 by construction, also
-    'log_ratio', |log ρ| as a share of the narrower side of the clip range, and
-    'log_ratio_max', the largest of a prompt. On the first step of a rollout, where only
+    'range_used', |log ρ| as a share of the narrower side of the clip range, and
+    'range_used_max', the largest of a prompt. On the first step of a rollout, where only
     rounding moves ratios, they say how much of the range is lost to it.
     """
     keep = masked.scored(batch)
@@ -111,8 +111,8 @@ def report(
     width = jnp.minimum(jnp.log1p(high), -jnp.log1p(-low))
     moved = jnp.abs(log_rho)  # a ratio of 1 is within a range of no width
     share = jnp.where(moved > 0, moved / jnp.where(width > 0, width, 1e-30), 0.0)
-    found["log_ratio"] = masked.per_prompt(share, keep)
-    return found | {"log_ratio_max": jnp.where(keep, share, 0.0).max((1, 2))}
+    found["range_used"] = masked.per_prompt(share, keep)
+    return found | {"range_used_max": jnp.where(keep, share, 0.0).max((1, 2))}
 
 
 def kl(policy: Scores, batch: Batch, estimator: str) -> Float[Array, "B G T"]:

@@ -199,7 +199,7 @@ def test_the_clipped_surrogate_and_its_metrics(cap):
         policy = Scores(jnp.asarray(old + log_rho))
         gain, metrics = ratios.clipped_surrogate(policy, batch, low, high, cap)
     want = {name: np.zeros(3) for name in ("ratio", "clipped", "approx_kl")}
-    assert metrics.keys() == {*want, "log_ratio", "log_ratio_max"}
+    assert metrics.keys() == {*want, "range_used", "range_used_max"}
     for b in range(3):
         kept = [
             (g, t) for g, t in np.ndindex(2, 6) if mask[b, g, t] and valid[b, g]

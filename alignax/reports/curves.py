@@ -42,15 +42,20 @@ LEARNED = (
     Panel("Preference accuracy", "share of pairs", r"(^|/|_)accuracy$", 0.5, True),
     Panel("Win rate", "share of prompts", r"(^|/)(win_rate|strict_wins)$", 0.5, True),
     Panel("Margin", "reward, chosen − rejected", r"(^|/)margin$", 0.0),
-    Panel("Reward", "", r"(^|/)(\w+_)?reward(_\w+)?$"),
+    Panel("Reward", "", r"(^|/)(?!\w*_(?:std|min|max)$)(\w+_)?reward(_\w+)?(/[^/]+)?$"),
     Panel("Log-ratio to reference", "nats / response", r"(^|/)log_ratio(_\w+)?$", 0.0),
-    Panel("KL to reference", "nats / response", r"(^|/)(\w+_)?kl(_\w+)?$", 0.0),
+    Panel(
+        "KL to reference", "nats / response", r"(^|/)(?!approx_)(\w+_)?kl(_\w+)?$", 0.0
+    ),
     Panel("Negative log-likelihood", "nats / token", r"(^|/)nll$"),
     Panel("Log-probability", "nats / response", r"(^|/)log_prob$"),
     Panel("Throughput", "real tokens / s", r"(^|/)tokens_per_second$", from_zero=True),
 )
 DETAILS = (
     Panel("Perplexity", "", r"(^|/)perplexity$"),
+    Panel("KL to the behaviour policy", "nats / token", r"(^|/)approx_kl$", 0.0),
+    Panel("Entropy", "nats / token", r"(^|/)entropy$"),
+    Panel("Tokens of a response", "", r"(^|/)tokens(_p\d+)?$", from_zero=True),
     Panel("Gradient norm", "", r"(^|/)grad_norm$"),
     Panel("Learning rate", "", r"(^|/)lr$", smooth=False),
     Panel("Padding", "share of tokens", r"(^|/)padding$", None, True),

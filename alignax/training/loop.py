@@ -285,11 +285,11 @@ def warn_of_rounding(metrics: Metrics) -> None:
     those that drew the responses.
     """
     first = any("/rollout/" in key for key in metrics)
-    found = [v for k, v in metrics.items() if k.endswith("log_ratio_max")]
+    found = [v for k, v in metrics.items() if k.endswith("range_used_max")]
     if first and max(found, default=0.0) > 0.5:
         fallback.say_once(
             "on the first step of a rollout the importance ratios are 1 but for rounding, "
-            "which takes more than half of the clip range (train/log_ratio_max, in such "
+            "which takes more than half of the clip range (train/range_used_max, in such "
             "ranges): responses lose their gradient to it. Take a wider range, "
             "model.dtype='float32', or rollout.batches=1 and rollout.epochs=1, where no "
             "ratio is computed"

@@ -121,8 +121,8 @@ def test_in_float32_a_step_is_what_it_was_with_stored_log_probabilities(lm, one,
     for key in ("loss", "grad_norm", "ratio"):
         np.testing.assert_allclose(found[0][key], found[1][key], rtol=1e-3, atol=1e-6)
     # of another program, the ratios have rounding, which is reported
-    assert 0 < found[1]["log_ratio"] < found[1]["log_ratio_max"] < 0.1
-    assert "log_ratio" not in found[0]
+    assert 0 < found[1]["range_used"] < found[1]["range_used_max"] < 0.1
+    assert "range_used" not in found[0]
     # the sampler's log-probabilities are compared with the step's own
     assert 0 < float(found[0]["rollout/logp_gap"]) < 1e-5
     assert "rollout/logp_gap" not in found[1]
@@ -219,4 +219,4 @@ def test_a_run_says_how_much_of_the_clip_range_rounding_takes(tmp_path, caplog, 
     assert "train/rollout/logp_gap" in rows[0]
     said = "more than half of the clip range" in caplog.text
     assert said == (epochs > 1), rows[0]
-    assert not said or rows[0]["train/log_ratio_max"] > 0.5
+    assert not said or rows[0]["train/range_used_max"] > 0.5
