@@ -228,11 +228,13 @@ def judge(
         cut = np.zeros(batch.mask.shape[:2], bool)
         answers = output.answers(batch, cut, run.tokenizer, rules)
         texts = [[a.text for a in group] for group in answers]
-        extra: Any = {"row": rows[batch.extra["row"]]}
-        some = batch._replace(extra=extra)
+        # a search that keeps no rows judges all of its prompts at once, in order
+        own = (batch.extra or {}).get("row", np.arange(len(texts)))
+        known = len(rows) > int(np.max(own))
+        extra: Any = {"row": rows[own]} if known else None
         return rewards.call(
-            reward, some, texts, run.lms, tokenizer=run.tokenizer, score=score,
-            examples=examples, prefill=rules.prefill,
+            reward, batch._replace(extra=extra), texts, run.lms, tokenizer=run.tokenizer,
+            score=score, examples=examples if known else None, prefill=rules.prefill,
         )  # fmt: skip
 
     return scores

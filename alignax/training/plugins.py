@@ -56,7 +56,7 @@ def has_rollouts(config) -> bool:
 def evaluation(config, name: str) -> Bound:
     """An evaluation of a config. Without a reward of its own it has that of the rollouts."""
     spec = {"name": name, **config.evals[name]}
-    takes = inspect.signature(plugin.find("evals", name)).parameters
+    takes = inspect.signature(plugin.find("evals", spec["name"])).parameters
     if "reward" in takes and "reward" not in spec and config.rollout.reward:
         spec["reward"] = config.rollout.reward
     return plugin.load_section("evals", spec)

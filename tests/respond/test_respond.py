@@ -13,7 +13,7 @@ import tiny
 from alignax import plugin
 from alignax.data import prompts as prompt_data
 from alignax.respond import output, respond, responder
-from alignax.sampling import automaton, decode, prefill
+from alignax.sampling import automaton, decode, prefill, stops
 from alignax.text import tokenizer
 from alignax.training import loading, parallel
 from configs import generate, value_mean
@@ -310,7 +310,7 @@ def test_a_stop_of_a_special_character_is_seen_in_the_finished_text():
 
 
 def test_pieces_are_what_ids_add_to_the_text():
-    found = responder.pieces(TEXT, 262)
+    found = stops.pieces(TEXT, 262)
     assert found[97] == b"a"
     assert found[0xC3] == b"\xff"
     assert found[256:] == [b""] * 6
