@@ -217,7 +217,7 @@ def combine(parts: Mapping[str, tuple[float, Bound]], *, reduction: str = "") ->
     forms: tuple[str, ...] = ()
     reductions = {}
     for label, (_, loss) in parts.items():
-        shared = tuple(f for f in forms or loss.forms if f in (loss.forms or forms))
+        shared = _shared(forms, loss.forms)
         if not shared and forms and loss.forms:
             raise ValueError(
                 f"the parts of a sum read other rows: {label} reads "
@@ -287,7 +287,7 @@ def compose(loss: Bound, weights: Sequence[Bound]) -> Bound:
         return loss
     forms = loss.forms
     for w in weights:
-        shared = tuple(f for f in forms or w.forms if f in (w.forms or forms))
+        shared = _shared(forms, w.forms)
         if not shared and forms and w.forms:
             raise ValueError(
                 f"{w.name} weighs {' or '.join(w.forms)}, but {loss.name} reads "
@@ -312,6 +312,11 @@ def compose(loss: Bound, weights: Sequence[Bound]) -> Bound:
         function=function, hyper={**loss.hyper, **hyper}, needs=tuple(needs),
         forms=forms,
     )  # fmt: skip
+
+
+def _shared(a: tuple[str, ...], b: tuple[str, ...]) -> tuple[str, ...]:
+    """The forms of rows that two plug-ins read; () of one of them is all forms."""
+    return tuple(form for form in a or b if form in (b or a))
 
 
 def _forms(name: str, module: Any) -> tuple[str, ...]:

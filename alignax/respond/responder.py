@@ -228,9 +228,10 @@ def judge(
         cut = np.zeros(batch.mask.shape[:2], bool)
         answers = output.answers(batch, cut, run.tokenizer, rules)
         texts = [[a.text for a in group] for group in answers]
-        # a search that keeps no rows judges all of its prompts at once, in order
-        own = (batch.extra or {}).get("row", np.arange(len(texts)))
-        known = len(rows) > int(np.max(own))
+        own = (batch.extra or {}).get("row")
+        if own is None and len(texts) == len(rows):  # it judges all prompts, in order
+            own = np.arange(len(rows))
+        known = own is not None
         extra: Any = {"row": rows[own]} if known else None
         return rewards.call(
             reward, batch._replace(extra=extra), texts, run.lms, tokenizer=run.tokenizer,

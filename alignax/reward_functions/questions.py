@@ -22,7 +22,8 @@ from alignax.records import messages
 from alignax.text import tokenizer as tokenizers
 from alignax.text.tokenizer import Tokenizer
 
-_one_device = jax.jit(logprob.score)
+# `logprob.score` where a reward is given no scorer of the run's devices
+one_device = jax.jit(logprob.score, static_argnames=("needs",))
 NAMES = {"system": "Instructions", "user": "User", "assistant": "Assistant"}
 
 
@@ -53,7 +54,7 @@ def log_odds(
         )  # fmt: skip
         ends = np.isin(np.asarray(batch.tokens), [*tokenizer.eos_ids])
         mask: Any = np.asarray(batch.mask) & ~ends
-        logps = (score or _one_device)(lm, batch._replace(mask=mask)).logps
+        logps = (score or one_device)(lm, batch._replace(mask=mask)).logps
         total = np.asarray(logps, np.float64).sum(-1)[: len(some)]
         out.append(total[:, 0] - total[:, 1])
     return np.concatenate(out) if out else np.zeros(0)

@@ -9,17 +9,16 @@ Source: Ouyang et al. 2022, https://arxiv.org/abs/2203.02155
 
 from collections.abc import Callable, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignax import logprob, masked
+from alignax import masked
 from alignax.batch import LM, Batch, Message
 from alignax.inputs.detokenize import retokenize
 from alignax.reward_functions import questions
 from alignax.text.tokenizer import Tokenizer
 
-_one_device = jax.jit(logprob.score, static_argnames=("needs",))
+_one_device = questions.one_device
 
 
 def reward(

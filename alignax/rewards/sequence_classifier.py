@@ -13,16 +13,12 @@ models are those of Ouyang et al. 2022, https://arxiv.org/abs/2203.02155
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
-from alignax import logprob
 from alignax.batch import LM, Batch, Message
 from alignax.inputs.detokenize import BUCKET, retokenize
 from alignax.reward_functions import questions
 from alignax.text.tokenizer import Tokenizer
-
-_one_device = jax.jit(logprob.score, static_argnames=("needs",))
 
 
 def reward(
@@ -54,7 +50,9 @@ def reward(
     room = lm.config.max_length - len(behind)
     mine = retokenize(prompts, texts, valid, own, length=room)
     mine, last = appended(mine, behind)
-    values = np.asarray((score or _one_device)(lm, mine, needs=("values",)).values)
+    values = np.asarray(
+        (score or questions.one_device)(lm, mine, needs=("values",)).values
+    )
     found = np.take_along_axis(values, last[..., None], -1)[..., 0]
     return np.where(valid, found, 0.0).astype(np.float32)
 
