@@ -1,6 +1,7 @@
 """Rules of structure that are real: broken, they cost a reader or a user something."""
 
 import ast
+import collections
 import io
 import pathlib
 import re
@@ -291,9 +292,22 @@ def test_a_leaf_names_its_source(path):
 @pytest.mark.parametrize("path", LEAVES, ids=name)
 def test_a_leaf_has_its_tests(path):
     folder = path.parent.name
-    own = ROOT / "tests" / folder / f"test_{path.stem}.py"
-    shared = ROOT / "tests" / folder / f"test_{folder}.py"
-    assert own.exists() or re.search(rf"\b{path.stem}\b", shared.read_text())
+    tests = ROOT / "tests" / folder
+    own = [tests / f"test_{path.stem}{end}.py" for end in ("", f"_{folder}")]
+    shared = tests / f"test_{folder}.py"
+    assert any(p.exists() for p in own) or re.search(
+        rf"\b{path.stem}\b", shared.read_text()
+    )
+
+
+def test_test_files_outside_packages_have_names_of_their_own():
+    # pytest imports them by their file name alone: the second one would end the session
+    names = collections.Counter(
+        p.name
+        for p in (ROOT / "tests").rglob("test_*.py")
+        if not (p.parent / "__init__.py").exists()
+    )
+    assert [name for name, times in names.items() if times > 1] == []
 
 
 @pytest.mark.parametrize(

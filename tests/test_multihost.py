@@ -180,7 +180,7 @@ def lines(workdir):
 
 
 # The clock decides on some, and what is padding is said of process 0's rows.
-LOCAL = r"tokens_per_second|padding|useful|sampling|scoring|updating"
+LOCAL = r"tokens_per_second|padding|useful|sampling|judging|scoring|updating"
 
 
 def metrics(workdir):

@@ -68,6 +68,10 @@ def test_saved_config_agrees_with_the_one_that_transformers_wrote(name, tmp_path
         "mlp_bias", "use_bidirectional_attention", "sliding_window_pattern",
         "max_window_layers",
     }  # fmt: skip
+    if (
+        name == "classifier"
+    ):  # without a head over the vocabulary there is nothing to tie
+        unused.add("tie_word_embeddings")
     assert {k: got.get(k) for k in want if k not in unused} == {
         k: v for k, v in want.items() if k not in unused
     }

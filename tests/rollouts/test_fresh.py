@@ -215,7 +215,7 @@ def test_a_run_says_how_much_of_the_clip_range_rounding_takes(tmp_path, caplog, 
     config.shaping = {"rloo": {}}
     loop.train(config, str(tmp_path))
     rows = [json.loads(r) for r in (tmp_path / "metrics.jsonl").open()]
-    assert ("train/log_ratio" in rows[0]) == (epochs > 1)
+    assert ("train/range_used" in rows[0]) == (epochs > 1)
     assert "train/rollout/logp_gap" in rows[0]
     said = "more than half of the clip range" in caplog.text
     assert said == (epochs > 1), rows[0]
