@@ -56,6 +56,10 @@ class Bound(NamedTuple):
     requires: Mapping[str, Any] = MappingProxyType({})
     returns: bool = False  # of a shaping: its result + values is a critic's target
     role: str = ""  # name of the function in its file, one of ROLES
+    # of a shaping with BASELINE 'running': its numbers at the start of a run, and the
+    # function that gives them after a rollout
+    running: Mapping[str, float] = MappingProxyType({})
+    update: Callable | None = None
 
     def __call__(self, *args, **kwargs):
         return self.function(*args, **{**self.hyper, **kwargs})
@@ -106,8 +110,8 @@ def bind(
       function: the plug-in.
       hyper: values for its keyword-only parameters.
       name: of the plug-in in error messages.
-      module: defines NEEDS, FORMS, COUPLED, EMA, STAGE, BASELINE, REQUIRES and RETURNS;
-        the function's own module by default.
+      module: defines NEEDS, FORMS, COUPLED, EMA, STAGE, BASELINE, REQUIRES, RETURNS,
+        RUNNING and `update`; the function's own module by default.
       handed: keywords that are no hyper-parameters, since the caller passes them.
 
     Raises:
@@ -151,9 +155,12 @@ def bind(
     if missing:
         raise ValueError(f"{name} needs a value for {', '.join(map(repr, missing))}")
     defaults = {k: p.default for k, p in takes.items() if p.default is not p.empty}
-    baseline: Any = getattr(module, "BASELINE", "")
-    if callable(baseline):  # it depends on the hyper-parameters
-        baseline = baseline({**defaults, **given})
+
+    def declared(attribute: str, default: Any) -> Any:
+        value: Any = getattr(module, attribute, default)
+        # a function where it depends on the hyper-parameters
+        return value({**defaults, **given}) if callable(value) else value
+
     return Bound(
         name, function, {**defaults, **given},
         tuple(getattr(module, "NEEDS", ())),
@@ -161,9 +168,11 @@ def bind(
         bool(getattr(module, "COUPLED", False)),
         dict(getattr(module, "EMA", {})),
         str(getattr(module, "STAGE", "")),
-        str(baseline),
+        str(declared("BASELINE", "")),
         dict(getattr(module, "REQUIRES", {})),
         bool(getattr(module, "RETURNS", False)),
+        running={k: float(v) for k, v in declared("RUNNING", {}).items()},
+        update=getattr(module, "update", None),
     )  # fmt: skip
 
 

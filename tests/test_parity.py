@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -161,6 +162,26 @@ def test_recomputation_changes_nothing(remat, tiny_lm):
     got = jax.jit(jax.grad(functools.partial(run, remat)))(tiny_lm.params)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max() + 1e-6)
+
+
+@pytest.mark.usefixtures("optimised")
+@pytest.mark.parametrize("length", [24, 200])  # one tile of attention, and several
+def test_no_product_is_computed_again_beside_elementwise_ones(length, tiny_lm):
+    tokens = jnp.asarray(ids(2, length))
+
+    def compiled(remat):
+        config = dataclasses.replace(tiny_lm.config, remat=remat)
+
+        def run(params):
+            return logprob.sequence_logps(LM(config, params), tokens).sum()
+
+        program = jax.jit(jax.grad(run)).lower(tiny_lm.params).compile()
+        products = len(re.findall(r"= \S+ dot\(", program.as_text()))
+        return products, program.memory_analysis().temp_size_in_bytes
+
+    plain, light, whole = map(compiled, ("none", "elementwise", "block"))
+    assert light[0] == plain[0] < whole[0]
+    assert light[1] < 0.8 * plain[1]
 
 
 @pytest.mark.usefixtures("optimised")

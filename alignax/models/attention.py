@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from alignax.models import fallback
-from alignax.models.contract import einsum
+from alignax.models.contract import einsum, keep
 
 LEAST = -1e30  # as good as -inf, without its arithmetic
 FAR = np.iinfo(np.int32).max
@@ -115,8 +115,8 @@ def _whole_forward(rule, q, k, v, queries, keys, window):
     p = jnp.exp(s - top)
     total = p.sum(-1, keepdims=True)
     y = einsum("nkqs,nkse->nkqe", p.astype(v.dtype), v) / total
-    y = y.astype(v.dtype)
-    return y, (q, k, v, queries, keys, window, y, top + jnp.log(total))
+    y, lse = keep((y.astype(v.dtype), top + jnp.log(total)))
+    return y, (q, k, v, queries, keys, window, y, lse)
 
 
 def _whole_backward(rule, residuals, g):
@@ -192,7 +192,7 @@ def _tiled_forward(rule, q, k, v, queries, keys, window, spans):
         y, top, total = jax.lax.fori_loop(first, end, step, (zeros, none + LEAST, none))
         return (y / total).astype(v.dtype), top + jnp.log(total)
 
-    y, lse = jax.lax.map(tile, (q, queries, spans))
+    y, lse = keep(jax.lax.map(tile, (q, queries, spans)))
     return y, (q, k, v, queries, keys, window, spans, y, lse)
 
 

@@ -4,6 +4,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+KEPT = "kept"  # the name of what `remat='elementwise'` does not compute again
+
+
+def keep(x):
+    """Marks the arrays of a tree as results of products, not to be computed again."""
+    return checkpoint_name(x, KEPT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))

@@ -35,6 +35,7 @@ from jaxtyping import Array
 
 from alignax.models import fallback
 from alignax.models.attention import same_segment, visible
+from alignax.models.contract import KEPT
 
 NAMES = ("xla", "splash", "cudnn")  # what config.model.attn_kernel may be
 BLOCKS = (512, 256, 128)  # queries and keys of a block, the largest that divides T
@@ -161,6 +162,7 @@ def splash(call: Call, q, k, v, mask) -> Array:
     settings: Any = dict(
         block_sizes=_blocks(block), head_shards=1, q_seq_shards=1,
         attn_logits_soft_cap=call.cap, interpret=call.interpret,
+        residual_checkpoint_name=KEPT,
     )  # fmt: skip
 
     def heads(x):

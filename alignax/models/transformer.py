@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from alignax.batch import LM, Params
 from alignax.models import kernels
 from alignax.models.attention import Attend, attention, same_segment, with_tiles
-from alignax.models.contract import contract
+from alignax.models.contract import KEPT, contract, keep
 
 PARAM_RULES = (  # path regex -> spec; first match wins; no match is an error
     (r"embed$", P("model", "fsdp")),  # V D
@@ -42,7 +42,14 @@ ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
-REMAT = ("none", "block", "dots")
+# What the backward pass computes again: nothing; all that is no matrix product and no
+# attention, such as norms and activations; a whole layer; that and attention.
+REMAT = ("none", "elementwise", "block", "dots")
+POLICIES = {
+    "elementwise": jax.checkpoint_policies.save_only_these_names(KEPT),
+    "block": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 # fields that decide how a model is computed, not what
 HOW = ("dtype", "remat", "head_kernel", "attn_kernel", "attn_tile", "tokenizer")
 HEAD_KERNELS = (
@@ -89,7 +96,7 @@ class ModelConfig:
     bos_id: int | None = None  # as the checkpoint states them; the tokenizer decides
     eos_ids: tuple[int, ...] = ()
     dtype: str = "float32"  # of the computation; parameters keep theirs
-    remat: str = "none"  # what the backward pass recomputes: REMAT
+    remat: str = "elementwise"  # what the backward pass recomputes: REMAT
     head_kernel: str = "xla"  # of the head's log-probabilities: HEAD_KERNELS
     attn_kernel: str = "xla"  # of attention without a cache: kernels.NAMES
     attn_tile: int = 0  # queries and keys of a tile of scores; 0: by platform
@@ -198,9 +205,9 @@ class Attention(nn.Module):
                 y = Norm(c.norm_eps, c.norm_offset, name=f"{name}_norm")(y)
             return y
 
-        q = rotate(heads("q", c.num_heads), rope)
-        k = rotate(heads("k", c.num_kv_heads), rope)
-        v = heads("v", c.num_kv_heads)
+        q = keep(rotate(heads("q", c.num_heads), rope))
+        k = keep(rotate(heads("k", c.num_kv_heads), rope))
+        v = keep(heads("v", c.num_kv_heads))
         if kv is None:
             key_positions = positions
         else:
@@ -225,8 +232,12 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_ntd):
         d, f = self.config.width, self.config.mlp_width
-        gate = Project("ntd,df->ntf", (d, f), d, name="gate")(x_ntd)
-        up = Project("ntd,df->ntf", (d, f), d, name="up")(x_ntd)
+
+        def wide(name):
+            y = Project("ntd,df->ntf", (d, f), d, name=name)(x_ntd)
+            return keep(y)
+
+        gate, up = wide("gate"), wide("up")
         y = ACTIVATIONS[self.config.activation](gate) * up
         return Project("ntf,fd->ntd", (f, d), f, name="down")(y)
 
@@ -245,7 +256,8 @@ class Block(nn.Module):
         y, kv = Attention(c, name="attn")(
             norm("attn_norm")(x_ntd), rope, positions, attend, local, kv, in_order
         )
-        x_ntd = x_ntd + (norm("post_attn_norm")(y) if c.post_norms else y)
+        y = norm("post_attn_norm")(y) if c.post_norms else y
+        x_ntd = keep(x_ntd + y)
         y = MLP(c, name="mlp")(norm("mlp_norm")(x_ntd))
         x_ntd = x_ntd + (norm("post_mlp_norm")(y) if c.post_norms else y)
         return x_ntd, kv
@@ -396,11 +408,8 @@ def hidden(
             local = locals_[0] if same else local
             return block(x, layer_params, layer, local, None)[0], None
 
-        if c.remat == "block":
-            body = jax.checkpoint(body)
-        elif c.remat == "dots":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            body = jax.checkpoint(body, policy=policy)
+        if c.remat != "none":
+            body = jax.checkpoint(body, policy=POLICIES[c.remat])
         layers = jnp.arange(c.num_layers)
         x, _ = jax.lax.scan(body, x, (blocks, layers, jnp.asarray(locals_)))
     else:

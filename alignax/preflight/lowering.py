@@ -86,7 +86,7 @@ def plan(config, mesh: Mesh, data: Shape = UNKNOWN) -> Plan:
         pieces = build.pieces(config, policy, mesh, load=load)
         state = step.init_state(
             pieces.policy.params, pieces.tx, mesh, ema=loss.ema,
-            average=config.average > 0,
+            average=checks.keeps_average(config),
         )  # fmt: skip
         made["step"] = step.make_train_step(
             policy.config, pieces.tx, loss, mesh, **build.settings(config, pieces, loss)

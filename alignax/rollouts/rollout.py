@@ -9,7 +9,8 @@ random is a function of the seed and of the place in the order of prompts.
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -113,6 +114,7 @@ class Rollout(NamedTuple):
     metrics: dict[str, float]
     samples: list[dict[str, Any]]  # rows of text: see `shown`
     tokens: int  # that were sampled for it
+    running: dict[str, list[float]]  # by shaping: what it keeps for the next one
 
 
 class Sampled(NamedTuple):
@@ -169,6 +171,7 @@ def of_samples(needs: Sequence[str], *, judged: bool) -> bool:
 def roll(
     setup: Setup, params: Params, average: Params | None, *, number: int, drawn: int,
     since: float | None, show: bool = False,
+    running: Mapping[str, Sequence[float]] = MappingProxyType({}),
 ) -> Rollout:  # fmt: skip
     """Makes a rollout.
 
@@ -180,6 +183,7 @@ def roll(
       drawn: batches of B prompts that were drawn before.
       since: time.monotonic() when the rollout before was ready, None for the first.
       show: whether it has samples.
+      running: what the shapings kept from the rollout before; {} at the start of a run.
 
     Raises:
       ValueError: what the reward does wrong; dynamic sampling that
@@ -203,18 +207,12 @@ def roll(
         parts.append(score_part(setup, lm, anchor, some[part], mine, key, clock))
     whole: Scored = joined(parts)
     batch = slots(whole.batch, slice(group))
-    if any("members" in shape.needs for shape in setup.shaping):
-        members: Any = {f"reward/{k}": v for k, v in responses.members.items()}
-        batch = batch._replace(extra={**(batch.extra or {}), **members})
-    for shape, baseline in zip(
-        setup.shaping, baselines(setup, some, whole.greedy), strict=True
-    ):
-        batch = shaped(shape, batch, baseline)
-    if batch.extra is not None:  # rewards of members are for the shapings alone
-        left = {k: v for k, v in batch.extra.items() if not k.startswith("reward/")}
-        batch = batch._replace(extra=left or None)
+    compared = baselines(setup, some, whole.greedy, running)
+    batch, after = shape_all(setup.shaping, batch, compared, responses.members)
     judged = setup.sampler.reward is not None
     numbers = {**summary(batch, responses, judged), **counts, **clock}
+    for shape in setup.shaping:  # what it worked with
+        numbers |= labelled(shape, running.get(shape.name, shape.running.values()))
     if whole.gap is not None:
         numbers |= gap_metrics(whole.gap[:, :group], batch)
     if anchor is not None:
@@ -228,7 +226,7 @@ def roll(
     if setup.fresh:
         kept = kept._replace(old_logps=None)
     tokens = int(np.asarray(responses.batch.mask).sum())
-    return Rollout(kept, [e.id for e in some], places, metrics, rows, tokens)
+    return Rollout(kept, [e.id for e in some], places, metrics, rows, tokens, after)
 
 
 def sample(setup: Setup, lm: LM, first: int, clock: dict[str, float]) -> Sampled:
@@ -357,23 +355,37 @@ def fill(
 
 
 def baselines(
-    setup: Setup, some: Sequence[Example], greedy: np.ndarray | None
-) -> list[np.ndarray | None]:
-    """What each shaping compares with, as its `baseline` names it; None for the group."""
+    setup: Setup, some: Sequence[Example], greedy: np.ndarray | None,
+    running: Mapping[str, Sequence[float]],
+) -> list[np.ndarray | None]:  # fmt: skip
+    """What each shaping compares with, as its `baseline` names it; None for the group.
+
+    `running` has by shaping what it kept from the rollout before, {} at the start.
+    """
     given: dict[str, Any] = {"": None, "group": None, "greedy": greedy}
     if setup.reference is not None:
         rewards, pool = setup.reference()
         given["reference"] = np.stack([rewards[e.id] for e in some])
         given["pool"] = pool
-    return [given[s.baseline] for s in setup.shaping]
+    return [
+        np.array([[*running.get(s.name, s.running.values())]], np.float32)
+        if s.baseline == "running"
+        else given[s.baseline]
+        for s in setup.shaping
+    ]
 
 
 def compiled(shaping: Sequence[Bound]) -> list[Bound]:
     """The shapings, jitted with their hyper-parameters bound."""
-    return [
-        s._replace(function=_compiled(s.function, tuple(s.hyper.items())), hyper={})
-        for s in shaping
-    ]
+
+    def one(s: Bound) -> Bound:
+        hyper = tuple(s.hyper.items())
+        update = None if s.update is None else _compiled(s.update, hyper)
+        return s._replace(
+            function=_compiled(s.function, hyper), update=update, hyper={}
+        )
+
+    return [one(s) for s in shaping]
 
 
 @functools.lru_cache(maxsize=64)
@@ -382,17 +394,53 @@ def _compiled(shape: Callable, hyper: tuple) -> Callable:
     return jax.jit(functools.partial(shape, **dict(hyper)))
 
 
-def shaped(shaping: Bound, batch: Batch, baseline: np.ndarray | None) -> Batch:
-    """The batch after one shaping."""
+def shape_all(
+    shaping: Sequence[Bound], batch: Batch, compared: Sequence[np.ndarray | None],
+    members: Mapping[str, np.ndarray],
+) -> tuple[Batch, dict[str, list[float]]]:  # fmt: skip
+    """The batch after all shapings, and by shaping the numbers that it keeps.
+
+    Args:
+      shaping: in order.
+      batch: the responses of a rollout.
+      compared: what each shaping compares with.
+      members: rewards of the members of an ensemble by label, each [B, G].
+    """
+    if any("members" in s.needs for s in shaping):
+        more: Any = {f"reward/{k}": v for k, v in members.items()}
+        batch = batch._replace(extra={**(batch.extra or {}), **more})
+    kept = {}
+    for s, baseline in zip(shaping, compared, strict=True):
+        batch, numbers = shaped(s, batch, baseline)
+        if numbers:
+            kept[s.name] = numbers
+    if batch.extra is not None:  # rewards of members are for the shapings alone
+        left = {k: v for k, v in batch.extra.items() if not k.startswith("reward/")}
+        batch = batch._replace(extra=left or None)
+    return batch, kept
+
+
+def labelled(shaping: Bound, numbers: Iterable[float]) -> dict[str, float]:
+    """Metrics of the numbers that a shaping keeps."""
+    name = shaping.name.rpartition(".")[2]
+    return {f"{name}/{k}": v for k, v in zip(shaping.running, numbers, strict=True)}
+
+
+def shaped(
+    shaping: Bound, batch: Batch, baseline: np.ndarray | None
+) -> tuple[Batch, list[float]]:
+    """The batch after one shaping, and the numbers that the shaping keeps."""
     other = None if baseline is None else jnp.asarray(baseline)
-    out: Any = np.asarray(shaping(jax.tree.map(jnp.asarray, batch), other))
+    given = jax.tree.map(jnp.asarray, batch)
+    out: Any = np.asarray(shaping(given, other))
     if not np.isfinite(out).all():
         raise ValueError(f"{shaping.name} gave a number that is not finite")
     extra = batch.extra
     if shaping.returns:
         assert extra is not None
         extra = {**extra, "returns": out + np.asarray(extra["old_values"])}
-    return batch._replace(advantages=out, extra=extra)
+    kept = [] if shaping.update is None else np.asarray(shaping.update(given, other))[0]
+    return batch._replace(advantages=out, extra=extra), [float(x) for x in kept]
 
 
 def anchor_slot(whole: Batch, batch: Batch, group: int) -> Batch:

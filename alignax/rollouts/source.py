@@ -10,7 +10,8 @@ import functools
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,6 +57,7 @@ class Place(NamedTuple):
     ready: float | None = None  # time.monotonic() when it was made; not saved
     tokens: int = 0  # sampled since the start of the run
     empty: int = 0  # rollouts without a valid response, in a row up to this one
+    running: Mapping[str, list[float]] = MappingProxyType({})  # what shapings keep
 
 
 def rollout_source(
@@ -107,6 +109,7 @@ def rollout_source(
         logp_gap, logp_gap_max: between sampler and kernel, nats per token, under the
           behaviour policy. Where the policy does not score its responses (see `prepare`)
           the step itself reports logp_gap, as a mean over prompts, and no maximum.
+        SHAPING/NAME: what a shaping kept from the rollouts before (see shaping.RUNNING).
         anchor_reward: of the slot that `anchor` brings; anchor_logp_gap,
           anchor_logp_gap_max: as above.
         prompts, ties_dropped, surplus, unfilled: under dynamic sampling, how many were
@@ -234,7 +237,7 @@ def refill(
     """
     made = roll(
         setup, params, average, number=place.number + 1, drawn=place.drawn,
-        since=place.ready, show=show,
+        since=place.ready, show=show, running=place.running,
     )  # fmt: skip
     empty = place.empty + 1 if made.metrics.get("rollout/empty") else 0
     if empty == EMPTY:
@@ -251,7 +254,7 @@ def refill(
     metrics = {**made.metrics, "rollout/total_tokens": float(total)}
     fresh = Place(
         made.batch, made.ids, place.number + 1, 0, place.drawn + made.places,
-        time.monotonic(), total, empty,
+        time.monotonic(), total, empty, made.running,
     )  # fmt: skip
     return fresh, metrics, made.samples
 
@@ -301,6 +304,8 @@ def saved_place(place: Place, settings: Settings, own: str) -> dict[str, Any]:
         "number": place.number, "used": place.used, "drawn": place.drawn, "data": own,
         "tokens": place.tokens, "empty": place.empty,
     }  # fmt: skip
+    if place.running:
+        saved["running"] = dict(place.running)
     if place.buffer is None or spent(place, settings):
         return saved
     return {**saved, "buffer": serialisation.dumps(place.buffer), "ids": place.ids}
@@ -315,6 +320,7 @@ def restored_place(place: Place, saved: dict[str, Any]) -> Place:
         ids=saved.get("ids"),
         tokens=saved.get("tokens", 0),
         empty=saved.get("empty", 0),
+        running=saved.get("running", {}),
         buffer=serialisation.loads(saved["buffer"]) if "buffer" in saved else None,
     )
 

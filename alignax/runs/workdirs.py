@@ -15,7 +15,7 @@ RESPONSES = "responses.jsonl"  # of a run that answers prompts
 # Keys that may differ when a run is resumed: they do not change what is computed.
 VOLATILE = (
     "log_every", "checkpoint", "profile", "wandb", "mesh", "patience", "watchdog",
-    "row_cache", "rollout.show",
+    "row_cache", "rollout.show", "model.remat",
 )  # fmt: skip
 OWN_B2 = {"adamw": 0.999, "lion": 0.99, "muon": 0.999}  # optax's; what optim.b2=0 means
 # Keys that runs of earlier versions lack. They only decide how rows become ids, which the

@@ -19,14 +19,19 @@ to the same prompt. A module declares:
             reference samples of all prompts of the run, sorted, [1, R]; 'greedy', the
             policy's one greedy response; 'group', the other responses of the group, which
             has at least two; '' (the default), none. With the last two `baseline` is None.
-            It may be a function of the hyper-parameters
+            'running': numbers that the run keeps from rollout to rollout, [1, S]
+  RUNNING   of a module with BASELINE 'running': {name: its value at the start}, in the order
+            of these numbers. `update(batch, baseline, *, ...) -> [1, S]`, with the arguments
+            of `shape`, gives them after a rollout. They are saved with the run, and are
+            metrics, 'rollout/SHAPING/name'. BASELINE and RUNNING may be functions of the
+            hyper-parameters
   NEEDS     columns to fill before ('old_logps', 'ref_logps', 'old_values'); 'members' are
             the rewards that an ensemble combines, as extra['reward/LABEL'] [B, G]
   RETURNS   True: the output plus `old_values` is the critic's target (`extra['returns']`)
   COUPLED   True: the output for a prompt depends on the other prompts of the rollout
 
-Reading order: constant, rloo and group_norm (baselines), normalise, gdpo (several rewards),
-kl (the penalty), whiten, gae (a critic), remax, pass_at_k and ctrl (inference-aware).
+Reading order: constant, moving_average, rloo and group_norm (baselines), normalise, gdpo
+(several rewards), kl and adaptive_kl (the penalty), whiten, gae (a critic), remax, pass_at_k and ctrl (inference-aware).
 """
 
 from collections.abc import Iterable
@@ -39,7 +44,7 @@ from alignax.batch import Batch
 from alignax.plugin import Bound
 
 STAGES = ("reward", "penalty", "advantage", "scale")
-BASELINES = ("", "group", "reference", "pool", "greedy")
+BASELINES = ("", "group", "reference", "pool", "greedy", "running")
 OF_REFERENCE = ("reference", "pool")  # computed from rewards of reference samples
 
 
@@ -47,7 +52,8 @@ def in_order(shapings: Iterable[Bound]) -> list[Bound]:
     """The shapings of a run by stage, within a stage by name.
 
     Raises:
-      ValueError: a module without a known STAGE, or with an unknown BASELINE.
+      ValueError: a module without a known STAGE, with an unknown BASELINE, or whose
+        BASELINE is 'running' without RUNNING and `update`.
     """
     found = sorted(shapings, key=lambda s: s.name)
     for s in found:
@@ -58,6 +64,10 @@ def in_order(shapings: Iterable[Bound]) -> list[Bound]:
         if s.baseline not in BASELINES:
             raise ValueError(
                 f"{s.name} declares BASELINE = {s.baseline!r}, expected one of {BASELINES}"
+            )
+        if s.baseline == "running" and not (s.running and s.update):
+            raise ValueError(
+                f"{s.name} declares BASELINE = 'running' without RUNNING and `update`"
             )
     return sorted(found, key=lambda s: STAGES.index(s.stage))
 

@@ -38,9 +38,16 @@ def shape(
       ValueError: no old_logps or no ref_logps.
     """
     del baseline
+    return masked.token_rewards(batch) - beta * log_ratio(batch)
+
+
+def log_ratio(batch: Batch) -> Float[Array, "B G T"]:
+    """log π_old - log π_ref in nats; 0 on tokens that are not scored.
+
+    Raises:
+      ValueError: no old_logps or no ref_logps.
+    """
     if batch.old_logps is None:
         raise ValueError("Batch.old_logps is None: only rollouts bring it")
-    ratio = jnp.where(
-        masked.scored(batch), batch.old_logps - masked.reference(batch), 0.0
-    )
-    return masked.token_rewards(batch) - beta * ratio
+    ratio = batch.old_logps - masked.reference(batch)
+    return jnp.where(masked.scored(batch), ratio, 0.0)

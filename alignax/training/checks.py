@@ -55,6 +55,11 @@ def moving_names(config) -> list[str]:
     return [name for name, path in config.lms.items() if path == "average"]
 
 
+def keeps_average(config) -> bool:
+    """Whether a run keeps a second set of parameters: their average, or a copy of them."""
+    return config.average > 0 or bool(moving_names(config))
+
+
 def check_names(config) -> None:
     """Sections that name a plug-in have a 'name'."""
     sections = {"loss": config.loss, "data": config.data, "eval_data": config.eval_data}
@@ -80,7 +85,7 @@ def check_run(config) -> None:
         raise ValueError(
             f"average_every is {config.average_every}, expected at least 1 step"
         )
-    if config.average and 0 < config.num_steps < config.average_every:
+    if keeps_average(config) and 0 < config.num_steps < config.average_every:
         raise ValueError(
             f"average_every is {config.average_every}: the average would not move in "
             f"{config.num_steps} steps"
@@ -119,9 +124,10 @@ def check_lms(config, loss: Bound) -> None:
     if config.lora.rank and "base" in config.lms:
         raise ValueError("lms.base is the base of the adapters; take another name")
     frozen, moving = frozen_names(config), moving_names(config)
-    if moving and not config.average:
+    if moving and not config.average and config.average_every == 1:
         raise ValueError(
-            f"lms.{moving[0]}='average' needs config.average > 0, its decay"
+            f"lms.{moving[0]}='average' would be the policy itself: set config.average, the "
+            "decay of the average, or config.average_every, the steps between two copies"
         )
     own = {*OF_ROLLOUTS} & {*loss.needs}
     if own and not has_rollouts(config):

@@ -18,7 +18,9 @@ def get_config() -> ConfigDict:
     # one row per response.
     c.layout = "packed"
     c.mesh = (1, 1, 1)  # data, fsdp, model; one may be -1
-    c.average = 0.0  # decay of the parameters' exponential average; 0 keeps none
+    # Decay of the parameters' exponential average; 0 keeps none, but for an LM 'average'
+    # (see lms), which is then a copy of the policy, made every average_every steps.
+    c.average = 0.0
     c.average_every = 1  # steps between two updates of the average
     c.date = "2024-07-26"  # what a chat template that prints a date prints
     c.tokenizer = ""  # 'bytes', a folder or a .gguf; '' = the one beside the weights
@@ -51,7 +53,9 @@ def get_config() -> ConfigDict:
     c.model.value_head = False
     c.model.dtype = "float32"  # of the computation
     c.model.param_dtype = "float32"
-    c.model.remat = "none"  # none | block | dots
+    # What the backward pass computes again, to need less memory: none | elementwise (all but
+    # matrix products and attention) | dots (and attention) | block (everything)
+    c.model.remat = "elementwise"
     c.model.head_kernel = "xla"  # of log-probabilities: xla | pallas (TPUs)
     c.model.attn_kernel = "xla"  # of attention: xla | splash (TPUs) | cudnn (GPUs)
 

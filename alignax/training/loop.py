@@ -24,7 +24,7 @@ from alignax.reports.metrics import Writer, flops_per_token, mfu, read
 from alignax.reports.progress import progress
 from alignax.runs import checkpoint, hosts, watchdog, workdirs
 from alignax.runs.preemption import Preempted, preemption
-from alignax.training import build, evaluation, stages
+from alignax.training import build, checks, evaluation, stages
 from alignax.training.start_check import close_to_start, start_check
 from alignax.training.step import TrainState, TrainStep, init_state, make_train_step
 
@@ -145,7 +145,7 @@ def restored(config, run: build.Run, latest) -> tuple[TrainState, Best]:
     """The state to begin with: the last checkpoint's, else that of step 0."""
     state = init_state(
         run.policy.params, run.tx, run.mesh, ema=run.loss.ema,
-        average=config.average > 0,
+        average=checks.keeps_average(config),
     )  # fmt: skip
     found = checkpoint.restore(latest, state)
     if not found:

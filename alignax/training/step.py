@@ -136,7 +136,8 @@ def make_train_step(
       loss: from `plugin.load`, or any function `loss(policy, batch)`.
       mesh: devices; None is one device.
       accumulate: micro-batches per step; the gradient is that of the whole batch.
-      average: decay of the parameters' exponential average, 0 for none.
+      average: decay of the parameters' exponential average (read if the state has one);
+        at 0 it is a copy of the parameters, made every `average_every` steps.
       average_every: steps between two updates of that average.
       moving: names of frozen LMs that are the average of the policy instead.
       assemble: (what is trained, frozen LMs) -> the policy; by default the parameters

@@ -19,7 +19,7 @@ from alignax.batch import LM
 from alignax.inputs.annotate import unfilled
 from alignax.models import families, sharding, transformer
 from alignax.preflight import __main__, chips, compiled, footprint, lowering, preflight
-from alignax.training import build, step
+from alignax.training import build, checks, step
 
 MADE = {"name": "synthetic", "split": "train"}
 
@@ -32,7 +32,7 @@ def trained(config, workdir):
         run.tx,
         run.mesh,
         ema=run.loss.ema,
-        average=config.average > 0,
+        average=checks.keeps_average(config),
     )
     one = step.make_train_step(
         run.policy.config,
@@ -440,7 +440,7 @@ def test_a_step_that_does_not_fit_is_told_what_would(report, monkeypatch, capsys
     monkeypatch.setattr(footprint, "inspect", inspect)
     config = tiny.config("pairs", mesh=(-1, 2, 1), batch_size=8)
     assert preflight.preflight(config, "h100:4", tries=1) == 1
-    assert [c.model.remat for c in seen] == ["none", "block"]
+    assert [c.model.remat for c in seen] == ["elementwise", "block"]
     text = capsys.readouterr().out
     assert "verdict: does NOT fit" in text
     assert "remat: --config.model.remat=block -> tried: does not fit" in text

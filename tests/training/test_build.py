@@ -128,7 +128,7 @@ BAD = {
         PAIRS | {"loss": {"name": "reward_model"}}, r"loss 'losses\.reward_model' needs config\.model\.value_head=True",
     ),
     "an average that nobody keeps": (
-        PAIRS | {"lms": {"ref": "average"}}, r"lms\.ref='average' needs config\.average > 0",
+        PAIRS | {"lms": {"ref": "average"}}, r"lms\.ref='average' would be the policy itself: set config\.average",
     ),
     "a frozen model that is not there": (
         PAIRS | {"lms": {"ref": "/no/such/model"}}, r"/no/such/model",

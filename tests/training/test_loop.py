@@ -59,6 +59,23 @@ def batches(config, steps):
     return [(src.next(None, k), src.report()["ids"]) for k in range(steps)]
 
 
+@pytest.mark.parametrize("every", [2, 3])
+def test_without_a_decay_the_reference_is_a_copy_made_every_so_many_steps(
+    every, tmp_path
+):
+    config = tiny.config("pairs", **{
+        "num_steps": 4, "average_every": every, "lms": {"ref": "average"},
+        "checkpoint.every": 1, "checkpoint.keep": 10,
+    })  # fmt: skip
+    state = loop.train(config, str(tmp_path))
+    kept = states(tmp_path)
+    assert same(kept[every][1], kept[every][0])
+    assert same(kept[every - 1][1], kept[1][1])  # as the run began
+    assert not same(kept[every - 1][1], kept[every][1])
+    last = 4 // every * every
+    assert same(state.average, kept[last][0])
+
+
 # -- one run, read from all sides
 
 
