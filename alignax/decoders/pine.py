@@ -28,6 +28,7 @@ from alignax.sampling.decode import Generated
 from alignax.sampling.prefill import Reader
 from alignax.search import hypotheses
 from alignax.search.hypotheses import Judge
+from alignax.text.documents import SEPARATOR, pieces
 from alignax.text.tokenizer import Tokenizer
 
 RANGES = {"group": "[1, inf)"}
@@ -45,7 +46,7 @@ def search(
     temperature: float = 1.0,
     eos_ids: Sequence[int] = (),
     tokenizer: Tokenizer | None = None,
-    separator: str = "<|document|>",
+    separator: str = SEPARATOR,
     group: int = 1,
     sampling: Mapping[str, Any] | None = None,
 ) -> Generated:
@@ -160,29 +161,6 @@ def _step(lm, state, tokens, positions):
         lm, tokens, state.layout, state.cache, at[:, 0]
     )
     return h, state._replace(cache=cache)
-
-
-def pieces(text: Tokenizer, ids: list[int], *, separator: str) -> list[list[int]]:
-    """Ids of the prefix, of each document, and of the suffix of a prompt.
-
-    Raises:
-      ValueError: what is wrong with the prompt.
-    """
-    whole = text.decode(ids, keep_specials=True)
-    if text.encode(whole) != ids:
-        raise ValueError(f"the ids of a prompt are not those of its text {whole!r}")
-    parts = whole.split(separator)
-    if len(parts) < 3:
-        raise ValueError(
-            f"a prompt has the separator {separator!r} {len(parts) - 1} times, expected "
-            f"it in front of its documents, between them and behind them: {whole!r}"
-        )
-    prefix, *documents, suffix = map(text.encode, parts)
-    if not all(map(len, documents)) or not suffix:
-        raise ValueError(
-            f"a prompt has an empty document or nothing behind them: {whole!r}"
-        )
-    return [prefix, *documents, suffix]
 
 
 check = pieces  # called on every prompt before weights are loaded

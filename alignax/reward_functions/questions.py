@@ -2,7 +2,8 @@
 
   log-odds = log P(first answer | question) - log P(second answer | question)
 
-Both answers are scored by the kernel; nothing is sampled.
+Both answers are scored by the kernel; nothing is sampled. Where the answers are documents of
+the question, `quoted_odds` reads these by PINE, whatever their order.
 """
 
 import dataclasses
@@ -12,14 +13,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
 from alignax import logprob
-from alignax.batch import LM, Message
+from alignax.batch import LM, Example, Message
 from alignax.inputs.detokenize import retokenize
+from alignax.models import pine, transformer
 from alignax.records import messages
 from alignax.text import tokenizer as tokenizers
+from alignax.text.documents import SEPARATOR, pieces
 from alignax.text.tokenizer import Tokenizer
 
 # `logprob.score` where a reward is given no scorer of the run's devices
@@ -58,6 +62,51 @@ def log_odds(
         total = np.asarray(logps, np.float64).sum(-1)[: len(some)]
         out.append(total[:, 0] - total[:, 1])
     return np.concatenate(out) if out else np.zeros(0)
+
+
+def quoted_odds(
+    lm: LM, questions: Sequence[tuple[str, str, str, str]], *, tokenizer: Tokenizer
+) -> Float[np.ndarray, " N"]:
+    """How much rather the LM repeats the first of two documents than the second, by PINE.
+
+    Args:
+      lm: a model without local layers, which reads ids of `tokenizer`.
+      questions: (what stands before, first document, second document, what stands behind),
+        together a user turn. The reply is one of the documents.
+      tokenizer: of the LM.
+
+    Returns:
+      [N] mean log-probability per token of the first document as the reply, less that of
+      the second, in nats. Exchanged documents change the sign, up to rounding.
+
+    Raises:
+      ValueError: an empty document, a question that is too long, or a model with local
+        layers.
+    """
+    return np.array([_quoted(lm, q, tokenizer) for q in questions])
+
+
+def _quoted(lm: LM, question: tuple[str, ...], tokenizer: Tokenizer) -> float:
+    before, first, second, behind = (x.replace(SEPARATOR, "") for x in question)
+    asked = SEPARATOR.join((before, first, second, behind))
+    ids = tokenizer.prompt(Example("", asked, ()))
+    prefix, *documents, suffix = pieces(tokenizer, ids, separator=SEPARATOR)
+    found = []
+    for reply in documents:
+        row = sum(map(len, (prefix, *documents, suffix, reply)))
+        if row > lm.config.max_length:
+            raise ValueError(
+                f"a question with two documents has {row} tokens, and the LM that reads it "
+                f"{lm.config.max_length}"
+            )
+        size = 1 << (row - 1).bit_length()  # few compilations
+        tokens, layout = pine.lay(prefix, documents, [*suffix, *reply], size)
+        before_reply = jnp.arange(row - len(reply) - 1, row - 1)
+        filled = jnp.zeros(size, jnp.int32).at[: len(tokens)].set(tokens)
+        h = pine.hidden(lm, filled, layout)[before_reply]
+        logps = logprob.token_logps(transformer.unembed(lm, h), jnp.asarray(reply))
+        found.append(float(np.asarray(logps, np.float64).mean()))
+    return found[0] - found[1]
 
 
 def reader(

@@ -7,8 +7,13 @@ The letter that a model prefers whatever stands behind it cancels between the tw
 far as it is additive in log-odds. The others are the rest of the group, so that the reward is
 a tournament, or a response of the row. Nothing is sampled: the odds are exact.
 
-Source: Zheng et al. 2023, https://arxiv.org/abs/2306.05685 (pairwise judges, position bias)
-Differs from the paper: log-odds of two letters instead of a written verdict.
+With `pine` the judge reads both responses by PINE, which knows no order, and s is how much
+rather it repeats y than y', per token.
+
+Source: Zheng et al. 2023, https://arxiv.org/abs/2306.05685 (pairwise judges, position bias);
+Wang et al. 2024, https://arxiv.org/abs/2407.01100 (PINE)
+Differs from the papers: log-odds of two letters, or of the two responses, instead of a
+written verdict.
 """
 
 import itertools
@@ -34,6 +39,8 @@ Answer B:
 {second}
 
 {rubric} Reply with the letter A or B."""
+BEFORE = "Someone asked an assistant:\n\n{prompt}\n\nThere are two answers:\n\n"
+BEHIND = "\n\n{rubric} Repeat that answer, and nothing else."
 
 
 def reward(
@@ -41,7 +48,7 @@ def reward(
     prompts: Sequence[str | Sequence[Message]],
     rows: Sequence[Mapping[str, Any]] | None = None, tokenizer=None,
     score: Callable | None = None, *, model: str = "judge", rubric: str = RUBRIC,
-    against: str = "", letters: tuple[str, str] = ("A", "B"),
+    against: str = "", letters: tuple[str, str] = ("A", "B"), pine: bool = False,
 ) -> np.ndarray:  # fmt: skip
     """Compares each response with others.
 
@@ -57,36 +64,47 @@ def reward(
       rubric: the question, whose answer is one of the two.
       against: name of the column with the response to beat; '' compares each response with
         all others of its group, and one that is alone gets 0.
-      letters: what the judge says for the first and for the second.
+      letters: what the judge says for the first and for the second; not read with `pine`.
+      pine: whether the judge reads the responses by PINE, as documents without an order,
+        and repeats one of them. A response that is empty then gets 0 and is no opponent.
 
     Returns:
-      [B, G] mean log-odds in nats; those of a group sum to 0 without `against`.
+      [B, G] mean log-odds in nats (with `pine` per token of a response); those of a group
+      sum to 0 without `against`.
 
     Raises:
-      ValueError: no such LM, or a row without the column.
+      ValueError: no such LM, or a row without the column. With `pine`: a model with local
+        layers, or responses that are too long for it.
     """
     lm, own = questions.reader(lms, model, tokenizer, who="rewards.judge")
     valid = np.asarray(batch.valid)
     # (b, g, other g or None, response, its opponent)
     pairs: list[tuple[int, int, int | None, str, str]] = []
     for b, group in enumerate(texts):
-        mine = [g for g in range(len(group)) if valid[b, g]]
+        mine = [
+            g for g in range(len(group)) if valid[b, g] and not (pine and not group[g])
+        ]
         if against:
             other = _opponent(rows, b, against)
             pairs += [(b, g, None, group[g], other) for g in mine]
         else:
             both = itertools.combinations(mine, 2)
             pairs += [(b, g, h, group[g], group[h]) for g, h in both]
-    asked = []
-    for b, _, _, one, other in pairs:
-        said = questions.transcript(prompts[b])
-        for first, second in ((one, other), (other, one)):
-            asked.append(
-                QUESTION.format(prompt=said, first=first, second=second, rubric=rubric)
-            )
-    first, second = letters
-    odds = questions.log_odds(lm, asked, (first, second), tokenizer=own, score=score)
-    better = (odds[0::2] - odds[1::2]) / 2
+    said = [questions.transcript(p) for p in prompts]
+    if pine:
+        behind = BEHIND.format(rubric=rubric)
+        better = questions.quoted_odds(
+            lm, [(BEFORE.format(prompt=said[b]), x, y, behind) for b, _, _, x, y in pairs],
+            tokenizer=own,
+        )  # fmt: skip
+    else:
+        asked = [
+            QUESTION.format(prompt=said[b], first=first, second=second, rubric=rubric)
+            for b, _, _, one, other in pairs
+            for first, second in ((one, other), (other, one))
+        ]
+        odds = questions.log_odds(lm, asked, letters, tokenizer=own, score=score)
+        better = (odds[0::2] - odds[1::2]) / 2
     total, many = np.zeros(valid.shape), np.zeros(valid.shape)
     for (b, g, h, _, _), s in zip(pairs, better, strict=True):
         total[b, g] += s

@@ -6,5 +6,5 @@ ids, segment by segment), dialogues (an example as ids, and which of them are sc
 tokenizer (all of it for one model), truncation (examples that are too long); skeleton and
 shapes (renderings that differ only in texts that a template does not read), gguf_vocab (the
 vocabulary of a .gguf file), tokenizer_files (a tokenizer as a Hugging Face folder);
-patterns (regular expressions in linear time).
+patterns (regular expressions in linear time); documents (a prompt that separators divide).
 """

@@ -14,6 +14,7 @@ from alignax.models import pine as model
 from alignax.models import transformer
 from alignax.sampling import decode, drafts
 from alignax.sampling.speculate import speculate
+from alignax.text import documents as texts_apart
 from alignax.text import tokenizer
 from alignax.text.encoder import FunctionEncoder
 
@@ -85,7 +86,7 @@ def test_what_is_drawn_is_drawn_under_pine(lm):
 
 def test_documents_may_have_more_ids_than_the_prompt(lm, monkeypatch):
     """Cut at a separator, a text may become more tokens; a bucket compiles once."""
-    plain, longer = pine.pieces, 2
+    plain, longer = texts_apart.pieces, 2
 
     def grown(*args, **kwargs):
         return [longer * piece for piece in plain(*args, **kwargs)]

@@ -8,7 +8,7 @@ import pytest
 
 from alignax import rewards
 from alignax.batch import LM, Batch, Example, Scores
-from alignax.models import transformer
+from alignax.models import pine, transformer
 from alignax.reward_functions import questions
 from alignax.text import tokenizer
 
@@ -128,3 +128,68 @@ def test_the_odds_are_those_of_the_model(tiny_config, make_lm):
             first = len(ids) - len(answer)
             total[answer] = sum(logp[t - 1, ids[t]] for t in range(first, len(ids)))
         assert odds == pytest.approx(total["yes"] - total["n"], abs=1e-4)
+
+
+# -- by PINE
+
+
+@pytest.fixture(scope="module")
+def real(make_lm, tiny_config):
+    config = dataclasses.replace(tiny_config, max_length=1024, vocab_size=TK.vocab_size)
+    return make_lm(config)
+
+
+def test_by_pine_a_judge_knows_no_order(real):
+    lms = {"judge": real}
+    out = call("judge", [["good one", "bad"]], lms, None, pine=True)
+    back = call("judge", [["bad", "good one"]], lms, None, pine=True)
+    np.testing.assert_allclose(out, back[:, ::-1], atol=2e-6)
+    np.testing.assert_allclose(out.sum(), 0, atol=1e-6)
+    assert np.abs(out).max() > 1e-3
+    ordered = call("judge", [["good one", "bad"]], lms, None)
+    assert np.abs(out - ordered).max() > 1e-4
+
+
+def test_by_pine_the_odds_are_those_of_the_whole_rows(real):
+    """Eagerly, one document after the other, without padding."""
+    said = "Someone asked an assistant:\n\nUser: Say hi\n\nThere are two answers:\n\n"
+    asked = "\n\nWhich is short? Repeat that answer, and nothing else."
+    mark = "<|document|>"
+    whole = TK.decode(
+        TK.prompt(Example("", mark.join((said, "abc", "de", asked)), ())),
+        keep_specials=True,
+    )
+    prefix, *documents, suffix = map(TK.encode, whole.split(mark))
+    means = []
+    for reply in documents:
+        ids, layout = pine.lay(prefix, documents, suffix + reply)
+        h = pine.hidden(real, jnp.asarray(ids), layout)
+        logits = np.asarray(transformer.unembed(real, h), np.float64)
+        logps = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        rows = range(len(ids) - len(reply) - 1, len(ids) - 1)
+        means.append(np.mean([logps[i, ids[i + 1]] for i in rows]))
+    out = call(
+        "judge", [["abc", "de"]], {"judge": real}, None, pine=True,
+        rubric="Which is short?",
+    )  # fmt: skip
+    np.testing.assert_allclose(
+        out[0], [means[0] - means[1], means[1] - means[0]], atol=1e-5
+    )
+
+
+def test_by_pine_an_empty_response_is_no_opponent_and_marks_are_text(real):
+    lms = {"judge": real}
+    out = call("judge", [["good", "", "bad"]], lms, None, pine=True)
+    assert out[0, 1] == 0
+    pair = call("judge", [["good", "bad"]], lms, None, pine=True)
+    np.testing.assert_allclose(out[0, ::2], pair[0], atol=1e-6)
+    cut = call("judge", [["go<|document|>od", "bad"]], lms, None, pine=True)
+    np.testing.assert_allclose(cut, pair, atol=1e-6)
+
+
+def test_by_pine_what_is_too_long_is_refused(real):
+    short = LM(dataclasses.replace(real.config, max_length=100), real.params)
+    with pytest.raises(
+        ValueError, match=r"has \d+ tokens, and the LM that reads it 100"
+    ):
+        call("judge", [["good", "bad"]], {"judge": short}, None, pine=True)
