@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from alignax.batch import COMPARED, LM, Batch, Layout, Scores, flatten
 from alignax.models import attention, fallback, pallas_head, transformer, xla_head
-from alignax.models.xla_head import READ, Head, Tiling
+from alignax.models.xla_head import READ, Allowed, Head, Tiling
 
 TOKEN_TILE, VOCAB_TILE = 256, 4096  # one logit tile is 4 MiB
 VALUES = ("values", "state_values")  # the value head after a token, and before it
@@ -71,6 +71,7 @@ def score(
     tiles: tuple[int, int] = (TOKEN_TILE, VOCAB_TILE),
     precision: str = "highest",
     temperature: float = 1.0,
+    grammar: Bool[Array, "S V"] | Bool[np.ndarray, "S V"] | None = None,
 ) -> Scores:
     """Scores a batch under an LM: every loss gets its Scores from here.
 
@@ -88,6 +89,9 @@ def score(
       precision: of the head matmul (on TPU, float32 runs in bf16 passes unless raised).
       temperature: τ > 0, static; every distribution, also that of `kl_to`, is
         softmax(logits / τ). Values have none.
+      grammar: which ids may follow in each state; then every distribution, also that of
+        `kl_to`, is renormalised over these ids. `batch.extra['grammar_states']` [B, G, T]
+        holds the state in front of each token. None: all ids may follow.
 
     Returns:
       Scores with `logps[b, g, t] = log p(tokens[t] | tokens[<t])` in nats. With 'values',
@@ -98,7 +102,7 @@ def score(
 
     Raises:
       ValueError: values of a model without a value head; a KL without `kl_to`; an LM of
-        another tokenizer; B that the mesh does not divide; τ ≤ 0.
+        another tokenizer; B that the mesh does not divide; τ ≤ 0; a grammar without states.
     """
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}, expected a number above 0")
@@ -110,9 +114,10 @@ def score(
         other = _frozen(kl_to, inputs, compared)
     h = _hidden(lm, inputs)
     tokens, scored = inputs.tokens, inputs.scored
+    allowed = None if grammar is None else Allowed(jnp.asarray(grammar), _states(batch))
     read = _read(
         lm, h, tokens, scored, mesh, tiles, precision, fields, other, inputs.previous,
-        temperature,
+        temperature, allowed,
     )  # fmt: skip
     if asked := [n for n in VALUES if n in needs]:
         if not lm.config.value_head:
@@ -165,6 +170,26 @@ def _packed(batch: Batch, layout: Layout) -> Inputs:
         (rows.group, rows.branch), attention.siblings, jax.lax.cummax(begins, axis=1)
     )
     return Inputs(rows.tokens, rows.scored, rows.positions, attend, rows.previous)
+
+
+def _states(batch: Batch) -> Int[Array, "N T"]:
+    """States of a grammar in front of each token, as the rows that are computed have them."""
+    states = (batch.extra or {}).get("grammar_states")
+    if states is None:
+        raise ValueError(
+            "a grammar needs the states of the responses, batch.extra['grammar_states']: "
+            "rollouts bring them"
+        )
+    if batch.layout is None:
+        return jnp.asarray(states).reshape(-1, states.shape[-1])
+    tokens = batch.layout.tokens
+    blocks = len(tokens)
+    # what is not scored may be shared with other responses: it has no state
+    places = jnp.where(batch.mask, batch.layout.places, tokens[0].size)
+    index, states = (jnp.asarray(x).reshape(blocks, -1) for x in (places, states))
+    empty = jnp.zeros((blocks, tokens[0].size), jnp.int32)
+    packed = jax.vmap(lambda x, i, s: x.at[i].set(s, mode="drop"))(empty, index, states)
+    return packed.reshape(-1, tokens.shape[-1])
 
 
 def _unpack(layout, read, mesh):
@@ -261,17 +286,24 @@ def sequence_logps(
 
 def _read(
     lm, h, tokens, mask, mesh, tiles, precision, fields=(), other=None, previous=None,
-    temperature=1.0,
+    temperature=1.0, allowed=None,
 ):  # fmt: skip
     """{field: [N, T]} from hidden states: shifts the targets, then loops over tiles.
 
     `other` is (frozen LM, its hidden states), for the fields that compare with it.
     `previous` is the column that predicts each token; None is the column to its left.
+    `allowed` has the state in front of each token.
     """
     targets, scored = jnp.asarray(tokens), jnp.asarray(mask).at[:, 0].set(False)
     if previous is None:
         targets, scored = (jnp.roll(x, -1, axis=1) for x in (targets, scored))
     weight, axis = transformer.head(lm)
+    if allowed is not None:
+        flags = _columns(jnp.asarray(allowed.flags), 1, weight.shape[axis])
+        states = allowed.states
+        if previous is None:
+            states = jnp.roll(states, -1, axis=1)
+        allowed = Allowed(flags, states)
     sides, common = [(h, weight)], None
     heads = [Head(axis, lm.config.final_softcap, temperature)]
     if other is not None:
@@ -286,14 +318,14 @@ def _read(
     run = functools.partial(_local, lm.config.head_kernel)
     if mesh is not None and mesh.size > 1:
         run = functools.partial(_sharded, lm.config.head_kernel, mesh)
-    out = run(tiling, tuple(sides), targets, scored, previous)
+    out = run(tiling, tuple(sides), targets, scored, previous, allowed)
     if previous is None:
         out = {k: jnp.roll(v, 1, axis=1) for k, v in out.items()}
     return out
 
 
 def _columns(weight, axis, size):
-    """The weight of a head with its first `size` columns, or zeros behind the last."""
+    """The first `size` columns of a head's weight or of flags, or zeros behind the last."""
     if weight.shape[axis] >= size:
         return jax.lax.slice_in_dim(weight, 0, size, axis=axis)
     grow = [(0, 0), (0, 0)]
@@ -301,7 +333,7 @@ def _columns(weight, axis, size):
     return jnp.pad(weight, grow)
 
 
-def _local(kernel, tiling, sides, targets, scored, columns):
+def _local(kernel, tiling, sides, targets, scored, columns, allowed):
     n, t = targets.shape
     if tiling.split:  # this shard's columns begin at 0
         width = sides[0][1].shape[tiling.heads[0].vocab_axis]
@@ -310,16 +342,24 @@ def _local(kernel, tiling, sides, targets, scored, columns):
     source = None
     if columns is not None:
         source = (columns + t * jnp.arange(n)[:, None]).reshape(-1)
-    run = _pallas if _takes_pallas(kernel, tiling) else xla_head.read
-    out = run(tiling, sides, targets.reshape(-1), scored.reshape(-1), source)
+    more = (
+        ()
+        if allowed is None
+        else (allowed._replace(states=allowed.states.reshape(-1)),)
+    )
+    pallas = _takes_pallas(kernel, tiling, grammar=allowed is not None)
+    run = _pallas if pallas else xla_head.read
+    out = run(tiling, sides, targets.reshape(-1), scored.reshape(-1), source, *more)
     return {k: v.reshape(n, t) for k, v in out.items()}
 
 
-def _takes_pallas(kernel, tiling) -> bool:
+def _takes_pallas(kernel, tiling, *, grammar: bool = False) -> bool:
     """Whether the Pallas kernels are used; logs why if they are asked for and cannot be."""
     if kernel == "xla":
         return False
-    reads = (*tiling.fields, *(["a frozen LM"] if len(tiling.heads) > 1 else []))
+    reads = (
+        *tiling.fields, *["a frozen LM"] * (len(tiling.heads) > 1), *["a grammar"] * grammar
+    )  # fmt: skip
     where = fallback.platform()
     if where == "tpu" or (where == "cpu" and not tiling.mesh_axes):
         why = f"{', '.join(reads)} asked for" if reads else ""
@@ -339,7 +379,7 @@ def _pallas(tiling, sides, targets, scored, source):
     return {"logps": pallas_head.logps(kernel, h, weight, targets, scored, source)}
 
 
-def _sharded(kernel, mesh, tiling, sides, targets, scored, columns):
+def _sharded(kernel, mesh, tiling, sides, targets, scored, columns, allowed):
     """`_local` on each shard of tokens. Transposes of the casts sum gradients."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if targets.shape[0] % shards:
@@ -367,7 +407,7 @@ def _sharded(kernel, mesh, tiling, sides, targets, scored, columns):
     axes = ("data", "fsdp", "model") if split else ("data", "fsdp")
     tiling = tiling._replace(mesh_axes=axes, split=split)
 
-    def shard(sides, targets, scored, columns):
+    def shard(sides, targets, scored, columns, allowed):
         whole = []
         for (h, w), head, gathered in zip(sides, tiling.heads, gather, strict=True):
             if gathered:
@@ -376,9 +416,11 @@ def _sharded(kernel, mesh, tiling, sides, targets, scored, columns):
                 h = xla_head.vary(h, ("model",))
             w = xla_head.vary(w, ("data",) if gathered else ("data", "fsdp"))
             whole.append((h, w))
-        return _local(kernel, tiling, tuple(whole), targets, scored, columns)
+        given = allowed and Allowed(*allowed)
+        return _local(kernel, tiling, tuple(whole), targets, scored, columns, given)
 
+    by_state = (P(None, "model" if split else None), tokens_spec)
     return jax.shard_map(
-        shard, mesh=mesh, in_specs=(tuple(specs), *[tokens_spec] * 3),
+        shard, mesh=mesh, in_specs=(tuple(specs), *[tokens_spec] * 3, by_state),
         out_specs=tokens_spec,
-    )(sides, targets, scored, columns)  # fmt: skip
+    )(sides, targets, scored, columns, allowed and tuple(allowed))  # fmt: skip

@@ -24,6 +24,9 @@ from jaxtyping import Array, Bool, Float, Int
 from alignax.models import transformer
 
 READ = ("entropy", "collision", "kl", "forward_kl")  # fields besides 'logps'
+LEAST = (
+    -1e30
+)  # the logit of an id that is not allowed: as good as -inf, and 0 * LEAST is 0
 
 
 class Head(NamedTuple):
@@ -32,6 +35,13 @@ class Head(NamedTuple):
     vocab_axis: int  # of its weight
     cap: float | None  # soft-cap of the logits
     temperature: float = 1.0  # by which the capped logits are divided
+
+
+class Allowed(NamedTuple):
+    """Which ids each distribution has; it is renormalised over them."""
+
+    flags: Bool[Array, "S V"]  # by state; columns as those of the head's weight
+    states: Int[Array, "*M"]  # of each target
 
 
 class Tiling(NamedTuple):
@@ -71,6 +81,7 @@ class Tiling(NamedTuple):
 def read(
     tiling: Tiling, sides: tuple[tuple[Float[Array, "_ _"], Float[Array, "_ _"]], ...],
     targets: Int[Array, " M"], scored: Bool[Array, " M"], source: Int[Array, " M"] | None,
+    allowed: Allowed | None = None,
 ) -> dict[str, Float[Array, " M"]]:  # fmt: skip
     """{'logps', *tiling.fields} of `targets` in nats where `scored`, else 0.
 
@@ -85,8 +96,9 @@ def read(
       scored: True on the positions that are computed.
       source: for each target the row of the hidden states that predicts it; several
         targets may share a row. None: target i is predicted by row i, and K = M.
+      allowed: ids that the distributions of all sides have; None: every id.
     """
-    return _forward(tiling, sides, targets, scored, source)[0]
+    return _forward(tiling, sides, targets, scored, source, allowed)[0]
 
 
 def vary(x: Array, axes: tuple[str, ...]) -> Array:
@@ -137,8 +149,8 @@ def _dot(tiling, a, b, contract):
     )  # fmt: skip
 
 
-def _block(tiling, sides, j, plan):
-    """Vocabulary tile j: (weights of every side, first column, mask of new columns).
+def _block(tiling, sides, j, plan, allowed):
+    """Vocabulary tile j: (weights of every side, first column, mask of new columns, flags).
 
     The last tile is moved back to end at V; columns of the tile before it are masked.
     """
@@ -148,18 +160,28 @@ def _block(tiling, sides, j, plan):
         jax.lax.dynamic_slice_in_dim(w, start, plan.vb, head.vocab_axis).astype(h.dtype)
         for head, (h, w) in zip(tiling.heads, sides, strict=True)
     ]
-    return weights, start, (start + jnp.arange(plan.vb) >= j * plan.vb)[None]
+    flags = None
+    if allowed is not None:
+        flags = jax.lax.dynamic_slice_in_dim(allowed.flags, start, plan.vb, 1)
+    return weights, start, (start + jnp.arange(plan.vb) >= j * plan.vb)[None], flags
 
 
-def _logits(tiling, weights, xs):
+def _logits(tiling, weights, xs, here):
+    """Logits of every side [C, VB]; LEAST where `here` is False."""
     found = [
         transformer.softcap(_dot(tiling, x, w, (1, 1 - head.vocab_axis)), head.cap)
         for head, x, w in zip(tiling.heads, xs, weights, strict=True)
     ]
-    return [
+    found = [
         z if head.temperature == 1 else z / head.temperature
         for head, z in zip(tiling.heads, found, strict=True)
     ]
+    return found if here is None else [jnp.where(here, z, LEAST) for z in found]
+
+
+def _here(flags, states):
+    """[C, VB] which ids of a tile the distributions of a tile of targets have."""
+    return None if flags is None else jnp.take(flags, states, axis=0)
 
 
 # The sums over the vocabulary from which each field is computed, of the policy's logits z
@@ -232,17 +254,19 @@ def _fields(tiling, tops, sums, target):
     return out
 
 
-def _forward(tiling, sides, targets, scored, source):
+def _forward(tiling, sides, targets, scored, source, allowed):
     plan = _plan(tiling, sides, scored, source)
     c, wanted = plan.c, _take(targets, plan.order)
+    states = None if allowed is None else _take(allowed.states, plan.order)
 
     def block(j, carry):
-        weights, start, new = _block(tiling, sides, j, plan)
+        weights, start, new, flags = _block(tiling, sides, j, plan, allowed)
         columns = _columns(tiling, sides, start, new)
 
         def tile(i, carry):
-            rows, y = _slice((plan.source, wanted), i * c, c)
-            logits = _logits(tiling, weights, [_take(h, rows) for h, _ in sides])
+            rows, y, state = _slice((plan.source, wanted, states), i * c, c)
+            xs = [_take(h, rows) for h, _ in sides]
+            logits = _logits(tiling, weights, xs, _here(flags, state))
             tops, sums, target = _slice(carry, i * c, c)
             here = _sums(tiling, logits, columns)
             top = jax.tree.map(jnp.maximum, tops, here[0])
@@ -270,7 +294,7 @@ def _forward(tiling, sides, targets, scored, source):
     nothing = vary(jnp.zeros(scored.shape, jnp.float32), axes)
     full = {k: nothing.at[plan.order].set(v, mode="drop") for k, v in found.items()}
     out = {k: full[k] for k in ("logps", *tiling.fields)}
-    return out, (sides, targets, scored, source, full)
+    return out, (sides, targets, scored, source, allowed, full)
 
 
 def _slope(tiling, g, read, logits, hit, columns):
@@ -297,23 +321,26 @@ def _slope(tiling, g, read, logits, hit, columns):
 
 
 def _backward(tiling, residuals, g):
-    sides, targets, scored, source, read = residuals
+    sides, targets, scored, source, allowed, read = residuals
     (h, weight), head = sides[0], tiling.heads[0]
     plan = _plan(tiling, sides, scored, source)
     c = plan.c
     wanted, g, read = jax.tree.map(lambda x: _take(x, plan.order), (targets, g, read))
+    states = None if allowed is None else _take(allowed.states, plan.order)
 
     def block(j, carry):
         dh, dweight = carry
-        weights, start, new = _block(tiling, sides, j, plan)
+        weights, start, new, flags = _block(tiling, sides, j, plan, allowed)
         columns = _columns(tiling, sides, start, new)
 
         def tile(i, carry):
             dh, dw = carry
-            rows, y, g_x, read_x = _slice((plan.source, wanted, g, read), i * c, c)
+            at = (plan.source, wanted, states, g, read)
+            rows, y, state, g_x, read_x = _slice(at, i * c, c)
             g_x, read_x = jax.tree.map(lambda v: v[:, None], (g_x, read_x))
             xs = [_take(h, rows) for h, _ in sides]
-            logits = _logits(tiling, weights, xs)
+            here = _here(flags, state)
+            logits = _logits(tiling, weights, xs, here)
             hit = y[:, None] == (start + jnp.arange(plan.vb))[None]
             dz = _slope(tiling, g_x, read_x, logits, hit, columns)
             raw = logits[0]
@@ -321,8 +348,9 @@ def _backward(tiling, residuals, g):
                 raw, dz = raw * head.temperature, dz / head.temperature
             if head.cap is not None:
                 dz = dz * (1 - (raw / head.cap) ** 2)
-            # Repeated columns of the last tile add nothing.
-            dz = jnp.where(new, dz, 0.0).astype(h.dtype)
+            # Repeated columns of the last tile add nothing, nor do ids that are not allowed.
+            kept = new if here is None else new & here
+            dz = jnp.where(kept, dz, 0.0).astype(h.dtype)
             dx = _dot(tiling, dz, weights[0], (1, head.vocab_axis))
             left, right = (dz, xs[0]) if head.vocab_axis == 0 else (xs[0], dz)
             dw += _dot(tiling, left, right, (0, 0))
@@ -341,7 +369,7 @@ def _backward(tiling, residuals, g):
     )
     dh, dweight = jax.lax.fori_loop(0, plan.blocks, block, zeros)
     frozen = (None,) * (len(sides) - 1)
-    return ((dh.astype(h.dtype), dweight), *frozen), None, None, None
+    return ((dh.astype(h.dtype), dweight), *frozen), *[None] * 4
 
 
 read.defvjp(_forward, _backward)

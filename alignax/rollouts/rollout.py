@@ -315,8 +315,9 @@ def anchor_best(
 
 
 def sampled_logps(setup: Setup, drawn: Drawn) -> Any:
-    """The sampler's log-probabilities at the temperature at which the kernel scores."""
-    return drawn.raw_logps if setup.temperature == 1 else drawn.batch.old_logps
+    """The sampler's log-probabilities of the distribution that the kernel scores."""
+    raw = setup.temperature == 1 and setup.sampler.grammar is None
+    return drawn.raw_logps if raw else drawn.batch.old_logps
 
 
 def fill(

@@ -22,6 +22,8 @@ from alignax.plugin import Bound
 from alignax.rollouts import recorded as recorded_responses
 from alignax.rollouts import turns
 from alignax.rollouts.recorded import Recorded
+from alignax.sampling import automaton
+from alignax.sampling.automaton import Automaton
 from alignax.text.tokenizer import Tokenizer
 
 TRUNCATED = ("keep", "drop", "punish")
@@ -66,6 +68,8 @@ class Sampler(NamedTuple):
       reward_seconds: that one call of a reward that reads no LM may take; 0 for any time.
       invalid_rewards: share of the responses of a draw whose reward may fail: it raises,
         takes too long, or gives no finite number. They are then not valid.
+      grammar: what `generate` samples under, where responses are to be scored under it
+        too: a batch then has extra['grammar_states'] (see `logprob.score`).
     """
 
     generate: Callable[..., Any]
@@ -84,6 +88,7 @@ class Sampler(NamedTuple):
     conversation: turns.Conversation | None = None
     reward_seconds: float = 0.0
     invalid_rewards: float = 0.0
+    grammar: Automaton | None = None
 
     def check(self) -> None:
         """Raises ValueError for a setting out of its range."""
@@ -141,7 +146,12 @@ class Sampler(NamedTuple):
         batch = out.batch._replace(valid=valid, extra=prompts.extra)
         judged = self.judge(batch, prompts)
         earned, valid = judged.values, valid & ~judged.failed
-        batch = batch._replace(valid=valid, extra=prompts.columns or None)
+        extra: dict[str, Any] = dict(prompts.columns or {})
+        if self.grammar is not None:
+            extra["grammar_states"] = automaton.states(
+                self.grammar, np.asarray(batch.tokens), np.asarray(batch.mask)
+            )
+        batch = batch._replace(valid=valid, extra=extra or None)
         punished = valid & out.truncated & (self.truncated == "punish")
         earned = np.where(punished, np.float32(self.punishment), earned)
         lost = np.float32(self.overlong_penalty) * self.late(batch)

@@ -184,6 +184,8 @@ def prepare(
     )
     if temperature != 1:
         score = functools.partial(score, temperature=temperature)
+    if sampler.grammar is not None:
+        score = functools.partial(score, grammar=sampler.grammar.flag)
     own = sampler.temperature == temperature and behaviour is None
     # Beside importance weights, old_logps are the policy's own, whoever sampled.
     on_policy = own and (sampler.recorded is None or "sampler_logps" in needs)

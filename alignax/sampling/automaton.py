@@ -126,3 +126,23 @@ def _aho_corasick(patterns: list[list[int]], alphabet: int):
             queue.append((child, int(delta[suffix, symbol])))
             delta[node, symbol] = child
     return delta, final
+
+
+def states(
+    automaton: Automaton,
+    tokens: Int[np.ndarray, "*N T"],
+    scored: Bool[np.ndarray, "*N T"],
+) -> Int[np.ndarray, "*N T"]:
+    """The state in front of each token of a response, on the host; 0 where not `scored`.
+
+    A response begins in state 0, and so does the next turn of the same row.
+    """
+    following = np.asarray(automaton.next)
+    out = np.zeros(tokens.shape, np.int32)
+    state = np.zeros(tokens.shape[:-1], np.int32)
+    for t in range(tokens.shape[-1]):
+        here = scored[..., t]
+        out[..., t] = np.where(here, state, 0)
+        token = np.where(here, tokens[..., t], 0)
+        state = np.where(here, following[state, token], 0)
+    return out

@@ -20,6 +20,7 @@ from alignax.models import lora, sharding
 from alignax.reports import tables
 from alignax.runs import adapter_base, checkpoint, model_paths, workdirs
 from alignax.runs.model_paths import ModelPath
+from alignax.sampling.automaton import Automaton
 from alignax.text import tokenizer
 from alignax.training import checks, loading, on_policy, optim, parallel
 from alignax.training.plugins import Plugins, has_rollouts
@@ -58,6 +59,7 @@ class Run(NamedTuple):
     eval_data: Sequence[Example] | None
     asked: dict[str, prompts.Usable]  # evaluation -> those whose prompts are usable
     say: Callable[[str], None]
+    grammar: Automaton | None  # under which rollouts are scored
 
     def frozen(self, average: Params | None) -> dict[str, LM]:
         """The frozen LMs, with the policy's average under the names that mean it."""
@@ -117,6 +119,7 @@ def build(config, workdir: str, model: ModelPath | None = None) -> Run:
     run = Run(
         epath.Path(folder).name, folder, mesh, text, policy, assemble, lms, moving,
         plugins.loss, rate, tx, data, plugins.evals, eval_data, asked, say,
+        on_policy.grammar(config, plugins.loss.needs, text),
     )  # fmt: skip
     describe_data(config, run, examples)
     return run

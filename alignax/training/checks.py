@@ -221,7 +221,8 @@ def check_rollout(config, plugins: Plugins) -> None:
         raise ValueError("rollouts take config.data, not a mixture")
     if not config.rollout.reward:
         check_without_reward(config, plugins)
-    check_grammar(config, loss)
+    if config.rollout.grammar:
+        plugin.function(config.rollout.grammar, "rollout.grammar")
     check_recorded(config, steps)
     check_turns(config)
     if "advantages" in loss.needs and not steps:
@@ -258,20 +259,6 @@ def check_rollout(config, plugins: Plugins) -> None:
         on_policy=on_policy.own_samples(config, loss.needs),
         reference=of_reference, anchor=bool(config.rollout.anchor),
     )  # fmt: skip
-
-
-def check_grammar(config, loss: Bound) -> None:
-    """A grammar leaves the losses exact that do not read the sampled distribution."""
-    if not config.rollout.grammar:
-        return
-    plugin.function(config.rollout.grammar, "rollout.grammar")
-    if on_policy.of_samples(config, loss.needs):
-        raise ValueError(
-            f"loss {loss.name!r} reads the distribution that was sampled, which under "
-            "rollout.grammar is the policy's renormalised over the tokens that it allows: "
-            "ratios of whole distributions would be wrong. Take rollout.stops, or a loss of "
-            "pairs or imitation (rollout.keep='best_worst' or 'best')"
-        )
 
 
 def check_turns(config) -> None:

@@ -92,7 +92,7 @@ def get_config() -> ConfigDict:
     # texts (special tokens too) or ids, with which a response ends; it keeps them
     c.rollout.stops = ()
     # dotted name of a function (pieces, eos_ids) -> `sampling.automaton.Automaton`: which
-    # tokens may follow. For losses of pairs and of imitation.
+    # tokens may follow. Ratios and KLs are of the distribution over these tokens.
     c.rollout.grammar = ""
     # dotted name of a function (rows, texts) -> replies, one for each conversation: a text,
     # or None where it is done. Replies are read and not scored; max_new counts them.

@@ -130,7 +130,7 @@ def train(config, workdir: str) -> TrainState:
         ) as writer:
             step = make_train_step(
                 run.policy.config, run.tx, run.loss, run.mesh,
-                **build.settings(config, run, run.loss),
+                grammar=run.grammar and run.grammar.flag, **build.settings(config, run, run.loss),
             )  # fmt: skip
             whole = run.assemble(state.params, run.lms)
             trained, every = map(transformer.num_params, (state.params, whole.params))

@@ -54,8 +54,8 @@ def rollouts(
     grid = sharding.grid(config.layout, config.accumulate, mesh)
     score = parallel.scorer(mesh, packed=grid is not None)
     judged = sampler.Sampler(
-        parallel.generator(text, mesh, tables(config, text)), plugins.reward, lms, text, score=score,
-        **sampling(config),
+        parallel.generator(text, mesh, tables(config, text)), plugins.reward, lms, text,
+        score=score, grammar=grammar(config, loss.needs, text), **sampling(config),
     )  # fmt: skip
     if config.rollout.reply:
         reply = plugin.function(config.rollout.reply, "rollout.reply")
@@ -90,6 +90,17 @@ def temperature(config, needs: Sequence[str]) -> float:
     return rollout.scoring_temperature(
         config.rollout.temperature, needs, judged=bool(config.rollout.reward)
     )
+
+
+def grammar(config, needs: Sequence[str], text: Tokenizer) -> Automaton | None:
+    """The grammar under which the step of a loss with these needs scores; None without.
+
+    As the temperature, it is a part of the distribution that was sampled.
+    """
+    found = has_rollouts(config) and tables(config, text)
+    if not found or not of_samples(config, needs):
+        return None
+    return found(text.vocab_size).get("grammar")
 
 
 def of_samples(config, needs: Sequence[str]) -> bool:

@@ -4,6 +4,9 @@ A cached log-probability is that of the reference. Where the reference is the in
 policy, the two agree exactly, and the jitted training step agrees with them.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax.numpy as jnp
 
 from alignax import masked
@@ -31,7 +34,10 @@ def start_check(config, run, state, batch, writer) -> bool:
     lms, needs = run.frozen(state.average), run.loss.needs
     read = tuple(n for n in needs if n in Scores._fields and n != "logps")
     temperature = on_policy.temperature(config, run.loss.needs)
-    score = parallel.compiled_score(run.mesh, (), temperature)
+    more = {"grammar": run.grammar.flag} if run.grammar else {}
+    score: Callable = functools.partial(
+        parallel.compiled_score(run.mesh, (), temperature), **more
+    )
     cached = batch.ref_logps
     if cached is None and config.lms.get("ref") != "init":
         return False
@@ -45,7 +51,7 @@ def start_check(config, run, state, batch, writer) -> bool:
     score = parallel.compiled_score(run.mesh, read, temperature)
     ours = run.assemble(state.params, run.lms)
     compared = {"kl_to": lms["ref"]} if {*read} & {*COMPARED} else {}
-    policy: Scores = score(ours, batch, **compared)
+    policy: Scores = score(ours, batch, **compared, **more)
     largest = float(jnp.abs(policy.logps - batch.ref_logps).max())
     given = {"ema": state.ema} if run.loss.ema else {}
     value = float(

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from alignax import logprob
 from alignax.batch import LM, Batch, Metrics, Params
@@ -123,6 +123,7 @@ def make_train_step(
     moving: tuple[str, ...] = (),
     assemble: Callable[[Params, Mapping[str, LM]], LM] | None = None,
     temperature: float = 1.0,
+    grammar: Bool[Array, "S V"] | Bool[np.ndarray, "S V"] | None = None,
     length: int = 0,
 ) -> TrainStep:
     """Builds the jitted optimiser step. The state it is given is donated.
@@ -143,6 +144,7 @@ def make_train_step(
       assemble: (what is trained, frozen LMs) -> the policy; by default the parameters
         are the policy's own, with adapters they are attached to a frozen base.
       temperature: at which the policy and the frozen LMs are scored.
+      grammar: under which they are, as in `logprob.score`; a constant of the program.
       length: tokens of a row that the reduction 'constant' divides by, whatever the T of
         a batch; 0 divides by T.
 
@@ -154,7 +156,9 @@ def make_train_step(
     numbers = {k: v for k, v in loss.hyper.items() if type(v) in (int, float)}
     objective = Objective(
         loss, {k: v for k, v in loss.hyper.items() if k not in numbers},
-        functools.partial(logprob.score, mesh=mesh, temperature=temperature),
+        functools.partial(
+            logprob.score, mesh=mesh, temperature=temperature, grammar=grammar
+        ),
         assemble or (lambda params, lms: LM(config, params)), accumulate,
         1 if mesh is None else sharding.num_shards(mesh), length,
     )  # fmt: skip

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import test_on_policy
 
+from alignax.reports.metrics import read
+from alignax.sampling import automaton
 from alignax.sampling.automaton import Automaton
 from alignax.text import tokenizer
 from alignax.training import build, checks, loop
@@ -61,6 +63,39 @@ def test_a_response_follows_the_grammar(tmp_path):
     loop.train(short, str(tmp_path / "short"))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rollout.epochs": 2},  # stored log-probabilities
+        # fresh ones: the step compares its own with the sampler's
+        {"shaping": {"rloo": {}}, "lms": {}},
+        {"rollout.epochs": 2, "rollout.temperature": 0.7, "layout": "rows"},
+    ],
+)
+def test_ratios_are_of_the_distribution_under_the_grammar(changes, tmp_path):
+    config = test_on_policy.run_config(**{
+        "rollout.grammar": "test_rollout_rules.digits", "rollout.group": 6,
+        "num_steps": 2, "lms": {"ref": "init"}, "shaping": {"kl": {}, "rloo": {}},
+        **changes,
+    })  # fmt: skip
+    loop.train(config, str(tmp_path / "run"))
+    first = read(tmp_path / "run")[0]
+    # without it a digit would have a probability of about 11/260, here of about 1/6
+    assert first["train/rollout/logp_gap"] < 1e-4
+    assert first.get("train/rollout/kl", 0) == pytest.approx(0, abs=1e-5)
+    assert first["train/rollout/entropy"] < 4.2  # nats of at most 63 tokens
+    assert first["train/grad_norm"] > 0
+
+
+def test_a_state_is_that_in_front_of_a_token_and_a_turn_begins_anew():
+    rules = digits([bytes([i]) for i in range(256)], [0])
+    letter, digit = ord("a"), ord("1")
+    tokens = np.array([[5, digit, letter, 0, 7, 7, digit, letter, 0]])
+    scored = np.array([[0, 1, 1, 1, 0, 0, 1, 1, 1]], bool)
+    want = [[0, 0, 0, 1, 0, 0, 0, 0, 1]]
+    np.testing.assert_array_equal(automaton.states(rules, tokens, scored), want)
+
+
 def test_a_run_goes_on_with_its_own_stops_only(tmp_path):
     def source(stops):
         config = test_on_policy.run_config(**{"rollout.stops": stops})
@@ -77,7 +112,6 @@ def test_a_run_goes_on_with_its_own_stops_only(tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"rollout.grammar": "test_rollout_rules.digits"}, "reads the distribution that was"),
         ({"rollout.grammar": "no_such.rules", **PAIRS}, "rollout.grammar is 'no_such.rules'"),
         ({"rollout.grammar": "test_rollout_rules.none", **PAIRS}, "expected MODULE.FUNCTION"),
         ({"rollout.grammar": "digits", **PAIRS}, "expected MODULE.FUNCTION"),
