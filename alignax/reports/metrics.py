@@ -159,6 +159,7 @@ class Writer:
         workdir: Any,
         *,
         step: int = 0,
+        lines: Mapping[str, int] | None = None,
         wandb: bool = False,
         config: Mapping[str, Any] | None = None,
     ):
@@ -170,6 +171,8 @@ class Writer:
         Args:
           workdir: a folder, local or remote (gs://...); it is created.
           step: the step that was restored, 0 for a new run.
+          lines: what `lines` was when that step was saved: further lines of the step
+            itself, as those of the last evaluation, are dropped too.
           wandb: also log to Weights & Biases.
           config: plain dict to show there.
 
@@ -178,6 +181,7 @@ class Writer:
         """
         self._enabled = jax.process_index() == 0
         self._wandb: Any = None
+        self.lines: dict[str, int] = {}  # of each file; what a checkpoint notes
         if not self._enabled:
             return
         self._remote = epath.Path(workdir) if "://" in str(workdir) else None
@@ -190,11 +194,13 @@ class Writer:
         for name in ("metrics.jsonl", "samples.jsonl"):
             if self._remote and (self._remote / name).exists():
                 (self._folder / name).write_bytes((self._remote / name).read_bytes())
-            _truncate(self._folder / name, step)
+            most = (lines or {}).get(name)
+            self.lines[name] = _truncate(self._folder / name, step, most)
         rows = _read(self._folder / "samples.jsonl")
         (self._folder / "samples.md").unlink(missing_ok=True)
         self._append("samples.md", "".join(map(_markdown, rows)))
         self._events = events.create(self._folder, step)
+        self.flush()  # what was dropped is not to be read again
         if wandb:
             self._wandb = _start_wandb(self._folder, config)
 
@@ -208,6 +214,7 @@ class Writer:
             return
         values = scalars(metrics)
         self._append("metrics.jsonl", _line({"step": int(step), **values}))
+        self.lines["metrics.jsonl"] += 1
         with self._events.open("ab") as file:
             file.write(events.scalars(int(step), values))
         if self._wandb:
@@ -220,6 +227,7 @@ class Writer:
         for i, row in enumerate(rows):
             full = {"step": int(step), "index": i, **_on_host(row)}
             self._append("samples.jsonl", _line(full))
+            self.lines["samples.jsonl"] += 1
             self._append("samples.md", _markdown(full))
 
     def flush(self) -> None:
@@ -313,10 +321,14 @@ def _read(path: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def _truncate(path: pathlib.Path, step: int) -> None:
-    """Drops the rows past `step` (all of them at 0), and logs how many."""
+def _truncate(path: pathlib.Path, step: int, most: int | None) -> int:
+    """Drops the rows past `step` (all of them at 0) or `most`, and logs how many.
+
+    Returns:
+      How many are left.
+    """
     rows = _read(path)
-    kept = [row for row in rows if step and row["step"] <= step]
+    kept = [row for row in rows if step and row["step"] <= step][:most]
     if len(kept) < len(rows):
         log.warning(
             "%s: dropped %d lines past step %d, which the run computes again",
@@ -326,6 +338,7 @@ def _truncate(path: pathlib.Path, step: int) -> None:
         new = path.with_suffix(".new")  # renamed when complete: a kill loses nothing
         new.write_text("".join(map(_line, kept)), encoding="utf-8")
         new.replace(path)
+    return len(kept)
 
 
 def _markdown(row: Mapping[str, Any]) -> str:

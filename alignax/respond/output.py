@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from alignax.batch import LM, Batch, Example
-from alignax.runs import checkpoint
+from alignax.runs import checkpoint, workdirs
 from alignax.sampling import stops as stop_places
 from alignax.text.tokenizer import Tokenizer
 
@@ -161,14 +161,10 @@ def begin(
     beside = path.with_suffix(".json")
     if not path.exists():
         if write:
-            fresh = (
-                beside.parent / f".{beside.name}"
-            )  # a kill must not leave half of it
-            fresh.write_text(json.dumps(here, indent=1))
-            fresh.replace(beside)
+            workdirs.write_json(beside, here)
         return set()
     found = read(path)
-    there = json.loads(beside.read_text()) if beside.exists() else {}
+    there = workdirs.read_json(beside) if beside.exists() else {}
     differ = [
         f"{k} ({there.get(k, 'absent')} there, {here.get(k, 'absent')} here)"
         for k in dict.fromkeys((*there, *here))

@@ -5,7 +5,6 @@ absolute one, and one relative to the workdir, so that both can move together) a
 of its parameters in the dtype of the run.
 """
 
-import json
 import os
 
 import jax
@@ -13,7 +12,7 @@ from etils import epath
 
 from alignax.batch import Params
 from alignax.records import fetch
-from alignax.runs import checkpoint
+from alignax.runs import checkpoint, workdirs
 
 NAME = "base.json"
 
@@ -39,9 +38,7 @@ def note(workdir, path: str, params: Params) -> None:
         local = path and not named and "://" not in f"{there}{folder}"
         seen = os.path.relpath(there, folder) if local else ""
         known = {"path": there, "from_here": seen, "checksum": checksum}
-        fresh = folder / f".{NAME}"  # a kill must not leave half of it
-        fresh.write_text(json.dumps(known, indent=1))
-        fresh.replace(folder / NAME)
+        workdirs.write_json(folder / NAME, known)
 
 
 def noted(workdir) -> bool:
@@ -62,7 +59,7 @@ def find(workdir, path: str) -> str:
     folder = checkpoint.absolute(workdir)
     if not path or not (folder / NAME).exists():
         return path
-    known = json.loads((folder / NAME).read_text())
+    known = workdirs.read_json(folder / NAME)
     places = [known["path"], path]
     if known["from_here"]:
         places.insert(1, os.path.normpath(folder / known["from_here"]))
@@ -92,7 +89,7 @@ def _checksum(params: Params) -> str:
 
 
 def _compare(folder: epath.Path, checksum: str, path: str | None = None) -> None:
-    known = json.loads((folder / NAME).read_text())
+    known = workdirs.read_json(folder / NAME)
     if checksum == known["checksum"]:
         return
     where = path or known["path"]

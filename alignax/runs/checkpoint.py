@@ -1,9 +1,10 @@
 """Checkpoints: a thin module over Orbax.
 
 A step holds three items: 'params', 'rest' (optimiser state, running means, average)
-and 'meta' (JSON: model config, resolved config, data position, seed, the tree's shapes
-and a checksum). A checkpoint that cannot be read back is logged and the one before it
-is used; a checkpoint of another model is an error, never a fallback.
+and 'meta' (JSON: model config, resolved config, data position, seed, the tree's shapes,
+a checksum and the version that wrote it). A committed step is never written again. A
+checkpoint that cannot be read back is logged and the one before it is used; a checkpoint
+of another model, or of a newer version, is an error, never a fallback.
 """
 
 import contextlib
@@ -20,15 +21,22 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+import alignax
 from alignax.batch import LM
 from alignax.models.sharding import path_string
 from alignax.models.transformer import ModelConfig
 
+# Raised when a checkpoint gets something that an earlier version cannot read.
+FORMAT = 1
 log = logging.getLogger(__name__)
 
 
 class CheckpointError(ValueError):
-    """No checkpoint can be read, or it belongs to another model."""
+    """No checkpoint can be read, or it belongs to another model or a newer version."""
+
+
+class NewerVersion(CheckpointError):
+    """A checkpoint that this version cannot read, since a newer one wrote it."""
 
 
 def manager(
@@ -75,7 +83,10 @@ def checksum(tree):
 def save(
     manager: ocp.CheckpointManager, state, *, model: ModelConfig, meta: dict[str, Any]
 ) -> None:
-    """Saves a TrainState at its own step.
+    """Saves a TrainState at its own step, unless that step is there already.
+
+    A committed step that reads back is neither written again nor deleted: a kill in
+    between would lose it.
 
     Args:
       manager: from `manager`.
@@ -83,23 +94,62 @@ def save(
       model: the policy's config; `load_lm` needs nothing else.
       meta: JSON to save with it (data position, seed, resolved config).
     """
-    rest = _rest(state)
+    rest, step = _rest(state), int(state.step)
+    sums = _sums(state.params, rest)
+    if _committed(manager, step, sums):
+        return
     meta = {
         **meta,
+        "written_by": {"alignax": alignax.__version__, "format": FORMAT},
         "model": dataclasses.asdict(model),
         "shapes": {"params": shapes(state.params), "rest": shapes(rest)},
-        "checksum": _sums(state.params, rest),
+        "checksum": sums,
     }
     args = ocp.args.Composite(
         params=ocp.args.StandardSave(state.params),
         rest=ocp.args.StandardSave(rest),
         meta=ocp.args.JsonSave(meta),
     )
-    step = int(state.step)
-    if step in manager.all_steps():  # the same step, evaluated or reached again
-        manager.wait_until_finished()
-        manager.delete(step)
     manager.save(step, args=args, force=True)
+
+
+def _committed(manager: ocp.CheckpointManager, step: int, sums: dict[str, int]) -> bool:
+    """Whether a step is there and reads back; one that does not is set aside."""
+    if step not in manager.all_steps():
+        return False
+    manager.wait_until_finished()
+    try:
+        there = _meta(manager, step)["checksum"]
+    except Exception as error:
+        _unreadable(step, manager.directory, error)
+        _set_aside(manager, [step])
+        return False
+    if there != sums:
+        log.warning(
+            "%s holds a step %d of other numbers: it is kept, and this one is not saved",
+            manager.directory, step,
+        )  # fmt: skip
+    return True
+
+
+def prune(manager: ocp.CheckpointManager, keep: int) -> None:
+    """Deletes all but the newest `keep` steps, as a kill may have left half of an old one.
+
+    Call it when the newest is known to read back.
+    """
+    for step in sorted(manager.all_steps())[:-keep]:
+        manager.delete(step)
+
+
+def records(manager: ocp.CheckpointManager) -> list[dict[str, Any]]:
+    """The metas of the steps that read back, in the order of their steps."""
+    found = []
+    for step in sorted(manager.all_steps()):
+        try:
+            found.append(_meta(manager, step))
+        except Exception as error:
+            _unreadable(step, manager.directory, error)
+    return found
 
 
 def restore(manager: ocp.CheckpointManager, state):
@@ -126,6 +176,7 @@ def restore(manager: ocp.CheckpointManager, state):
         except Exception as error:
             _unreadable(step, manager.directory, error)
             continue
+        _refuse_newer(meta, where)
         _compare(saved["params"], shapes(state.params), where)
         _compare(saved["rest"], shapes(rest), where)
         try:
@@ -141,11 +192,7 @@ def restore(manager: ocp.CheckpointManager, state):
             continue
         if step != steps[0]:
             log.warning("falling back to checkpoint %d in %s", step, manager.directory)
-            for newer in [s for s in steps if s > step]:  # set aside, not deleted
-                name = f"{manager.directory.name}-{newer}-unreadable-{time.time_ns()}"
-                aside = manager.directory.parent / name
-                (manager.directory / str(newer)).rename(aside)
-            manager.reload()
+            _set_aside(manager, [s for s in steps if s > step])
         fields = {k: v for k, v in got.rest.items() if k != "step"}
         return state._replace(step=got.rest["step"], params=got.params, **fields), meta
     if steps:
@@ -173,7 +220,8 @@ def load_lm(folder) -> LM:
         WORKDIR/best.
 
     Raises:
-      CheckpointError: the folder holds no checkpoint that can be read.
+      CheckpointError: the folder holds no checkpoint that can be read, or one of a newer
+        version.
     """
     folder = absolute(folder)
     inner = folder / "checkpoints"
@@ -189,6 +237,7 @@ def load_lm(folder) -> LM:
         for step in sorted(read.all_steps(), reverse=True):
             try:
                 meta = _meta(read, step)
+                _refuse_newer(meta, place / str(step))
                 # a sharding is given: the mesh that saved them may not exist here
                 target: dict[str, Any] = {}
                 for path, (shape, dtype) in meta["shapes"]["params"].items():
@@ -203,6 +252,8 @@ def load_lm(folder) -> LM:
                     raise CheckpointError("its checksum differs from the saved one")
                 fields = {k: _tuples(v) for k, v in meta["model"].items()}
                 return LM(ModelConfig(**fields), params)
+            except NewerVersion:
+                raise
             except Exception as error:
                 _unreadable(step, place, error)
     raise CheckpointError(f"no checkpoint that reads back in {folder}")
@@ -231,6 +282,28 @@ def absolute(path) -> epath.Path:
 def _meta(manager, step: int) -> dict[str, Any]:
     args = ocp.args.Composite(meta=ocp.args.JsonRestore())
     return manager.restore(step, args=args).meta
+
+
+def _refuse_newer(meta: dict[str, Any], where) -> None:
+    """Raises NewerVersion for a checkpoint with something that is unknown here."""
+    by = meta.get("written_by", {"alignax": "an unknown version", "format": 0})
+    known = {field.name for field in dataclasses.fields(ModelConfig)}
+    unknown = sorted(meta.get("model", {}).keys() - known)
+    if by["format"] > FORMAT or unknown:
+        fields = f", with the unknown fields {unknown} of its model" * bool(unknown)
+        raise NewerVersion(
+            f"checkpoint {where} was written by alignax {by['alignax']} (format "
+            f"{by['format']}{fields}), and this is alignax {alignax.__version__} (format "
+            f"{FORMAT}): go on with the newer version"
+        )
+
+
+def _set_aside(manager: ocp.CheckpointManager, steps: list[int]) -> None:
+    """Renames steps to folders beside that of the checkpoints; nothing is deleted."""
+    for step in steps:
+        name = f"{manager.directory.name}-{step}-unreadable-{time.time_ns()}"
+        (manager.directory / str(step)).rename(manager.directory.parent / name)
+    manager.reload()
 
 
 def _unreadable(step: int, folder, error: Exception) -> None:

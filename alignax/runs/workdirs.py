@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 from alignax.runs import checkpoint
 
 RESPONSES = "responses.jsonl"  # of a run that answers prompts
+END = "finished.json"  # of a run that is over: {"step": its last}
 # Keys that may differ when a run is resumed: they do not change what is computed.
 VOLATILE = (
     "log_every", "checkpoint", "profile", "wandb", "mesh", "patience", "watchdog",
@@ -31,7 +32,7 @@ def check_owner(workdir: str, config) -> None:
     path = folder / "config.json"
     if not path.exists():
         return
-    there = json.loads(path.read_text())
+    there = read_json(path)
     if there.get("prompts") and not (folder / RESPONSES).exists():
         return  # killed before its first line
     a, b = _flat(_judged(there)), _flat(_judged(plain(config)))
@@ -68,10 +69,46 @@ def prepare(workdir: str, config) -> str:
     except OSError as error:
         raise OSError(f"cannot write to workdir {folder}: {error.strerror}") from error
     if jax.process_index() == 0:
-        fresh = folder / ".config.json"  # a kill must not leave half of it
-        fresh.write_text(json.dumps(now, indent=1))
-        fresh.replace(path)
+        write_json(path, now)
     return str(folder)
+
+
+def mark_end(workdir: str, step: int) -> None:
+    """Notes that a run is over at a step: with its last evaluation, and its best step."""
+    path = checkpoint.absolute(workdir) / END
+    if jax.process_index() == 0 and ended_at(workdir) != step:
+        write_json(path, {"step": step})
+
+
+def ended_at(workdir: str) -> int | None:
+    """The step at which a run was over; None without `mark_end`."""
+    path = checkpoint.absolute(workdir) / END
+    return read_json(path)["step"] if path.exists() else None
+
+
+def write_json(path: epath.Path, value: Any) -> None:
+    """Writes a file of JSON; a kill leaves what was there before, or all of it."""
+    fresh = path.parent / f".{path.name}"
+    fresh.write_text(json.dumps(value, indent=1))
+    fresh.replace(path)
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """The object of a file of JSON.
+
+    Raises:
+      ValueError: the file is damaged; it is named.
+    """
+    try:
+        found = json.loads(path.read_bytes().decode("utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}, expected an object")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): put a copy back, or delete it if you know what "
+            "it held"
+        ) from error
+    return found
 
 
 def plain(config) -> dict[str, Any]:
@@ -88,7 +125,7 @@ def run_folder(path: str) -> epath.Path:
 def saved_config(path: str) -> dict[str, Any] | None:
     """The config of the run that a folder, or its 'best', belongs to; None if of no run."""
     file = run_folder(path) / "config.json"
-    config = json.loads(file.read_text()) if file.is_file() else {}
+    config = read_json(file) if file.is_file() else {}
     return config if "batch_size" in config else None
 
 

@@ -47,11 +47,15 @@ class Session(NamedTuple):
     stop: preemption
     alive: Callable[[int], None]  # the watchdog
     start: int  # step at which this process began
+    over: bool  # the run had ended, with its last evaluation
     flops: float  # per token, forward and backward
 
 
 class Best(NamedTuple):
-    """The best value of config.best_metric so far; saved with every checkpoint."""
+    """The best value of config.best_metric so far; saved with every checkpoint.
+
+    WORKDIR/best holds the checkpoint of that step, with this record of its own.
+    """
 
     value: float | None = None
     step: int = 0
@@ -120,14 +124,16 @@ def train(config, workdir: str) -> TrainState:
         preemption() as stop,
         watchdog.Watchdog(run.workdir, config.watchdog.minutes) as alive,
     ):
-        state, record = restored(config, run, latest)
+        state, record, lines = restored(config, run, latest, best)
         start = int(state.step)
+        over = is_over(config, run.workdir, start, lines)
         alive(start)
         # the state holds the parameters now
         run = run._replace(policy=LM(run.policy.config, {}))
         with Writer(
-            run.workdir, step=start, wandb=config.wandb, config=config.to_dict()
-        ) as writer:
+            run.workdir, step=start, lines=None if over else lines,
+            wandb=config.wandb, config=config.to_dict(),
+        ) as writer:  # fmt: skip
             step = make_train_step(
                 run.policy.config, run.tx, run.loss, run.mesh,
                 grammar=run.grammar and run.grammar.flag, **build.settings(config, run, run.loss),
@@ -136,25 +142,56 @@ def train(config, workdir: str) -> TrainState:
             trained, every = map(transformer.num_params, (state.params, whole.params))
             flops = flops_per_token(trained, "train", frozen=every - trained)
             session = Session(
-                config, run, step, latest, best, writer, stop, alive, start, flops
+                config, run, step, latest, best, writer, stop, alive, start, over, flops
             )
             return loop(session, state, record)
 
 
-def restored(config, run: build.Run, latest) -> tuple[TrainState, Best]:
-    """The state to begin with: the last checkpoint's, else that of step 0."""
+def restored(
+    config, run: build.Run, latest, best
+) -> tuple[TrainState, Best, dict[str, int] | None]:
+    """The state to begin with: the last checkpoint's, else that of step 0.
+
+    Returns:
+      The state, the best evaluation up to its step, and how many lines the files of the
+      writer had when it was saved; None if that is not known.
+    """
     state = init_state(
         run.policy.params, run.tx, run.mesh, ema=run.loss.ema,
         average=checks.keeps_average(config),
     )  # fmt: skip
     found = checkpoint.restore(latest, state)
     if not found:
-        return state, Best()
+        return state, Best(), None
     state, meta = found
     if run.source is not None:
         run.source.restore(meta["data"])
-    run.say(f"resumed at step {int(state.step)} of {config.num_steps}")
-    return state, Best(**meta["best"])
+    checkpoint.prune(latest, config.checkpoint.keep)
+    checkpoint.prune(best, 1)
+    at = int(state.step)
+    run.say(f"resumed at step {at} of {config.num_steps}")
+    # The best one of the last evaluation is newer than the last checkpoint. What is
+    # beyond the restored step is evaluated again.
+    known = [meta, *checkpoint.records(best)]
+    noted = [Best(**m["best"]) for m in known]
+    newest = max((b for b in noted if b.step <= at), key=lambda b: b.step)
+    return state, newest, meta.get("lines")
+
+
+def is_over(config, workdir: str, start: int, lines: dict[str, int] | None) -> bool:
+    """Whether nothing is left to do: the last evaluation too has its line.
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+      start: the restored step.
+      lines: from `restored`; None for a run of an earlier version, which marked no end.
+    """
+    if start == 0 or start < config.num_steps:
+        return False
+    if lines is None and evaluated(workdir, start):
+        return True
+    return workdirs.ended_at(workdir) == start
 
 
 def loop(session: Session, state: TrainState, best: Best) -> TrainState:
@@ -164,11 +201,10 @@ def loop(session: Session, state: TrainState, best: Best) -> TrainState:
     now = LoopState(state, best, there if start else "no checkpoint yet")
     if start == 0 and config.eval_at_start:
         evaluate(session, now, 0)
-    over = start == config.num_steps and evaluated(run.workdir, start)
-    now = now._replace(
-        since=time.monotonic(),
-        finished=bool(config.patience) and best.stale >= config.patience,
-    )
+    if interrupted(session):
+        now = judge(session, now, evaluate(session, now, start))
+    stale = bool(config.patience) and now.best.stale >= config.patience
+    now = now._replace(since=time.monotonic(), finished=stale)
     last = start if now.finished else config.num_steps
     with progress(config.num_steps, start=start, name=run.name) as show:
         for at in range(start + 1, last + 1):
@@ -189,12 +225,12 @@ def loop(session: Session, state: TrainState, best: Best) -> TrainState:
             now = follow(session, now, at, due)
             if now.finished:
                 break
-    if not now.finished and not over:
+    if not now.finished and not session.over:
         now = judge(session, now, evaluate(session, now, int(now.state.step)))
-        if config.best_metric and start < config.num_steps:
-            save(session, session.latest, now)  # with what the last evaluation found
     session.latest.wait_until_finished()
     session.best.wait_until_finished()
+    session.writer.flush()
+    workdirs.mark_end(run.workdir, int(now.state.step))
     finish(config, run, now.best)
     return now.state
 
@@ -361,10 +397,11 @@ def judge(session: Session, now: LoopState, metrics: Metrics) -> LoopState:
         return now
     if name not in metrics:
         raise ValueError(f"best_metric {name!r} is not among {sorted(metrics)}")
-    value, sign = metrics[name], 1 if config.best_mode == "max" else -1
     best = now.best
-    if best.value is None or sign * (value - best.value) > 0:
-        now = now._replace(best=Best(value, at, 0))
+    if better(metrics[name], best, config.best_mode):
+        best = Best(metrics[name], at, 0)
+    if best.step == at:  # it may be known from before a kill
+        now = now._replace(best=best)
         save(session, session.best, now)
     else:
         now = now._replace(best=best._replace(stale=best.stale + 1))
@@ -372,10 +409,21 @@ def judge(session: Session, now: LoopState, metrics: Metrics) -> LoopState:
     return now._replace(finished=bool(patience) and now.best.stale >= patience)
 
 
+def better(value: float, best: Best, mode: str) -> bool:
+    """Whether a value is better than the best so far; not-a-number never is."""
+    if np.isnan(value) or best.value is None or np.isnan(best.value):
+        return not np.isnan(value)
+    return value > best.value if mode == "max" else value < best.value
+
+
 def save(session: Session, to: ocp.CheckpointManager, now: LoopState) -> None:
     """Writes a checkpoint: the state, the position in the data, the best metric."""
     run, config = session.run, session.config
+    session.writer.flush()
+    if to is session.latest:  # which names a best one, that must be there
+        session.best.wait_until_finished()
     meta = {
+        "lines": dict(session.writer.lines),
         "data": run.source.state() if run.source else None, "best": now.best._asdict(),
         "seed": config.seed, "config": workdirs.plain(config),
     }  # fmt: skip
@@ -391,7 +439,18 @@ def finish(config, run: build.Run, best: Best) -> None:
             run.say(f"drew {path}")
 
 
+def interrupted(session: Session) -> bool:
+    """Whether SIGTERM kept the restored step from an evaluation that was due."""
+    every, start = session.config.eval_every, session.start
+    due = bool(every and start and start % every == 0)
+    return (
+        due
+        and start < session.config.num_steps
+        and not evaluated(session.run.workdir, start)
+    )
+
+
 def evaluated(workdir: str, step: int) -> bool:
-    """Whether the evaluations of `step` > 0 are in the metrics already."""
-    rows = [row for row in read(workdir) if row["step"] == step] if step else []
+    """Whether the evaluations of a step are in the metrics already."""
+    rows = [row for row in read(workdir) if row["step"] == step]
     return any(key.startswith("eval/") for row in rows for key in row)
