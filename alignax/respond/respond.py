@@ -26,7 +26,7 @@ from alignax.respond import output, responder
 from alignax.respond import starts as beginnings
 from alignax.respond.starts import Start
 from alignax.reward_functions import time_limit
-from alignax.runs import checkpoint, workdirs
+from alignax.runs import checkpoint, lease, workdirs
 from alignax.runs.model_paths import ModelPath
 from alignax.sampling import generation_settings
 from alignax.sampling.prefill import common
@@ -84,12 +84,21 @@ def respond(config, workdir: str, stop: Callable[[], bool] = lambda: False) -> b
     workdirs.check_owner(workdir, config)
     model = loading.model_path(config)
     now = check(config, model)
+    with lease.Lease(workdir) as owner:
+        return _owned(config, workdir, model, now, stop, owner)
+
+
+def _owned(
+    config, workdir: str, model: ModelPath | None, now: Prompts, stop: Callable[[], bool],
+    owner: lease.Lease,
+) -> bool:  # fmt: skip
     folder = checkpoint.absolute(workdir)
     fresh = not (folder / "config.json").exists()
     try:
         run = build.build(config, workdir, model)
+        owner.settle()
         with time_limit.by_default(config.rollout.reward_seconds):
-            return _respond(config, run, now, stop)
+            return _respond(config, run, now, stop, owner)
     except BaseException:
         if fresh and not (folder / NAME).exists():  # the folder stays free for others
             (folder / "config.json").unlink(missing_ok=True)
@@ -214,7 +223,9 @@ def _place(examples: Sequence[Example], index: int) -> str:
     return found(index) if found else examples[index].id
 
 
-def _respond(config, run: build.Run, now: Prompts, stop: Callable[[], bool]) -> bool:
+def _respond(
+    config, run: build.Run, now: Prompts, stop: Callable[[], bool], owner: lease.Lease
+) -> bool:
     path = epath.Path(run.workdir) / NAME
     lm = run.assemble(sharding.put_params(run.policy.params, run.mesh), run.lms)
     spec = config.generate.reward.to_dict()
@@ -247,6 +258,7 @@ def _respond(config, run: build.Run, now: Prompts, stop: Callable[[], bool]) -> 
             found = list(rows(config, run, now, places, out, reward, score))
             tokens += sum(sum(row["tokens"]) for row in found)
             found = [row for row in found if row["id"] not in done]
+            owner.check()
             if mine:
                 output.append(path, found)
             lines += found

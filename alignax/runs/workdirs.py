@@ -61,6 +61,18 @@ def prepare(workdir: str, config) -> str:
     """
     folder = checkpoint.absolute(workdir)
     path, now = folder / "config.json", plain(config)
+    make(folder)
+    if jax.process_index() == 0:
+        write_json(path, now)
+    return str(folder)
+
+
+def make(folder: epath.Path) -> None:
+    """Makes a workdir.
+
+    Raises:
+      OSError: it cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe{os.getpid()}"
@@ -68,9 +80,6 @@ def prepare(workdir: str, config) -> str:
         probe.unlink()
     except OSError as error:
         raise OSError(f"cannot write to workdir {folder}: {error.strerror}") from error
-    if jax.process_index() == 0:
-        write_json(path, now)
-    return str(folder)
 
 
 def mark_end(workdir: str, step: int) -> None:

@@ -22,7 +22,7 @@ from alignax.models import fallback, sharding, transformer
 from alignax.reports import curves
 from alignax.reports.metrics import Writer, flops_per_token, mfu, read
 from alignax.reports.progress import progress
-from alignax.runs import checkpoint, hosts, watchdog, workdirs
+from alignax.runs import checkpoint, hosts, lease, watchdog, workdirs
 from alignax.runs.preemption import Preempted, preemption
 from alignax.training import build, checks, evaluation, stages
 from alignax.training.start_check import close_to_start, start_check
@@ -44,6 +44,7 @@ class Session(NamedTuple):
     latest: ocp.CheckpointManager
     best: ocp.CheckpointManager
     writer: Writer
+    owner: lease.Lease
     stop: preemption
     alive: Callable[[int], None]  # the watchdog
     start: int  # step at which this process began
@@ -108,14 +109,22 @@ def train(config, workdir: str) -> TrainState:
 
     Raises:
       ValueError: a config that cannot run; the message says which key and why.
+      OSError: the workdir cannot be written, or another process writes there.
       NonFiniteLoss: the loss is not a number.
       Preempted: SIGTERM came; the state is saved.
     """
     if config.get("stages"):
         return stages.run_stages(config, workdir, train)
+    with lease.Lease(workdir) as owner:
+        return restore_and_run(config, workdir, owner)
+
+
+def restore_and_run(config, workdir: str, owner: lease.Lease) -> TrainState:
+    """Builds a run in a workdir that this process owns, and runs the steps that are left."""
     with watchdog.counted(workdir, config.watchdog.starts):
         run = build.build(config, workdir)
     hosts.meet("data and weights are read")
+    owner.settle()
     ckpt = config.checkpoint
     make_manager = functools.partial(checkpoint.manager, asynchronous=ckpt.asynchronous)
     with (
@@ -142,8 +151,9 @@ def train(config, workdir: str) -> TrainState:
             trained, every = map(transformer.num_params, (state.params, whole.params))
             flops = flops_per_token(trained, "train", frozen=every - trained)
             session = Session(
-                config, run, step, latest, best, writer, stop, alive, start, over, flops
-            )
+                config, run, step, latest, best, writer, owner, stop, alive, start, over,
+                flops,
+            )  # fmt: skip
             return loop(session, state, record)
 
 
@@ -222,6 +232,7 @@ def loop(session: Session, state: TrainState, best: Best) -> TrainState:
                 session.writer.write(at, metrics)
             show(at, metrics)
             session.alive(at)
+            session.owner.check(read=False)
             now = follow(session, now, at, due)
             if now.finished:
                 break
@@ -229,6 +240,7 @@ def loop(session: Session, state: TrainState, best: Best) -> TrainState:
         now = judge(session, now, evaluate(session, now, int(now.state.step)))
     session.latest.wait_until_finished()
     session.best.wait_until_finished()
+    session.owner.check()
     session.writer.flush()
     workdirs.mark_end(run.workdir, int(now.state.step))
     finish(config, run, now.best)
@@ -419,6 +431,7 @@ def better(value: float, best: Best, mode: str) -> bool:
 def save(session: Session, to: ocp.CheckpointManager, now: LoopState) -> None:
     """Writes a checkpoint: the state, the position in the data, the best metric."""
     run, config = session.run, session.config
+    session.owner.check()
     session.writer.flush()
     if to is session.latest:  # which names a best one, that must be there
         session.best.wait_until_finished()
