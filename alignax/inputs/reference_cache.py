@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -49,7 +49,7 @@ def describe_lm(lm: LM, **more: Any) -> dict[str, str]:
     fields = {f.name: getattr(lm.config, f.name) for f in dataclasses.fields(lm.config)}
     model = {name: value for name, value in fields.items() if name not in HOW}
     return {
-        "parameters": f"{int(checkpoint.checksum(lm.params)):08x}",
+        "parameters": checkpoint.fingerprint(lm.params),
         "dtype": str(lm.config.dtype),
         "platform": jax.default_backend(),
         "model": hashlib.sha256(repr(model).encode()).hexdigest()[:16],
@@ -135,7 +135,7 @@ def save(path, table: Table, key: dict[str, str]) -> None:
 
 def load(
     path, key: dict[str, str], *, what: str = "log-probabilities",
-    setting: str = "config.reference_cache", also: Mapping[str, str] = MappingProxyType({}),
+    setting: str = "config.reference_cache", also: Mapping[str, Collection[str]] = MappingProxyType({}),
 ) -> Table:  # fmt: skip
     """Reads a table whose key is exactly `key`.
 
@@ -144,7 +144,7 @@ def load(
       key: from `describe` or `describe_lm`.
       what: the numbers, for messages.
       setting: which key of the config names their folder, for messages.
-      also: parts of the key as an earlier version of this package wrote them.
+      also: parts of the key as earlier versions of this package wrote them.
 
     Raises:
       ValueError: it has another key; the parts that differ are named.
@@ -158,7 +158,7 @@ def load(
     differ = [
         f"{k} ({made_of.get(k, 'absent')} there, {key.get(k, 'absent')} here)"
         for k in sorted({*made_of, *key})
-        if made_of.get(k) not in (key.get(k), also.get(k, key.get(k)))
+        if made_of.get(k) not in (key.get(k), *also.get(k, ()))
     ]
     if differ:
         raise ValueError(

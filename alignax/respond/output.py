@@ -155,7 +155,7 @@ def begin(
         "number of prompts": len(examples),
         "tokenizer": text.fingerprint,
     } | {
-        f"weights of {name}": f"{int(checkpoint.checksum(lm.params)):08x}"
+        f"weights of {name}": checkpoint.fingerprint(lm.params)
         for name, lm in lms.items()
     }
     beside = path.with_suffix(".json")

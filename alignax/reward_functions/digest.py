@@ -1,6 +1,7 @@
-"""A digest of a function's code: what runs save, to know a reward again.
+"""A digest of a reward's code: what runs save, to know a reward again.
 
-Comments, docstrings and the layout of the source do not count.
+The code is the module of the function, since it may call others there. Comments,
+docstrings and the layout of the source do not count.
 """
 
 import ast
@@ -20,8 +21,8 @@ EARLIER: dict[str, str] = {
 }
 
 
-# code_digest of a reward -> that of earlier code with the same numbers, which runs have
-# saved. An entry holds only as long as the code is the same.
+# code_digest or module_digest of a reward -> that of earlier code with the same numbers,
+# which runs have saved. An entry holds only as long as the code is the same.
 SAME: dict[str, str] = {
     "19b1725ad287a2df": "6a0459135f010bb8",  # constraints: takes texts alone
     "2df2e4b9d29e912b": "91989e8a084975b2",  # ensemble: None of a member, and their rewards
@@ -30,22 +31,65 @@ SAME: dict[str, str] = {
 }
 
 
+def module_digest(function: Callable) -> str:
+    """16 hex digits of the code of a function's module, which it may call.
+
+    Of a function of a program that runs, or without a source, `code_digest`. Of code that
+    changed without its numbers, the digest from before.
+    """
+    if isinstance(function, functools.partial):
+        return _of_partial(function, module_digest)
+    module = inspect.getmodule(inspect.unwrap(function))
+    if module is None or module.__name__ == "__main__":
+        return saved_digest(function)
+    try:
+        now = _of_tree(inspect.getsource(module))
+    except (OSError, TypeError, SyntaxError):
+        return saved_digest(function)
+    return SAME.get(now, now)
+
+
 def saved_digest(function: Callable) -> str:
-    """`code_digest`; of code that changed without its numbers, the digest from before."""
+    """`code_digest`; of code that changed without its numbers, the digest from before.
+
+    Runs of the first days of 2026-12 saved it.
+    """
     now = code_digest(function)
     return SAME.get(now, now)
+
+
+def first_digest(function: Callable) -> str:
+    """What runs before 2026-12 saved, in which comments and docstrings count.
+
+    The docstrings of this package's rewards have changed since, so EARLIER holds the
+    digest of their source at the time; the source of any other function is read again.
+    """
+    return EARLIER.get(saved_digest(function)) or source_digest(function)
+
+
+# Of a reward, from the one that is saved now to the oldest one.
+DIGESTS = (module_digest, saved_digest, first_digest)
 
 
 def code_digest(function: Callable) -> str:
     """16 hex digits of a function's syntax tree without comments and docstrings."""
     if isinstance(function, functools.partial):
-        keywords = sorted(function.keywords.items())
-        return _digest(repr((code_digest(function.func), function.args, keywords)))
+        return _of_partial(function, code_digest)
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        return _of_tree(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
         # defined interactively, or a lambda in the middle of an expression
         return source_digest(function)
+
+
+def _of_partial(function: functools.partial, digest: Callable[[Callable], str]) -> str:
+    keywords = sorted(function.keywords.items())
+    return _digest(repr((digest(function.func), function.args, keywords)))
+
+
+def _of_tree(source: str) -> str:
+    """Of the syntax tree without docstrings."""
+    tree = ast.parse(source)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list) and body and _is_docstring(body[0]):

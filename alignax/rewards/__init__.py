@@ -30,7 +30,7 @@ from alignax.inputs.prompts import PromptBatch
 from alignax.plugin import Bound
 from alignax.reward_functions import calls, signature, time_limit
 from alignax.reward_functions.calls import Judged, Responses
-from alignax.reward_functions.digest import EARLIER, saved_digest, source_digest
+from alignax.reward_functions.digest import DIGESTS
 
 
 def load(reward: str | Mapping[str, Any]) -> Bound:
@@ -230,33 +230,18 @@ def members(reward: Bound) -> dict[str, Bound]:
     }
 
 
-def identity(reward: Bound, *, digest: Callable[[Callable], str] | None = None) -> str:
+def identity(reward: Bound, earlier: int = 0) -> str:
     """What the numbers of a reward depend on, as far as it can be read: names and code.
 
     Comments, docstrings and the layout of the source do not count.
 
     Args:
       reward: from `load`.
-      digest: of a function; `saved_digest` by default.
+      earlier: 0, or the place in `digest.DIGESTS` of what an earlier version saved.
     """
-    digest = digest or saved_digest
-    several = {k: identity(m, digest=digest) for k, m in members(reward).items()}
+    several = {k: identity(m, earlier) for k, m in members(reward).items()}
     parts = [
-        reward.name, sorted(reward.hyper.items()), digest(reward.function),
+        reward.name, sorted(reward.hyper.items()), DIGESTS[earlier](reward.function),
         sorted(several.items()),
     ]  # fmt: skip
     return " ".join(str(p) for p in parts if p != [])
-
-
-def earlier_identity(reward: Bound) -> str:
-    """The identity that runs before 2026-12 saved, in which comments and docstrings count.
-
-    The docstrings of this package's rewards have changed since, so EARLIER holds the
-    digest of their source at the time; the source of any other function is read again.
-    """
-
-    def digest(function: Callable) -> str:
-        now = saved_digest(function)
-        return EARLIER.get(now) or source_digest(function)
-
-    return identity(reward, digest=digest)

@@ -211,15 +211,15 @@ class Sampler(NamedTuple):
         used = (self.overlong_buffer - left) / max(self.overlong_buffer, 1)
         return np.clip(used, 0, 1).astype(np.float32)
 
-    def identity(self, *, earlier: bool = False) -> dict[str, Any]:
+    def identity(self, earlier: int = 0) -> dict[str, Any]:
         """What the rewards of responses depend on, part by part.
 
         Args:
-          earlier: as runs before 2026-12 saved it (see `rewards.earlier_identity`).
+          earlier: of the reward, see `rewards.identity`.
         """
-        of = rewards.earlier_identity if earlier else rewards.identity
+        reward = self.reward
         return {
-            "reward": "" if self.reward is None else of(self.reward),
+            "reward": "" if reward is None else rewards.identity(reward, earlier),
             "tokenizer": self.tokenizer.fingerprint,
             "max_new": self.max_new, "temperature": self.temperature,
             "truncated": f"{self.truncated} {self.punishment}",

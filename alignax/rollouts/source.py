@@ -23,6 +23,7 @@ from alignax.inputs.prompts import column_names
 from alignax.inputs.rows import carried_columns
 from alignax.inputs.source import Source
 from alignax.plugin import Bound
+from alignax.reward_functions.digest import DIGESTS
 from alignax.rollouts.rollout import (
     Settings,
     Setup,
@@ -151,10 +152,11 @@ def rollout_source(
         return saved_place(now["place"], setup.settings, own)
 
     def restore(saved: dict[str, Any]) -> None:
-        if saved.get("data") not in (own, identity(setup, earlier=True)):
+        known = [identity(setup, age) for age in range(len(DIGESTS))]
+        if saved.get("data") not in known:
             raise ValueError(
-                "the saved rollout belongs to other prompts or other rollout settings: "
-                f"saved {saved.get('data')}, here {own}"
+                "the saved rollout belongs to other prompts, another code of the reward or "
+                f"other rollout settings: saved {saved.get('data')}, here {own}"
             )
         now["place"] = restored_place(now["place"], saved)
 
@@ -327,19 +329,19 @@ def restored_place(place: Place, saved: dict[str, Any]) -> Place:
     )
 
 
-def identity(setup: Setup, *, earlier: bool = False) -> str:
+def identity(setup: Setup, earlier: int = 0) -> str:
     """Digest of the prompts and of the settings that decide what a rollout is.
 
     Args:
       setup: of the run.
-      earlier: as runs before 2026-12 saved it (see `rewards.earlier_identity`).
+      earlier: of the reward, see `rewards.identity`.
     """
     s = setup.settings
     counts = sorted((name, getattr(s, name)) for name in COUNTS)
     settings = (
         s.batch_size, s.seed, s.length, s.keep, counts, s.dynamic_sampling,
         setup.anchor is not None,
-        sorted(setup.sampler.identity(earlier=earlier).items()),
+        sorted(setup.sampler.identity(earlier).items()),
     )  # fmt: skip
     reward = setup.sampler.reward
     read = [] if reward is None else rewards.check(reward, setup.examples)

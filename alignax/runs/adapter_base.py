@@ -29,7 +29,9 @@ def note(workdir, path: str, params: Params) -> None:
       ValueError: the base is not the one that the run began with.
     """
     folder = checkpoint.absolute(workdir)
-    checksum = _checksum(params)  # on every host: it may be a program of all devices
+    checksum = checkpoint.fingerprint(
+        params
+    )  # on every host: it may be a program of all devices
     if (folder / NAME).exists():
         _compare(folder, checksum)
     elif jax.process_index() == 0:
@@ -81,11 +83,7 @@ def check(workdir, path: str, params: Params) -> None:
     """
     folder = checkpoint.absolute(workdir)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        _compare(folder, _checksum(params), path)
-
-
-def _checksum(params: Params) -> str:
-    return f"{int(checkpoint.checksum(params)):08x}"
+        _compare(folder, checkpoint.fingerprint(params), path)
 
 
 def _compare(folder: epath.Path, checksum: str, path: str | None = None) -> None:

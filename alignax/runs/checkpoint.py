@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 import alignax
-from alignax.batch import LM
+from alignax.batch import LM, Params
 from alignax.models.sharding import path_string
 from alignax.models.transformer import ModelConfig
 
@@ -78,6 +78,11 @@ def checksum(tree):
     return sum(
         (one(x) * np.uint32(2 * i + 1) for i, x in enumerate(leaves)), np.uint32(0)
     )
+
+
+def fingerprint(params: Params) -> str:
+    """The checksum of parameters as 8 hex digits: whether weights are the same."""
+    return f"{int(checksum(params)):08x}"
 
 
 def save(

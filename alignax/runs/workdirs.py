@@ -1,7 +1,6 @@
 """The folder of a run (workdir): its saved config, and checks before a run uses it."""
 
 import json
-import os
 from typing import Any
 
 import jax
@@ -75,9 +74,9 @@ def make(folder: epath.Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe{os.getpid()}"
+        probe = folder / ".probe"  # of all hosts
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise OSError(f"cannot write to workdir {folder}: {error.strerror}") from error
 

@@ -49,6 +49,7 @@ class Session(NamedTuple):
     alive: Callable[[int], None]  # the watchdog
     start: int  # step at which this process began
     over: bool  # the run had ended, with its last evaluation
+    frozen: dict[str, str]  # fingerprints of the frozen LMs
     flops: float  # per token, forward and backward
 
 
@@ -133,7 +134,8 @@ def restore_and_run(config, workdir: str, owner: lease.Lease) -> TrainState:
         preemption() as stop,
         watchdog.Watchdog(run.workdir, config.watchdog.minutes) as alive,
     ):
-        state, record, lines = restored(config, run, latest, best)
+        frozen = {k: checkpoint.fingerprint(lm.params) for k, lm in run.lms.items()}
+        state, record, lines = restored(config, run, latest, best, frozen)
         start = int(state.step)
         over = is_over(config, run.workdir, start, lines)
         alive(start)
@@ -152,19 +154,22 @@ def restore_and_run(config, workdir: str, owner: lease.Lease) -> TrainState:
             flops = flops_per_token(trained, "train", frozen=every - trained)
             session = Session(
                 config, run, step, latest, best, writer, owner, stop, alive, start, over,
-                flops,
+                frozen, flops,
             )  # fmt: skip
             return loop(session, state, record)
 
 
 def restored(
-    config, run: build.Run, latest, best
+    config, run: build.Run, latest, best, frozen: dict[str, str]
 ) -> tuple[TrainState, Best, dict[str, int] | None]:
     """The state to begin with: the last checkpoint's, else that of step 0.
 
     Returns:
       The state, the best evaluation up to its step, and how many lines the files of the
       writer had when it was saved; None if that is not known.
+
+    Raises:
+      ValueError: a frozen LM has other weights than when the state was saved.
     """
     state = init_state(
         run.policy.params, run.tx, run.mesh, ema=run.loss.ema,
@@ -174,6 +179,13 @@ def restored(
     if not found:
         return state, Best(), None
     state, meta = found
+    for name, known in meta.get("lms", {}).items():
+        if frozen.get(name, known) != known:
+            raise ValueError(
+                f"lms.{name} has other weights than in the steps before (checksum "
+                f"{frozen[name]}, it was {known}): put those back at "
+                f"{config.lms.get(name, config.model.path)!r}, or take another workdir"
+            )
     if run.source is not None:
         run.source.restore(meta["data"])
     checkpoint.prune(latest, config.checkpoint.keep)
@@ -436,7 +448,7 @@ def save(session: Session, to: ocp.CheckpointManager, now: LoopState) -> None:
     if to is session.latest:  # which names a best one, that must be there
         session.best.wait_until_finished()
     meta = {
-        "lines": dict(session.writer.lines),
+        "lines": dict(session.writer.lines), "lms": session.frozen,
         "data": run.source.state() if run.source else None, "best": now.best._asdict(),
         "seed": config.seed, "config": workdirs.plain(config),
     }  # fmt: skip

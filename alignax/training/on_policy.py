@@ -16,6 +16,7 @@ from alignax import plugin, rewards, shaping
 from alignax.batch import LM, Params
 from alignax.inputs import reference_cache, source
 from alignax.models import sharding
+from alignax.reward_functions.digest import DIGESTS
 from alignax.rollouts import recorded, rollout, sampler, selection, turns
 from alignax.rollouts import source as rollouts_source
 from alignax.runs import checkpoint, workdirs
@@ -218,7 +219,7 @@ def reference_rewards(
     read = rewards.check(judged.reward, examples)
     prompts = hashlib.sha256(rollouts_source.contents(some, read).encode())
     others = {  # a reward may be one of them
-        f"lms.{name}": f"{int(checkpoint.checksum(lm.params)):08x}"
+        f"lms.{name}": checkpoint.fingerprint(lm.params)
         for name, lm in judged.lms.items()
         if name not in ("ref", "base")
     }
@@ -229,7 +230,8 @@ def reference_rewards(
     path = folder / "reference_rewards.npz"
     kept: sampler.Baseline | None = None
     if workdirs.everywhere(path.exists(), f"{path} is there"):
-        also = {k: str(v) for k, v in judged.identity(earlier=True).items()}
+        before = [judged.identity(age) for age in range(1, len(DIGESTS))]
+        also = {k: {str(b[k]) for b in before} for k in before[0]}
         table = reference_cache.load(path, key, **REWARDS, also=also)
         kept = sampler.untable(table, [e.id for e in some])
 
