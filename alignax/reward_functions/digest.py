@@ -32,7 +32,7 @@ SAME: dict[str, str] = {
 
 
 def module_digest(function: Callable) -> str:
-    """16 hex digits of the code of a function's module, which it may call.
+    """16 hex digits of the code of a function and its module, which it may call.
 
     Of a function of a program that runs, or without a source, `code_digest`. Of code that
     changed without its numbers, the digest from before.
@@ -43,9 +43,10 @@ def module_digest(function: Callable) -> str:
     if module is None or module.__name__ == "__main__":
         return saved_digest(function)
     try:
-        now = _of_tree(inspect.getsource(module))
+        whole = _of_tree(inspect.getsource(module))
     except (OSError, TypeError, SyntaxError):
         return saved_digest(function)
+    now = _digest(f"{whole} {code_digest(function)}")
     return SAME.get(now, now)
 
 
