@@ -5,21 +5,24 @@
     --config.prompts.path=prompts.txt
 
 With num_steps=0 it only evaluates; with a config that has `prompts` it responds to them. A
-run that is stopped by SIGTERM exits with 75 (EX_TEMPFAIL): the same command resumes it.
+run that is stopped by SIGTERM or Ctrl-C exits with 75 (EX_TEMPFAIL): the same command
+resumes it.
 """
 
 import logging
 import os
+import signal
 import sys
 import traceback
 
 import jax
 from absl import app, flags
 from absl import logging as absl_logging
-from ml_collections import config_flags
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Path of a config, e.g. configs/dpo.py or configs/dpo.py:smoke"
+from alignax.training import config_flag
+
+CONFIG = config_flag.define(
+    "Path of a config, e.g. configs/dpo.py or configs/dpo.py:smoke"
 )
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run: checkpoints, metrics, samples."
@@ -91,10 +94,13 @@ def main(argv):
             return
         with preemption() as stop:
             if not respond.respond(CONFIG.value, str(WORKDIR.value), stop):
-                raise Preempted("SIGTERM: the same command resumes the run")
+                raise Preempted(f"{stop.name}: the same command resumes the run")
     except Preempted as event:
         print(event, file=sys.stderr)
         sys.exit(os.EX_TEMPFAIL)
+    except KeyboardInterrupt:
+        print("error: interrupted before anything was saved", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except Exception as error:
         expected = (ValueError, OSError, CheckpointError, FloatingPointError)
         if DEBUG.value or not isinstance(error, expected):
@@ -106,4 +112,4 @@ def main(argv):
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main)
+    app.run(main, flags_parser=config_flag.read_flags)

@@ -50,11 +50,10 @@ def _fail(line: str) -> NoReturn:
 
 if __name__ == "__main__":
     from absl import app, flags
-    from ml_collections import config_flags
 
-    config_flags.DEFINE_config_file(
-        "config", None, "Path of a config, e.g. configs/dpo_llama3_8b.py"
-    )
+    from alignax.training import config_flag
+
+    config_flag.define("Path of a config, e.g. configs/dpo_llama3_8b.py")
     flags.DEFINE_string(
         "topology", None, "Chips: v5e:8x8, v5p:4x4x4, v6e:4x4, v4:2x2x2, h100:8, ..."
     )
@@ -75,4 +74,4 @@ if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
     # what was compiled for a described slice cannot be read back
     jax.config.update("jax_enable_compilation_cache", False)
-    app.run(main)
+    app.run(main, flags_parser=config_flag.read_flags)

@@ -7,6 +7,7 @@ The batches and their random keys depend on the prompts and the config alone. So
 was killed can be resumed, and ends with the same file as a run that was not.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,7 @@ from alignax.runs.model_paths import ModelPath
 from alignax.sampling import generation_settings
 from alignax.sampling.prefill import common
 from alignax.text.tokenizer import Tokenizer
-from alignax.training import build, loading, parallel
+from alignax.training import build, checks, loading, parallel
 from alignax.training.plugins import has_rollouts
 
 NAME = workdirs.RESPONSES
@@ -93,15 +94,16 @@ def _owned(
     owner: lease.Lease,
 ) -> bool:  # fmt: skip
     folder = checkpoint.absolute(workdir)
-    fresh = not (folder / "config.json").exists()
     try:
         run = build.build(config, workdir, model)
         owner.settle()
         with time_limit.by_default(config.rollout.reward_seconds):
             return _respond(config, run, now, stop, owner)
     except BaseException:
-        if fresh and not (folder / NAME).exists():  # the folder stays free for others
-            (folder / "config.json").unlink(missing_ok=True)
+        if not (folder / NAME).exists():  # the folder stays free for others
+            with contextlib.suppress(OSError):
+                (folder / NAME).with_suffix(".json").unlink(missing_ok=True)
+            workdirs.release(workdir)
         raise
 
 
@@ -120,9 +122,8 @@ def check(config, model: ModelPath | None = None) -> Prompts:
         raise ValueError(
             "a config with prompts takes neither evals nor rollouts: use another run"
         )
+    checks.check_names(config)
     responder.bind(config)
-    if empty := [name for name, path in config.lms.items() if not path]:
-        raise ValueError(f"lms.{empty[0]} is empty, expected 'init' or a path")
     if "target" in config.lms:
         raise ValueError(
             "lms.target: that name is reserved for the model that responds"
@@ -131,10 +132,7 @@ def check(config, model: ModelPath | None = None) -> Prompts:
     reward = rewards.load(spec) if spec else None
     if config.generate.draft:
         responder.check_draft(config.generate.draft, [*config.lms])
-    spec = config.prompts.to_dict()
-    if "name" not in spec:
-        raise ValueError("config.prompts has no 'name'")
-    examples = plugin.load_examples(spec)
+    examples = plugin.load_examples(config.prompts)
     if reward is not None:
         rewards.check(reward, examples)
     if skipped := getattr(examples, "report", {}).get("malformed"):

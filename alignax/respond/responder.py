@@ -25,11 +25,9 @@ WHOLE = ("group", "stops")
 
 def bind(config) -> plugin.Bound | None:
     """The decoder of a config; None: the model is sampled without one."""
-    spec = config.decoder.to_dict()
-    name = config.decoder.name if spec.pop("name", "") else ""
-    if not name and spec:
-        raise ValueError(f"config.decoder has no name, but {sorted(spec)}")
-    return plugin.load("decoders", name, spec) if name else None
+    return (
+        plugin.load_section("decoders", config.decoder) if config.decoder.name else None
+    )
 
 
 def checker(config, text: Tokenizer) -> Callable[[list[int]], Any]:

@@ -1,7 +1,8 @@
-"""Preemption: SIGTERM sets a flag; the run saves its state, and can be resumed."""
+"""Preemption: SIGTERM or Ctrl-C sets a flag; the run saves its state, and can be resumed."""
 
 import itertools
 import signal
+import sys
 import threading
 from typing import Any
 
@@ -10,11 +11,13 @@ from jax.experimental import multihost_utils
 
 
 class Preempted(RuntimeError):
-    """SIGTERM was received: the state is saved, and the same command resumes the run."""
+    """SIGTERM or Ctrl-C was received: the state is saved, and the same command resumes the run."""
 
 
 class preemption:
-    """Context in which SIGTERM only sets a flag; a call returns whether it was received.
+    """Context in which SIGTERM or Ctrl-C sets a flag; a call returns whether one came.
+
+    A second Ctrl-C raises KeyboardInterrupt at once.
 
     With several processes it is enough that one of them gets the signal: jax agrees on a
     step at which all of them stop, and there is no synchronisation at other steps. Orbax
@@ -24,11 +27,20 @@ class preemption:
     def __enter__(self):
         self._flag = threading.Event()
         self._calls = itertools.count(1)
-        self._old: Any = None
+        self.name = "SIGTERM"  # of the signal
+        self._old: dict[int, Any] = {}
         self._alone = jax.process_count() == 1  # else jax handles the signal
         if self._alone and threading.current_thread() is threading.main_thread():
-            self._old = signal.signal(signal.SIGTERM, lambda *_: self._flag.set())
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._old[number] = signal.signal(number, self._stop)
         return self
+
+    def _stop(self, number: int, frame: Any) -> None:
+        self.name = signal.Signals(number).name
+        self._flag.set()
+        if number == signal.SIGINT:
+            signal.signal(number, self._old[number])
+            print("\nsaving; Ctrl-C again stops at once", file=sys.stderr, flush=True)
 
     def __call__(self, step: int | None = None) -> bool:
         """Whether to stop at `step`; without steps, at this call."""
@@ -38,5 +50,5 @@ class preemption:
         return multihost_utils.reached_preemption_sync_point(at)
 
     def __exit__(self, *_):
-        if self._old is not None:
-            signal.signal(signal.SIGTERM, self._old)
+        for number, old in self._old.items():
+            signal.signal(number, old)

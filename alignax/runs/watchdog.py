@@ -18,11 +18,12 @@ from typing import Any
 
 import jax
 
-from alignax.runs import checkpoint, hosts
+from alignax.runs import checkpoint, hosts, workdirs
 
 STARTS = (
     "starts.json"  # in the workdir: {"step": of the checkpoint, "starts": from there}
 )
+WRONG = (ValueError, OSError)  # of a config or of a file: another start ends so too
 log = logging.getLogger(__name__)
 
 
@@ -41,6 +42,7 @@ class Watchdog:
         self._stacks = self._workdir / f"stacks-{jax.process_index()}.txt"
         self._seconds = 60 * minutes
         self._last = (time.monotonic(), 0)
+        self._first: int | None = None  # step of the first call
         self._over = threading.Event()
         self._thread = threading.Thread(
             target=self._watch, name="watchdog", daemon=True
@@ -48,6 +50,7 @@ class Watchdog:
 
     def __call__(self, step: int) -> None:
         self._last = (time.monotonic(), step)
+        self._first = step if self._first is None else self._first
 
     def __enter__(self) -> "Watchdog":
         if self._seconds:
@@ -56,9 +59,14 @@ class Watchdog:
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         self._over.set()
-        ended = error is None or issubclass(error, KeyboardInterrupt)  # by the user
+        failed = error is not None and self._first in (None, self._last[1])
+        expected = KeyboardInterrupt, *(WRONG if failed else ())
+        ended = error is None or issubclass(error, expected)
         if ended and jax.process_index() == 0:
-            (self._workdir / STARTS).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                (self._workdir / STARTS).unlink(missing_ok=True)
+            if failed:
+                workdirs.release(str(self._workdir))
 
     def _watch(self) -> None:
         written = 0.0
@@ -87,8 +95,8 @@ class Watchdog:
 def counted(workdir: str, most: int) -> Iterator[None]:
     """Counts a start from the newest checkpoint before anything is read, on process 0.
 
-    A ValueError or OSError inside this context is an error of the config or of a file: it
-    does not count as a start, and the count is removed.
+    An error of the config or of a file inside this context does not count as a start, nor
+    does Ctrl-C: the count is removed, with what else the start made.
 
     Args:
       workdir: of the run.
@@ -102,13 +110,11 @@ def counted(workdir: str, most: int) -> Iterator[None]:
     hosts.agree(lambda: _count(folder, most) if counts else None)
     try:
         yield
-    except (ValueError, OSError):
+    except (*WRONG, KeyboardInterrupt):
         if counts:
-            # Not there, or not empty, for which etils raises ValueError: what is wrong
-            # with the config must not be hidden by it.
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError):
                 (folder / STARTS).unlink(missing_ok=True)
-                folder.rmdir()
+            workdirs.release(workdir)
         raise
 
 

@@ -1,5 +1,6 @@
 """The folder of a run (workdir): its saved config, and checks before a run uses it."""
 
+import contextlib
 import json
 from typing import Any
 
@@ -32,8 +33,8 @@ def check_owner(workdir: str, config) -> None:
     if not path.exists():
         return
     there = read_json(path)
-    if there.get("prompts") and not (folder / RESPONSES).exists():
-        return  # killed before its first line
+    if not _holds_work(folder, there):
+        return
     a, b = _flat(_judged(there)), _flat(_judged(plain(config)))
     for run in (a, b):
         if run.get("optim.b2") == 0:
@@ -50,6 +51,43 @@ def check_owner(workdir: str, config) -> None:
             f"{folder} holds a run of another config; take another workdir or undo: "
             + "; ".join(differ)
         )
+
+
+def _holds_work(folder: epath.Path, config: dict[str, Any]) -> bool:
+    """Whether a run saved anything that another would lose: it owns its folder then."""
+    if config.get("prompts"):
+        return (folder / RESPONSES).exists()
+    if not config.get("num_steps"):
+        return _has_metrics(folder)
+    saved = [p for p in (folder / "checkpoints", folder / "best") if p.is_dir()]
+    return any(step.name.isdigit() for p in saved for step in p.iterdir())
+
+
+def _has_metrics(folder: epath.Path) -> bool:
+    path = folder / "metrics.jsonl"
+    return path.exists() and bool(path.read_bytes())
+
+
+def release(workdir: str) -> None:
+    """Leaves nothing of a start that failed: no config, no empty file or folder.
+
+    A folder with a checkpoint, responses or metrics stays as it is. Errors of the file
+    system are not raised, so that they do not hide the one that ended the run.
+    """
+    folder = checkpoint.absolute(workdir)
+    # etils raises ValueError for a folder that is not empty
+    with contextlib.suppress(OSError, ValueError):
+        path = folder / "config.json"
+        there = read_json(path) if path.exists() else {}
+        if _has_metrics(folder) or (there and _holds_work(folder, there)):
+            return
+        own = (path, folder / "base.json", *folder.glob("events.out.tfevents.*"))
+        for file in (*own, *(p for p in folder.iterdir() if p.is_file())):
+            if file in own or not file.read_bytes():
+                file.unlink(missing_ok=True)
+    for name in ("checkpoints", "best", ""):
+        with contextlib.suppress(OSError, ValueError):
+            (folder / name).rmdir()
 
 
 def prepare(workdir: str, config) -> str:

@@ -4,8 +4,10 @@ Where weights and data have to be known (a prompt longer than the context, an id
 vocabulary) the check stands where they are read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from ml_collections import ConfigDict
 
 from alignax import plugin, shaping
 from alignax.batch import OF_BEHAVIOUR
@@ -61,13 +63,32 @@ def keeps_average(config) -> bool:
 
 
 def check_names(config) -> None:
-    """Sections that name a plug-in have a 'name'."""
+    """Sections that name a plug-in have a 'name', and those that hold sections hold them."""
+    held = {
+        f"{of}.{name}": spec
+        for of in ("reweight", "shaping", "evals", "mixture")
+        for name, spec in config[of].items()
+    }
+    for name, spec in held.items():
+        if not isinstance(spec, Mapping | ConfigDict):
+            raise ValueError(f"config.{name} is {spec!r}, expected a section")
     sections = {"loss": config.loss, "data": config.data, "eval_data": config.eval_data}
-    sections["reference_data"] = config.reference_data
-    sections |= {f"mixture.{k}": v for k, v in config.mixture.items()}
+    sections |= {"reference_data": config.reference_data, "prompts": config.prompts}
+    sections |= {k: v for k, v in held.items() if k.startswith("mixture.")}
+    sections |= {f"{of}.reward": config[of].reward for of in ("rollout", "generate")}
     for name, spec in sections.items():
         if (spec or name == "loss") and "name" not in spec:
             raise ValueError(f"config.{name} has no 'name'")
+        if not isinstance(given := spec.get("name", ""), str):
+            raise ValueError(f"config.{name}.name is {given!r}, expected a name")
+    if not config.decoder.name and len(config.decoder) > 1:
+        others = sorted({*config.decoder} - {"name"})
+        raise ValueError(f"config.decoder has no name, but {others}")
+    for name, path in config.lms.items():
+        if not isinstance(path, str):
+            raise ValueError(
+                f"lms.{name} is {path!r}, expected 'init', 'average' or a path"
+            )
 
 
 def check_run(config) -> None:
@@ -123,6 +144,8 @@ def check_lms(config, loss: Bound) -> None:
     """The frozen LMs are those that the loss needs."""
     if config.lora.rank and "base" in config.lms:
         raise ValueError("lms.base is the base of the adapters; take another name")
+    if empty := [name for name, path in config.lms.items() if not path]:
+        raise ValueError(f"lms.{empty[0]} is empty, expected 'init' or a path")
     frozen, moving = frozen_names(config), moving_names(config)
     if moving and not config.average and config.average_every == 1:
         raise ValueError(
@@ -179,6 +202,7 @@ def check_data(config) -> None:
             )
         if not isinstance(raw := spec.get("raw", False), bool):
             raise ValueError(f"config.{name}.raw is {raw!r}, expected True or False")
+    loading.date(config)
     loading.reading(config)
     for part, spec in config.mixture.items():
         if "ratio" not in spec:

@@ -11,13 +11,20 @@ from alignax.batch import LM
 from alignax.models import lora, sharding, transformer
 from alignax.reports.metrics import flops_per_token
 from alignax.text import tokenizer
-from alignax.training import loading, optim
+from alignax.training import loading, optim, stages
 
 
 def explain(config) -> str:
     """Parameters, shapes, specs and bytes per device, without reading any weights."""
     if config.get("stages"):
-        parts = (f"== {name} ==\n{explain(c)}" for name, c in config.stages.items())
+        stages.check(config.stages)
+        parts = []
+        for name, stage in config.stages.items():
+            c = stage.copy_and_resolve_references()
+            *_, first = stages.lineage(c, config.stages)
+            c.model.path, c.model.sizes = first.model.path, first.model.sizes
+            c.tokenizer = c.tokenizer or first.tokenizer
+            parts.append(f"== {name} ==\n{explain(c)}")
         return "\n".join(parts)
     mesh = sharding.make_mesh(config.mesh)
     if config.model.sizes:

@@ -101,8 +101,17 @@ def tokenizer_path(config, model: ModelPath | None = None) -> str:
 
 def load_tokenizer(config, path: str) -> tokenizer.Tokenizer:
     """The tokenizer at a path, which reads rows as the config says."""
-    text = tokenizer.load(path, now=datetime.datetime.fromisoformat(config.date))
-    return text.read_as(reading(config))
+    return tokenizer.load(path, now=date(config)).read_as(reading(config))
+
+
+def date(config) -> datetime.datetime:
+    """The date that a chat template prints; ValueError if config.date is none."""
+    try:
+        return datetime.datetime.fromisoformat(config.date)
+    except ValueError as error:
+        raise ValueError(
+            f"config.date is {config.date!r}, expected a date such as 2024-07-26"
+        ) from error
 
 
 def reading(config) -> Reading:

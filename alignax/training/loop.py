@@ -112,7 +112,7 @@ def train(config, workdir: str) -> TrainState:
       ValueError: a config that cannot run; the message says which key and why.
       OSError: the workdir cannot be written, or another process writes there.
       NonFiniteLoss: the loss is not a number.
-      Preempted: SIGTERM came; the state is saved.
+      Preempted: SIGTERM or Ctrl-C came; the state is saved.
     """
     if config.get("stages"):
         return stages.run_stages(config, workdir, train)
@@ -370,7 +370,7 @@ def follow(session: Session, now: LoopState, at: int, due: Due) -> LoopState:
     """Evaluates and saves after step `at`, where that is due.
 
     Raises:
-      Preempted: SIGTERM came; the state is saved.
+      Preempted: SIGTERM or Ctrl-C came; the state is saved.
     """
     config, run = session.config, session.run
     if now.profiling and (due.ending or at == config.profile[1]):
@@ -387,7 +387,9 @@ def follow(session: Session, now: LoopState, at: int, due: Due) -> LoopState:
         now = now._replace(saved=f"step {at} in {run.workdir}/checkpoints")
     if stopping and at < config.num_steps:
         session.latest.wait_until_finished()
-        raise Preempted(f"SIGTERM at step {at}: saved; the same command goes on")
+        raise Preempted(
+            f"{session.stop.name} at step {at}: saved; the same command goes on"
+        )
     if due.idle:
         now = now._replace(since=time.monotonic(), tokens=0)
     if now.finished:

@@ -13,12 +13,12 @@ from alignax.batch import Example
 from alignax.inputs import prompts, rows
 from alignax.inputs.detokenize import marked
 from alignax.reports import tables
-from alignax.runs import model_paths
 from alignax.text import truncation
 from alignax.text.dialogues import Prepared
 from alignax.text.tokenizer import Tokenizer
 from alignax.text.truncation import TooLong
 from alignax.training import checks, loading
+from alignax.training import stages as of_stages
 from alignax.training.plugins import bind, has_rollouts
 
 
@@ -37,6 +37,7 @@ def show(config, many: int = 3, reasons: str | None = None) -> str:
     found: list[dict[str, str]] | None = None if reasons is None else []
     if config.get("stages"):
         stages = config.copy_and_resolve_references().stages
+        of_stages.check(config.stages)
         shown = [
             f"== {name} ==\n{one_run(c, many, tokenizer_of(c, stages), found, name)}"
             for name, c in stages.items()
@@ -52,9 +53,9 @@ def show(config, many: int = 3, reasons: str | None = None) -> str:
 
 def tokenizer_of(config, stages: Any) -> str:
     """The path of the tokenizer; that of 'stage:NAME' is the one that stage NAME reads."""
-    while not config.tokenizer and config.model.path.startswith(model_paths.STAGE):
-        config = stages[config.model.path.removeprefix(model_paths.STAGE)]
-    return loading.tokenizer_path(config)
+    *_, first = of_stages.lineage(config, stages)
+    own = (c for c in of_stages.lineage(config, stages) if c.tokenizer)
+    return loading.tokenizer_path(next(own, first))
 
 
 def one_run(

@@ -1,11 +1,37 @@
 """A config of several runs, each in its own folder, that read one another's weights."""
 
 import contextlib
+from collections.abc import Iterator
+from typing import Any
 
 from alignax.batch import Metrics
 from alignax.reports import curves, tables
 from alignax.reports.metrics import read
 from alignax.runs import checkpoint, model_paths
+
+
+def check(stages: Any) -> None:
+    """Raises ValueError for a stage that reads the weights of no stage before it."""
+    before: list[str] = []
+    for name, stage in stages.items():
+        paths = {"model.path": stage.model.path}
+        paths |= {f"lms.{lm}": path for lm, path in stage.lms.items()}
+        for key, path in paths.items():
+            of = str(path).removeprefix(model_paths.STAGE)
+            if of != path and of not in before:
+                raise ValueError(
+                    f"stages.{name}.{key} is {path!r}, and the stages before it are "
+                    f"{before}"
+                )
+        before.append(name)
+
+
+def lineage(config, stages: Any) -> Iterator[Any]:
+    """A stage, the stage whose weights it starts from, and so on."""
+    yield config
+    while config.model.path.startswith(model_paths.STAGE):
+        config = stages[config.model.path.removeprefix(model_paths.STAGE)]
+        yield config
 
 
 def run_stages(config, workdir: str, train):
@@ -16,6 +42,7 @@ def run_stages(config, workdir: str, train):
     Returns:
       The last stage's TrainState.
     """
+    check(config.stages)
     state, folder = None, checkpoint.absolute(workdir)
     for name, stage in config.stages.items():
         stage = stage.copy_and_resolve_references()

@@ -131,7 +131,7 @@ WRONG = {
     "has no hyper-parameter 'wait'": {"decoder.name": "proxy", "decoder.wait": 1},
     "has no name, but": {"decoder.weight": 1.0},
     r"generate.draft='d' is not among config.lms, \[\]": {"generate.draft": "d"},
-    "reward has no 'name'": {"generate.reward.keywords": ("a",)},
+    r"generate\.reward has no 'name'": {"generate.reward.keywords": ("a",)},
     "no LM 'policy'": {"decoder.name": "proxy"},
     "lms.reward is empty": {"lms.reward": ""},
     "lms.target": {"lms.target": "init"},

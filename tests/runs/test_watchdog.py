@@ -12,9 +12,10 @@ def test_an_error_of_a_config_is_not_hidden(tmp_path, error, there):
     if there != "nothing":
         folder.mkdir()
     if there == "a run":
-        (folder / "config.json").write_text("{}")
+        (folder / "config.json").write_text('{"num_steps": 5}')
+        (folder / "checkpoints" / "3").mkdir(parents=True)
     with pytest.raises(error, match="what is wrong"), watchdog.counted(str(folder), 5):
         assert (folder / watchdog.STARTS).exists()
         raise error("what is wrong")
-    left = [p.name for p in folder.iterdir()] if folder.exists() else []
-    assert left == (["config.json"] if there == "a run" else [])
+    left = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
+    assert left == (["checkpoints", "config.json"] if there == "a run" else [])

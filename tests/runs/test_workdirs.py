@@ -15,7 +15,13 @@ from alignax.runs import workdirs
 def begun(tmp_path):
     workdir = tmp_path / "run"
     workdirs.prepare(str(workdir), tiny.config("pairs"))
+    saved(workdir)
     return str(workdir)
+
+
+def saved(workdir):
+    """As a run leaves it that saved a checkpoint, and so owns its folder."""
+    (workdir / "checkpoints" / "3").mkdir(parents=True)
 
 
 def test_a_workdir_of_another_config_lists_the_keys(begun):
@@ -77,6 +83,7 @@ def test_a_new_key_of_a_fixed_section_that_is_off_is_no_difference(tmp_path):
     config = tiny.config("pairs")
     config.rollout.reward = {"name": "final_answer"}
     workdirs.prepare(str(tmp_path), config)
+    saved(tmp_path)
     path = tmp_path / "config.json"
     there = json.loads(path.read_text())
     del (
@@ -102,6 +109,7 @@ def test_a_reward_that_an_evaluation_takes_from_rollouts_may_be_written_out(tmp_
     config.rollout.reward = {"name": "constraints", "max_words": 3}
     config.evals = {"sample": {"max_new": 4}}
     workdirs.prepare(str(tmp_path), config)
+    saved(tmp_path)
     config.evals.sample.reward = {"name": "constraints", "max_words": 3}
     workdirs.check_owner(str(tmp_path), config)
     config.evals.sample.reward.max_words = 4

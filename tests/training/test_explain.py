@@ -6,6 +6,7 @@ import tiny
 from alignax.models import transformer
 from alignax.text import tokenizer
 from alignax.training import explain, loading
+from configs import common
 
 
 def test_explain_counts_parameters_and_splits_them():
@@ -17,3 +18,15 @@ def test_explain_counts_parameters_and_splits_them():
     assert f"{total:,} parameters, 1 layers" in text
     assert "None, 'fsdp', 'model')" in text
     assert "2 copies (policy, frozen LMs)" in text
+
+
+def test_a_stage_that_starts_from_another_has_its_sizes():
+    first, second = tiny.config("sft"), tiny.config("pairs")
+    second.model.path, second.model.sizes, second.tokenizer = "stage:first", {}, ""
+    config = common.get_config()
+    with config.unlocked():
+        config.stages = {"first": first, "second": second}
+    one, two = explain.explain(config).split("== second ==")
+    assert [x for x in one.splitlines() if "parameters" in x] == [
+        x for x in two.splitlines() if "parameters" in x
+    ]
