@@ -10,7 +10,7 @@ import fnmatch
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -142,9 +142,17 @@ def bind(
             raise ValueError(
                 f"{name}: {key}={value!r} should be a number, like its default {default!r}"
             )
-        if isinstance(default, float):
-            given[key] = float(value)
-        _check_range(name, key, given[key], getattr(module, "RANGES", {}).get(key))
+        interval = getattr(module, "RANGES", {}).get(key)
+        several = value.values() if isinstance(value, Mapping) else value
+        if interval and not number and isinstance(several, Iterable):
+            for item in several:
+                if isinstance(item, bool) or not isinstance(item, int | float):
+                    raise ValueError(f"{name}: {key}={value!r} should hold numbers")
+                _number(name, key, item, 0.0, interval)
+        if number:
+            if takes[key].annotation is int and value % 1 != 0:  # NaN too
+                raise ValueError(f"{name}: {key}={value!r} should be a whole number")
+            given[key] = _number(name, key, value, default, interval)
         choices: Any = getattr(module, f"{key.upper()}S", None)
         listed = isinstance(value, str) and isinstance(choices, tuple | Mapping)
         if listed and value not in choices:
@@ -339,15 +347,28 @@ def _forms(name: str, module: Any) -> tuple[str, ...]:
     return forms
 
 
-def _check_range(name: str, key: str, value: Any, interval: str | None) -> None:
-    """Raises ValueError for a number outside its interval, as in '[0, 0.5)'."""
-    if interval is None:
-        return
+def _number(name: str, key: str, value: Any, default: Any, interval: str | None) -> Any:
+    """A number in its interval; a float where its default is one.
+
+    Without an interval a number may not be negative unless its default is: a negative beta,
+    weight or clip would train for the opposite.
+    """
+    interval = interval or ("(-inf, inf)" if default < 0 else "[0, inf)")
+    if not is_inside(value, interval):
+        raise ValueError(f"{name}: {key}={value!r} is outside {interval}")
+    return float(value) if isinstance(default, float) else value
+
+
+def is_inside(value: float, interval: str) -> bool:
+    """Whether a number is in an interval, as in '[0, 0.5)'; NaN is in none."""
     low, high = map(float, interval[1:-1].split(","))
+    try:
+        value = float(value)
+    except OverflowError:  # a whole number of more than 308 digits
+        return False
     above = value >= low if interval[0] == "[" else value > low
     below = value <= high if interval[-1] == "]" else value < high
-    if not (above and below):
-        raise ValueError(f"{name}: {key}={value!r} is outside {interval}")
+    return bool(above and below)
 
 
 def _find(folder: str, name: str):
@@ -436,7 +457,11 @@ def _load_sum(spec: Mapping[str, Any]) -> Bound:
                 f"loss.parts.{label}.weight is {weight!r}, expected a number"
             )
         try:
-            parts[label] = (weight, load("losses", own.pop("name", label), own))
+            loss = load("losses", own.pop("name", label), own)
+            within = getattr(inspect.getmodule(loss.function), "RANGES", {}).get(
+                "weight"
+            )
+            parts[label] = _number(loss.name, "weight", weight, 1.0, within), loss
         except ValueError as error:
             raise ValueError(f"loss.parts.{label}: {error}") from error
     return combine(parts, reduction=spec.get("reduction", ""))

@@ -22,7 +22,12 @@ from alignax.sampling import guide_models
 from alignax.sampling.guides import Guide
 
 HEADS = ("scalar", "q")
-RANGES = {"beta": "(0, inf)", "radius": "(0, inf]", "scale": "(0, inf)"}
+RANGES = {
+    "beta": "(0, inf)",
+    "radius": "(0, inf]",
+    "scale": "(0, inf)",
+    "centre": "(-inf, inf)",
+}
 
 
 def guide(

@@ -29,6 +29,7 @@ from alignax.search.hypotheses import Hypotheses, Judge
 RANGES = {
     "top_k": "[1, inf)", "lookahead": "[0, inf)", "lam": "[0, inf)", "beams": "[1, inf)",
     "self_draft": "[0, inf)",
+    "lo": "(-inf, inf)", "hi": "(-inf, inf)",
 }  # fmt: skip
 
 

@@ -29,7 +29,7 @@ from alignax.sampling.decode import Generated
 from alignax.search import hypotheses
 from alignax.search.hypotheses import Hypotheses, Judge
 
-RANGES = {"n": "[1, inf)", "step": "[1, inf)", "beta": "(0, inf)"}
+RANGES = {"n": "[1, inf)", "step": "[1, inf)", "beta": "(0, inf)", "u": "(-inf, inf)"}
 
 
 def search(

@@ -19,6 +19,8 @@ from alignax.batch import LM
 from alignax.sampling import guide_models
 from alignax.sampling.guides import Guide, by_position
 
+RANGES = {"weight": "(-inf, inf)"}
+
 
 def guide(
     lms: dict[str, LM],

@@ -36,6 +36,7 @@ RANGES = {
     "sets": "[1, inf)", "top_k": "[1, inf)", "rollout": "[1, inf)", "heat": "(0, inf)",
     "simulations": "[1, inf)", "extra": "[1, inf)", "uniform": "[0, 1]",
     "share": "[0, 1]", "exploration": "[0, inf)",
+    "settled_value": "(-inf, inf)", "alike": "(-inf, inf)",
 }  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from alignax.sampling.decode import Generated
 from alignax.search import hypotheses
 from alignax.search.hypotheses import Judge
 
-RANGES = {"step": "[1, inf)"}
+RANGES = {"step": "[1, inf)", "delta": "(-inf, inf)"}
 
 
 def search(

@@ -23,7 +23,7 @@ from alignax.models import transformer
 from alignax.sampling import guide_models, steering_vectors
 from alignax.sampling.guides import Guide, by_position
 
-RANGES = {"seed": "[0, inf)"}
+RANGES = {"seed": "[0, inf)", "strength": "(-inf, inf)", "weight": "(-inf, inf)"}
 
 
 def guide(

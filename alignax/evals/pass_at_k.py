@@ -29,6 +29,7 @@ from alignax.batch import LM, Metrics
 from alignax.inputs.prompts import prompt_batches
 from alignax.reports.metrics import bootstrap
 
+RANGES = {"threshold": "(-inf, inf)"}
 VOTE = "alignax.rewards.final_answer.answer"
 
 

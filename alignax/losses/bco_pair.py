@@ -18,7 +18,7 @@ from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps", "ref_logps")
 FORMS = ("pairs",)
-RANGES = {"beta": "(0, inf)"}
+RANGES = {"beta": "(0, inf)", "delta": "(-inf, inf)"}
 
 
 def loss(

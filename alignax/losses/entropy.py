@@ -18,6 +18,7 @@ from alignax.batch import Batch, Metrics, Scores
 
 NEEDS = ("entropy",)
 FORMS = tuple(rows.FORMS)  # it is a part of losses on all of them
+RANGES = {"weight": "(-inf, inf)"}  # of this part of a sum
 
 
 def loss(

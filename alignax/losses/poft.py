@@ -20,7 +20,7 @@ from alignax.batch import Batch, Metrics, Number, Scores
 
 NEEDS = ("logps", "aligned*_logps")  # of every frozen LM named 'aligned*'
 FORMS = ("demonstrations", "unscored")
-RANGES = {"beta": "(0, inf)"}
+RANGES = {"beta": "(0, inf)", "gamma": "(-inf, inf)"}
 
 
 def loss(

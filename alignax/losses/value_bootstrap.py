@@ -25,7 +25,7 @@ REQUIRES = {  # of rollouts: all samples of one frozen p; a policy that moves ha
     "rollout.keep": "all",
     "rollout.policy": ...,
 }
-RANGES = {"radius": "(0, inf]"}
+RANGES = {"radius": "(0, inf]", "centre": "(-inf, inf)"}
 
 
 def loss(

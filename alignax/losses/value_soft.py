@@ -28,7 +28,12 @@ REQUIRES = {  # of rollouts: all samples of one frozen p; a policy that moves ha
     "rollout.keep": "all",
     "rollout.policy": ...,
 }
-RANGES = {"beta": "(0, inf)", "radius": "(0, inf]", "limit": "(0, inf)"}
+RANGES = {
+    "beta": "(0, inf)",
+    "radius": "(0, inf]",
+    "limit": "(0, inf)",
+    "centre": "(-inf, inf)",
+}
 
 
 def loss(

@@ -10,6 +10,7 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
+from alignax.models import sizes
 from alignax.models.transformer import HOW, ModelConfig
 
 
@@ -83,6 +84,24 @@ _REFUSED = {  # config.json key -> what a value other than these asks for
     "use_bidirectional_attention": ((None, False), "attention to later tokens"),
 }
 
+# config.json key -> the type of its value, where it is there and not null
+_TYPES: dict[str, Any] = {
+    "model_type": str, "architectures": list, "text_config": dict, "rope_parameters": dict,
+    "rope_scaling": dict, "layer_types": list, "id2label": dict, "hidden_act": str,
+    "hidden_activation": str, "full_attention": dict, "sliding_attention": dict,
+    "rope_type": str, "type": str,
+}  # fmt: skip
+_COUNTS = ("max_window_layers", "sliding_window_pattern", "_sliding_window_pattern")
+_NAMES = {  # field of ModelConfig -> what messages call it
+    "width": "hidden_size", "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads",
+    "mlp_width": "intermediate_size", "max_length": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps", "tied": "tie_word_embeddings",
+    "rope_theta_local": "rope_local_base_freq", "query_scale": "query_pre_attn_scalar",
+    "attn_softcap": "attn_logit_softcapping", "final_softcap": "final_logit_softcapping",
+    "window": "sliding_window", "bos_id": "bos_token_id", "eos_ids": "eos_token_id",
+}  # fmt: skip
+
 _BLOCK = "model.layers.{}."
 HF_NAMES = {  # path in our tree -> name in a Hugging Face checkpoint
     "embed": "model.embed_tokens.weight",
@@ -150,16 +169,18 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     Raises:
       ValueError: an architecture or a feature that is not supported, or a missing key.
     """
+    _check_types(hf)
     name = hf.get("model_type")
     architectures = hf.get("architectures") or []
-    value_head = any("SequenceClassification" in a for a in architectures)
-    if name == "gemma3" and "text_config" in hf:
+    value_head = any("SequenceClassification" in str(a) for a in architectures)
+    if name == "gemma3" and hf.get("text_config"):
         eos = hf.get("eos_token_id", hf["text_config"].get("eos_token_id"))
         hf = {**hf, **hf["text_config"], "eos_token_id": eos}
+        _check_types(hf)
         name = "gemma3_text"
     if name not in FAMILIES:
         raise ValueError(
-            f"unknown architecture {name!r} (architectures={architectures}); "
+            f"unknown architecture {sizes.brief(name)} (architectures={sizes.brief(architectures)}); "
             f"known: {', '.join(FAMILIES)}"
         )
     family = FAMILIES[name]
@@ -167,7 +188,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     for key, (accepted, meaning) in _REFUSED.items():
         if hf.get(key) not in accepted:
             raise ValueError(
-                f"config.json has {key}={hf[key]!r}: {meaning} is not supported"
+                f"config.json has {key}={sizes.brief(hf[key])}: {meaning} is not supported"
             )
     if value_head and hf.get("num_labels", len(hf.get("id2label") or "1")) != 1:
         raise ValueError("config.json has more than one label; a value head has one")
@@ -178,12 +199,13 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
         return hf[key]
 
     layers, heads = need("num_hidden_layers"), need("num_attention_heads")
+    known = {"num_layers": layers, "num_heads": heads, "width": need("hidden_size")}
+    sizes.check(known, _NAMES)
     theta, theta_local, scaling = _rope(hf)
     local = _local_layers(name, hf, layers)
     eos = hf.get("eos_token_id")
     eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
-    return ModelConfig(
-        family=name,
+    fields = dict(
         vocab_size=need("vocab_size"),
         width=need("hidden_size"),
         num_layers=layers,
@@ -193,21 +215,40 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
         mlp_width=need("intermediate_size"),
         max_length=need("max_position_embeddings"),
         activation=_activation(name, hf),
-        norm_eps=float(need("rms_norm_eps")),
-        tied=bool(hf["tie_word_embeddings"]),
+        norm_eps=need("rms_norm_eps"),
+        tied=hf["tie_word_embeddings"],
         rope_theta=theta,
         rope_theta_local=theta_local,
         rope_scaling=scaling,
-        query_scale=_number(hf.get("query_pre_attn_scalar")),
-        attn_softcap=_number(hf.get("attn_logit_softcapping")),
-        final_softcap=_number(hf.get("final_logit_softcapping")),
+        query_scale=hf.get("query_pre_attn_scalar"),
+        attn_softcap=hf.get("attn_logit_softcapping"),
+        final_softcap=hf.get("final_logit_softcapping"),
         window=need("sliding_window") if any(local) else None,
         local_layers=local if any(local) else (),
         value_head=value_head,
         bos_id=hf.get("bos_token_id"),
         eos_ids=tuple(eos),
-        **family.fixed,
     )
+    sizes.check(fields, _NAMES)
+    for key in ("norm_eps", "query_scale", "attn_softcap", "final_softcap"):
+        fields[key] = None if fields[key] is None else float(fields[key])
+    fields |= family.fixed
+    return ModelConfig(family=name, **fields)
+
+
+def _check_types(hf: dict[str, Any]) -> None:
+    """Raises ValueError for a value of another type than its key has."""
+    names = {dict: "an object", list: "a list", str: "a text"}
+    for key, value in hf.items():
+        kind = _TYPES.get(key)
+        if kind and value is not None and not isinstance(value, kind):
+            raise ValueError(f"{key} is {sizes.brief(value)}, expected {names[kind]}")
+        if key in _COUNTS and value is not None:
+            sizes.number(key, value, 1, sizes.MOST, whole=True)
+        if kind is dict and value:
+            _check_types(value)
+        elif kind is list and not all(isinstance(x, str) for x in value or ()):
+            raise ValueError(f"{key} is {sizes.brief(value)}, expected texts")
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -359,16 +400,19 @@ def _rope(hf: dict[str, Any]) -> tuple[float, float | None, tuple | None]:
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     local = None
     if "rope_local_base_freq" in hf:
-        local = float(hf["rope_local_base_freq"])
+        local = _positive("rope_local_base_freq", hf["rope_local_base_freq"])
     if "full_attention" in rope or "sliding_attention" in rope:
         inner = rope.get("sliding_attention") or {}
         if _kind(inner) != "default":
             raise ValueError(
                 f"rope type {_kind(inner)!r} on local layers is not supported"
             )
-        local = float(inner.get("rope_theta", hf.get("rope_local_base_freq", 10_000.0)))
+        base = inner.get("rope_theta", hf.get("rope_local_base_freq", 10_000.0))
+        local = _positive("rope_theta of local layers", base)
         rope = rope.get("full_attention") or {}
-    theta = float(rope.get("rope_theta", hf.get("rope_theta", 10_000.0)))
+    theta = _positive(
+        "rope_theta", rope.get("rope_theta", hf.get("rope_theta", 10_000.0))
+    )
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("rope_parameters has partial_rotary_factor: not supported")
     kind = _kind(rope)
@@ -380,7 +424,7 @@ def _rope(hf: dict[str, Any]) -> tuple[float, float | None, tuple | None]:
     lacking = [k for k in _ROPE_KEYS[kind] if rope.get(k) is None]
     if lacking:
         raise ValueError(f"rope type {kind!r} lacks {', '.join(lacking)}")
-    return theta, local, (kind, *(float(rope[k]) for k in _ROPE_KEYS[kind]))
+    return theta, local, (kind, *(_positive(k, rope[k]) for k in _ROPE_KEYS[kind]))
 
 
 def _kind(rope: dict[str, Any]) -> str:
@@ -397,5 +441,7 @@ def _rope_dict(theta: float, scaling: tuple | None) -> dict[str, Any]:
     return rope
 
 
-def _number(x: Any) -> float | None:
-    return None if x is None else float(x)
+def _positive(name: str, value: Any) -> float:
+    """A number of a config.json that is divided by; ValueError names another value."""
+    sizes.number(name, value, 1e-6, 1e15)
+    return float(value)

@@ -6,7 +6,6 @@ missing, unused or of the wrong shape is named in the error.
 """
 
 import dataclasses
-import json
 import logging
 import pathlib
 from functools import partial
@@ -17,8 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from alignax.batch import LM
-from alignax.models import families, gguf
+from alignax.models import families, gguf, json_object
 from alignax.models.gguf import Reader
+from alignax.models.json_object import one_line
+from alignax.models.sizes import brief
 from alignax.models.transformer import ModelConfig, init
 
 DTYPES = ("float32", "bfloat16")
@@ -106,11 +107,14 @@ def _assemble(
         )
     params: dict[str, Any] = {}
     for p, shape in shapes.items():
-        out = np.empty(shape, jnp.dtype(dtype))
-        stacked = out if p.startswith("blocks/") else out[None]
+        stacked = None
         for i in range(layers[p]):
-            name = table[p].format(i)
-            stacked[i] = _to_tree(readers[name](), p, stacked.shape[1:], name, path)
+            name, own = table[p].format(i), shape[p.startswith("blocks/") :]
+            value = _to_tree(readers[name](), p, own, name, path)
+            if stacked is None:  # not before a tensor has its share of this size
+                out = np.empty(shape, jnp.dtype(dtype))
+                stacked = out if p.startswith("blocks/") else out[None]
+            stacked[i] = value
         *parents, leaf = p.split("/")
         node = params
         for key in parents:
@@ -160,19 +164,18 @@ def _drop_tied_head(
 
 def _read_directory(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Reader]]:
     """config.json, and one function per tensor, of a Hugging Face directory."""
-    hf = _json(path / "config.json")
+    hf = json_object.read(path / "config.json")
     generation = path / "generation_config.json"
     if generation.exists():  # chat models list more end-of-turn ids there
         ids = [
             _ids(hf.get("eos_token_id")),
-            _ids(_json(generation).get("eos_token_id")),
+            _ids(json_object.read(generation).get("eos_token_id")),
         ]
-        hf["eos_token_id"] = list(dict.fromkeys(ids[0] + ids[1]))
+        both = ids[0] + ids[1]
+        hf["eos_token_id"] = [x for i, x in enumerate(both) if x not in both[:i]]
     index = path / "model.safetensors.index.json"
     if index.exists():
-        where = _json(index).get("weight_map")
-        if not where:
-            raise ValueError(f"{index} has no weight_map")
+        where = _weight_map(index)
     elif (path / "model.safetensors").exists():
         where = None
     else:
@@ -183,7 +186,7 @@ def _read_directory(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Reade
         )
     readers: dict[str, Reader] = {}
     for file in sorted(set(where.values())) if where else ["model.safetensors"]:
-        for name, reader in _safetensors(path / file).items():
+        for name, reader in tensors_of(path / file).items():
             if where and where.get(name) != file:
                 raise ValueError(f"tensor {name} of {path / file} is not in its index")
             readers[name] = reader
@@ -198,16 +201,44 @@ def _read_directory(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Reade
     return hf, {n: r for n, r in readers.items() if n not in buffers}
 
 
-def _safetensors(path: pathlib.Path) -> dict[str, Reader]:
+def _weight_map(index: pathlib.Path) -> dict[str, str]:
+    """{tensor: its file} of an index; a file is a name in the index's own folder."""
+    where = json_object.read(index).get("weight_map")
+    if not where or not isinstance(where, dict):
+        raise ValueError(f"{index} has no weight_map")
+    for name, file in where.items():
+        if not isinstance(file, str) or pathlib.PurePath(file).name != file:
+            raise ValueError(
+                f"{index}: {name} is in {brief(file)}, expected the name of a file beside it"
+            )
+    return where
+
+
+def tensors_of(path: pathlib.Path) -> dict[str, Reader]:
+    """A function per tensor of a safetensors file that reads it.
+
+    Raises:
+      FileNotFoundError: no such file. ValueError: it is damaged, or (when a tensor is read)
+        holds a type that numpy has not.
+    """
     from safetensors import SafetensorError, safe_open
 
     if not path.exists():
-        raise FileNotFoundError(f"{path} is named by the index but does not exist")
+        raise FileNotFoundError(f"{path} does not exist")
     try:
         file = safe_open(path, framework="numpy")
-    except SafetensorError as e:
-        raise ValueError(f"{path} is damaged or not safetensors: {e}") from e
-    return {name: partial(file.get_tensor, name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, UnicodeError) as e:
+        raise ValueError(f"{path} is damaged or not safetensors: {one_line(e)}") from e
+
+    def read(name: str) -> np.ndarray:
+        try:
+            return file.get_tensor(name)
+        except (SafetensorError, TypeError, ValueError, AttributeError, KeyError) as e:
+            raise ValueError(
+                f"tensor {name} in {path} cannot be read: {one_line(e)}"
+            ) from e
+
+    return {name: partial(read, name) for name in file.keys()}  # noqa: SIM118
 
 
 def _text_only(readers: dict[str, Reader], path: pathlib.Path) -> dict[str, Reader]:
@@ -233,16 +264,8 @@ def _text_only(readers: dict[str, Reader], path: pathlib.Path) -> dict[str, Read
     return text
 
 
-def _json(path: pathlib.Path) -> dict[str, Any]:
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise ValueError(f"{path} is not JSON: {e}") from e
-
-
-def _ids(value: int | list[int] | None) -> list[int]:
+def _ids(value: Any) -> list[Any]:
+    """The ids of an eos_token_id, one or several; `families` checks them."""
     return [] if value is None else list(value) if isinstance(value, list) else [value]
 
 

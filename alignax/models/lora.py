@@ -21,7 +21,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from alignax.batch import LM, Params
-from alignax.models import families
+from alignax.models import families, json_object, sizes
+from alignax.models.load import tensors_of
 from alignax.models.transformer import ModelConfig
 
 PARAM_RULES = ((r"/(a|b)$", P()),)  # L ... r and L r ...: small, on every device
@@ -188,11 +189,10 @@ def load(path: str | pathlib.Path, base: LM) -> tuple[Params, Lora]:
         biases, ...), an unknown module, a tensor that is missing, unused or of another
         shape: it is named.
     """
-    from safetensors.numpy import load_file
-
     path = pathlib.Path(path).expanduser()
     settings = peft_settings(path)
-    tensors = load_file(path / "adapter_model.safetensors")
+    readers = tensors_of(path / "adapter_model.safetensors")
+    tensors = {name: read() for name, read in readers.items()}
     names = families.hf_names(base.config)
     modules = {_module(names, t): t for t in TARGETS}
     wanted = settings["target_modules"]
@@ -235,7 +235,7 @@ def peft_settings(path: str | pathlib.Path) -> dict[str, Any]:
       ValueError: a setting that asks for anything else, or one that is missing.
     """
     path = pathlib.Path(path).expanduser()
-    settings = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = json_object.read(path / "adapter_config.json")
     for key, value in settings.items():
         plain = value in PEFT_VALUES[key] if key in PEFT_VALUES else not value
         if key not in PEFT_FREE and not plain:
@@ -243,6 +243,15 @@ def peft_settings(path: str | pathlib.Path) -> dict[str, Any]:
     for key in ("r", "lora_alpha", "target_modules"):
         if not settings.get(key):
             raise ValueError(f"{path}: adapter_config.json lacks {key!r}")
+    where = f"{path / 'adapter_config.json'}: "
+    sizes.number(f"{where}r", settings["r"], 1, 2**17, whole=True)
+    sizes.number(f"{where}lora_alpha", settings["lora_alpha"], 1e-6, 1e9)
+    wanted = settings["target_modules"]
+    listed = isinstance(wanted, list) and all(isinstance(x, str) for x in wanted)
+    if not listed and not isinstance(wanted, str):
+        raise ValueError(
+            f"{where}target_modules is {sizes.brief(wanted)}, expected names"
+        )
     return settings
 
 

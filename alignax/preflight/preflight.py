@@ -19,6 +19,7 @@ from alignax.preflight import chips, compiled, footprint
 from alignax.preflight.chips import GIB, Topology
 from alignax.preflight.footprint import Program, Report
 from alignax.preflight.lowering import UNKNOWN, Shape
+from alignax.training import ranges
 
 
 def preflight(
@@ -41,6 +42,7 @@ def preflight(
     """
     if config.get("stages"):
         raise ValueError("a config with stages has several steps: preflight each stage")
+    ranges.check(config)
     topology = chips.parse(name)
     devices = chips.devices(topology)
     if sweep:

@@ -122,7 +122,7 @@ def check(config, model: ModelPath | None = None) -> Prompts:
         raise ValueError(
             "a config with prompts takes neither evals nor rollouts: use another run"
         )
-    checks.check_names(config)
+    checks.check_sections(config)
     responder.bind(config)
     if "target" in config.lms:
         raise ValueError(

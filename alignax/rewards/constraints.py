@@ -19,6 +19,7 @@ import numpy as np
 from alignax.text import patterns
 
 KINDS = ("keywords", "avoid", "length", "pattern", "json")
+RANGES = {"weights": "[0, inf)"}
 
 
 def check(

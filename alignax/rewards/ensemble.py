@@ -26,7 +26,7 @@ from alignax.reward_functions import calls
 from alignax.reward_functions.calls import Responses
 
 RULES = ("mean", "min", "std", "var", "sum")
-RANGES = {"k": "[0, inf)"}
+RANGES = {"k": "[0, inf)", "scales": "(-inf, inf)"}
 
 
 def reward(

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+RANGES = {"correct": "[0, inf)", "format": "(-inf, inf)"}
 KINDS = ("hash", "boxed", "last")
 LIMIT = 400  # digits of a number; a longer one is no answer
 

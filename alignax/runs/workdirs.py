@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from alignax.models import json_object
 from alignax.runs import checkpoint
 
 RESPONSES = "responses.jsonl"  # of a run that answers prompts
@@ -171,7 +172,7 @@ def run_folder(path: str) -> epath.Path:
 def saved_config(path: str) -> dict[str, Any] | None:
     """The config of the run that a folder, or its 'best', belongs to; None if of no run."""
     file = run_folder(path) / "config.json"
-    config = read_json(file) if file.is_file() else {}
+    config = json_object.read(file) if file.is_file() else {}
     return config if "batch_size" in config else None
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from alignax import masked
 from alignax.batch import Batch, Number
 
+RANGES = {"value": "(-inf, inf)"}
 STAGE = "advantage"
 
 

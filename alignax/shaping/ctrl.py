@@ -29,7 +29,13 @@ from alignax.batch import Batch
 from alignax.theory import infalign
 
 STAGE = "reward"
-RANGES = {"floor": "[0, 1)", "n": "[2, inf)", "beta": "(0, inf)", "tau": "(0, 1)"}
+RANGES = {
+    "floor": "[0, 1)",
+    "n": "[2, inf)",
+    "beta": "(0, inf)",
+    "tau": "(0, 1)",
+    "t": "(-inf, inf)",
+}
 CALIBRATIONS = (
     "ecdf",
     "laplace",

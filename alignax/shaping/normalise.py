@@ -17,7 +17,7 @@ from alignax import masked
 from alignax.batch import Batch, Number
 
 STAGE = "reward"
-RANGES = {"std": "(0, inf)", "clip": "(0, inf]"}
+RANGES = {"std": "(0, inf)", "clip": "(0, inf]", "mean": "(-inf, inf)"}
 
 
 def shape(

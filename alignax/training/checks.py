@@ -16,7 +16,7 @@ from alignax.records import files
 from alignax.rollouts import rollout, source
 from alignax.rollouts.sampler import Sampler
 from alignax.text.dialogues import SPECIALS
-from alignax.training import loading, on_policy, optim
+from alignax.training import loading, on_policy, optim, ranges
 from alignax.training.plugins import Plugins, bind, evaluation, has_rollouts
 
 # What only the policy's own responses bring: a loss that needs one of these needs rollouts.
@@ -34,7 +34,7 @@ def check(config) -> Plugins:
     Raises:
       ValueError: what is wrong; the key and what it may be are named.
     """
-    check_names(config)
+    check_sections(config)
     plugins = bind(config)
     check_run(config)
     check_optim(config)
@@ -62,8 +62,9 @@ def keeps_average(config) -> bool:
     return config.average > 0 or bool(moving_names(config))
 
 
-def check_names(config) -> None:
-    """Sections that name a plug-in have a 'name', and those that hold sections hold them."""
+def check_sections(config) -> None:
+    """Numbers are in their ranges, sections are sections, and those of a plug-in name it."""
+    ranges.check(config)
     held = {
         f"{of}.{name}": spec
         for of in ("reweight", "shaping", "evals", "mixture")
@@ -102,10 +103,6 @@ def check_run(config) -> None:
         )
     if config.patience and not (config.best_metric and config.eval_every):
         raise ValueError("patience needs best_metric and eval_every")
-    if config.average_every < 1:
-        raise ValueError(
-            f"average_every is {config.average_every}, expected at least 1 step"
-        )
     if keeps_average(config) and 0 < config.num_steps < config.average_every:
         raise ValueError(
             f"average_every is {config.average_every}: the average would not move in "

@@ -11,7 +11,7 @@ from alignax.batch import LM
 from alignax.models import lora, sharding, transformer
 from alignax.reports.metrics import flops_per_token
 from alignax.text import tokenizer
-from alignax.training import loading, optim, stages
+from alignax.training import loading, optim, ranges, stages
 
 
 def explain(config) -> str:
@@ -26,6 +26,7 @@ def explain(config) -> str:
             c.tokenizer = c.tokenizer or first.tokenizer
             parts.append(f"== {name} ==\n{explain(c)}")
         return "\n".join(parts)
+    ranges.check(config)
     mesh = sharding.make_mesh(config.mesh)
     if config.model.sizes:
         vocab_size = (

@@ -6,9 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from alignax.batch import LM, Params
 from alignax.models import load, lora, sharding, transformer
+from alignax.models import sizes as model_sizes
 from alignax.models.transformer import ModelConfig
 from alignax.runs import adapter_base, checkpoint, model_paths
 from alignax.runs.model_paths import ModelPath
@@ -71,7 +73,11 @@ def model_config(config, vocab_size: int) -> ModelConfig:
     if unknown:
         raise ValueError(f"model.sizes has no {unknown}; it takes {sorted(known)}")
     sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()}
-    return ModelConfig(**sizes)
+    try:
+        model_sizes.check(sizes)
+        return ModelConfig(**sizes)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"model.sizes: {error}") from error
 
 
 def model_path(config) -> ModelPath | None:
@@ -159,18 +165,36 @@ def load_lm(path: str | ModelPath, *, dtype: str = "float32") -> LM:
         a .gguf file; a run keeps its own.
 
     Raises:
-      ValueError: adapters that do not know their base, or whose base is another now.
+      ValueError: adapters that do not know their base, or whose base is another now;
+        weights that are not finite.
       FileNotFoundError: no model there, or no base of the adapters.
     """
     found = path if isinstance(path, ModelPath) else model_paths.resolve(path)
     if found.kind == "peft":
         assert found.base is not None
         base = load_lm(found.base, dtype=dtype)
-        return lora.merge(base, *lora.load(found.path, base))
-    if found.kind != "run":
-        return load.load(found.path, dtype=dtype)
-    lm = checkpoint.load_lm(found.path)
-    return merged(found, lm) if lora.is_adapters(lm.params) else lm
+        lm = lora.merge(base, *lora.load(found.path, base))
+    elif found.kind != "run":
+        lm = load.load(found.path, dtype=dtype)
+    else:
+        lm = checkpoint.load_lm(found.path)
+        lm = merged(found, lm) if lora.is_adapters(lm.params) else lm
+    check_finite(lm.params, found.path)
+    return lm
+
+
+def check_finite(params: Params, path: str) -> None:
+    """Raises ValueError for weights that are NaN or infinite: they answer nothing."""
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+        array = np.asarray(leaf)
+        bits = np.dtype(f"u{array.itemsize}")
+        exponent = np.array(np.inf, array.dtype).view(
+            bits
+        )  # all ones: no finite number
+        for part in array if array.ndim > 1 else [array]:  # a small mask at a time
+            if (part.view(bits) & exponent == exponent).any():
+                name = jax.tree_util.keystr(keys, simple=True, separator="/")
+                raise ValueError(f"{path}: {name} has weights that are NaN or infinite")
 
 
 def merged(found: ModelPath, adapters: LM) -> LM:

@@ -165,9 +165,5 @@ def from_config(config) -> tuple[optax.Schedule, optax.GradientTransformation]:
             "optim.critic_lr is a multiple of optim.lr, which is 0: to warm up a critic "
             "take a small optim.lr, such as 1e-12"
         )
-    if config.optim.critic_lr < 0:
-        raise ValueError(
-            f"optim.critic_lr is {config.optim.critic_lr}, expected 0 (as optim.lr) or more"
-        )
     critic = config.optim.critic_lr / config.optim.lr if config.optim.critic_lr else 1.0
     return rate, make_tx(rate, **others, critic=critic)

@@ -68,7 +68,7 @@ def one_run(
     """
     if many < 1:
         raise ValueError(f"rows is {many}, expected at least 1")
-    checks.check_names(config)
+    checks.check_sections(config)
     plugins = bind(config)
     checks.check_data(config)
     checks.check_rollout(config, plugins)
