@@ -49,7 +49,6 @@ class Lease:
         self._uuid = uuid.uuid4().hex
         self._beats = 0
         self._lost = ""
-        self._made = False  # the folder
         self._holds = jax.process_index() == 0
         self._since = 0.0
         self._over = threading.Event()
@@ -78,8 +77,7 @@ class Lease:
         with contextlib.suppress(OSError, ValueError):
             if _parsed(_raw(self._folder)).get("uuid") == self._uuid:
                 (self._folder / NAME).unlink()
-            if self._made:
-                self._folder.rmdir()
+            self._folder.rmdir()
 
     def settle(self) -> None:
         """Reads a new lease back, some time after it was taken.
@@ -107,7 +105,6 @@ class Lease:
             )
 
     def _take(self) -> None:
-        self._made = not self._folder.exists()
         workdirs.make(self._folder)
         raw, since = _raw(self._folder), time.monotonic()
         first = raw

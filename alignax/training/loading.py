@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alignax.batch import LM, Params
-from alignax.models import load, lora, sharding, transformer
+from alignax.models import load, lora, transformer
 from alignax.models import sizes as model_sizes
 from alignax.models.transformer import ModelConfig
 from alignax.runs import adapter_base, checkpoint, model_paths
@@ -240,30 +240,6 @@ def other_tokenizer(
     except FileNotFoundError:  # weights alone: their ids are taken to be the run's
         return "", ""
     return (own, found) if found else ("", "")
-
-
-def check_numbers(name: str, params: Params) -> None:
-    """Raises ValueError if weights are not finite: neither an answer nor a loss is one.
-
-    Args:
-      name: 'model', or of an LM in the config's `lms`, for the message.
-      params: its parameters.
-    """
-    wrong = [path for path, fine in jax.device_get(_finite(params)).items() if not fine]
-    if wrong:
-        where = "model.path" if name in ("model", "base") else f"lms.{name}"
-        raise ValueError(
-            f"{where} has weights that are not finite (nan or inf), in {len(wrong)} "
-            f"parameters; the first is {wrong[0]}: its file is damaged, or its training "
-            "diverged"
-        )
-
-
-@jax.jit
-def _finite(params: Params) -> dict[str, Any]:
-    """Whether all numbers are finite, by the path of a parameter."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {sharding.path_string(p): jnp.isfinite(x).all() for p, x in leaves}
 
 
 def with_value_head(lm: LM, wanted: bool) -> LM:
