@@ -35,12 +35,19 @@ def note(workdir, path: str, params: Params) -> None:
     if (folder / NAME).exists():
         _compare(folder, checksum)
     elif jax.process_index() == 0:
+        prefix, path = _parts(path)
         named = path.startswith(fetch.PREFIX)
         there = str(checkpoint.absolute(path)) if path and not named else path
         local = path and not named and "://" not in f"{there}{folder}"
         seen = os.path.relpath(there, folder) if local else ""
-        known = {"path": there, "from_here": seen, "checksum": checksum}
+        known = {"path": prefix + there, "from_here": seen, "checksum": checksum}
         workdirs.write_json(folder / NAME, known)
+
+
+def _parts(path: str) -> tuple[str, str]:
+    """('average:' or '', the path behind it)."""
+    bare = path.removeprefix(checkpoint.AVERAGE)
+    return path[: len(path) - len(bare)], bare
 
 
 def noted(workdir) -> bool:
@@ -64,9 +71,11 @@ def find(workdir, path: str) -> str:
     known = workdirs.read_json(folder / NAME)
     places = [known["path"], path]
     if known["from_here"]:
-        places.insert(1, os.path.normpath(folder / known["from_here"]))
+        there = os.path.normpath(folder / known["from_here"])
+        places.insert(1, _parts(known["path"])[0] + there)
     for place in places:
-        if place.startswith(fetch.PREFIX) or epath.Path(place).exists():
+        bare = _parts(place)[1]
+        if bare.startswith(fetch.PREFIX) or epath.Path(bare).exists():
             return place
     raise FileNotFoundError(
         f"the base of the adapters in {folder} is in none of {list(dict.fromkeys(places))}"

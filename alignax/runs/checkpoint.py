@@ -31,8 +31,15 @@ FORMAT = 1
 log = logging.getLogger(__name__)
 
 
+AVERAGE = "average:"  # in front of the path of a run: see `load_lm`
+
+
 class CheckpointError(ValueError):
     """No checkpoint can be read, or it belongs to another model or a newer version."""
+
+
+class NoAverage(CheckpointError):
+    """A checkpoint has no average of the parameters."""
 
 
 class NewerVersion(CheckpointError):
@@ -129,7 +136,7 @@ def _committed(manager: ocp.CheckpointManager, step: int, sums: dict[str, int]) 
         _unreadable(step, manager.directory, error)
         _set_aside(manager, [step])
         return False
-    if there != sums:
+    if not _same(there, sums):
         log.warning(
             "%s holds a step %d of other numbers: it is kept, and this one is not saved",
             manager.directory, step,
@@ -190,7 +197,7 @@ def restore(manager: ocp.CheckpointManager, state):
                 rest=ocp.args.StandardRestore(_abstract(rest)),
             )
             got = manager.restore(step, args=args)
-            if _sums(got.params, got.rest) != sums:
+            if not _same(sums, _sums(got.params, got.rest)):
                 raise CheckpointError("its checksum differs from the saved one")
         except Exception as error:
             _unreadable(step, manager.directory, error)
@@ -217,16 +224,17 @@ def holds(folder) -> bool:
     )
 
 
-def load_lm(folder) -> LM:
+def load_lm(folder, *, average: bool = False) -> LM:
     """The policy of the newest checkpoint that can be read, on the host.
 
     Args:
       folder: of a run (its 'checkpoints' are read), or a folder of checkpoints such as
         WORKDIR/best.
+      average: with the average of the parameters that the run kept, instead of these.
 
     Raises:
-      CheckpointError: the folder holds no checkpoint that can be read, or one of a newer
-        version.
+      CheckpointError: the folder holds no checkpoint that can be read, one of a newer
+        version, or one without an average.
     """
     folder = absolute(folder)
     inner = folder / "checkpoints"
@@ -251,13 +259,27 @@ def load_lm(folder) -> LM:
                         lambda d, k: d.setdefault(k, {}), parents, target
                     )
                     node[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=host)
-                args = ocp.args.Composite(params=ocp.args.StandardRestore(target))
-                params = read.restore(step, args=args).params
-                if int(checksum(params)) != meta["checksum"]["params"]:
+                name = "average" if average else "params"
+                if name not in meta["checksum"]:
+                    raise NoAverage(
+                        f"{place / str(step)} has no average of the parameters: its run had "
+                        "config.average=0, or an earlier version wrote it"
+                    )
+                params = (
+                    _average(read, step, target)
+                    if average
+                    else read.restore(
+                        step,
+                        args=ocp.args.Composite(
+                            params=ocp.args.StandardRestore(target)
+                        ),
+                    ).params
+                )
+                if int(checksum(params)) != meta["checksum"][name]:
                     raise CheckpointError("its checksum differs from the saved one")
                 fields = {k: _tuples(v) for k, v in meta["model"].items()}
                 return LM(ModelConfig(**fields), params)
-            except NewerVersion:
+            except (NewerVersion, NoAverage):
                 raise
             except Exception as error:
                 _unreadable(step, place, error)
@@ -277,6 +299,16 @@ def _without_warning(start: str) -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(other)
+
+
+def _average(manager: ocp.CheckpointManager, step: int, target: Params) -> Params:
+    """The average of the parameters, without the state of the optimiser beside it."""
+    part = {"average": target}
+    args = ocp.args.PyTreeRestore(
+        part, restore_args=ocp.checkpoint_utils.construct_restore_args(part),
+        partial_restore=True,
+    )  # fmt: skip
+    return manager.restore(step, args=ocp.args.Composite(rest=args)).rest["average"]
 
 
 def absolute(path) -> epath.Path:
@@ -322,7 +354,15 @@ def _rest(state) -> dict[str, Any]:
 
 
 def _sums(params, rest) -> dict[str, int]:
-    return {"params": int(checksum(params)), "rest": int(checksum(rest))}
+    trees = {"params": params, "rest": rest}
+    if "average" in rest:  # which can be read alone
+        trees["average"] = rest["average"]
+    return {name: int(checksum(tree)) for name, tree in trees.items()}
+
+
+def _same(saved: dict[str, int], found: dict[str, int]) -> bool:
+    """Whether two checksums agree; earlier versions saved none of the average."""
+    return all(found.get(name) == value for name, value in saved.items())
 
 
 def _abstract(tree):

@@ -6,7 +6,8 @@
   run   the folder of a run, or its 'best'        checkpoints/, config.json, base.json
 
 'hf:OWNER/NAME' is the folder of a model that is fetched by its name: see `records.fetch`.
-'stage:NAME' is the run of an earlier stage of the same config: see `of_stage`.
+'stage:NAME' is the run of an earlier stage of the same config: see `of_stage`. In front of
+a run, 'average:' means the average of its parameters that it kept (config.average).
 """
 
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from etils import epath
 from alignax.models import lora
 from alignax.records import fetch
 from alignax.runs import adapter_base, checkpoint, workdirs
+from alignax.runs.checkpoint import AVERAGE
 
 STAGE = "stage:"
 
@@ -32,6 +34,7 @@ class ModelPath(NamedTuple):
       config: the saved config of a run; None for every other kind.
       folder: of the run.
       tokenizer: path of the model's tokenizer; '' if it is not known.
+      average: of a run, whether the average of its parameters is meant.
     """
 
     path: str
@@ -40,6 +43,7 @@ class ModelPath(NamedTuple):
     config: dict[str, Any] | None = None
     folder: str = ""
     tokenizer: str = ""
+    average: bool = False
 
 
 def resolve(path: str) -> ModelPath:
@@ -51,8 +55,13 @@ def resolve(path: str) -> ModelPath:
     Raises:
       FileNotFoundError: the base of adapters is in none of the places that they name.
       ValueError: a stage that was not resolved, adapters of a kind that is not supported,
-        or a name that cannot be fetched.
+        a name that cannot be fetched, or the average of what is no run.
     """
+    if path.startswith(AVERAGE):
+        found = resolve(path.removeprefix(AVERAGE))
+        if found.kind != "run":
+            raise ValueError(f"{path}: only a run has an average of its parameters")
+        return found._replace(average=True)
     if path.startswith(STAGE):
         raise ValueError(f"{path} is a path in a config with stages only")
     if path.startswith(fetch.PREFIX):
@@ -91,6 +100,8 @@ def _origin(folder: epath.Path, config: dict[str, Any]) -> ModelPath | None:
 
 def of_stage(path: str, workdir: epath.Path) -> str:
     """Replaces 'stage:NAME', in a config with stages, by the folder of that stage's run."""
-    if not path.startswith(STAGE):
+    average = AVERAGE * path.startswith(AVERAGE)
+    rest = path.removeprefix(AVERAGE)
+    if not rest.startswith(STAGE):
         return path
-    return str(workdir / path.removeprefix(STAGE))
+    return average + str(workdir / rest.removeprefix(STAGE))

@@ -46,9 +46,9 @@ def get_config() -> ConfigDict:
     c.row_cache = ""
 
     c.model = ConfigDict()
-    c.model.path = (
-        ""  # a folder of Hugging Face's or a run, .gguf, 'hf:OWNER/NAME', 'stage:NAME'
-    )
+    # a folder of Hugging Face's or a run, .gguf, 'hf:OWNER/NAME', 'stage:NAME';
+    # 'average:' in front of a run means the average of its parameters
+    c.model.path = ""
     c.model.sizes = ConfigDict()  # without a path: train from scratch at these sizes
     c.model.value_head = False
     c.model.dtype = "float32"  # of the computation

@@ -177,7 +177,7 @@ def load_lm(path: str | ModelPath, *, dtype: str = "float32") -> LM:
     elif found.kind != "run":
         lm = load.load(found.path, dtype=dtype)
     else:
-        lm = checkpoint.load_lm(found.path)
+        lm = checkpoint.load_lm(found.path, average=found.average)
         lm = merged(found, lm) if lora.is_adapters(lm.params) else lm
     check_finite(lm.params, found.path)
     return lm

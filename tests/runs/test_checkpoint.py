@@ -1,6 +1,7 @@
 """Checkpoints: what comes back is what went in, or the one before it, never less."""
 
 import dataclasses
+import json
 import logging
 import warnings
 
@@ -235,6 +236,47 @@ def test_the_best_checkpoint_of_a_run_is_a_model_path(tmp_path, tiny_lm, one_dev
     state = save_steps(tmp_path / "best", tiny_lm, one_device, [3])
     save_steps(tmp_path / "checkpoints", tiny_lm, one_device, [5])
     same(loading.load_lm(str(tmp_path / "best")).params, state.params)
+
+
+def test_the_average_of_a_run_is_a_model_path(tmp_path, tiny_lm, one_device):
+    folder = tmp_path / "checkpoints"
+    with checkpoint.manager(folder, asynchronous=False) as manager:
+        state = make_state(tiny_lm, one_device, 3, average=True)
+        state = state._replace(average=jax.tree.map(lambda x: x - 0.5, state.params))
+        checkpoint.save(manager, state, model=tiny_lm.config, meta={})
+    got = loading.load_lm(f"average:{tmp_path}")
+    same(got.params, state.average)
+    assert got.config == tiny_lm.config
+    same(loading.load_lm(str(tmp_path)).params, state.params)
+    other = make_state(tiny_lm, one_device, average=True)
+    same(restore(folder, other)[0].average, state.average)
+
+
+def test_an_average_that_is_not_there_is_said(tmp_path, tiny_lm, one_device):
+    save_steps(tmp_path / "checkpoints", tiny_lm, one_device, [3])
+    with pytest.raises(CheckpointError, match=r"checkpoints/3 has no average of the"):
+        loading.load_lm(f"average:{tmp_path}")
+    with pytest.raises(ValueError, match=r"only a run has an average"):
+        loading.load_lm(f"average:{tmp_path / 'elsewhere'}")
+
+
+def test_a_damaged_average_does_not_load(tmp_path, tiny_lm, one_device, caplog):
+    folder = tmp_path / "checkpoints"
+    with checkpoint.manager(folder, asynchronous=False) as manager:
+        state = make_state(tiny_lm, one_device, 3, average=True)
+        checkpoint.save(manager, state, model=tiny_lm.config, meta={})
+    meta = folder / "3" / "meta" / "metadata"
+    saved = json.loads(meta.read_text())
+    saved["checksum"]["average"] += 1
+    meta.write_text(json.dumps(saved))
+    loading.load_lm(str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"no checkpoint that reads back"):
+        loading.load_lm(f"average:{tmp_path}")
+    assert "its checksum differs" in caplog.text
+    del saved["checksum"]["average"]  # as earlier versions wrote it
+    meta.write_text(json.dumps(saved))
+    restored = restore(folder, make_state(tiny_lm, one_device, average=True))
+    same(restored[0].average, state.average)
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda f: f.__name__)

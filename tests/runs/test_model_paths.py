@@ -5,6 +5,7 @@ import json
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import pytest
 import tiny
 from etils import epath
@@ -104,6 +105,27 @@ def test_stages_are_folders_of_the_workdir(tmp_path):
     assert model_paths.of_stage("init", there) == "init"
     with pytest.raises(ValueError, match="stage:sft is a path in a config with stages"):
         resolve("stage:sft")
+
+
+def test_an_average_in_front_of_a_stage_or_of_a_base(tmp_path):
+    assert (
+        model_paths.of_stage("average:stage:sft", epath.Path(tmp_path))
+        == f"average:{tmp_path}/sft"
+    )
+    assert (
+        model_paths.of_stage("average:runs/x", epath.Path(tmp_path)) == "average:runs/x"
+    )
+    model, run = tmp_path / "a" / "model", tmp_path / "a" / "run"
+    for folder in (model / "checkpoints", run):
+        folder.mkdir(parents=True)
+    adapter_base.note(run, f"average:{model}", {"x": jnp.zeros(1)})
+    assert adapter_base.find(run, f"average:{model}") == f"average:{model}"
+    (tmp_path / "a").rename(tmp_path / "b")
+    moved = tmp_path / "b"
+    assert (
+        adapter_base.find(moved / "run", f"average:{model}") == f"average:{moved}/model"
+    )
+    assert model_paths.resolve(f"average:{moved}/model").average
 
 
 def test_the_start_of_a_run_resolves_a_path_once(tmp_path, monkeypatch):
