@@ -152,9 +152,13 @@ def load(
     try:
         with epath.Path(path).open("rb") as file:
             saved = dict(np.load(file))
-    except (zipfile.BadZipFile, EOFError, ValueError) as error:
+        made_of = json.loads(str(saved["key"]))
+        parts = np.split(saved["logps"], saved["ends"][:-1])
+        table = {r.tobytes(): x for r, x in zip(saved["rows"], parts, strict=True)}
+    except (
+        zipfile.BadZipFile, EOFError, ValueError, KeyError, TypeError,
+    ) as error:  # fmt: skip
         raise ValueError(f"{path} does not read back ({error}): delete it") from error
-    made_of = json.loads(str(saved["key"]))
     differ = [
         f"{k} ({made_of.get(k, 'absent')} there, {key.get(k, 'absent')} here)"
         for k in sorted({*made_of, *key})
@@ -165,8 +169,7 @@ def load(
             f"{path} holds {what} of something else: {'; '.join(differ)}; name another "
             f"folder in {setting}, or delete the file"
         )
-    parts = np.split(saved["logps"], saved["ends"][:-1])
-    return {row.tobytes(): x for row, x in zip(saved["rows"], parts, strict=True)}
+    return table
 
 
 def attach(source: Source, table: Table) -> Source:

@@ -252,8 +252,12 @@ class Writer:
 
     def _append(self, name: str, text: str) -> None:
         if text:
-            with (self._folder / name).open("a", encoding="utf-8") as file:
-                file.write(text)
+            path = self._folder / name
+            try:
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(text)
+            except OSError as error:  # it names no file where the disk is full
+                raise OSError(f"cannot write {path}: {error.strerror}") from error
 
 
 def scalars(metrics: Metrics) -> dict[str, float]:
@@ -305,18 +309,30 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 def _read(path: Any) -> list[dict[str, Any]]:
-    """Rows of a JSONL file; the last line is left out if a kill made it incomplete."""
+    """Rows of a JSONL file; the last line is left out if a kill made it incomplete.
+
+    Raises:
+      ValueError: another line is damaged; it is named.
+    """
     if not path.exists():
         return []
     # not splitlines(): samples may contain U+2028 and other breaks, which JSON keeps
-    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
+    lines = [line for line in path.read_bytes().split(b"\n") if line]
     rows = []
     for i, line in enumerate(lines):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            row = json.loads(line.decode("utf-8"))
+            if not isinstance(row, dict) or not isinstance(
+                row.get("step"), int | float
+            ):
+                raise ValueError("it is no row with a step")
+            rows.append(row)
+        except (ValueError, RecursionError) as error:
             if i < len(lines) - 1:
-                raise ValueError(f"{path}:{i + 1} is not JSON: {error}") from error
+                raise ValueError(
+                    f"{path}:{i + 1} is not JSON that a run wrote ({error}): delete that "
+                    "line, or put a copy of the file back"
+                ) from error
             log.warning("%s:%d is a torn line, left out", path, i + 1)
     return rows
 

@@ -32,7 +32,7 @@ from alignax.runs.model_paths import ModelPath
 from alignax.sampling import generation_settings
 from alignax.sampling.prefill import common
 from alignax.text.tokenizer import Tokenizer
-from alignax.training import build, checks, loading, parallel
+from alignax.training import build, checks, defaults, loading, parallel
 from alignax.training.plugins import has_rollouts
 
 NAME = workdirs.RESPONSES
@@ -82,7 +82,7 @@ def respond(config, workdir: str, stop: Callable[[], bool] = lambda: False) -> b
         raise ValueError(
             f"workdir {workdir} is remote: responses are appended to a file"
         )
-    workdirs.check_owner(workdir, config)
+    workdirs.check_owner(workdir, config, defaults.get_config())
     model = loading.model_path(config)
     now = check(config, model)
     with lease.Lease(workdir) as owner:

@@ -50,6 +50,7 @@ def manager(
     folder, *, keep: int = 3, asynchronous: bool = True
 ) -> ocp.CheckpointManager:
     """Opens (or makes) a folder of checkpoints and keeps the newest `keep`."""
+    logging.getLogger("absl").addFilter(_not_of_a_thread)
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep,
         enable_async_checkpointing=asynchronous,
@@ -122,14 +123,44 @@ def save(
         rest=ocp.args.StandardSave(rest),
         meta=ocp.args.JsonSave(meta),
     )
-    manager.save(step, args=args, force=True)
+    with _named(manager, step):
+        manager.save(step, args=args, force=True)
+
+
+def wait(manager: ocp.CheckpointManager) -> None:
+    """Waits until what is being saved is on the disk.
+
+    Raises:
+      OSError: it could not be written.
+    """
+    with _named(manager, manager.latest_step()):
+        manager.wait_until_finished()
+
+
+def _not_of_a_thread(record: logging.LogRecord) -> bool:
+    """Leaves out what Orbax logs of an error in a thread, which `_named` raises anyway.
+
+    It is several tracebacks long, and some of it comes after the error.
+    """
+    return "_SignalingThread.run() raised an exception" not in str(record.msg)
+
+
+@contextlib.contextmanager
+def _named(manager: ocp.CheckpointManager, step: int | None) -> Iterator[None]:
+    """Names the checkpoint in an error of writing it, which may come from a thread."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        raise OSError(
+            f"checkpoint {step} in {manager.directory} could not be saved: {_line(error)}"
+        ) from error
 
 
 def _committed(manager: ocp.CheckpointManager, step: int, sums: dict[str, int]) -> bool:
     """Whether a step is there and reads back; one that does not is set aside."""
     if step not in manager.all_steps():
         return False
-    manager.wait_until_finished()
+    wait(manager)
     try:
         there = _meta(manager, step)["checksum"]
     except Exception as error:
@@ -240,13 +271,7 @@ def load_lm(folder, *, average: bool = False) -> LM:
     inner = folder / "checkpoints"
     place = inner if inner.is_dir() else folder
     host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    # what read_only implies is set too: Orbax would warn that it sets it
-    options = ocp.CheckpointManagerOptions(
-        read_only=True, save_interval_steps=0, create=False
-    )
-    with _without_warning("Given directory is read only"):
-        manager = ocp.CheckpointManager(place, options=options)
-    with manager as read:
+    with _reader(place) as read:
         for step in sorted(read.all_steps(), reverse=True):
             try:
                 meta = _meta(read, step)
@@ -284,6 +309,26 @@ def load_lm(folder, *, average: bool = False) -> LM:
             except Exception as error:
                 _unreadable(step, place, error)
     raise CheckpointError(f"no checkpoint that reads back in {folder}")
+
+
+def written_by(folder) -> str:
+    """The version of alignax that wrote the newest checkpoint of a run; '' if unknown."""
+    place = absolute(folder) / "checkpoints"
+    if not place.is_dir():
+        return ""
+    with _reader(place) as manager:
+        found = records(manager)
+    return found[-1].get("written_by", {}).get("alignax", "") if found else ""
+
+
+def _reader(place: epath.Path) -> ocp.CheckpointManager:
+    """Opens a folder of checkpoints and changes nothing there."""
+    # what read_only implies is set too: Orbax would warn that it sets it
+    options = ocp.CheckpointManagerOptions(
+        read_only=True, save_interval_steps=0, create=False
+    )
+    with _without_warning("Given directory is read only"):
+        return ocp.CheckpointManager(place, options=options)
 
 
 @contextlib.contextmanager
@@ -344,8 +389,15 @@ def _set_aside(manager: ocp.CheckpointManager, steps: list[int]) -> None:
 
 
 def _unreadable(step: int, folder, error: Exception) -> None:
-    line = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:300]
-    log.warning("checkpoint %d in %s does not read back: %s", step, folder, line)
+    log.warning(
+        "checkpoint %d in %s does not read back: %s", step, folder, _line(error)
+    )
+
+
+def _line(error: Exception) -> str:
+    line = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    # paths come first, and the cause last
+    return line if len(line) <= 300 else f"{line[:140]} ... {line[-150:]}"
 
 
 def _rest(state) -> dict[str, Any]:

@@ -137,9 +137,7 @@ class Lease:
 
     def _write(self) -> None:
         content = {**_identity(os.getpid()), "uuid": self._uuid, "beat": self._beats}
-        part = self._folder / f".{NAME}.{self._uuid}"
-        part.write_text(json.dumps(content))
-        part.replace(self._folder / NAME)
+        workdirs.write_json(self._folder / NAME, content, f".{NAME}.{self._uuid}")
         self._beats += 1
 
     def _read_back(self) -> bool:

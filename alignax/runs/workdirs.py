@@ -9,7 +9,8 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from alignax.models import json_object
+import alignax
+from alignax.models import fallback, json_object
 from alignax.runs import checkpoint
 
 RESPONSES = "responses.jsonl"  # of a run that answers prompts
@@ -27,8 +28,21 @@ ADDED = ("template", "template_system", "truncate", "min_response", "truncate_pr
 FIXED = ("model", "lora", "rollout", "generate", "optim", "checkpoint")
 
 
-def check_owner(workdir: str, config) -> None:
-    """Raises ValueError if the workdir holds a run of another config; keys are listed."""
+def check_owner(workdir: str, config, defaults=None) -> None:
+    """Checks that a workdir holds no run of another config.
+
+    A run of an earlier version lacks the keys that were added since: they take their
+    defaults, which is logged.
+
+    Args:
+      workdir: of the run.
+      config: a ConfigDict.
+      defaults: a ConfigDict with all keys of this version.
+
+    Raises:
+      ValueError: the run there has another config, whose keys are listed; or it is of a
+        newer version, and both versions are named.
+    """
     folder = checkpoint.absolute(workdir)
     path = folder / "config.json"
     if not path.exists():
@@ -40,13 +54,30 @@ def check_owner(workdir: str, config) -> None:
     for run in (a, b):
         if run.get("optim.b2") == 0:
             run["optim.b2"] = OWN_B2.get(run["optim.name"], 0.999)
+    known = _flat(plain(defaults)) if defaults is not None else {}
+    new = [k for k in b if k not in a and b[k] == known.get(k) and k in known]
+    if said := [f"{k}={b[k]!r}" for k in new if not k.startswith(VOLATILE)]:
+        fallback.say_once(
+            f"{folder} was begun by an earlier version of alignax; new keys take their "
+            f"defaults: {', '.join(said)}"
+        )
     differ = [
         f"{k} ({a.get(k, 'absent')} there, {b.get(k, 'absent')} here)"
         for k in sorted({*a, *b})
         if a.get(k) != b.get(k)
         and not k.startswith(VOLATILE)
-        and not (k not in a and _may_be_added(k, b[k]))
+        and not (k not in a and (k in new or _may_be_added(k, b[k])))
     ]
+    unknown = [
+        k for k in a
+        if known and k not in b and _is_fixed(k) and not k.startswith(VOLATILE)
+    ]  # fmt: skip
+    if unknown:
+        version = checkpoint.written_by(folder) or "of another version"
+        raise ValueError(
+            f"{folder} holds a run of alignax {version} with the keys {unknown}, which this "
+            f"alignax {alignax.__version__} does not know: go on with the version that wrote it"
+        )
     if differ:
         raise ValueError(
             f"{folder} holds a run of another config; take another workdir or undo: "
@@ -133,11 +164,25 @@ def ended_at(workdir: str) -> int | None:
     return read_json(path)["step"] if path.exists() else None
 
 
-def write_json(path: epath.Path, value: Any) -> None:
-    """Writes a file of JSON; a kill leaves what was there before, or all of it."""
-    fresh = path.parent / f".{path.name}"
-    fresh.write_text(json.dumps(value, indent=1))
-    fresh.replace(path)
+def write_json(path: epath.Path, value: Any, aside: str = "") -> None:
+    """Writes a file of JSON; a kill leaves what was there before, or all of it.
+
+    Args:
+      path: of the file.
+      value: what json.dumps takes.
+      aside: name of the file that it is written to first, where several processes write.
+
+    Raises:
+      OSError: it cannot be written; it is named.
+    """
+    fresh = path.parent / (aside or f".{path.name}")
+    try:
+        fresh.write_text(json.dumps(value, indent=1))
+        fresh.replace(path)
+    except OSError as error:  # it names no file where the disk is full
+        with contextlib.suppress(OSError):
+            fresh.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
@@ -197,9 +242,16 @@ def _may_be_added(key: str, value: Any) -> bool:
     A key of a section whose keys are those of all configs is new, and off if it is falsy.
     Sections of plug-ins hold what differs from the plug-in's defaults, whatever these are.
     """
-    section = key.partition(".")[0]
-    fixed = section in FIXED and not key.startswith(("rollout.reward.", "model.sizes."))
-    return section in ADDED or (fixed and not value)
+    return key.partition(".")[0] in ADDED or (
+        "." in key and _is_fixed(key) and not value
+    )
+
+
+def _is_fixed(key: str) -> bool:
+    """Whether a key is one of all configs, and of no plug-in."""
+    section, dot, _ = key.partition(".")
+    own = ("rollout.reward.", "model.sizes.", "generate.reward.")
+    return not dot or (section in FIXED and not key.startswith(own))
 
 
 def _judged(config: dict[str, Any]) -> dict[str, Any]:

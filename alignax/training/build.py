@@ -22,7 +22,7 @@ from alignax.runs import adapter_base, checkpoint, model_paths, workdirs
 from alignax.runs.model_paths import ModelPath
 from alignax.sampling.automaton import Automaton
 from alignax.text import tokenizer
-from alignax.training import checks, loading, on_policy, optim, parallel
+from alignax.training import checks, defaults, loading, on_policy, optim, parallel
 from alignax.training.plugins import Plugins, has_rollouts
 from alignax.training.step import with_average
 
@@ -79,7 +79,7 @@ def build(config, workdir: str, model: ModelPath | None = None) -> Run:
         config that cannot run.
     """
     plugins = checks.check(config)
-    workdirs.check_owner(workdir, config)
+    workdirs.check_owner(workdir, config, defaults.get_config())
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_hosts(mesh)
     sharding.check_batch_size(config.batch_size, config.accumulate, mesh)

@@ -250,8 +250,8 @@ def loop(session: Session, state: TrainState, best: Best) -> TrainState:
                 break
     if not now.finished and not session.over:
         now = judge(session, now, evaluate(session, now, int(now.state.step)))
-    session.latest.wait_until_finished()
-    session.best.wait_until_finished()
+    checkpoint.wait(session.latest)
+    checkpoint.wait(session.best)
     session.owner.check()
     session.writer.flush()
     workdirs.mark_end(run.workdir, int(now.state.step))
@@ -386,7 +386,7 @@ def follow(session: Session, now: LoopState, at: int, due: Due) -> LoopState:
         save(session, session.latest, now)
         now = now._replace(saved=f"step {at} in {run.workdir}/checkpoints")
     if stopping and at < config.num_steps:
-        session.latest.wait_until_finished()
+        checkpoint.wait(session.latest)
         raise Preempted(
             f"{session.stop.name} at step {at}: saved; the same command goes on"
         )
@@ -448,7 +448,7 @@ def save(session: Session, to: ocp.CheckpointManager, now: LoopState) -> None:
     session.owner.check()
     session.writer.flush()
     if to is session.latest:  # which names a best one, that must be there
-        session.best.wait_until_finished()
+        checkpoint.wait(session.best)
     meta = {
         "lines": dict(session.writer.lines), "lms": session.frozen,
         "data": run.source.state() if run.source else None, "best": now.best._asdict(),

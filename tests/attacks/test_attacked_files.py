@@ -1,0 +1,226 @@
+"""Files of a run that are torn or damaged, a disk that is full, and other versions."""
+
+import json
+import resource
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import states
+import tiny
+from etils import epath
+
+from alignax.inputs import reference_cache
+from alignax.reports.metrics import Writer, read
+from alignax.respond import output, respond
+from alignax.runs import adapter_base, workdirs
+from alignax.training import defaults, loop
+
+# -- lines
+
+
+def begun(folder, steps=3):
+    with Writer(folder) as writer:
+        for step in range(1, steps + 1):
+            writer.write(step, {"loss": step})
+            writer.samples(step, [{"text": f"é {step}"}])
+    return [folder / "metrics.jsonl", folder / "samples.jsonl"]
+
+
+TORN = [b'{"step": 4, "lo', b'{"step": 4, "text": "\xc3', b"\0" * 40, b"\xff\xfe{", b"[4]", b"4"]  # fmt: skip
+
+
+@pytest.mark.parametrize("tail", TORN)
+def test_a_torn_last_line_is_left_out_and_the_file_goes_on(tmp_path, tail, caplog):
+    for path in begun(tmp_path):
+        path.write_bytes(path.read_bytes() + tail)
+    with Writer(tmp_path, step=3) as writer:
+        writer.write(4, {"loss": 4})
+        writer.samples(4, [{"text": "é 4"}])
+    assert [row["loss"] for row in read(tmp_path)] == [1, 2, 3, 4]
+    lines = (tmp_path / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["text"] for line in lines] == [f"é {k}" for k in (1, 2, 3, 4)]  # fmt: skip
+    assert "metrics.jsonl:4 is a torn line" in caplog.text
+    assert "samples.jsonl:4 is a torn line" in caplog.text
+
+
+def test_a_last_line_without_its_end_is_not_glued_to_the_next(tmp_path):
+    path = begun(tmp_path)[0]
+    path.write_bytes(path.read_bytes()[:-1])
+    with Writer(tmp_path, step=3) as writer:
+        writer.write(4, {"loss": 4})
+    assert [row["loss"] for row in read(tmp_path)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("line", TORN)
+def test_a_damaged_line_in_the_middle_is_named(tmp_path, line):
+    for path in begun(tmp_path):
+        whole = path.read_bytes()
+        first = whole.index(b"\n") + 1
+        path.write_bytes(whole[:first] + line + b"\n" + whole[first:])
+        with pytest.raises(ValueError, match=rf"{path.name}:2 is not JSON that a run"):
+            Writer(tmp_path, step=3)
+        path.write_bytes(whole)
+    Writer(tmp_path, step=3).close()
+
+
+# -- files of one object
+
+DAMAGED = [b"", b'{"a": ', b"\xff\xfe", b"[1]", b"[" * 100_000, b"null", b"\0" * 9]
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+@pytest.mark.parametrize(
+    "name, use",
+    [
+        ("config.json", lambda f: workdirs.check_owner(str(f), tiny.config())),
+        ("config.json", lambda f: workdirs.saved_config(str(f))),
+        ("finished.json", lambda f: workdirs.ended_at(str(f))),
+        ("base.json", lambda f: adapter_base.find(str(f), "x")),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named(tmp_path, name, use, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/{name} is damaged \(") as error:
+        use(tmp_path)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"[]"])
+def test_damaged_files_of_answers_are_named(tmp_path, content):
+    folder = tmp_path / "run"
+    config = tiny.to_respond(tmp_path)
+    respond.respond(config, str(folder))
+    whole = (folder / "responses.jsonl").read_bytes()
+    (folder / "responses.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"responses\.json is damaged"):
+        respond.respond(config, str(folder))
+    path = folder / "responses.jsonl"
+    path.write_bytes(content + b"\n" + whole if content else b"\n" + whole)
+    with pytest.raises(ValueError, match=r"responses\.jsonl:1 is no response"):
+        output.read(epath.Path(path))
+
+
+@pytest.mark.parametrize("lacking", ["key", "rows", "ends", "logps"])
+def test_a_cache_without_a_part_is_named(tmp_path, lacking):
+    path = tmp_path / "reference.npz"
+    reference_cache.save(path, {b"a" * 32: np.zeros(3, np.float32)}, {"x": "1"})
+    with np.load(path) as whole:
+        arrays = {k: v for k, v in whole.items() if k != lacking}
+    np.savez(path, **arrays)
+    with pytest.raises(ValueError, match=r"reference\.npz does not read back .*delete"):
+        reference_cache.load(path, {"x": "1"})
+
+
+# -- other versions
+
+
+def edited(folder, change):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+@pytest.fixture
+def config(tmp_path):
+    config = tiny.config("pairs", num_steps=1)
+    workdirs.prepare(str(tmp_path), config)
+    return config
+
+
+def check(folder, config):
+    workdirs.check_owner(str(folder), config, defaults.get_config())
+
+
+def test_a_run_of_an_earlier_version_takes_the_defaults_of_new_keys(
+    tmp_path, config, caplog
+):
+    def earlier(c):
+        del c["average_every"], c["optim"]["final"], c["rollout"]["max_draws"]
+
+    edited(tmp_path, earlier)
+    check(tmp_path, config)
+    assert "new keys take their defaults: average_every=1, " in caplog.text
+    assert {"optim.final=0.1", "rollout.max_draws=8"} <= {
+        *caplog.text.replace(",", "").split()
+    }
+    config.optim.final = 0.5
+    with pytest.raises(ValueError, match=r"optim\.final \(absent there, 0\.5 here\)"):
+        check(tmp_path, config)
+
+
+@pytest.mark.parametrize("key", ["optim.gain", "momentum", "rollout.speed"])
+def test_a_run_of_a_newer_version_is_refused_with_both_versions(tmp_path, config, key):
+    loop.train(config, str(tmp_path))
+
+    def newer(c):
+        *parents, name = key.split(".")
+        for parent in parents:
+            c = c[parent]
+        c[name] = 3
+
+    edited(tmp_path, newer)
+    for meta in tmp_path.glob("checkpoints/*/meta/metadata"):
+        meta.write_text(meta.read_text().replace('"alignax": "0', '"alignax": "7'))
+    with pytest.raises(ValueError, match=rf"alignax 7\.\S+ with the keys \['{key}'\].* this alignax 0"):  # fmt: skip
+        check(tmp_path, config)
+
+
+# -- the disk
+
+
+@pytest.mark.parametrize("place", ["/proc/alignax", "/sys/alignax"])
+def test_a_folder_that_takes_no_files_is_named(tmp_path, place):
+    with pytest.raises(OSError, match=f"cannot write to workdir {place}: "):
+        loop.train(tiny.config(num_steps=1), place)
+    with pytest.raises(OSError, match=f"cannot write to workdir {place}: "):
+        respond.respond(tiny.to_respond(tmp_path), place)
+
+
+CONFIG = """
+import tiny
+
+def get_config(arg=""):
+    return tiny.config("pairs", **{
+        "num_steps": 4, "checkpoint.every": 2, "checkpoint.asynchronous": arg == "async",
+    })
+"""
+
+
+def limited(folder, variant, size):
+    """A process none of whose files can grow beyond `size` bytes, as on a full disk."""
+    (folder / "full.py").write_text(CONFIG)
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    return subprocess.run(
+        tiny.command("--config", f"{folder}/full.py:{variant}", "--workdir", folder / "run"),
+        cwd=tiny.ROOT, env=tiny.environment(JAX_ENABLE_COMPILATION_CACHE="false"), text=True,
+        capture_output=True, preexec_fn=limit, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["async", "sync"])
+def test_a_full_disk_is_named_and_loses_nothing(tmp_path, variant):
+    root, free = tmp_path / "run", resource.RLIM_INFINITY
+    assert limited(tmp_path, variant, free).returncode == 0
+    end = states.ending(root)
+    for size, named in ((9000, "checkpoint 4 in"), (1500, "cannot write")):
+        shutil.rmtree(root / "checkpoints/4")
+        (root / workdirs.END).unlink()
+        full = limited(tmp_path, variant, size)
+        last = full.stderr.strip().splitlines()
+        assert full.returncode == 1, full.stderr
+        assert "_SignalingThread" not in full.stderr
+        assert last[-1] == "(--debug shows the traceback)", full.stderr
+        assert named in last[-2]
+        assert "File too large" in last[-2]
+        again = limited(tmp_path, variant, free)
+        assert again.returncode == 0, again.stderr
+        assert "resumed at step 2 of 4" in again.stdout
+        assert states.ending(root) == end
