@@ -11,7 +11,9 @@ that describes its model, data and settings: if any of them differs, it is refus
 import dataclasses
 import hashlib
 import json
+import math
 import zipfile
+import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -26,6 +28,10 @@ from alignax.models.transformer import HOW
 from alignax.runs import checkpoint
 
 KERNEL = 1  # raised when logprob.score changes its numbers by more than rounding
+UNREADABLE = (
+    zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, MemoryError,
+    OverflowError, RuntimeError, zlib.error,
+)  # fmt: skip
 Table = dict[bytes, np.ndarray]  # content of a row -> float32 log-probs, scored tokens
 
 
@@ -150,15 +156,10 @@ def load(
       ValueError: it has another key; the parts that differ are named.
     """
     try:
-        with epath.Path(path).open("rb") as file:
-            saved = dict(np.load(file))
-        made_of = json.loads(str(saved["key"]))
-        parts = np.split(saved["logps"], saved["ends"][:-1])
-        table = {r.tobytes(): x for r, x in zip(saved["rows"], parts, strict=True)}
-    except (
-        zipfile.BadZipFile, EOFError, ValueError, KeyError, TypeError,
-    ) as error:  # fmt: skip
-        raise ValueError(f"{path} does not read back ({error}): delete it") from error
+        saved, made_of = _read(path)
+    except (*UNREADABLE, KeyError, TypeError, AttributeError) as error:
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"{path} does not read back ({why}): delete it") from error
     differ = [
         f"{k} ({made_of.get(k, 'absent')} there, {key.get(k, 'absent')} here)"
         for k in sorted({*made_of, *key})
@@ -169,7 +170,52 @@ def load(
             f"{path} holds {what} of something else: {'; '.join(differ)}; name another "
             f"folder in {setting}, or delete the file"
         )
-    return table
+    parts = np.split(saved["logps"], saved["ends"][:-1])
+    return {row.tobytes(): x for row, x in zip(saved["rows"], parts, strict=True)}
+
+
+def _read(path: Any) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The arrays of a file, and its key; no more memory than the file has bytes.
+
+    Raises:
+      ValueError, or one of UNREADABLE, KeyError, TypeError, AttributeError: a damaged file.
+    """
+    with epath.Path(path).open("rb") as file:
+        packed = zipfile.ZipFile(file)
+        held = {
+            member.filename.removesuffix(".npy"): member for member in packed.filelist
+        }
+        if any(member.compress_type != zipfile.ZIP_STORED for member in held.values()):
+            raise ValueError("it is compressed, which such a file never is")
+        saved = {}
+        for name in ("key", "rows", "ends", "logps"):
+            with packed.open(held[name]) as part:
+                _, shape, fortran, dtype = _header(part)
+            size = math.prod(shape) * dtype.itemsize
+            if fortran or dtype.hasobject or size > held[name].file_size:
+                raise ValueError(f"its array {name!r} is of {dtype} {shape}")
+            with packed.open(held[name]) as part:
+                saved[name] = np.lib.format.read_array(part, allow_pickle=False)
+    made_of = json.loads(str(saved["key"]))
+    rows, ends, logps = saved["rows"], saved["ends"], saved["logps"]
+    fits = rows.dtype == np.uint8 and rows.ndim == 2 and logps.dtype == np.float32
+    fits = fits and ends.dtype.kind in "iu" and ends.shape == rows.shape[:1]
+    last = [0, *ends.tolist()] if fits else []
+    if not fits or logps.shape != (last[-1],) or last != sorted(last):
+        raise ValueError("its arrays do not belong together")
+    if np.isnan(logps).any():
+        raise ValueError("it holds numbers that are NaN")
+    if not isinstance(made_of, dict):
+        raise ValueError("its key is no object")
+    return saved, made_of
+
+
+def _header(part: Any) -> tuple[Any, tuple[int, ...], bool, np.dtype]:
+    """(version, shape, Fortran order, dtype) of an array in a file."""
+    version = np.lib.format.read_magic(part)
+    read = {(1, 0): np.lib.format.read_array_header_1_0}
+    read[2, 0] = np.lib.format.read_array_header_2_0
+    return version, *read[version](part)
 
 
 def attach(source: Source, table: Table) -> Source:

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from alignax.models import families
+from alignax.models import families, gguf_header, sizes
+from alignax.models.json_object import one_line
 
 Reader = Callable[[], np.ndarray]
 
@@ -59,6 +60,7 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Reader]]:
         raise ImportError(
             f"reading {path} needs the gguf package: pip install gguf"
         ) from e
+    gguf_header.check(path)
     try:
         file = gguf.GGUFReader(path)
         meta = {
@@ -72,19 +74,25 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Reader]]:
             for k in ("bos", "eos", "eot")
             if f"tokenizer.ggml.{k}_token_id" in file.fields
         }
-    except (ValueError, KeyError, IndexError, OSError, TypeError) as e:
-        raise ValueError(f"{path} is damaged or not GGUF: {e}") from e
+    except (ValueError, LookupError, OSError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path} is damaged or not GGUF: {one_line(e)}") from e
     arch = meta.get("general.architecture")
     family = next((n for n, f in families.FAMILIES.items() if f.gguf == arch), arch)
     if arch == "llama" and f"{arch}.attention.sliding_window" in meta:
         family = "mistral"
-    hf = _config(family, arch, meta, tensors, tokens)
+    try:
+        hf = _config(family, arch, meta, tensors, tokens)
+        ends = {f"tokenizer.ggml.{k}_token_id": v for k, v in tokens.items()}
+        for name, value in ends.items():
+            sizes.number(name, value, 0, sizes.MOST, whole=True)
+    except (ValueError, TypeError, ArithmeticError) as e:
+        raise ValueError(f"{path} is damaged: {one_line(e)}") from e
 
     def reader(name: str) -> np.ndarray:
         t = tensors[name]
         try:
             value = gguf.quants.dequantize(t.data, t.tensor_type)
-        except NotImplementedError as e:
+        except (NotImplementedError, ValueError, LookupError, TypeError) as e:
             raise ValueError(
                 f"tensor {name} in {path} is {t.tensor_type.name}: {e}"
             ) from e

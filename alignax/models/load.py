@@ -207,7 +207,8 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
     if not where or not isinstance(where, dict):
         raise ValueError(f"{index} has no weight_map")
     for name, file in where.items():
-        if not isinstance(file, str) or pathlib.PurePath(file).name != file:
+        own = isinstance(file, str) and pathlib.PurePath(file).name == file
+        if not own or file in ("", ".."):
             raise ValueError(
                 f"{index}: {name} is in {brief(file)}, expected the name of a file beside it"
             )

@@ -250,6 +250,7 @@ def _respond(
             if all(now.examples[i].id in done for i in places):
                 continue
             out = make(*padded(now, places))
+            check_numbers(out, [_place(now.examples, i) for i in places])
             for name, value in out.stats.items():
                 if np.ndim(value) == 0 and name != "ended":  # `finish` has more detail
                     stats.setdefault(name, []).append(float(value))
@@ -271,6 +272,17 @@ def _respond(
         run.say(output.summary(lines, stats, time.monotonic() - start))
     run.say(f"{total} prompts are answered in {path}")
     return True
+
+
+def check_numbers(out: Any, places: Sequence[str]) -> None:
+    """Raises ValueError for responses that were drawn from no distribution."""
+    if out.raw_logps is not None:
+        wrong = np.isnan(out.raw_logps) & np.asarray(out.batch.mask)
+        if found := [p for p, row in zip(places, wrong, strict=False) if row.any()]:
+            raise ValueError(
+                f"the model's log-probabilities of the response to {found[0]} are NaN: "
+                "there is no distribution to respond from"
+            )
 
 
 def padded(

@@ -21,7 +21,7 @@ import jinja2.nodes
 import jinja2.sandbox
 
 from alignax.batch import Message
-from alignax.text import tracked_text
+from alignax.text import template_limits, tracked_text
 from alignax.text.tracked_text import Tracked
 
 # For conversations where a tokenizer has no template (bytes, base models); `tokenize`
@@ -37,7 +37,7 @@ SCOPES = ("_loop_vars", "_block_vars")  # that compiled templates add to calls
 # What a template may raise on a row that it was not written for.
 REFUSALS = (
     jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError,
-    AttributeError, AssertionError, RuntimeError,
+    AttributeError, AssertionError, RuntimeError, MemoryError, SyntaxError,
 )  # fmt: skip
 
 
@@ -61,14 +61,16 @@ def render(
     """
     given = {"tools": None, "documents": None, **specials, **variables}
     try:
-        return _compile(template or PLAIN_TEMPLATE, now).render(
-            messages=[_track(i, m) for i, m in enumerate(messages)],
-            add_generation_prompt=add_generation_prompt,
-            **given,
-        )
+        with template_limits.limited():
+            return _compile(template or PLAIN_TEMPLATE, now).render(
+                messages=[_track(i, m) for i, m in enumerate(messages)],
+                add_generation_prompt=add_generation_prompt,
+                **given,
+            )
     except REFUSALS as e:
         roles = [m.get("role") for m in messages]
-        raise ValueError(f"chat template refuses turns {roles}: {e}") from e
+        why = " ".join(str(e).split()) or type(e).__name__
+        raise ValueError(f"chat template refuses turns {roles}: {why}") from e
 
 
 def _track(index: int, message: Message) -> Message:
@@ -108,7 +110,20 @@ def _track_part(index: int, part: Any) -> Any:
 
 
 class _Code(jinja2.compiler.CodeGenerator):
-    """Compiles `~` to a concatenation that keeps spans."""
+    """Compiles `~` to a concatenation that keeps spans; loops and macros tick."""
+
+    def visit_For(self, node, frame):
+        self._tick(node)
+        super().visit_For(node, frame)
+
+    def visit_Macro(self, node, frame):
+        self._tick(node)
+        super().visit_Macro(node, frame)
+
+    def _tick(self, node):
+        tick = jinja2.nodes.EnvironmentAttribute("tick")
+        call = jinja2.nodes.Call(tick, [], [], None, None)
+        node.body.insert(0, jinja2.nodes.ExprStmt(call))
 
     def visit_Concat(self, node, frame):
         self.write("environment.concat((")
@@ -139,7 +154,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """The sandbox that templates of downloaded models run in; it keeps spans."""
 
     code_generator_class = _Code
-    intercepted_binops = frozenset({"%"})
+    intercepted_binops = frozenset(template_limits.OPERATORS)
 
     def getattr(self, obj, attribute):
         # A key of a dict first, where it cannot be meant as a method.
@@ -153,8 +168,14 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         _read(argument)
         return super().getitem(obj, argument)
 
+    def tick(self):
+        return template_limits.tick()
+
     def call(self, context, function, *args, **kwargs):
         owner = getattr(function, "__self__", None)
+        if isinstance(owner, str):
+            given = {k: v for k, v in kwargs.items() if k not in SCOPES}
+            template_limits.growing(function.__name__, owner, *args, **given)
         if isinstance(owner, str) and type(owner) is not Tracked:
             if function.__name__ == "join":
                 return tracked_text.join(owner, *args)
@@ -165,7 +186,10 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return super().call(context, function, *args, **kwargs)
 
     def call_binop(self, context, operator, left, right):
-        out = super().call_binop(context, operator, left, right)
+        template_limits.operands(operator, left, right)
+        out = template_limits.made(super().call_binop(context, operator, left, right))
+        if operator != "%":
+            return out
         return _from(out, left, right) if type(out) is str else out
 
     def wrap_str_format(self, value):
@@ -176,6 +200,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
         @functools.wraps(wrapped)
         def tracked(*args, **kwargs):
+            template_limits.formatted(form)
             return _from(str(wrapped(*args, **kwargs)), form, args, kwargs)
 
         return tracked
@@ -208,7 +233,10 @@ def _as_whole(function: Callable) -> Callable:
 def _join(env, value, d="", attribute=None):
     if attribute is not None:
         value = map(jinja2.filters.make_attrgetter(env, attribute), value)
-    return tracked_text.join(_text(d), map(_text, value))
+    parts, d = list(map(_text, template_limits.ticking(value))), _text(d)
+    size = tracked_text.size
+    template_limits.check(sum(map(size, parts)) + size(d) * len(parts))
+    return tracked_text.join(d, parts)
 
 
 def _trim(value, chars=None):
@@ -258,8 +286,7 @@ _TESTS = frozenset(
 @functools.lru_cache(maxsize=32)
 def is_followed(source: str | None) -> bool:
     """Whether everything by which a template may read a text counts as an inspection."""
-    env: Any = _environment()
-    tree = env.parse(source or PLAIN_TEMPLATE)
+    tree = _tree(source)
     if any(node.name not in _FOLLOWED for node in tree.find_all(jinja2.nodes.Filter)):
         return False
     if any(node.name not in _TESTS for node in tree.find_all(jinja2.nodes.Test)):
@@ -285,8 +312,22 @@ def is_marked(source: str | None) -> bool:
 @functools.lru_cache(maxsize=32)
 def variables(source: str | None) -> frozenset[str]:
     """The names that a template reads from what it is given."""
-    tree = _environment().parse(source or PLAIN_TEMPLATE)
-    return frozenset(jinja2.meta.find_undeclared_variables(tree))
+    return frozenset(jinja2.meta.find_undeclared_variables(_tree(source)))
+
+
+def check(source: str | None, now: datetime.datetime) -> None:
+    """Raises ValueError for a template that is none, or that has what no template may."""
+    try:
+        with template_limits.limited():
+            _compile(source or PLAIN_TEMPLATE, now)
+        _tree(source)
+    except REFUSALS as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"the chat template cannot be read: {why}") from error
+
+
+def _tree(source: str | None) -> Any:
+    return _environment().parse(source or PLAIN_TEMPLATE)
 
 
 @functools.lru_cache(maxsize=32)
@@ -294,8 +335,12 @@ def _compile(source: str, now: datetime.datetime) -> jinja2.Template:
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 
+    if len(source) > template_limits.SOURCE:
+        raise ValueError(f"it has more than {template_limits.SOURCE} characters")
     env = _environment()
-    env.concat = tracked_text.concat
+    env.concat = lambda parts: template_limits.made(
+        tracked_text.concat(_counted(parts))
+    )
     for name in (
         "indent", "wordwrap", "truncate", "format", "title", "striptags",
         "e", "escape", "forceescape", "urlencode", "urlize", "center",
@@ -305,9 +350,20 @@ def _compile(source: str, now: datetime.datetime) -> jinja2.Template:
         "join": _join, "replace": _replace, "tojson": _tojson, "trim": _trim,
     }  # fmt: skip
     env.filters["safe"] = lambda value: value  # nothing is escaped
+    template_limits.limit_filters(env.filters)
+    del env.globals["lipsum"]  # at random
     env.globals["raise_exception"] = raise_exception
     env.globals["strftime_now"] = lambda form: _from(now.strftime(form), form)
     return env.from_string(source)
+
+
+def _counted(parts):
+    """The parts of a text, none after they have become too large."""
+    size = 0
+    for part in parts:
+        size += tracked_text.size(part)
+        template_limits.check(size)
+        yield part
 
 
 def _environment() -> Any:

@@ -3,6 +3,9 @@
 import pathlib
 from typing import Any
 
+from alignax.models import gguf_header, sizes
+from alignax.models.json_object import one_line
+
 # The pre-tokenizer of each family, by `tokenizer.ggml.pre`. It belongs to the vocabulary:
 # with another pattern the same text gets other ids.
 _GPT2 = None  # the default pattern of tokenizers' ByteLevel
@@ -25,21 +28,45 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], str | None]:
 
     Raises:
       ImportError: the gguf library is not installed; names the extra.
+      ValueError: the file is damaged.
     """
     try:
         import gguf
     except ImportError as e:
         raise ImportError("a .gguf file needs a package: pip install gguf") from e
-    fields = gguf.GGUFReader(str(path)).fields
-
-    def get(name: str, default: Any = None) -> Any:
-        field = fields.get(name)
-        return default if field is None else field.contents()
-
+    gguf_header.check(path)
     names = ["model", "pre", "tokens", "merges", "token_type", "add_bos_token"]
     names += [f"{kind}_token_id" for kind in ("bos", "eos", "eot", "eom", "padding")]
-    ggml = {name: get(f"tokenizer.ggml.{name}") for name in names}
-    return ggml, get("tokenizer.chat_template")
+    try:
+        fields = gguf.GGUFReader(str(path)).fields
+
+        def get(name: str) -> Any:
+            field = fields.get(name)
+            return None if field is None else field.contents()
+
+        ggml = {name: get(f"tokenizer.ggml.{name}") for name in names}
+        template = get("tokenizer.chat_template")
+    except (ValueError, LookupError, OSError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path} is damaged or not GGUF: {one_line(e)}") from e
+    _check(ggml, template, path)
+    return ggml, template
+
+
+def _check(ggml: dict[str, Any], template: Any, path: pathlib.Path) -> None:
+    """Raises ValueError for fields of other types, or ids that no token has."""
+    tokens = ggml["tokens"]
+    for name in ("tokens", "merges"):
+        found = ggml[name]
+        texts = isinstance(found, list) and all(isinstance(x, str) for x in found)
+        if found is not None and not texts:
+            raise ValueError(f"{path}: tokenizer.ggml.{name} holds no texts")
+    if template is not None and not isinstance(template, str):
+        raise ValueError(f"{path}: tokenizer.chat_template is no text")
+    for name, value in ggml.items():
+        if name.endswith("_token_id") and value is not None and tokens is not None:
+            sizes.number(
+                f"{path}: tokenizer.ggml.{name}", value, 0, len(tokens) - 1, whole=True
+            )
 
 
 def rebuild(ggml: dict[str, Any], where: str | pathlib.Path) -> Any:
@@ -67,7 +94,12 @@ def rebuild(ggml: dict[str, Any], where: str | pathlib.Path) -> Any:
             "use the Hugging Face directory instead"
         )
     pattern, digits, nfc, whole = _GGUF_PRE[pre]
-    tokens, types = ggml["tokens"], ggml["token_type"]
+    tokens, types = ggml["tokens"] or [], ggml["token_type"] or []
+    if len(tokens) != len(types) or len({*tokens}) != len(tokens):
+        raise ValueError(
+            f"{where}: {len(tokens)} tokens, {len({*tokens})} of them different, have "
+            f"{len(types)} types"
+        )
     core = tokenizers.Tokenizer(
         models.BPE(
             vocab={token: i for i, token in enumerate(tokens)},

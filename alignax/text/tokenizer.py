@@ -12,17 +12,21 @@ without added specials. What a template leaves open is defined here:
              generation prompt writes, never what a template writes after the end
 """
 
+import contextlib
 import dataclasses
 import datetime
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, SupportsIndex
 
 from alignax.batch import Example, Message
+from alignax.models import json_object, sizes
+from alignax.models.json_object import one_line
 from alignax.text import chat_template as chat_templates
 from alignax.text import gguf_vocab, tracked_text, turns
 from alignax.text.dialogues import Dialogues, Reading
@@ -274,43 +278,80 @@ def _load_hf(path: pathlib.Path, now: datetime.datetime) -> Tokenizer:
 
     def read(name: str) -> dict[str, Any]:
         file = path / name
-        return json.loads(file.read_text()) if file.is_file() else {}
+        return json_object.read(file) if file.is_file() else {}
 
-    core = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    file = path / "tokenizer.json"
+    _check_ids(json_object.read(file), file)
     config = read("special_tokens_map.json") | read("tokenizer_config.json")
     specials = {}
     for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
         value = config.get(name)
         value = value.get("content") if isinstance(value, dict) else value
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{path}: {name} is {sizes.brief(value)}, expected a text")
         if value:
             specials[name] = value
     template = config.get("chat_template")
     if isinstance(template, list):  # several named templates in one file
-        template = {t["name"]: t["template"] for t in template}.get("default")
-    file = path / "chat_template.jinja"
-    template = file.read_text() if file.is_file() else template
+        named = [t for t in template if isinstance(t, dict)]
+        template = {t.get("name"): t.get("template") for t in named}.get("default")
+    alone = path / "chat_template.jinja"
+    template = alone.read_text(encoding="utf-8") if alone.is_file() else template
+    if template is not None and not isinstance(template, str):
+        raise ValueError(f"{path}: chat_template is {sizes.brief(template)}, expected a text")  # fmt: skip
     ends = [
-        read(name).get("eos_token_id")
+        _ends(read(name).get("eos_token_id"), path / name)
         for name in ("generation_config.json", "config.json")
     ]
-    return _wrap(
-        core, specials, template, now, eos_ids=_union(ends),
-        add_bos=config.get("add_bos_token"), where=path,
-    )  # fmt: skip
+    with _damaged(file):
+        core = tokenizers.Tokenizer.from_file(str(file))
+        return _wrap(
+            core, specials, template, now, eos_ids=[*dict.fromkeys(itertools.chain(*ends))],
+            add_bos=config.get("add_bos_token"), where=path,
+        )  # fmt: skip
 
 
-def _union(ends: Iterable[int | Sequence[int] | None]) -> list[int]:
-    """All EOS ids that the files of a model name, in order."""
-    out: list[int] = []
-    for found in ends:
-        out += [found] if isinstance(found, int) else found or []
-    return list(dict.fromkeys(out))
+@contextlib.contextmanager
+def _damaged(file: pathlib.Path) -> Iterator[None]:
+    """Turns what the tokenizers library raises into a ValueError that names the file.
+
+    Its errors have no type of their own, and those of its panics are no Exception.
+    """
+    try:
+        yield
+    except BaseException as error:
+        other = not isinstance(error, Exception) and type(error).__name__ != "PanicException"  # fmt: skip
+        if other or isinstance(error, ValueError):
+            raise
+        raise ValueError(f"{file} is damaged or no tokenizer: {one_line(error)}") from error  # fmt: skip
+
+
+def _check_ids(definition: dict[str, Any], file: pathlib.Path) -> None:
+    """Raises ValueError for ids that no table of embeddings has room for."""
+    model, added = definition.get("model"), definition.get("added_tokens") or []
+    if not isinstance(model, dict) or not isinstance(added, list):
+        raise ValueError(f"{file} has no 'model', or no list of 'added_tokens'")
+    found = model.get("vocab")
+    ids = {"added_tokens": [t.get("id") for t in added if isinstance(t, dict)]}
+    ids["vocab"] = [*found.values()] if isinstance(found, dict) else []
+    _, low, high = sizes.RANGES["vocab_size"]
+    for name, several in ids.items():
+        for one in several:
+            sizes.number(f"{file}: an id of {name}", one, low - 1, high - 1, whole=True)
+
+
+def _ends(found: Any, file: pathlib.Path) -> list[int]:
+    """The EOS ids that a file of a model names."""
+    ids = [] if found is None else found if isinstance(found, list) else [found]
+    sizes.check({"eos_ids": ids}, {"eos_ids": f"{file}: eos_token_id"})
+    return ids
 
 
 def _load_gguf(path: pathlib.Path, now: datetime.datetime) -> Tokenizer:
     """Rebuilds a byte-level BPE tokenizer from the metadata of a .gguf file."""
     ggml, template = gguf_vocab.read(path)
-    return from_ggml(ggml, template, now=now, where=path)
+    with _damaged(path):
+        return from_ggml(ggml, template, now=now, where=path)
 
 
 def from_ggml(
@@ -351,13 +392,20 @@ def from_ggml(
 
 def _wrap(core, specials, template, now, *, eos_ids, add_bos, where) -> Tokenizer:
     """A Tokenizer from a `tokenizers.Tokenizer`; `specials` holds tokens by name."""
+    try:
+        chat_templates.check(template, now)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     core.no_padding()
     core.no_truncation()
     ids = {name: core.token_to_id(token) for name, token in specials.items()}
     unknown = {n: specials[n] for n, i in ids.items() if i is None}
     if unknown:
         raise ValueError(f"{where}: special tokens {unknown} are not in the vocabulary")
-    eos_id = ids.get("eos_token", eos_ids[0] if eos_ids else None)
+    known = [i for i in eos_ids if core.id_to_token(i) is not None]
+    if lost := sorted({*eos_ids} - {*known}):
+        log.warning("%s: no token has the EOS ids %s, which are left out", where, lost)
+    eos_id = ids.get("eos_token", known[0] if known else None)
     if eos_id is None:
         raise ValueError(
             f"{where}: no EOS token; name 'eos_token' in tokenizer_config.json"
@@ -366,7 +414,6 @@ def _wrap(core, specials, template, now, *, eos_ids, add_bos, where) -> Tokenize
     if add_bos is None:  # then as the post-processor does
         add_bos = bos_id is not None and core.encode("a").ids[:1] == [bos_id]
     definition = core.to_str()
-    known = [i for i in eos_ids if core.id_to_token(i) is not None]
     encoder = Encoder(core, template, {eos_id, *known}, bos_id)
     return Tokenizer(
         vocab_size=max(core.get_vocab(with_added_tokens=True).values()) + 1,
