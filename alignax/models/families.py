@@ -363,7 +363,7 @@ def _activation(name: str, hf: dict[str, Any]) -> str:
     value = hf.get("hidden_activation") or hf["hidden_act"]
     if value not in _ACTIVATIONS:
         raise ValueError(
-            f"unknown activation {value!r}; known: {', '.join(_ACTIVATIONS)}"
+            f"unknown activation {sizes.brief(value)}; known: {', '.join(_ACTIVATIONS)}"
         )
     if name.startswith("gemma") and value == "gelu":
         return "gelu_tanh"  # early Gemma files say gelu and mean its tanh form
@@ -377,7 +377,7 @@ def _local_layers(name: str, hf: dict[str, Any], layers: int) -> tuple[bool, ...
         unknown = set(types) - {"full_attention", "sliding_attention"}
         if unknown:
             raise ValueError(
-                f"config.json has layer_types {sorted(unknown)}: not supported"
+                f"config.json has layer_types {sizes.brief(sorted(unknown))}: not supported"
             )
         if len(types) != layers:
             raise ValueError(
@@ -405,7 +405,7 @@ def _rope(hf: dict[str, Any]) -> tuple[float, float | None, tuple | None]:
         inner = rope.get("sliding_attention") or {}
         if _kind(inner) != "default":
             raise ValueError(
-                f"rope type {_kind(inner)!r} on local layers is not supported"
+                f"rope type {sizes.brief(_kind(inner))} on local layers is not supported"
             )
         base = inner.get("rope_theta", hf.get("rope_local_base_freq", 10_000.0))
         local = _positive("rope_theta of local layers", base)
@@ -420,7 +420,9 @@ def _rope(hf: dict[str, Any]) -> tuple[float, float | None, tuple | None]:
         return theta, local, None
     if kind not in _ROPE_KEYS:
         known = ", ".join(("default", *_ROPE_KEYS))
-        raise ValueError(f"rope type {kind!r} is not supported; known: {known}")
+        raise ValueError(
+            f"rope type {sizes.brief(kind)} is not supported; known: {known}"
+        )
     lacking = [k for k in _ROPE_KEYS[kind] if rope.get(k) is None]
     if lacking:
         raise ValueError(f"rope type {kind!r} lacks {', '.join(lacking)}")

@@ -321,7 +321,7 @@ def _damaged(file: pathlib.Path) -> Iterator[None]:
         yield
     except BaseException as error:
         other = not isinstance(error, Exception) and type(error).__name__ != "PanicException"  # fmt: skip
-        if other or isinstance(error, ValueError):
+        if other or (isinstance(error, ValueError) and str(file.parent) in str(error)):
             raise
         raise ValueError(f"{file} is damaged or no tokenizer: {one_line(error)}") from error  # fmt: skip
 
@@ -401,7 +401,9 @@ def _wrap(core, specials, template, now, *, eos_ids, add_bos, where) -> Tokenize
     ids = {name: core.token_to_id(token) for name, token in specials.items()}
     unknown = {n: specials[n] for n, i in ids.items() if i is None}
     if unknown:
-        raise ValueError(f"{where}: special tokens {unknown} are not in the vocabulary")
+        raise ValueError(
+            f"{where}: special tokens {sizes.brief(unknown)} are not in the vocabulary"
+        )
     known = [i for i in eos_ids if core.id_to_token(i) is not None]
     if lost := sorted({*eos_ids} - {*known}):
         log.warning("%s: no token has the EOS ids %s, which are left out", where, lost)
