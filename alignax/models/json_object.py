@@ -1,4 +1,4 @@
-"""Reads the JSON objects that lie beside weights and tokenizers, whoever wrote them."""
+"""Reads the JSON objects beside weights and tokenizers, and of runs, whoever wrote them."""
 
 import json
 from typing import Any

@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 
 from alignax.batch import LM, Batch, Example
+from alignax.models import json_object
 from alignax.runs import checkpoint, workdirs
 from alignax.sampling import stops as stop_places
 from alignax.text.tokenizer import Tokenizer
@@ -164,7 +165,7 @@ def begin(
             workdirs.write_json(beside, here)
         return set()
     found = read(path)
-    there = workdirs.read_json(beside) if beside.exists() else {}
+    there = json_object.read(beside) if beside.exists() else {}
     differ = [
         f"{k} ({there.get(k, 'absent')} there, {here.get(k, 'absent')} here)"
         for k in dict.fromkeys((*there, *here))

@@ -11,6 +11,7 @@ import jax
 from etils import epath
 
 from alignax.batch import Params
+from alignax.models import json_object
 from alignax.records import fetch
 from alignax.runs import checkpoint, workdirs
 
@@ -68,7 +69,7 @@ def find(workdir, path: str) -> str:
     folder = checkpoint.absolute(workdir)
     if not path or not (folder / NAME).exists():
         return path
-    known = workdirs.read_json(folder / NAME)
+    known = json_object.read(folder / NAME)
     places = [known["path"], path]
     if known["from_here"]:
         there = os.path.normpath(folder / known["from_here"])
@@ -96,7 +97,7 @@ def check(workdir, path: str, params: Params) -> None:
 
 
 def _compare(folder: epath.Path, checksum: str, path: str | None = None) -> None:
-    known = workdirs.read_json(folder / NAME)
+    known = json_object.read(folder / NAME)
     if checksum == known["checksum"]:
         return
     where = path or known["path"]

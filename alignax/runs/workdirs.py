@@ -47,7 +47,7 @@ def check_owner(workdir: str, config, defaults=None) -> None:
     path = folder / "config.json"
     if not path.exists():
         return
-    there = read_json(path)
+    there = json_object.read(path)
     if not _holds_work(folder, there):
         return
     a, b = _flat(_judged(there)), _flat(_judged(plain(config)))
@@ -110,7 +110,7 @@ def release(workdir: str) -> None:
     # etils raises ValueError for a folder that is not empty
     with contextlib.suppress(OSError, ValueError):
         path = folder / "config.json"
-        there = read_json(path) if path.exists() else {}
+        there = json_object.read(path) if path.exists() else {}
         if _has_metrics(folder) or (there and _holds_work(folder, there)):
             return
         own = (path, folder / "base.json", *folder.glob("events.out.tfevents.*"))
@@ -161,7 +161,7 @@ def mark_end(workdir: str, step: int) -> None:
 def ended_at(workdir: str) -> int | None:
     """The step at which a run was over; None without `mark_end`."""
     path = checkpoint.absolute(workdir) / END
-    return read_json(path)["step"] if path.exists() else None
+    return json_object.read(path)["step"] if path.exists() else None
 
 
 def write_json(path: epath.Path, value: Any, aside: str = "") -> None:
@@ -183,24 +183,6 @@ def write_json(path: epath.Path, value: Any, aside: str = "") -> None:
         with contextlib.suppress(OSError):
             fresh.unlink(missing_ok=True)
         raise OSError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def read_json(path: epath.Path) -> dict[str, Any]:
-    """The object of a file of JSON.
-
-    Raises:
-      ValueError: the file is damaged; it is named.
-    """
-    try:
-        found = json.loads(path.read_bytes().decode("utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError(f"it holds a {type(found).__name__}, expected an object")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}): put a copy back, or delete it if you know what "
-            "it held"
-        ) from error
-    return found
 
 
 def plain(config) -> dict[str, Any]:
