@@ -211,9 +211,10 @@ def is_over(config, workdir: str, start: int, lines: dict[str, int] | None) -> b
     """
     if start == 0 or start < config.num_steps:
         return False
-    if lines is None and evaluated(workdir, start):
-        return True
-    return workdirs.ended_at(workdir) == start
+    over = workdirs.ended_at(workdir) == start or (
+        lines is None and evaluated(workdir, start)
+    )
+    return hosts.exchange(over)[0]  # process 0 may change these files already
 
 
 def loop(session: Session, state: TrainState, best: Best) -> TrainState:
@@ -469,15 +470,14 @@ def finish(config, run: build.Run, best: Best) -> None:
 def interrupted(session: Session) -> bool:
     """Whether SIGTERM kept the restored step from an evaluation that was due."""
     every, start = session.config.eval_every, session.start
-    due = bool(every and start and start % every == 0)
-    return (
-        due
-        and start < session.config.num_steps
-        and not evaluated(session.run.workdir, start)
-    )
+    if not every or not 0 < start < session.config.num_steps or start % every:
+        return False
+    return hosts.exchange(not evaluated(session.run.workdir, start))[0]
 
 
 def evaluated(workdir: str, step: int) -> bool:
     """Whether the evaluations of a step are in the metrics already."""
+    if not (checkpoint.absolute(workdir) / "metrics.jsonl").exists():
+        return False
     rows = [row for row in read(workdir) if row["step"] == step]
     return any(key.startswith("eval/") for row in rows for key in row)
