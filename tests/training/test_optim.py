@@ -265,4 +265,5 @@ def test_the_critics_rate_is_that_of_the_value_head_alone(tiny_config, name):
     with pytest.raises(ValueError, match=r"critic_lr is the rate of the value head"):
         first(5e-2)
     with pytest.raises(ValueError, match=r"optim\.critic_lr is -1"):
-        first(-1.0)
+        settings.optim.critic_lr = -1.0
+        checks.check(settings)
