@@ -15,10 +15,15 @@ from alignax.runs import checkpoint
 
 RESPONSES = "responses.jsonl"  # of a run that answers prompts
 END = "finished.json"  # of a run that is over: {"step": its last}
+SCHEDULED = "num_steps"  # of the learning rate, where configs are compared
+# Keys that decide how numbers are computed, and so how they round.
+ROUNDING = (
+    "mesh", "accumulate", "model.remat", "model.head_kernel", "model.attn_kernel",
+)  # fmt: skip
 # Keys that may differ when a run is resumed: they do not change what is computed.
 VOLATILE = (
-    "log_every", "checkpoint", "profile", "wandb", "mesh", "patience", "watchdog",
-    "row_cache", "rollout.show", "model.remat",
+    "log_every", "checkpoint", "profile", "wandb", "patience", "watchdog", "row_cache",
+    "rollout.show", "eval_every", "plots", *ROUNDING,
 )  # fmt: skip
 OWN_B2 = {"adamw": 0.999, "lion": 0.99, "muon": 0.999}  # optax's; what optim.b2=0 means
 # Keys that runs of earlier versions lack. They only decide how rows become ids, which the
@@ -54,6 +59,7 @@ def check_owner(workdir: str, config, defaults=None) -> None:
     for run in (a, b):
         if run.get("optim.b2") == 0:
             run["optim.b2"] = OWN_B2.get(run["optim.name"], 0.999)
+        _rate_of_every_step(run)
     known = _flat(plain(defaults)) if defaults is not None else {}
     new = [k for k in b if k not in a and b[k] == known.get(k) and k in known]
     if said := [f"{k}={b[k]!r}" for k in new if not k.startswith(VOLATILE)]:
@@ -68,6 +74,11 @@ def check_owner(workdir: str, config, defaults=None) -> None:
         and not k.startswith(VOLATILE)
         and not (k not in a and (k in new or _may_be_added(k, b[k])))
     ]
+    if a[SCHEDULED] > 0 and any(x.startswith(f"{SCHEDULED} ") for x in differ):
+        differ.append(
+            "num_steps may change if the learning rate of every step stays: with "
+            f"optim.schedule_steps={a[SCHEDULED]}"
+        )
     unknown = [
         k for k in a
         if known and k not in b and _is_fixed(k) and not k.startswith(VOLATILE)
@@ -120,6 +131,12 @@ def release(workdir: str) -> None:
     for name in ("checkpoints", "best", ""):
         with contextlib.suppress(OSError, ValueError):
             (folder / name).rmdir()
+
+
+def rounded(before: dict[str, Any], config) -> list[str]:
+    """Keys of ROUNDING that a config gives another value than the one before it."""
+    a, b = _flat(before), _flat(plain(config))
+    return [k for k in ROUNDING if k in a and a[k] != b.get(k)]
 
 
 def prepare(workdir: str, config) -> str:
@@ -227,6 +244,18 @@ def _may_be_added(key: str, value: Any) -> bool:
     return key.partition(".")[0] in ADDED or (
         "." in key and _is_fixed(key) and not value
     )
+
+
+def _rate_of_every_step(run: dict[str, Any]) -> None:
+    """Puts the steps that a schedule depends on in the place of the number of steps.
+
+    More steps are the same run as long as the learning rate of every step is the same.
+    """
+    steps = run.pop("num_steps", 0)
+    own = run.pop("optim.schedule_steps", 0)
+    training = bool(steps)  # a run without steps is another one
+    constant = run.get("optim.schedule") == "constant"
+    run[SCHEDULED] = (0 if constant else own or steps) if training else -1
 
 
 def _is_fixed(key: str) -> bool:

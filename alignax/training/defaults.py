@@ -159,6 +159,7 @@ def get_config() -> ConfigDict:
     c.optim.critic_lr = 0.0  # of the value head, by the same schedule; 0 = lr
     c.optim.schedule = "cosine"  # constant | linear | cosine
     c.optim.warmup = 0  # steps
+    c.optim.schedule_steps = 0  # steps until the last rate, which stays; 0 = num_steps
     c.optim.final = 0.1  # last rate as a share of the peak
     c.optim.clip = 1.0  # global gradient norm; 0 does not clip
     c.optim.weight_decay = 0.0

@@ -137,12 +137,13 @@ def restore_and_run(config, workdir: str, owner: lease.Lease) -> TrainState:
         frozen = {k: checkpoint.fingerprint(lm.params) for k, lm in run.lms.items()}
         state, record, lines = restored(config, run, latest, best, frozen)
         start = int(state.step)
-        over = is_over(config, run.workdir, start, lines)
+        ended = is_over(run.workdir, start, lines)
+        over = ended and start >= config.num_steps
         alive(start)
         # the state holds the parameters now
         run = run._replace(policy=LM(run.policy.config, {}))
         with Writer(
-            run.workdir, step=start, lines=None if over else lines,
+            run.workdir, step=start, lines=None if ended else lines,
             wandb=config.wandb, config=config.to_dict(),
         ) as writer:  # fmt: skip
             step = make_train_step(
@@ -188,6 +189,11 @@ def restored(
             )
     if run.source is not None:
         run.source.restore(meta["data"])
+    for key in workdirs.rounded(meta.get("config", {}), config):
+        log.warning(
+            "this run goes on with another %s, which rounds differently: it will not end "
+            "bit-identical to one that was not stopped", key,
+        )  # fmt: skip
     checkpoint.prune(latest, config.checkpoint.keep)
     checkpoint.prune(best, 1)
     at = int(state.step)
@@ -200,20 +206,18 @@ def restored(
     return state, newest, meta.get("lines")
 
 
-def is_over(config, workdir: str, start: int, lines: dict[str, int] | None) -> bool:
-    """Whether nothing is left to do: the last evaluation too has its line.
+def is_over(workdir: str, start: int, lines: dict[str, int] | None) -> bool:
+    """Whether a run ended at the restored step: its last evaluation too has its line.
 
     Args:
-      config: of the run.
       workdir: of the run.
       start: the restored step.
       lines: from `restored`; None for a run of an earlier version, which marked no end.
     """
-    if start == 0 or start < config.num_steps:
+    if start == 0:
         return False
-    over = workdirs.ended_at(workdir) == start or (
-        lines is None and evaluated(workdir, start)
-    )
+    over = lines is None and evaluated(workdir, start)
+    over = over or workdirs.ended_at(workdir) == start
     return hosts.exchange(over)[0]  # process 0 may change these files already
 
 

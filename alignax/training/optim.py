@@ -9,7 +9,7 @@ from alignax.runs.workdirs import OWN_B2
 
 SCHEDULES = ("constant", "linear", "cosine")
 # of config.optim: the schedule's own
-RATE = ("lr", "schedule", "warmup", "final", "critic_lr")
+RATE = ("lr", "schedule", "schedule_steps", "warmup", "final", "critic_lr")
 
 
 def schedule(
@@ -24,7 +24,7 @@ def schedule(
 
     Args:
       lr: peak rate.
-      num_steps: optimiser steps of the run.
+      num_steps: optimiser steps until the last rate, which stays after them.
       kind: one of SCHEDULES.
       warmup: steps of linear warm-up.
       final: last rate as a share of the peak, in [0, 1].
@@ -156,7 +156,7 @@ def from_config(config) -> tuple[optax.Schedule, optax.GradientTransformation]:
       ValueError: an unknown optimiser or schedule.
     """
     rate = schedule(
-        config.optim.lr, config.num_steps, kind=config.optim.schedule,
+        config.optim.lr, config.optim.schedule_steps or config.num_steps, kind=config.optim.schedule,
         warmup=config.optim.warmup, final=config.optim.final,
     )  # fmt: skip
     others = {k: v for k, v in config.optim.items() if k not in RATE}

@@ -33,6 +33,7 @@ RANGES = {
     "generate.presence_penalty": "(-inf, inf)", "generate.min_new": WHOLE,
     "generate.candidates": COUNT, "generate.draft_length": COUNT,
     "optim.lr": FROM_0, "optim.critic_lr": FROM_0, "optim.warmup": WHOLE,
+    "optim.schedule_steps": WHOLE,
     "optim.final": SHARE, "optim.clip": FROM_0, "optim.weight_decay": FROM_0,
     "optim.b1": "[0, 1)", "optim.b2": "[0, 1)",
     "eval_every": WHOLE, "eval_batch_size": WHOLE, "patience": WHOLE,
