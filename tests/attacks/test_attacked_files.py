@@ -142,6 +142,7 @@ def test_a_run_of_an_earlier_version_takes_the_defaults_of_new_keys(
         del c["average_every"], c["optim"]["final"], c["rollout"]["max_draws"]
 
     edited(tmp_path, earlier)
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)  # so the folder is this run's
     check(tmp_path, config)
     assert "new keys take their defaults: average_every=1, " in caplog.text
     assert {"optim.final=0.1", "rollout.max_draws=8"} <= {
