@@ -419,7 +419,7 @@ def _sharded(kernel, mesh, tiling, sides, targets, scored, columns, allowed):
         given = allowed and Allowed(*allowed)
         return _local(kernel, tiling, tuple(whole), targets, scored, columns, given)
 
-    by_state = (P(None, "model" if split else None), tokens_spec)
+    by_state = allowed and (P(None, "model" if split else None), tokens_spec)
     return jax.shard_map(
         shard, mesh=mesh, in_specs=(tuple(specs), *[tokens_spec] * 3, by_state),
         out_specs=tokens_spec,

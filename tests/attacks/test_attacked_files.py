@@ -205,7 +205,7 @@ def limited(folder, variant, size):
     )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.training
 @pytest.mark.parametrize("variant", ["async", "sync"])
 def test_a_full_disk_is_named_and_loses_nothing(tmp_path, variant):
     root, free = tmp_path / "run", resource.RLIM_INFINITY
