@@ -14,6 +14,23 @@ class Preempted(RuntimeError):
     """SIGTERM or Ctrl-C was received: the state is saved, and the same command resumes the run."""
 
 
+class Interrupted(BaseException):
+    """A signal came while work was done that can be dropped: see `drop_if_asked`.
+
+    No Exception, so that a reward function or a caller of one does not catch it.
+    """
+
+
+def drop_if_asked() -> None:
+    """Raises Interrupted where a signal came in a `preemption(drops=True)`.
+
+    Called between the batches of long work that changes no state: rollouts, evaluations.
+    With several processes it does nothing, since they have to stop at one step.
+    """
+    if _current and _current[-1].dropping():
+        raise Interrupted(_current[-1].name)
+
+
 class preemption:
     """Context in which SIGTERM or Ctrl-C sets a flag; a call returns whether one came.
 
@@ -24,7 +41,17 @@ class preemption:
     also asks jax by step when it saves, so the numbers passed here must be steps.
     """
 
+    def __init__(self, *, drops: bool = False):
+        """Sets what a signal does.
+
+        Args:
+          drops: whether `drop_if_asked` raises Interrupted after a signal, which whoever
+            opens this context then handles.
+        """
+        self._drops = drops
+
     def __enter__(self):
+        _current.append(self)
         self._flag = threading.Event()
         self._calls = itertools.count(1)
         self.name = "SIGTERM"  # of the signal
@@ -49,6 +76,14 @@ class preemption:
         at = next(self._calls) if step is None else step
         return multihost_utils.reached_preemption_sync_point(at)
 
+    def dropping(self) -> bool:
+        """Whether work of the moment is to be dropped."""
+        return self._drops and self._alone and self._flag.is_set()
+
     def __exit__(self, *_):
+        _current.remove(self)
         for number, old in self._old.items():
             signal.signal(number, old)
+
+
+_current: list[preemption] = []  # contexts that are open, the innermost last

@@ -6,11 +6,12 @@ The devices are kept busy: the metrics of a step are read after the next one was
 dispatched. Nothing is saved before the metrics of its step were checked.
 """
 
+import contextlib
 import functools
 import logging
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -23,7 +24,7 @@ from alignax.reports import curves
 from alignax.reports.metrics import Writer, flops_per_token, mfu, read
 from alignax.reports.progress import progress
 from alignax.runs import checkpoint, hosts, lease, watchdog, workdirs
-from alignax.runs.preemption import Preempted, preemption
+from alignax.runs.preemption import Interrupted, Preempted, preemption
 from alignax.training import build, checks, evaluation, stages
 from alignax.training.start_check import close_to_start, start_check
 from alignax.training.step import TrainState, TrainStep, init_state, make_train_step
@@ -131,7 +132,7 @@ def restore_and_run(config, workdir: str, owner: lease.Lease) -> TrainState:
     with (
         make_manager(f"{run.workdir}/checkpoints", keep=ckpt.keep) as latest,
         make_manager(f"{run.workdir}/best", keep=1) as best,
-        preemption() as stop,
+        preemption(drops=True) as stop,
         watchdog.Watchdog(run.workdir, config.watchdog.minutes) as alive,
     ):
         frozen = {k: checkpoint.fingerprint(lm.params) for k, lm in run.lms.items()}
@@ -157,7 +158,15 @@ def restore_and_run(config, workdir: str, owner: lease.Lease) -> TrainState:
                 config, run, step, latest, best, writer, owner, stop, alive, start, over,
                 frozen, flops,
             )  # fmt: skip
-            return loop(session, state, record)
+            try:
+                return loop(session, state, record)
+            except (
+                Interrupted
+            ) as event:  # in an evaluation: what is due is saved already
+                checkpoint.wait(latest)
+                raise Preempted(
+                    f"{event} in an evaluation: the same command goes on"
+                ) from None
 
 
 def restored(
@@ -236,7 +245,10 @@ def loop(session: Session, state: TrainState, best: Best) -> TrainState:
     with progress(config.num_steps, start=start, name=run.name) as show:
         for at in range(start + 1, last + 1):
             before = now.pending
-            now = dispatch(session, now, at)
+            try:
+                now = dispatch(session, now, at)
+            except Interrupted:  # in a rollout, which is dropped
+                save_and_stop(session, now, at - 1)
             now, metrics = settle(session, now, before)
             due = schedule(session, at)
             # the metrics of a rollout are written at whatever step made it
@@ -382,19 +394,14 @@ def follow(session: Session, now: LoopState, at: int, due: Due) -> LoopState:
         jax.profiler.stop_trace()
         now = now._replace(profiling=False)
     if due.evaluating:
-        now = judge(session, now, evaluate(session, now, at))
+        with contextlib.suppress(Interrupted):  # it is made when the run goes on
+            now = judge(session, now, evaluate(session, now, at))
     stopping = session.stop(at)  # it may also have come during the evaluation
-    if stopping and now.pending:
-        now, metrics = settle(session, now, now.pending)
-        session.writer.write(at, metrics)
-    if due.ending or due.saving or now.finished or stopping:
+    if stopping and at < config.num_steps:
+        save_and_stop(session, now, at)
+    if due.ending or due.saving or now.finished:
         save(session, session.latest, now)
         now = now._replace(saved=f"step {at} in {run.workdir}/checkpoints")
-    if stopping and at < config.num_steps:
-        checkpoint.wait(session.latest)
-        raise Preempted(
-            f"{session.stop.name} at step {at}: saved; the same command goes on"
-        )
     if due.idle:
         now = now._replace(since=time.monotonic(), tokens=0)
     if now.finished:
@@ -402,6 +409,24 @@ def follow(session: Session, now: LoopState, at: int, due: Due) -> LoopState:
             f"no better {config.best_metric} in {config.patience} evaluations: stop"
         )
     return now
+
+
+def save_and_stop(session: Session, now: LoopState, at: int) -> NoReturn:
+    """Saves the state after step `at`, which may be 0, and ends the run.
+
+    Raises:
+      Preempted: always.
+    """
+    if now.pending:
+        now, metrics = settle(session, now, now.pending)
+        session.writer.write(at, metrics)
+    if at:
+        save(session, session.latest, now)
+        checkpoint.wait(session.latest)
+    done = "saved" if at else "nothing to save"
+    raise Preempted(
+        f"{session.stop.name} at step {at}: {done}; the same command goes on"
+    )
 
 
 def evaluate(session: Session, now: LoopState, at: int) -> Metrics:

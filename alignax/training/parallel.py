@@ -13,6 +13,7 @@ from alignax import logprob
 from alignax.batch import LM
 from alignax.inputs import layout
 from alignax.models import sharding, transformer
+from alignax.runs.preemption import drop_if_asked
 from alignax.sampling import decode
 from alignax.text import tokenizer
 
@@ -28,6 +29,7 @@ def scorer(mesh: Mesh, *, packed: bool = False) -> Callable:
     shards = sharding.num_shards(mesh)
 
     def score(lm, batch, needs=(), temperature=1.0, **more):
+        drop_if_asked()
         many = len(batch.tokens)
         for reader in (lm, more.get("kl_to")):
             if reader is not None:
@@ -76,6 +78,7 @@ def generator(
     shards = sharding.num_shards(mesh)
 
     def generate(lm, prompts, lengths, key, **settings):
+        drop_if_asked()
         lm = transformer.limit_ids(lm, text.vocab_size)
         eos_ids = known(text.eos_ids, lm)
         settings |= tables(lm.config.vocab_size) if tables else {}
