@@ -99,7 +99,10 @@ def main(argv):
         print(event, file=sys.stderr)
         sys.exit(os.EX_TEMPFAIL)
     except KeyboardInterrupt:
-        print("error: interrupted before anything was saved", file=sys.stderr)
+        print(
+            "error: interrupted; the same command goes on from what was saved",
+            file=sys.stderr,
+        )
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
         expected = (ValueError, OSError, CheckpointError, FloatingPointError)

@@ -13,6 +13,7 @@ from test_logprob import HEADS, TILES, V, case, head_only
 from alignax import logprob
 from alignax.batch import LM
 from alignax.inputs import layout
+from alignax.models import fallback
 from alignax.models.sharding import make_mesh, put_batch, put_params
 from alignax.models.xla_head import Allowed
 
@@ -124,7 +125,11 @@ def close(got, want, atol):
         np.testing.assert_allclose(a, b, atol=atol * max(1, np.abs(b).max()))
 
 
-def test_packed_rows_and_meshes_agree_with_plain_rows(tiny_config, make_lm, make_batch):
+@pytest.mark.parametrize("size", [37, 40])  # 40 ids are split over the mesh
+def test_packed_rows_and_meshes_agree_with_plain_rows(
+    size, tiny_config, make_lm, make_batch
+):
+    tiny_config = dataclasses.replace(tiny_config, vocab_size=size)
     lm, frozen = make_lm(tiny_config), make_lm(tiny_config, 1)
     batch = make_batch(8, 2, 24)
     batch = jax.tree.map(np.asarray, batch)
@@ -161,7 +166,12 @@ def test_what_a_grammar_needs_is_said(tiny_lm, make_batch, caplog):
     states = np.zeros(batch.tokens.shape, np.int32)
     batch = batch._replace(extra={"grammar_states": states})
     pallas = dataclasses.replace(tiny_lm.config, head_kernel="pallas")
+    flags = flags.copy()
+    flags[:, int(batch.tokens[0, 0, 0]) :: 2] = False
+    fallback.say_once.cache_clear()
     got = logprob.score(LM(pallas, tiny_lm.params), batch, grammar=flags)
-    np.testing.assert_allclose(
-        got.logps, logprob.score(tiny_lm, batch).logps, atol=1e-6
-    )
+    want = logprob.score(tiny_lm, batch, grammar=flags)
+    np.testing.assert_allclose(got.logps, want.logps, rtol=1e-6)
+    plain = logprob.score(tiny_lm, batch).logps
+    assert np.abs(np.asarray(got.logps) - plain).max() > 0.1
+    assert "a grammar asked for" in caplog.text

@@ -166,16 +166,20 @@ def test_recomputation_changes_nothing(remat, tiny_lm):
 
 @pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("length", [24, 200])  # one tile of attention, and several
-def test_no_product_is_computed_again_beside_elementwise_ones(length, tiny_lm):
+@pytest.mark.parametrize("more", [{}, {"qk_norm": True}, {"post_norms": True}], ids=str)
+def test_no_product_is_computed_again_beside_elementwise_ones(
+    length, more, tiny_config, make_lm
+):
     tokens = jnp.asarray(ids(2, length))
+    lm = make_lm(dataclasses.replace(tiny_config, **more))
 
     def compiled(remat):
-        config = dataclasses.replace(tiny_lm.config, remat=remat)
+        config = dataclasses.replace(lm.config, remat=remat)
 
         def run(params):
             return logprob.sequence_logps(LM(config, params), tokens).sum()
 
-        program = jax.jit(jax.grad(run)).lower(tiny_lm.params).compile()
+        program = jax.jit(jax.grad(run)).lower(lm.params).compile()
         products = len(re.findall(r"= \S+ dot\(", program.as_text()))
         return products, program.memory_analysis().temp_size_in_bytes
 

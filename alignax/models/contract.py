@@ -10,7 +10,7 @@ KEPT = "kept"  # the name of what `remat='elementwise'` does not compute again
 
 
 def keep(x):
-    """Marks the arrays of a tree as results of products, not to be computed again."""
+    """Marks the arrays of a tree: from them the rest of a layer follows without a product."""
     return checkpoint_name(x, KEPT)
 
 

@@ -42,8 +42,8 @@ ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
-# What the backward pass computes again: nothing; all that is no matrix product and no
-# attention, such as norms and activations; a whole layer; that and attention.
+# What the backward pass computes again. none: nothing; elementwise: all but matrix products
+# and attention, so norms and activations; block: a whole layer; dots: all but matrix products.
 REMAT = ("none", "elementwise", "block", "dots")
 POLICIES = {
     "elementwise": jax.checkpoint_policies.save_only_these_names(KEPT),
@@ -186,7 +186,7 @@ class Project(nn.Module):
         outer = "".join(c for c in right if c not in left)
         narrow = "".join(c for c in left if c not in inner) + "r"
         a, b = cast(Any, [self.get_variable("params", name) for name in "ab"])
-        y = contract(f"{left},{inner}r->{narrow}", x, a, x.dtype)
+        y = keep(contract(f"{left},{inner}r->{narrow}", x, a, x.dtype))
         return contract(f"{narrow},r{outer}->{out}", y, b, x.dtype)
 
 
@@ -200,14 +200,14 @@ class Attention(nn.Module):
 
         def heads(name, count):
             bias = (count, e) if c.qkv_bias else None
-            y = Project("ntd,dhe->nthe", (d, count, e), d, bias, name=name)(x_ntd)
+            y = keep(Project("ntd,dhe->nthe", (d, count, e), d, bias, name=name)(x_ntd))
             if c.qk_norm and name != "v":
                 y = Norm(c.norm_eps, c.norm_offset, name=f"{name}_norm")(y)
             return y
 
-        q = keep(rotate(heads("q", c.num_heads), rope))
-        k = keep(rotate(heads("k", c.num_kv_heads), rope))
-        v = keep(heads("v", c.num_kv_heads))
+        q = rotate(heads("q", c.num_heads), rope)
+        k = rotate(heads("k", c.num_kv_heads), rope)
+        v = heads("v", c.num_kv_heads)
         if kv is None:
             key_positions = positions
         else:
@@ -256,10 +256,10 @@ class Block(nn.Module):
         y, kv = Attention(c, name="attn")(
             norm("attn_norm")(x_ntd), rope, positions, attend, local, kv, in_order
         )
-        y = norm("post_attn_norm")(y) if c.post_norms else y
+        y = norm("post_attn_norm")(keep(y)) if c.post_norms else y
         x_ntd = keep(x_ntd + y)
         y = MLP(c, name="mlp")(norm("mlp_norm")(x_ntd))
-        x_ntd = x_ntd + (norm("post_mlp_norm")(y) if c.post_norms else y)
+        x_ntd = x_ntd + (norm("post_mlp_norm")(keep(y)) if c.post_norms else y)
         return x_ntd, kv
 
 

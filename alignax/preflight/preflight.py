@@ -192,8 +192,9 @@ def _sweep(config, topology: Topology, devices: Sequence[Any], data: Shape) -> i
 def remedies(config, mesh: tuple[int, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Changes of the config that need less memory, the cheapest first."""
     data, fsdp, model = mesh
-    if config.model.remat != "block":
-        yield "remat", {"model.remat": "block"}
+    for remat in ("elementwise", "block"):
+        if config.model.remat not in ("block", remat):
+            yield "remat", {"model.remat": remat}
     if data > 1:
         yield "mesh", {"mesh": (1, data * fsdp, model)}
     if config.batch_size % (data * fsdp * config.accumulate * 2) == 0:

@@ -99,6 +99,8 @@ def _owned(
         owner.settle()
         with time_limit.by_default(config.rollout.reward_seconds):
             return _respond(config, run, now, stop, owner)
+    except lease.Taken:
+        raise
     except BaseException:
         if not (folder / NAME).exists():  # the folder stays free for others
             with contextlib.suppress(OSError):

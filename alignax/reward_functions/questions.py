@@ -2,8 +2,8 @@
 
   log-odds = log P(first answer | question) - log P(second answer | question)
 
-Both answers are scored by the kernel; nothing is sampled. Where the answers are documents of
-the question, `quoted_odds` reads these by PINE, whatever their order.
+Both answers are scored by the kernel; nothing is sampled. `quoted_difference` asks which of
+two documents the LM would rather repeat, which it reads by PINE, whatever their order.
 """
 
 import dataclasses
@@ -64,15 +64,17 @@ def log_odds(
     return np.concatenate(out) if out else np.zeros(0)
 
 
-def quoted_odds(
+def quoted_difference(
     lm: LM, questions: Sequence[tuple[str, str, str, str]], *, tokenizer: Tokenizer
 ) -> Float[np.ndarray, " N"]:
     """How much rather the LM repeats the first of two documents than the second, by PINE.
 
+    One row after the other, without a mesh: for a few pairs, on one host.
+
     Args:
       lm: a model without local layers, which reads ids of `tokenizer`.
       questions: (what stands before, first document, second document, what stands behind),
-        together a user turn. The reply is one of the documents.
+        together a user turn, each as `plain` leaves it. The reply is one of the documents.
       tokenizer: of the LM.
 
     Returns:
@@ -80,15 +82,25 @@ def quoted_odds(
       the second, in nats. Exchanged documents change the sign, up to rounding.
 
     Raises:
-      ValueError: an empty document, a question that is too long, or a model with local
-        layers.
+      ValueError: an empty document, a question that is too long, a model with local
+        layers, or several hosts.
     """
+    if jax.process_count() > 1:
+        raise ValueError("questions by PINE are asked on one host")
     return np.array([_quoted(lm, q, tokenizer) for q in questions])
 
 
+def plain(text: str, tokenizer: Tokenizer) -> str:
+    """A text without separators of documents and names of control tokens."""
+    marks = {SEPARATOR, *tokenizer.encoder.control} - {""}
+    while found := [mark for mark in marks if mark in text]:  # cut, parts may form one
+        for mark in found:
+            text = text.replace(mark, "")
+    return text
+
+
 def _quoted(lm: LM, question: tuple[str, ...], tokenizer: Tokenizer) -> float:
-    before, first, second, behind = (x.replace(SEPARATOR, "") for x in question)
-    asked = SEPARATOR.join((before, first, second, behind))
+    asked = SEPARATOR.join(question)
     ids = tokenizer.prompt(Example("", asked, ()))
     prefix, *documents, suffix = pieces(tokenizer, ids, separator=SEPARATOR)
     found = []

@@ -66,11 +66,12 @@ def reward(
         all others of its group, and one that is alone gets 0.
       letters: what the judge says for the first and for the second; not read with `pine`.
       pine: whether the judge reads the responses by PINE, as documents without an order,
-        and repeats one of them. A response that is empty then gets 0 and is no opponent.
+        and repeats one of them; names of control tokens in them do not count. A response
+        that is empty then gets the lowest value of its group, 0 at most, and is no opponent.
 
     Returns:
-      [B, G] mean log-odds in nats (with `pine` per token of a response); those of a group
-      sum to 0 without `against`.
+      [B, G] mean log-odds in nats; with `pine` differences of mean log-probabilities per
+      token. Those of a group sum to 0 without `against` and without an empty response.
 
     Raises:
       ValueError: no such LM, or a row without the column. With `pine`: a model with local
@@ -78,6 +79,8 @@ def reward(
     """
     lm, own = questions.reader(lms, model, tokenizer, who="rewards.judge")
     valid = np.asarray(batch.valid)
+    if pine:
+        texts = [[questions.plain(t, own) for t in group] for group in texts]
     # (b, g, other g or None, response, its opponent)
     pairs: list[tuple[int, int, int | None, str, str]] = []
     for b, group in enumerate(texts):
@@ -86,14 +89,17 @@ def reward(
         ]
         if against:
             other = _opponent(rows, b, against)
+            other = questions.plain(other, own) if pine else other
+            mine = mine if other or not pine else []
             pairs += [(b, g, None, group[g], other) for g in mine]
         else:
             both = itertools.combinations(mine, 2)
             pairs += [(b, g, h, group[g], group[h]) for g, h in both]
     said = [questions.transcript(p) for p in prompts]
     if pine:
+        said = [questions.plain(text, own) for text in said]
         behind = BEHIND.format(rubric=rubric)
-        better = questions.quoted_odds(
+        better = questions.quoted_difference(
             lm, [(BEFORE.format(prompt=said[b]), x, y, behind) for b, _, _, x, y in pairs],
             tokenizer=own,
         )  # fmt: skip
@@ -112,7 +118,12 @@ def reward(
         if h is not None:
             total[b, h] -= s
             many[b, h] += 1
-    return (total / np.maximum(many, 1)).astype(np.float32)
+    out = total / np.maximum(many, 1)
+    if pine:
+        empty = np.array([[not text for text in group] for group in texts]) & valid
+        lowest = np.where(many > 0, out, 0.0).min(1, keepdims=True)
+        out = np.where(empty, np.minimum(lowest, 0.0), out)
+    return out.astype(np.float32)
 
 
 def _opponent(rows: Sequence[Mapping[str, Any]] | None, index: int, column: str) -> str:

@@ -27,6 +27,7 @@ BEAT = 10.0  # seconds between two beats
 STALE = 3  # beats without a change, by the clock of who reads, after which it is stale
 SETTLE = 0.5  # seconds until a new lease is read back
 log = logging.getLogger(__name__)
+UNKNOWN = {"uuid": "unknown"}  # a lease that is damaged
 _mine: set[str] = set()  # the leases that this process holds
 
 
@@ -131,8 +132,8 @@ class Lease:
                 )
             time.sleep(self._seconds / 4)
             raw = _raw(self._folder)
-        _mine.add(self._uuid)
         self._write()
+        _mine.add(self._uuid)
         self._since = time.monotonic()
 
     def _write(self) -> None:
@@ -141,9 +142,9 @@ class Lease:
         self._beats += 1
 
     def _read_back(self) -> bool:
-        """Whether the lease is this one's; one that was deleted is written again."""
+        """Whether the lease is this one's; one that was deleted or damaged is written again."""
         there = _parsed(_raw(self._folder) or b"{}")
-        if not there:
+        if not there or there == UNKNOWN:  # deleted, or damaged
             self._write()
         elif there.get("uuid") != self._uuid:
             self._lost = _words(there)
@@ -156,7 +157,9 @@ class Lease:
                     if not self._read_back():
                         return
                     self._write()
-            except OSError as error:  # `check` reports it where it matters
+            except (
+                Exception
+            ) as error:  # a bucket's has no common class; `check` reports it
                 log.warning("%s cannot be written: %s", self._folder / NAME, error)
 
 
@@ -174,7 +177,7 @@ def _parsed(raw: bytes) -> dict[str, Any]:
         found = json.loads(raw)
     except ValueError:
         found = None
-    return found if isinstance(found, dict) else {"uuid": "unknown"}
+    return found if isinstance(found, dict) else UNKNOWN
 
 
 def _words(lease: dict[str, Any]) -> str:

@@ -58,7 +58,10 @@ def resolve(path: str) -> ModelPath:
         a name that cannot be fetched, or the average of what is no run.
     """
     if path.startswith(AVERAGE):
-        found = resolve(path.removeprefix(AVERAGE))
+        bare = path.removeprefix(AVERAGE)
+        found = resolve(bare)
+        if found.kind != "run" and not epath.Path(bare).exists():
+            raise FileNotFoundError(f"{path}: there is no {bare}")
         if found.kind != "run":
             raise ValueError(f"{path}: only a run has an average of its parameters")
         return found._replace(average=True)
@@ -98,10 +101,15 @@ def _origin(folder: epath.Path, config: dict[str, Any]) -> ModelPath | None:
         return None
 
 
+def stage_of(path: str) -> str | None:
+    """The name of the stage whose run a path means; None for another path."""
+    bare = path.removeprefix(AVERAGE)
+    return bare.removeprefix(STAGE) if bare.startswith(STAGE) else None
+
+
 def of_stage(path: str, workdir: epath.Path) -> str:
     """Replaces 'stage:NAME', in a config with stages, by the folder of that stage's run."""
-    average = AVERAGE * path.startswith(AVERAGE)
-    rest = path.removeprefix(AVERAGE)
-    if not rest.startswith(STAGE):
+    name = stage_of(path)
+    if name is None:
         return path
-    return average + str(workdir / rest.removeprefix(STAGE))
+    return AVERAGE * path.startswith(AVERAGE) + str(workdir / name)

@@ -59,7 +59,9 @@ class preemption:
         self._alone = jax.process_count() == 1  # else jax handles the signal
         if self._alone and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
-                self._old[number] = signal.signal(number, self._stop)
+                # None: it was set outside Python, and could not be put back
+                if signal.getsignal(number) not in (None, signal.SIG_IGN):
+                    self._old[number] = signal.signal(number, self._stop)
         return self
 
     def _stop(self, number: int, frame: Any) -> None:

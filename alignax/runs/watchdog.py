@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from alignax.runs import checkpoint, hosts, workdirs
+from alignax.runs import checkpoint, hosts, lease, workdirs
 
 STARTS = (
     "starts.json"  # in the workdir: {"step": of the checkpoint, "starts": from there}
@@ -62,6 +62,7 @@ class Watchdog:
         failed = error is not None and self._first in (None, self._last[1])
         expected = KeyboardInterrupt, *(WRONG if failed else ())
         ended = error is None or issubclass(error, expected)
+        ended = ended and error is not lease.Taken  # the folder is another process's
         if ended and jax.process_index() == 0:
             with contextlib.suppress(OSError):
                 (self._workdir / STARTS).unlink(missing_ok=True)

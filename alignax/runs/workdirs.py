@@ -15,6 +15,11 @@ from alignax.runs import checkpoint
 
 RESPONSES = "responses.jsonl"  # of a run that answers prompts
 END = "finished.json"  # of a run that is over: {"step": its last}
+WRITTEN = (
+    "metrics.jsonl",
+    "samples.jsonl",
+    "samples.md",
+)  # by a run, empty at its start
 SCHEDULED = "num_steps"  # of the learning rate, where configs are compared
 # Keys that decide how numbers are computed, and so how they round.
 ROUNDING = (
@@ -53,6 +58,10 @@ def check_owner(workdir: str, config, defaults=None) -> None:
     if not path.exists():
         return
     there = json_object.read(path)
+    if "batch_size" not in there:
+        raise ValueError(
+            f"{folder} holds a config.json that is no run's: take another workdir"
+        )
     if not _holds_work(folder, there):
         return
     a, b = _flat(_judged(there)), _flat(_judged(plain(config)))
@@ -98,36 +107,39 @@ def check_owner(workdir: str, config, defaults=None) -> None:
 
 def _holds_work(folder: epath.Path, config: dict[str, Any]) -> bool:
     """Whether a run saved anything that another would lose: it owns its folder then."""
+    saved = [p for p in (folder / "checkpoints", folder / "best") if p.is_dir()]
+    if any(step.name.isdigit() for p in saved for step in p.iterdir()):
+        return True
     if config.get("prompts"):
         return (folder / RESPONSES).exists()
-    if not config.get("num_steps"):
-        return _has_metrics(folder)
-    saved = [p for p in (folder / "checkpoints", folder / "best") if p.is_dir()]
-    return any(step.name.isdigit() for p in saved for step in p.iterdir())
+    return not config.get("num_steps") and not _is_empty(folder / "metrics.jsonl")
 
 
-def _has_metrics(folder: epath.Path) -> bool:
-    path = folder / "metrics.jsonl"
-    return path.exists() and bool(path.read_bytes())
+def _is_empty(path: epath.Path) -> bool:
+    """Whether a file has no content, or is not there."""
+    return not path.exists() or not path.stat().length
 
 
 def release(workdir: str) -> None:
     """Leaves nothing of a start that failed: no config, no empty file or folder.
 
-    A folder with a checkpoint, responses or metrics stays as it is. Errors of the file
-    system are not raised, so that they do not hide the one that ended the run.
+    A folder with a checkpoint, responses or metrics stays as it is, and so do files that no
+    run writes, and a folder without the config of a run. Errors of the file system are not
+    raised, so that they do not hide the one that ended the run.
     """
     folder = checkpoint.absolute(workdir)
     # etils raises ValueError for a folder that is not empty
     with contextlib.suppress(OSError, ValueError):
         path = folder / "config.json"
         there = json_object.read(path) if path.exists() else {}
-        if _has_metrics(folder) or (there and _holds_work(folder, there)):
-            return
-        own = (path, folder / "base.json", *folder.glob("events.out.tfevents.*"))
-        for file in (*own, *(p for p in folder.iterdir() if p.is_file())):
-            if file in own or not file.read_bytes():
-                file.unlink(missing_ok=True)
+        ours = "batch_size" in there and not _holds_work(folder, there)
+        if ours and _is_empty(folder / "metrics.jsonl"):
+            path.unlink()
+            for name in ("base.json", *WRITTEN):
+                if name not in WRITTEN or _is_empty(folder / name):
+                    (folder / name).unlink(missing_ok=True)
+            for events in folder.glob("events.out.tfevents.*"):
+                events.unlink(missing_ok=True)
     for name in ("checkpoints", "best", ""):
         with contextlib.suppress(OSError, ValueError):
             (folder / name).rmdir()

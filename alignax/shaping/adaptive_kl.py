@@ -20,6 +20,7 @@ BASELINE = "running"
 NEEDS = ("old_logps", "ref_logps")
 RANGES = {"beta": "(0, inf)", "target": "(0, inf)", "horizon": "(0, inf)"}
 MOST = 0.2  # largest relative error that a rollout counts as
+LEAST = 0.1  # least factor of a rollout: from 0, β would never come back
 
 
 def RUNNING(hyper: dict[str, Number]) -> dict[str, Number]:
@@ -60,5 +61,5 @@ def update(
     many = batch.valid.sum()
     found = kl.log_ratio(batch).sum() / jnp.maximum(many, 1)
     error = jnp.clip(found / target - 1, -MOST, MOST)
-    gain = jnp.maximum(1 + many / horizon * error, 0.0)
+    gain = jnp.maximum(1 + many / horizon * error, LEAST)
     return jnp.where(many > 0, baseline * gain, baseline)

@@ -18,7 +18,7 @@ from alignax.batch import Batch, Number
 
 STAGE = "advantage"
 BASELINE = "running"
-RANGES = {"decay": "[0, 1)"}
+RANGES = {"decay": "[0, 1)", "start": "(-inf, inf)"}
 
 
 def RUNNING(hyper: dict[str, Number]) -> dict[str, Number]:

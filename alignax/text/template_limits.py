@@ -22,7 +22,10 @@ TOTAL = 2**28  # characters of all texts that one rendering makes
 DIGITS = 10_000  # bits of an integer
 SOURCE = 2**20  # characters of a template
 OPERATORS = ("+", "*", "**", "%")
-WIDTH = re.compile(r"\d{6,}|\*")  # of a field in a format string
+# A large or a computed width, of a field of % and of str.format.
+WIDTH = re.compile(
+    r"%(\([^)]*\))?[-+ #0]*(\d{6,}|\*|\d*\.(\d{6,}|\*))|\{[^{}]*:[^{}]*(\d{6,}|\{)"
+)
 
 
 class TooMuch(jinja2.exceptions.TemplateRuntimeError):

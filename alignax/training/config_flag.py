@@ -81,9 +81,15 @@ def load(path: str) -> ConfigDict:
         raise flags.Error(f"--{NAME}={path}: there is no file {file}")
     spec: Any = importlib.util.spec_from_file_location(f"{NAME}_file", file)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses of the file look there
     try:
         spec.loader.exec_module(module)
-        return module.get_config(*argument)
+        config = module.get_config(*argument)
+        if not isinstance(config, ConfigDict):
+            raise ValueError(
+                f"get_config() gave a {type(config).__name__}, expected a ConfigDict"
+            )
+        return config
     except Exception as error:
         if "--debug" in sys.argv:
             raise

@@ -54,7 +54,8 @@ def get_config() -> ConfigDict:
     c.model.dtype = "float32"  # of the computation
     c.model.param_dtype = "float32"
     # What the backward pass computes again, to need less memory: none | elementwise (all but
-    # matrix products and attention) | dots (and attention) | block (everything)
+    # matrix products and attention; attn_kernel='cudnn' is computed again) | dots (all but
+    # matrix products) | block (everything)
     c.model.remat = "elementwise"
     c.model.head_kernel = "xla"  # of log-probabilities: xla | pallas (TPUs)
     c.model.attn_kernel = "xla"  # of attention: xla | splash (TPUs) | cudnn (GPUs)
@@ -92,7 +93,8 @@ def get_config() -> ConfigDict:
     # texts (special tokens too) or ids, with which a response ends; it keeps them
     c.rollout.stops = ()
     # dotted name of a function (pieces, eos_ids) -> `sampling.automaton.Automaton`: which
-    # tokens may follow. Ratios and KLs are of the distribution over these tokens.
+    # tokens may follow. Losses that read the distribution that was sampled (ratios, KLs) read
+    # it over these tokens; those of pairs and of imitation read the model's own.
     c.rollout.grammar = ""
     # dotted name of a function (rows, texts) -> replies, one for each conversation: a text,
     # or None where it is done. Replies are read and not scored; max_new counts them.

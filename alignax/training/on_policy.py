@@ -98,10 +98,9 @@ def grammar(config, needs: Sequence[str], text: Tokenizer) -> Automaton | None:
 
     As the temperature, it is a part of the distribution that was sampled.
     """
-    found = has_rollouts(config) and tables(config, text)
-    if not found or not of_samples(config, needs):
-        return None
-    return found(text.vocab_size).get("grammar")
+    asked = has_rollouts(config) and config.rollout.grammar
+    found = tables(config, text) if asked and of_samples(config, needs) else None
+    return None if found is None else found(text.vocab_size)["grammar"]
 
 
 def of_samples(config, needs: Sequence[str]) -> bool:

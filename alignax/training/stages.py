@@ -17,8 +17,8 @@ def check(stages: Any) -> None:
         paths = {"model.path": stage.model.path}
         paths |= {f"lms.{lm}": path for lm, path in stage.lms.items()}
         for key, path in paths.items():
-            of = str(path).removeprefix(model_paths.STAGE)
-            if of != path and of not in before:
+            of = model_paths.stage_of(str(path))
+            if of is not None and of not in before:
                 raise ValueError(
                     f"stages.{name}.{key} is {path!r}, and the stages before it are "
                     f"{before}"
@@ -29,8 +29,8 @@ def check(stages: Any) -> None:
 def lineage(config, stages: Any) -> Iterator[Any]:
     """A stage, the stage whose weights it starts from, and so on."""
     yield config
-    while config.model.path.startswith(model_paths.STAGE):
-        config = stages[config.model.path.removeprefix(model_paths.STAGE)]
+    while (name := model_paths.stage_of(config.model.path)) is not None:
+        config = stages[name]
         yield config
 
 

@@ -55,6 +55,7 @@ def test_another_accumulation_is_allowed_and_said(tmp_path, caplog):
 
 def begun(folder, **settings):
     workdirs.prepare(str(folder), tiny.config("pairs", **settings))
+    (folder / "checkpoints" / "1").mkdir(parents=True)  # the folder is this run's
 
 
 def check(folder, **settings):

@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 from alignax.respond import respond
-from alignax.runs import lease
+from alignax.runs import lease, watchdog, workdirs
 from alignax.training import loop
 
 BEAT = 0.08
@@ -63,7 +63,7 @@ def test_a_lease_of_a_dead_process_is_taken_over_at_once(tmp_path, caplog, how):
         assert time.monotonic() - start < 5
         owner.settle()
     assert f"process {here['process']} on host {here['host']} ended without" in caplog.text  # fmt: skip
-    assert left(tmp_path) == []
+    assert not left(tmp_path)
 
 
 def test_a_lease_of_a_living_process_of_this_host_is_refused_at_once(tmp_path):
@@ -142,7 +142,7 @@ def test_of_two_that_start_at_once_one_goes_on(tmp_path):
         for thread in threads:
             thread.join()
     assert sorted(ends) == ["ran", "refused"]
-    assert left(tmp_path) == []
+    assert not left(tmp_path)
 
 
 def test_a_lease_beats_and_one_that_was_deleted_comes_back(tmp_path):
@@ -209,3 +209,38 @@ def test_the_lease_is_read_before_a_checkpoint_and_given_back_at_sigterm(tmp_pat
     with pytest.raises(lease.Taken):
         loop.train(tiny.config(**settings, **{"checkpoint.every": 2}), str(folder))
     assert sorted((folder / "checkpoints").iterdir()) == before
+
+
+def test_who_lost_the_folder_leaves_what_is_in_it(tmp_path):
+    workdirs.prepare(str(tmp_path), tiny.config("pairs", num_steps=2))
+    with pytest.raises(lease.Taken), watchdog.Watchdog(str(tmp_path), 1.0):
+        raise lease.Taken("another process writes there")
+    assert (tmp_path / "config.json").exists()
+    with pytest.raises(OSError, match="full"), watchdog.Watchdog(str(tmp_path), 1.0):
+        raise OSError("full")
+    assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[]"])
+def test_a_damaged_lease_is_written_again(tmp_path, content):
+    with lease.Lease(str(tmp_path), 60.0) as owner:
+        (tmp_path / lease.NAME).write_bytes(content)
+        owner.check()
+        assert json.loads((tmp_path / lease.NAME).read_text())["process"] == os.getpid()
+
+
+def test_an_error_of_a_bucket_does_not_end_the_beats(tmp_path, monkeypatch):
+    calls, write = [], workdirs.write_json
+
+    def fails_once(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise RuntimeError("503")
+        return write(*args)
+
+    monkeypatch.setattr(workdirs, "write_json", fails_once)
+    with lease.Lease(str(tmp_path), 0.1):
+        end = time.monotonic() + 20
+        while len(calls) < 5 and time.monotonic() < end:
+            time.sleep(0.05)
+    assert len(calls) >= 5

@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from alignax.respond import respond
-from alignax.runs import checkpoint, watchdog
+from alignax.runs import checkpoint, watchdog, workdirs
 from alignax.runs.preemption import preemption
 from alignax.training import loop, stages
 
@@ -171,3 +171,56 @@ def test_ctrl_c_before_the_first_step_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt), watchdog.counted(str(tmp_path / "run"), 5):
         raise KeyboardInterrupt
     assert files(tmp_path / "run") is None
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", '{"model_type": "llama", "num_hidden_layers": 2}']
+)
+def test_a_folder_that_is_not_of_a_run_is_refused_and_left_as_it_is(tmp_path, content):
+    own = {"config.json": content, "base.json": "{}", "__init__.py": "", "notes.txt": "x",
+           "events.out.tfevents.1.other": "e"}  # fmt: skip
+    for name, text in own.items():
+        (tmp_path / name).write_text(text)
+    for start in (
+        lambda: loop.train(tiny.config("pairs", num_steps=1), str(tmp_path)),
+        lambda: respond.respond(tiny.to_respond(tmp_path), str(tmp_path)),
+    ):
+        with pytest.raises(ValueError, match=r"holds a config\.json that is no run's"):
+            start()
+    workdirs.release(str(tmp_path))
+    found = {p.name: p.read_text() for p in tmp_path.iterdir() if p.name in own}
+    assert found == own
+
+
+def test_a_failed_start_leaves_the_files_of_its_folder(tmp_path):
+    own = {"__init__.py": "", "py.typed": "", "events.out.tfevents.1.other": "e"}
+    for name, text in own.items():
+        (tmp_path / name).write_text(text)
+    config = tiny.config("pairs", num_steps=1)
+    config.data = {
+        "name": "jsonl",
+        "path": str(tmp_path / "nowhere.jsonl"),
+        "split": "train",
+    }
+    with pytest.raises(FileNotFoundError):
+        loop.train(config, str(tmp_path))
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == own
+
+
+def test_a_base_beside_checkpoints_stays_without_a_config(tmp_path):
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    (tmp_path / "base.json").write_text("{}")
+    workdirs.release(str(tmp_path))
+    assert (tmp_path / "base.json").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_is_ignored_stays_ignored(number):
+    old = signal.signal(number, signal.SIG_IGN)
+    try:
+        with preemption() as stop:
+            os.kill(os.getpid(), number)
+            assert not stop()
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, old)

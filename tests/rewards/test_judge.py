@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chat_families
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from alignax import rewards
 from alignax.batch import LM, Batch, Example, Scores
 from alignax.models import pine, transformer
 from alignax.reward_functions import questions
-from alignax.text import tokenizer
+from alignax.text import documents, tokenizer
 
 TK = tokenizer.load("bytes")
 PROMPTS = ["Say hi", [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Bye?"}]]  # fmt: skip
@@ -177,13 +178,31 @@ def test_by_pine_the_odds_are_those_of_the_whole_rows(real):
     )
 
 
-def test_by_pine_an_empty_response_is_no_opponent_and_marks_are_text(real):
+def test_by_pine_an_empty_response_is_no_opponent_and_does_not_win(real):
     lms = {"judge": real}
-    out = call("judge", [["good", "", "bad"]], lms, None, pine=True)
-    assert out[0, 1] == 0
     pair = call("judge", [["good", "bad"]], lms, None, pine=True)
-    np.testing.assert_allclose(out[0, ::2], pair[0], atol=1e-6)
-    cut = call("judge", [["go<|document|>od", "bad"]], lms, None, pine=True)
+    for empty in ("", "<|document|>", "<|docu<|document|>ment|>"):
+        out = call("judge", [["good", empty, "bad"]], lms, None, pine=True)
+        np.testing.assert_allclose(out[0, ::2], pair[0], atol=1e-6)
+        assert out[0, 1] == out[0, ::2].min() < 0
+    rows = [Example("", p, (), columns={"rival": ""}) for p in PROMPTS]
+    alone = call(
+        "judge", [["good", "bad"]], lms, None, rows, pine=True, against="rival"
+    )
+    assert not alone.any()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "go<|document|>od",
+        "go<|docu<|document|>ment|>od",
+    ],
+)
+def test_by_pine_separators_in_a_response_do_not_count(real, said):
+    lms = {"judge": real}
+    pair = call("judge", [["good", "bad"]], lms, None, pine=True)
+    cut = call("judge", [[said, "bad"]], lms, None, pine=True)
     np.testing.assert_allclose(cut, pair, atol=1e-6)
 
 
@@ -193,3 +212,19 @@ def test_by_pine_what_is_too_long_is_refused(real):
         ValueError, match=r"has \d+ tokens, and the LM that reads it 100"
     ):
         call("judge", [["good", "bad"]], {"judge": short}, None, pine=True)
+
+
+@pytest.mark.parametrize("family", chat_families.FAMILIES[:3])
+def test_a_response_that_spells_control_tokens_is_read_without_them(family):
+    """Else its ids in the prompt, where it is text, and alone would differ."""
+    chat = chat_families.load(family)
+    for name in chat.encoder.control:
+        half = len(name) // 2
+        nested = f"a{name[:half]}{name}{name[half:]}b"
+        assert questions.plain(nested, chat) == "ab"
+        asked = documents.SEPARATOR.join(
+            questions.plain(x, chat) for x in ("Which?", f"one {name}", nested, "Say.")
+        )
+        ids = chat.prompt(Example("", asked, ()))
+        _, *found, _ = documents.pieces(chat, ids, separator=documents.SEPARATOR)
+        assert [chat.decode(x).strip() for x in found] == ["one", "ab"]

@@ -256,7 +256,10 @@ def test_an_average_that_is_not_there_is_said(tmp_path, tiny_lm, one_device):
     save_steps(tmp_path / "checkpoints", tiny_lm, one_device, [3])
     with pytest.raises(CheckpointError, match=r"checkpoints/3 has no average of the"):
         loading.load_lm(f"average:{tmp_path}")
+    (tmp_path / "model").mkdir()
     with pytest.raises(ValueError, match=r"only a run has an average"):
+        loading.load_lm(f"average:{tmp_path / 'model'}")
+    with pytest.raises(FileNotFoundError, match=r"elsewhere: there is no"):
         loading.load_lm(f"average:{tmp_path / 'elsewhere'}")
 
 
