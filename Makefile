@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 CONFIGS := $(filter-out %/__init__.py %/common.py %/models.py,$(wildcard configs/*.py))
 SCRATCH = $(shell mktemp -d)
 
-.PHONY: help quickstart test test-fast test-training lint types smoke smoke-all check repro frontier real bench colabs
+.PHONY: help quickstart test test-fast test-training attacks lint types smoke smoke-all check repro frontier real bench colabs
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -27,8 +27,11 @@ test: lint types  ## lint, types and every test but those that train for minutes
 test-fast: $(VENV)/test.stamp  ## tests that are not marked slow
 	$(PY) -m pytest -n auto -m "not slow and not training" $(PYTEST_ARGS)
 
-test-training: $(VENV)/test.stamp  ## the quickstart's numbers, and its negative control
+test-training: $(VENV)/test.stamp  ## what trains for minutes: the quickstart's numbers, states of killed runs
 	$(PY) -m pytest -m training $(PYTEST_ARGS)
+
+attacks: $(VENV)/test.stamp  ## every state on disk of five runs, ten kills, 5,000 damaged files; an hour
+	ALIGNAX_ATTACKS=all ALIGNAX_FUZZ=500 $(PY) -m pytest tests/attacks $(PYTEST_ARGS)
 
 lint: $(VENV)/test.stamp  ## ruff: rules and format
 	$(PY) -m ruff check .

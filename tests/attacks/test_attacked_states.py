@@ -1,7 +1,8 @@
 """A run that is killed at any file-system event goes on, and ends as if nothing had happened.
 
-See `states`. The sweep over all states of five runs takes minutes (`make test-training`); here
-are some states of the smallest run, and ten real kills.
+See `states`. `make attacks` visits every state of five runs and kills ten for real, which takes
+most of an hour; `make test-training` every 16th state and two kills; `make test` some states of
+the smallest run.
 """
 
 import os
@@ -17,6 +18,7 @@ from ml_collections import ConfigDict
 from alignax.respond import respond
 from alignax.training import loop
 
+ALL = os.environ.get("ALIGNAX_ATTACKS") == "all"
 EVALUATED = {
     "eval_data": {"name": "synthetic", "split": "test", "kind": "pairs", "size": 8},
     "evals": {"ranking_accuracy": {}},
@@ -106,8 +108,8 @@ def test_some_states_of_the_smallest_run(tmp_path):
 
 @pytest.mark.training
 @pytest.mark.parametrize("name", RUNS)
-def test_every_state_of_a_run(name, tmp_path):
-    lost, many = sweep(name, tmp_path)
+def test_states_of_a_run(name, tmp_path):
+    lost, many = sweep(name, tmp_path, every=1 if ALL else 16)
     assert many > 10
     assert lost == {}
 
@@ -128,14 +130,14 @@ states.record(runs.runner("dpo", root), root, root.parent / "copies")
 
 
 @pytest.mark.training
-def test_ten_real_kills(tmp_path):
+def test_real_kills(tmp_path):
     """What a copy stands for: a process that is killed at that event."""
     root = tmp_path / "run"
     run = runner("dpo", root)
     states.record(run, root, tmp_path / "first")
     many = states.events()
     end = states.ending(root)
-    for k in range(1, 11):
+    for k in range(1, 11) if ALL else (3, 8):
         folder = tmp_path / f"kill{k}"
         folder.mkdir()
         at = k * many // 11
