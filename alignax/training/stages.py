@@ -64,6 +64,6 @@ def run_stages(config, workdir: str, train):
     (folder / "samples.md").write_text(
         "\n".join(s for s in samples if s.count("\n") > 2)
     )
-    for path in curves.plot(folder):
+    for path in curves.plot(str(folder)):
         print(f"drew {path}", flush=True)
     return state

@@ -73,13 +73,17 @@ class _Recorder:
 
     def take(self, event: str) -> None:
         self.count += 1
-        mark = digest(pathlib.Path(self.root))
-        if mark in self.seen:
-            return
-        self.seen.add(mark)
         folder = self.copies / f"{self.count:04d}"
-        copy(pathlib.Path(self.root), folder)
-        self.states.append(State(self.count, event, folder))
+        for _ in range(5):
+            # what is not Python goes on meanwhile, and may rename what is just read
+            with contextlib.suppress(FileNotFoundError):
+                mark = digest(pathlib.Path(self.root))
+                if mark not in self.seen:
+                    copy(pathlib.Path(self.root), folder)
+                    self.seen.add(mark)
+                    self.states.append(State(self.count, event, folder))
+                return
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 _RECORDER = _Recorder()
