@@ -180,7 +180,7 @@ def bind(
         dict(getattr(module, "REQUIRES", {})),
         bool(getattr(module, "RETURNS", False)),
         running={k: float(v) for k, v in declared("RUNNING", {}).items()},
-        update=getattr(module, "update", None) if "RUNNING" in vars(module) else None,
+        update=getattr(module, "update", None) if hasattr(module, "RUNNING") else None,
     )  # fmt: skip
 
 

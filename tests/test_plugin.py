@@ -210,3 +210,12 @@ def test_a_pattern_among_needs_stands_for_every_lm_that_matches():
     assert plugin.match_needs(needs, lms) == want
     assert plugin.match_needs(needs, ["ref"]) == needs
     assert plugin.match_needs(("aligned*_logps", "aligned_logps"), lms) == want[1:3]
+
+
+def test_a_function_of_no_module_is_bound():
+    """As one that was made by `exec`, in a notebook."""
+    space: dict = {}
+    exec("def reward(texts, *, bonus=1.0):\n    return bonus", space)
+    space["reward"].__module__ = "no_such_module"
+    bound = plugin.bind(space["reward"], {"bonus": 2.0})
+    assert (bound.hyper, bound.update, bound.running) == ({"bonus": 2.0}, None, {})

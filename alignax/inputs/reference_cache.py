@@ -24,6 +24,7 @@ from etils import epath
 
 from alignax.batch import LM, Batch
 from alignax.inputs.source import EvalBatches, Source
+from alignax.models import json_object
 from alignax.models.transformer import HOW
 from alignax.runs import checkpoint
 
@@ -158,7 +159,7 @@ def load(
     try:
         saved, made_of = _read(path)
     except (*UNREADABLE, KeyError, TypeError, AttributeError) as error:
-        why = " ".join(str(error).split())[:200] or type(error).__name__
+        why = json_object.one_line(error)
         raise ValueError(f"{path} does not read back ({why}): delete it") from error
     differ = [
         f"{k} ({made_of.get(k, 'absent')} there, {key.get(k, 'absent')} here)"

@@ -185,6 +185,15 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
         )
     family = FAMILIES[name]
     hf = {"rms_norm_eps": 1e-6, **family.defaults, **hf}
+    for key in _COUNTS:  # other families have other things under these names
+        if hf.get(key) is not None:
+            sizes.number(
+                key,
+                hf[key],
+                0 if key == "max_window_layers" else 1,
+                sizes.MOST,
+                whole=True,
+            )
     for key, (accepted, meaning) in _REFUSED.items():
         if hf.get(key) not in accepted:
             raise ValueError(
@@ -216,7 +225,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
         max_length=need("max_position_embeddings"),
         activation=_activation(name, hf),
         norm_eps=need("rms_norm_eps"),
-        tied=hf["tie_word_embeddings"],
+        tied=False if hf["tie_word_embeddings"] is None else hf["tie_word_embeddings"],
         rope_theta=theta,
         rope_theta_local=theta_local,
         rope_scaling=scaling,
@@ -243,8 +252,6 @@ def _check_types(hf: dict[str, Any]) -> None:
         kind = _TYPES.get(key)
         if kind and value is not None and not isinstance(value, kind):
             raise ValueError(f"{key} is {sizes.brief(value)}, expected {names[kind]}")
-        if key in _COUNTS and value is not None:
-            sizes.number(key, value, 1, sizes.MOST, whole=True)
         if kind is dict and value:
             _check_types(value)
         elif kind is list and not all(isinstance(x, str) for x in value or ()):

@@ -22,11 +22,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from alignax.models import transformer
+from alignax.models.attention import LEAST
 
 READ = ("entropy", "collision", "kl", "forward_kl")  # fields besides 'logps'
-LEAST = (
-    -1e30
-)  # the logit of an id that is not allowed: as good as -inf, and 0 * LEAST is 0
 
 
 class Head(NamedTuple):

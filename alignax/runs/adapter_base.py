@@ -30,9 +30,8 @@ def note(workdir, path: str, params: Params) -> None:
       ValueError: the base is not the one that the run began with.
     """
     folder = checkpoint.absolute(workdir)
-    checksum = checkpoint.fingerprint(
-        params
-    )  # on every host: it may be a program of all devices
+    # on every host: it may be a program of all devices
+    checksum = checkpoint.fingerprint(params)
     if (folder / NAME).exists():
         _compare(folder, checksum)
     elif jax.process_index() == 0:

@@ -28,10 +28,8 @@ from alignax.models.transformer import ModelConfig
 
 # Raised when a checkpoint gets something that an earlier version cannot read.
 FORMAT = 1
-log = logging.getLogger(__name__)
-
-
 AVERAGE = "average:"  # in front of the path of a run: see `load_lm`
+log = logging.getLogger(__name__)
 
 
 class CheckpointError(ValueError):
@@ -284,23 +282,18 @@ def load_lm(folder, *, average: bool = False) -> LM:
                         lambda d, k: d.setdefault(k, {}), parents, target
                     )
                     node[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=host)
-                name = "average" if average else "params"
-                if name not in meta["checksum"]:
+                wanted = "average" if average else "params"
+                if wanted not in meta["checksum"]:
                     raise NoAverage(
-                        f"{place / str(step)} has no average of the parameters: its run had "
-                        "config.average=0, or an earlier version wrote it"
+                        f"{place / str(step)} has no average of the parameters: its run "
+                        "kept none, or an earlier version wrote it"
                     )
-                params = (
-                    _average(read, step, target)
-                    if average
-                    else read.restore(
-                        step,
-                        args=ocp.args.Composite(
-                            params=ocp.args.StandardRestore(target)
-                        ),
-                    ).params
-                )
-                if int(checksum(params)) != meta["checksum"][name]:
+                if average:
+                    params = _average(read, step, target)
+                else:
+                    args = ocp.args.Composite(params=ocp.args.StandardRestore(target))
+                    params = read.restore(step, args=args).params
+                if int(checksum(params)) != meta["checksum"][wanted]:
                     raise CheckpointError("its checksum differs from the saved one")
                 fields = {k: _tuples(v) for k, v in meta["model"].items()}
                 return LM(ModelConfig(**fields), params)

@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 
 
 class Preempted(RuntimeError):
-    """SIGTERM or Ctrl-C was received: the state is saved, and the same command resumes the run."""
+    """SIGTERM or Ctrl-C came: the state is saved, and the same command resumes the run."""
 
 
 class Interrupted(BaseException):

@@ -15,17 +15,14 @@ from alignax.runs import checkpoint
 
 RESPONSES = "responses.jsonl"  # of a run that answers prompts
 END = "finished.json"  # of a run that is over: {"step": its last}
-WRITTEN = (
-    "metrics.jsonl",
-    "samples.jsonl",
-    "samples.md",
-)  # by a run, empty at its start
+# What a run writes, empty at its start.
+WRITTEN = ("metrics.jsonl", "samples.jsonl", "samples.md")
 SCHEDULED = "num_steps"  # of the learning rate, where configs are compared
 # Keys that decide how numbers are computed, and so how they round.
 ROUNDING = (
     "mesh", "accumulate", "model.remat", "model.head_kernel", "model.attn_kernel",
 )  # fmt: skip
-# Keys that may differ when a run is resumed: they do not change what is computed.
+# Keys that may differ when a run is resumed: they change no step, but for rounding.
 VOLATILE = (
     "log_every", "checkpoint", "profile", "wandb", "patience", "watchdog", "row_cache",
     "rollout.show", "eval_every", "plots", *ROUNDING,

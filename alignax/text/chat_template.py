@@ -21,6 +21,7 @@ import jinja2.nodes
 import jinja2.sandbox
 
 from alignax.batch import Message
+from alignax.models.json_object import one_line
 from alignax.text import template_limits, tracked_text
 from alignax.text.tracked_text import Tracked
 
@@ -322,8 +323,9 @@ def check(source: str | None, now: datetime.datetime) -> None:
             _compile(source or PLAIN_TEMPLATE, now)
         _tree(source)
     except REFUSALS as error:
-        why = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"the chat template cannot be read: {why}") from error
+        raise ValueError(
+            f"the chat template cannot be read: {one_line(error)}"
+        ) from error
 
 
 def _tree(source: str | None) -> Any:

@@ -319,6 +319,8 @@ def _damaged(file: pathlib.Path) -> Iterator[None]:
     """
     try:
         yield
+    except ImportError:  # of the library
+        raise
     except BaseException as error:
         other = not isinstance(error, Exception) and type(error).__name__ != "PanicException"  # fmt: skip
         if other or (isinstance(error, ValueError) and str(file.parent) in str(error)):

@@ -18,7 +18,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import config_path
 
-from alignax.training import defaults
+from alignax.training import defaults, ranges
 
 NAME = "config"
 
@@ -144,7 +144,7 @@ def check_open(config: ConfigDict, path: Sequence[Any], depth: int) -> None:
     if is_open(path, depth):
         return
     *above, last = map(str, path[: depth + 1])
-    name, every = ".".join((*above, last)), [*keys(config)]
+    name, every = ".".join((*above, last)), [k for k, _ in ranges.keys(config)]
     own = {k.rpartition(".")[2]: k for k in every if k.split(".")[:-1] == above}
     near = [own[k] for k in difflib.get_close_matches(last, own, 2)]
     near += [k for k in every if k.rpartition(".")[2] == last]
@@ -166,14 +166,6 @@ def is_open(path: Sequence[Any], depth: int) -> bool:
         if isinstance(section, ConfigDict) and not section.is_locked:
             return True
     return False
-
-
-def keys(section: ConfigDict, above: str = "") -> Iterator[str]:
-    """Every key of a config, and of its sections, with dots."""
-    for name, value in section.items():
-        yield f"{above}{name}"
-        if isinstance(value, ConfigDict):
-            yield from keys(value, f"{above}{name}.")
 
 
 def _is_number(value: Any) -> bool:

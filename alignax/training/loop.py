@@ -237,7 +237,7 @@ def loop(session: Session, state: TrainState, best: Best) -> TrainState:
     now = LoopState(state, best, there if start else "no checkpoint yet")
     if start == 0 and config.eval_at_start:
         evaluate(session, now, 0)
-    if interrupted(session):
+    if lacks_evaluation(session):
         now = judge(session, now, evaluate(session, now, start))
     stale = bool(config.patience) and now.best.stale >= config.patience
     now = now._replace(since=time.monotonic(), finished=stale)
@@ -496,7 +496,7 @@ def finish(config, run: build.Run, best: Best) -> None:
             run.say(f"drew {path}")
 
 
-def interrupted(session: Session) -> bool:
+def lacks_evaluation(session: Session) -> bool:
     """Whether SIGTERM kept the restored step from an evaluation that was due."""
     every, start = session.config.eval_every, session.start
     if not every or not 0 < start < session.config.num_steps or start % every:

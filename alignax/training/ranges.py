@@ -9,6 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from alignax import plugin
+from alignax.models.sizes import brief
 from alignax.training import defaults
 
 COUNT, WHOLE = "[1, 2147483647]", "[0, 2147483647]"  # int32 on the devices
@@ -40,11 +41,8 @@ RANGES = {
     "checkpoint.every": WHOLE, "checkpoint.keep": COUNT,
     "watchdog.minutes": FROM_0, "watchdog.starts": WHOLE, "log_every": COUNT,
 }  # fmt: skip
-ITEMS = {
-    "buckets": COUNT,
-    "mesh": "[-1, 2147483647]",
-    "profile": WHOLE,
-}  # whole numbers
+# of sequences of whole numbers
+ITEMS = {"buckets": COUNT, "mesh": "[-1, 2147483647]", "profile": WHOLE}
 
 
 def check(config) -> None:
@@ -59,13 +57,13 @@ def check(config) -> None:
             value = value[name]
         if isinstance(default, ConfigDict):
             if not isinstance(value, ConfigDict):
-                raise ValueError(f"config.{key} is {shown(value)}, expected a section")
+                raise ValueError(f"config.{key} is {brief(value)}, expected a section")
         elif isinstance(default, tuple):
             check_items(key, value)
         elif isinstance(default, bool | str):
             if not isinstance(value, type(default)):
                 kind = "a text" if isinstance(default, str) else "True or False"
-                raise ValueError(f"config.{key} is {shown(value)}, expected {kind}")
+                raise ValueError(f"config.{key} is {brief(value)}, expected {kind}")
         else:
             check_number(key, value, whole=isinstance(default, int), within=RANGES[key])
 
@@ -76,21 +74,15 @@ def check_number(key: str, value: Any, *, whole: bool, within: str) -> None:
     fits = isinstance(value, kinds) and not isinstance(value, bool)
     if not fits or not plugin.is_inside(value, within):
         kind = "a whole number" if whole else "a number"
-        raise ValueError(f"config.{key} is {shown(value)}, expected {kind} in {within}")
+        raise ValueError(f"config.{key} is {brief(value)}, expected {kind} in {within}")
 
 
 def check_items(key: str, value: Any) -> None:
     """Raises ValueError for what is no sequence, or for an item out of its range."""
     if not isinstance(value, tuple | list):
-        raise ValueError(f"config.{key} is {shown(value)}, expected several values")
+        raise ValueError(f"config.{key} is {brief(value)}, expected several values")
     for item in value if key in ITEMS else ():
         check_number(key, item, whole=True, within=ITEMS[key])
-
-
-def shown(value: Any) -> str:
-    """A value in one short line, for messages."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def keys(section: ConfigDict, above: str = "") -> Iterator[tuple[str, Any]]:

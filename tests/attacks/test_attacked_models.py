@@ -10,29 +10,16 @@ import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from alignax.models import load, lora, save, sizes, transformer
+from alignax.models import load, lora, sizes, transformer
 from alignax.respond import respond
 from alignax.training import checks, loading
 
 GGUF = pathlib.Path(tiny.ROOT) / "tests/golden/llama_gguf/model.gguf"
 
 
-@pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    """The folder of a model that can be read."""
-    import jax
-
-    from alignax.batch import LM
-
-    config = loading.model_config(tiny.config(), 64)
-    path = tmp_path_factory.mktemp("models") / "good"
-    save.save(LM(config, transformer.init(config, jax.random.key(0))), path)
-    return path
-
-
 @pytest.fixture
-def folder(good, tmp_path):
-    return shutil.copytree(good, tmp_path / "model")
+def folder(model_folder, tmp_path):
+    return shutil.copytree(model_folder, tmp_path / "model")
 
 
 def refused(path, message, read=loading.load_lm):

@@ -85,26 +85,12 @@ near_the_start = st.lists(
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    import jax
-
-    from alignax.batch import LM
-    from alignax.models import save, transformer
-    from alignax.training import loading
-
-    config = loading.model_config(tiny.config(), 64)
-    path = tmp_path_factory.mktemp("fuzz") / "model"
-    save.save(LM(config, transformer.init(config, jax.random.key(0))), path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def text(tmp_path_factory):
     return tiny.family("chatml", tmp_path_factory.mktemp("fuzz"))
 
 
-def test_settings_of_models(model):
-    good = json.loads((model / "config.json").read_text())
+def test_settings_of_models(model_folder):
+    good = json.loads((model_folder / "config.json").read_text())
 
     @fuzz
     @given(st.dictionaries(st.sampled_from([*good, "layer_types", "sliding_window", "rope_scaling", "rope_parameters"]), values, min_size=1, max_size=3))  # fmt: skip
@@ -116,8 +102,8 @@ def test_settings_of_models(model):
     run()
 
 
-def test_bytes_of_settings(model, tmp_path):
-    good = (model / "config.json").read_bytes()
+def test_bytes_of_settings(model_folder, tmp_path):
+    good = (model_folder / "config.json").read_bytes()
 
     @fuzz
     @given(damage)
@@ -128,8 +114,8 @@ def test_bytes_of_settings(model, tmp_path):
     run()
 
 
-def test_safetensors(model, tmp_path):
-    good = (model / "model.safetensors").read_bytes()
+def test_safetensors(model_folder, tmp_path):
+    good = (model_folder / "model.safetensors").read_bytes()
     path = tmp_path / "model.safetensors"
 
     @fuzz

@@ -219,3 +219,14 @@ def test_scaled_local_rope_is_refused():
     hf["rope_parameters"] = {**hf["rope_parameters"], "sliding_attention": rope}
     with pytest.raises(ValueError, match="'linear' on local layers"):
         from_hf(hf)
+
+
+def test_keys_of_other_families_and_null_are_read_as_transformers_does():
+    known = json.loads((GOLDEN / "qwen2" / "config.json").read_text())
+    more = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
+    more["layer_types"] = None
+    assert all(from_hf({**known, **more}).local_layers)
+    assert from_hf({**known, "tie_word_embeddings": None}).tied is False
+    exaone = {"model_type": "exaone4", "sliding_window_pattern": "LLLG"}
+    with pytest.raises(ValueError, match="unknown architecture 'exaone4'"):
+        from_hf(exaone)
