@@ -1,7 +1,7 @@
 """pass@k and maj@k: is one of k responses right, and is the answer of most of them?
 
   c of the n samples of a prompt are right: r(x, y) >= threshold
-  accuracy  = mean over prompts of c / n                        (mean@n, and pass@1)
+  mean@n    = mean over prompts of c / n                        (as pass@1)
   pass@k    = mean over prompts of 1 - C(n - c, k) / C(n, k)
   maj@k     = mean over prompts and subsets of k samples of 1[the commonest answer is right]
 
@@ -56,7 +56,7 @@ def evaluate(
       show: prompts of which a response is returned as text.
 
     Returns:
-      'accuracy', 'pass_at_K' and, for K > 1, 'maj_at_K', each with an interval over
+      'mean_at_N', 'pass_at_K' and, for K > 1, 'maj_at_K', each with an interval over
       prompts, as 'reward' has; 'ended' (share of responses that end in EOS), 'tokens'
       (mean response length) and 'samples'.
 
@@ -109,14 +109,14 @@ def rates(
     right: Bool[np.ndarray, "B n"], votes: Sequence[Sequence[Hashable]] | None,
     k: Sequence[int],
 ) -> Metrics:  # fmt: skip
-    """Accuracy, pass@k and maj@k with their intervals over prompts.
+    """mean@n, pass@k and maj@k with their intervals over prompts.
 
     Args:
       right: which samples are right.
       votes: the answer of each sample, None if it has none; None leaves maj@k out.
       k: numbers from 1 to n.
     """
-    out = bootstrap(right.mean(1)).named("accuracy")
+    out = bootstrap(right.mean(1)).named(f"mean_at_{right.shape[1]}")
     for many in k:
         passed = pass_at_k(right.sum(1), right.shape[1], many)
         out |= bootstrap(passed).named(f"pass_at_{many}")

@@ -114,14 +114,14 @@ def run(tiny_config, **settings):
 
 def test_an_evaluation_of_prompts_alone_by_hand(tiny_config):
     got = run(tiny_config)
-    assert got["accuracy"] == pytest.approx((2 / 4 + 1 / 4) / 3)
-    assert got["pass_at_1"] == got["accuracy"] == got["reward"]
+    assert got["mean_at_4"] == pytest.approx((2 / 4 + 1 / 4) / 3)
+    assert got["pass_at_1"] == got["mean_at_4"] == got["reward"]
     # one of the subsets of two of p0 has nothing right: {2, ?}
     assert got["pass_at_2"] == pytest.approx((5 / 6 + 3 / 6) / 3)
     assert got["pass_at_4"] == pytest.approx(2 / 3)
     assert got["maj_at_4"] == pytest.approx(1 / 3)  # p1 is outvoted
     assert "maj_at_1" not in got
-    for name in ("accuracy", "pass_at_4", "maj_at_4", "reward"):
+    for name in ("mean_at_4", "pass_at_4", "maj_at_4", "reward"):
         assert got[f"{name}/lo"] <= got[name] <= got[f"{name}/hi"]
     assert got["ended"] == 1
     rows = got["samples"]
@@ -137,9 +137,9 @@ def letters(text):
 
 def test_any_reward_with_a_threshold_is_right_or_wrong(tiny_config):
     got = run(tiny_config, reward=f"{__name__}.letters", threshold=0.6, vote="")
-    assert got["accuracy"] == pytest.approx((3 + 3 + 0) / 12)
+    assert got["mean_at_4"] == pytest.approx((3 + 3 + 0) / 12)
     assert not any(name.startswith("maj") for name in got)
-    assert run(tiny_config, reward=f"{__name__}.letters", threshold=0.61, k=1)["accuracy"] == 0  # fmt: skip
+    assert run(tiny_config, reward=f"{__name__}.letters", threshold=0.61, k=1)["mean_at_4"] == 0  # fmt: skip
 
 
 def test_votes_are_cast_by_any_function(tiny_config):
@@ -181,6 +181,6 @@ def test_on_a_model_it_is_the_chance_of_its_first_token(tiny_config, make_lm):
     )  # fmt: skip
     again = [row["right"] for row in got["samples"]]
     want = np.mean([1 - (1 - c) ** 2 for c in again])
-    assert got["accuracy"] == pytest.approx(np.mean(again))
-    assert 0.05 < got["accuracy"] < 0.95
+    assert got["mean_at_200"] == pytest.approx(np.mean(again))
+    assert 0.05 < got["mean_at_200"] < 0.95
     assert got["pass_at_2"] == pytest.approx(want, abs=0.01)

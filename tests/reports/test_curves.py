@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from alignax.evals import pass_at_k
 from alignax.reports import curves, metrics
 
 
@@ -169,3 +170,13 @@ def test_the_command_draws_without_a_display(tmp_path):
         capture_output=True,
     )
     assert wrong.returncode == 1 and "is it a workdir?" in wrong.stderr
+
+
+def test_right_answers_are_no_preference_accuracy(tmp_path, drawn):
+    """The share of right answers has no chance level of a half, whatever its label."""
+    right = np.array([[True, False], [False, False]])
+    found = pass_at_k.rates(right, None, (1, 2))
+    write(tmp_path, [(1, {f"eval/gsm8k/{k}": v for k, v in found.items()})])
+    curves.plot(tmp_path)
+    titles = [*axes_of(drawn["learning_curves.png"])]
+    assert titles == ["Gsm8k: mean at 2", "Gsm8k: pass at 1", "Gsm8k: pass at 2"]
