@@ -161,6 +161,7 @@ def test_a_run_that_named_the_optimisers_own_decay_goes_on(tmp_path):
     saved = tiny.config()
     saved.optim.b2 = 0.999  # the default until 2026-12
     workdirs.prepare(str(tmp_path), saved)
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)  # so the folder is this run's
     workdirs.check_owner(str(tmp_path), tiny.config())
     lion = tiny.config(**{"optim.name": "lion"})
     saved.optim.name = "lion"  # whose own is another
