@@ -95,7 +95,7 @@ def _scores(rule, q, k, queries, keys, window):
         s = rule.cap * jnp.tanh(s / rule.cap)
     seen = visible(rule.allowed, queries, keys, window)
     heads = s.reshape(*s.shape[:2], -1, *seen.shape[1:])
-    return jnp.where(seen[:, None, None], heads, LEAST).reshape(s.shape)
+    return (heads + jnp.where(seen, 0.0, LEAST)[:, None, None]).reshape(s.shape)
 
 
 def visible(allowed, queries, keys, window):
@@ -230,7 +230,7 @@ def attention(q, k, v, q_pos, k_pos, attend, local, config, in_order=False):
 
     Args:
       q: queries [N, T, H, E].
-      k, v: keys and values [N, S, K, E].
+      k, v: keys and values [N, K, S, E].
       q_pos, k_pos: positions, [N or 1, T] and [N or 1, S].
       attend: an `Attend`, or None.
       local: whether config.window applies; it may be traced.
@@ -250,7 +250,6 @@ def attention(q, k, v, q_pos, k_pos, attend, local, config, in_order=False):
     # Heads before tokens, so that both products are plain batched matrix products: on a
     # CPU this was measured twice as fast as leaving the order to einsum.
     q = q.reshape(n, t, c.num_kv_heads, -1, e).transpose(0, 2, 3, 1, 4)
-    k, v = jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1)
 
     def merge(q):  # concatenates the query heads of a kv head
         return q.reshape(*q.shape[:-3], -1, e)

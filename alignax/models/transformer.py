@@ -139,8 +139,8 @@ class Cache(NamedTuple):
     current position of a row is never attended, and is overwritten when the row reaches it.
     """
 
-    k: tuple[Float[Array, "N S k e"], ...]  # one per layer
-    v: tuple[Float[Array, "N S k e"], ...]
+    k: tuple[Float[Array, "N k S e"], ...]  # one per layer
+    v: tuple[Float[Array, "N k S e"], ...]
 
 
 class Norm(nn.Module):
@@ -211,19 +211,34 @@ class Attention(nn.Module):
         if kv is None:
             key_positions = positions
         else:
-            row = jnp.arange(x_ntd.shape[0])[:, None]
-            k = kv[0].at[row, positions].set(k.astype(kv[0].dtype))
-            v = kv[1].at[row, positions].set(v.astype(kv[1].dtype))
-            kv = (k, v)
-            key_positions = jnp.arange(k.shape[1])[None]
+            at = None if in_order else positions
+            kv = k, v = written(kv[0], k, at), written(kv[1], v, at)
+            key_positions = jnp.arange(k.shape[2])[None]
         y = None
         if c.attn_kernel != "xla":
             cached = kv is not None
             y = kernels.attend(q, k, v, positions, attend, local, c, in_order, cached)
         if y is None:
+            if kv is None:
+                k, v = jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1)
             y = attention(q, k, v, positions, key_positions, attend, local, c, in_order)
         y = Project("nthe,hed->ntd", (c.num_heads, e, d), c.num_heads * e, name="o")(y)
         return y, kv
+
+
+def written(cache, new, positions):
+    """A layer's keys or values [N, K, S, E], with those of new tokens [N, T, K, E].
+
+    Args:
+      cache: what is there.
+      new: of these tokens.
+      positions: their slots [N, T]; None for the first T.
+    """
+    new = new.astype(cache.dtype)
+    if positions is None:
+        return cache.at[:, :, : new.shape[1]].set(jnp.moveaxis(new, 1, 2))
+    row = jnp.arange(len(new))[:, None]
+    return cache.at[row, :, positions].set(new)
 
 
 class MLP(nn.Module):
@@ -331,7 +346,7 @@ def init(config: ModelConfig, key) -> Params:
 
 def init_cache(config: ModelConfig, rows: int, length: int) -> Cache:
     """An empty cache for `rows` rows of up to `length` tokens, in config.dtype."""
-    shape = (rows, length, config.num_kv_heads, config.head_dim)
+    shape = (rows, config.num_kv_heads, length, config.head_dim)
     zeros = tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers))
     return Cache(zeros, tuple(jnp.zeros_like(z) for z in zeros))
 

@@ -112,10 +112,10 @@ def _read(lm: LM, ids: Int[Array, " S"]) -> Cache:
 
 
 def _after(prefix: Cache, lm: LM, prompts, lengths, slots: int):
-    rows, size = len(prompts), prefix.k[0].shape[1]
+    rows, size = len(prompts), prefix.k[0].shape[2]
 
     def widen(x: Any) -> Any:
-        x = jnp.pad(x, ((0, 0), (0, slots - size)) + ((0, 0),) * (x.ndim - 2))
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, slots - size), (0, 0)))
         return jnp.repeat(x, rows, 0)
 
     rest = prompts[:, size:]

@@ -154,4 +154,28 @@ def draw(
 ) -> tuple[Int[Array, " N"], Float[Array, "N V"]]:
     """A token of each row, and the log-probabilities that it was drawn from."""
     logps = sampled_logps(logits, temperature)
-    return jax.vmap(jax.random.categorical)(keys, logps), logps
+    return jax.vmap(categorical)(keys, logps), logps
+
+
+BLOCK = 256  # tokens
+
+
+def categorical(key: Array, logps: Float[Array, " V"]) -> Int[Array, ""]:
+    """A draw from normalised log-probabilities: of a block of tokens, then of one in it.
+
+    It needs two random numbers, where `jax.random.categorical` needs one for each of V
+    tokens: on a CPU that was most of the time of a draw.
+    """
+    size = len(logps)
+    blocks = jnp.pad(logps, (0, -size % BLOCK), constant_values=-jnp.inf)
+    mass = jnp.exp(blocks.reshape(-1, BLOCK))
+    first, second = jax.random.uniform(key, (2,))
+    block = _inverse(mass.sum(1), first)
+    return block * BLOCK + _inverse(mass[block], second)
+
+
+def _inverse(mass: Float[Array, " M"], u: Float[Array, ""]) -> Int[Array, ""]:
+    """The place at which the cumulative mass exceeds a share u < 1; one that has some."""
+    total = jnp.cumsum(mass)
+    beyond = (total > u * total[-1]) & (mass > 0)
+    return jnp.where(beyond.any(), jnp.argmax(beyond), jnp.argmax(mass))
