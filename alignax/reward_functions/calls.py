@@ -4,6 +4,7 @@ A response whose reward is no finite number, or for which the function raises or
 long, has failed. A call tolerates so many of them and names the first.
 """
 
+import copy
 import functools
 import math
 import os
@@ -245,7 +246,7 @@ def arguments(reward: Bound, form: Signature, given: Responses) -> Callable[[], 
       ValueError: something that it takes is not given here.
     """
     flat = form.kind == "completions"
-    has: dict[str, Callable[[], Any]] = {"lms": lambda: given.lms}
+    has: dict[str, Callable[[], Any]] = {"lms": lambda: _copied(given.lms)}
     if given.tokenizer is not None:
         has["tokenizer"] = lambda: given.tokenizer
     if given.score is not None:
@@ -281,17 +282,33 @@ def arguments(reward: Bound, form: Signature, given: Responses) -> Callable[[], 
 def _grouped(given: Responses) -> dict[str, Callable[[], Any]]:
     """What there is in groups, by the names of signature.NAMES."""
     has: dict[str, Callable[[], Any]] = {
-        "batch": lambda: given.batch,
-        "texts": lambda: given.texts,
+        "batch": lambda: jax.tree.map(_read_only, given.batch),
+        "texts": lambda: [list(group) for group in given.texts],
         "ids": lambda: response_ids(given.batch),
         "given": lambda: given,
     }
     if given.tokenizer is not None:
         has["whole"] = lambda: whole_texts(given)
     if given.examples is not None:
-        has["prompts"] = lambda: [e.prompt for e in given.own]
+        has["prompts"] = lambda: [copy.deepcopy(e.prompt) for e in given.own]
         has["rows"] = lambda: [dict(e.columns) for e in given.own]
     return has
+
+
+def _copied(lms: Any) -> Any:
+    """LMs in containers of their own: what a reward puts there stays there."""
+    if not isinstance(lms, Mapping):
+        return lms
+    return {name: jax.tree.map(lambda x: x, lm) for name, lm in lms.items()}
+
+
+def _read_only(array: Any) -> Any:
+    """A view of an array that a reward cannot write to."""
+    if not isinstance(array, np.ndarray):
+        return array  # jax's are constant
+    view = array.view()
+    view.flags.writeable = False
+    return view
 
 
 def _flat(given: Responses) -> dict[str, Callable[[], Any]]:
@@ -317,12 +334,10 @@ def _flat(given: Responses) -> dict[str, Callable[[], Any]]:
         "completion_ids": lambda: [i for g in response_ids(given.batch) for i in g],
     }
     if given.examples is not None:
-        has["prompts"] = lambda: repeated(
-            [
-                e.prompt if isinstance(e.prompt, str) else list(e.prompt)
-                for e in given.own
-            ]
-        )
+        has["prompts"] = lambda: [
+            copy.deepcopy(e.prompt if isinstance(e.prompt, str) else list(e.prompt))
+            for e in repeated(given.own)
+        ]
     return has
 
 
