@@ -81,10 +81,10 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Reader]]:
     if arch == "llama" and f"{arch}.attention.sliding_window" in meta:
         family = "mistral"
     try:
+        for k, value in tokens.items():
+            name = f"tokenizer.ggml.{k}_token_id"
+            sizes.number(name, value, -(2**31), 2**32 - 1, whole=True)
         hf = _config(family, arch, meta, tensors, tokens)
-        ends = {f"tokenizer.ggml.{k}_token_id": v for k, v in tokens.items()}
-        for name, value in ends.items():
-            sizes.number(name, value, 0, sizes.MOST, whole=True)
     except (ValueError, TypeError, ArithmeticError) as e:
         raise ValueError(f"{path} is damaged: {one_line(e)}") from e
 
@@ -121,6 +121,9 @@ def _config(
     def get(key, default=None):
         return meta.get(f"{arch}.{key}", default)
 
+    if "token_embd.weight" in tensors:  # ids that no token has are left out
+        many = int(tensors["token_embd.weight"].shape[-1])
+        tokens = {k: i for k, i in tokens.items() if 0 <= i < many}
     hf: dict[str, Any] = {"model_type": family}
     if family not in families.FAMILIES:
         return hf  # from_hf names it and lists what is known

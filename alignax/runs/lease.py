@@ -27,6 +27,7 @@ BEAT = 10.0  # seconds between two beats
 STALE = 3  # beats without a change, by the clock of who reads, after which it is stale
 SETTLE = 0.5  # seconds until a new lease is read back
 log = logging.getLogger(__name__)
+BOOT = pathlib.Path("/proc/sys/kernel/random/boot_id")  # hosts may share their names
 UNKNOWN = {"uuid": "unknown"}  # a lease that is damaged
 _mine: set[str] = set()  # the leases that this process holds
 
@@ -69,6 +70,10 @@ class Lease:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.give_back()
+
+    def give_back(self) -> None:
+        """Ends the beats and removes the lease, if it is still this one's."""
         if not self._holds:
             return
         self._over.set()
@@ -186,13 +191,15 @@ def _words(lease: dict[str, Any]) -> str:
 
 def _identity(pid: int) -> dict[str, Any]:
     """What tells a process from others, also from a later one of the same number."""
-    space, started = "", ""
+    space, started, boot = "", "", ""
+    with contextlib.suppress(OSError):
+        boot = BOOT.read_text().strip()
     with contextlib.suppress(OSError, IndexError):  # where there is no /proc
         space = os.readlink("/proc/self/ns/pid")
         stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
         started = stat.rpartition(")")[2].split()[19]
     return {
-        "host": socket.gethostname(), "space": space, "process": pid,
+        "host": socket.gethostname(), "boot": boot, "space": space, "process": pid,
         "started": started,
     }  # fmt: skip
 
@@ -203,7 +210,7 @@ def _runs(lease: dict[str, Any]) -> bool | None:
     if not isinstance(pid, int) or pid < 1:
         return None
     now = _identity(pid)
-    if any(lease.get(key) != now[key] for key in ("host", "space")):
+    if any(lease.get(key) != now[key] for key in ("host", "boot", "space")):
         return None
     if pid == os.getpid():
         return lease.get("uuid") in _mine

@@ -1,11 +1,13 @@
 """The byte-level BPE tokenizer that a .gguf file describes in its metadata."""
 
+import logging
 import pathlib
 from typing import Any
 
 from alignax.models import gguf_header, sizes
 from alignax.models.json_object import one_line
 
+log = logging.getLogger(__name__)
 # The pre-tokenizer of each family, by `tokenizer.ggml.pre`. It belongs to the vocabulary:
 # with another pattern the same text gets other ids.
 _GPT2 = None  # the default pattern of tokenizers' ByteLevel
@@ -53,7 +55,7 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], str | None]:
 
 
 def _check(ggml: dict[str, Any], template: Any, path: pathlib.Path) -> None:
-    """Raises ValueError for fields of other types, or ids that no token has."""
+    """Raises ValueError for fields of other types; leaves out ids that no token has."""
     tokens = ggml["tokens"]
     for name in ("tokens", "merges"):
         found = ggml[name]
@@ -64,9 +66,13 @@ def _check(ggml: dict[str, Any], template: Any, path: pathlib.Path) -> None:
         raise ValueError(f"{path}: tokenizer.chat_template is no text")
     for name, value in ggml.items():
         if name.endswith("_token_id") and value is not None and tokens is not None:
-            sizes.number(
-                f"{path}: tokenizer.ggml.{name}", value, 0, len(tokens) - 1, whole=True
-            )
+            field = f"{path}: tokenizer.ggml.{name}"
+            sizes.number(field, value, -(2**31), 2**32 - 1, whole=True)
+            if not 0 <= value < len(tokens):
+                log.warning(
+                    "%s is %d, which no token has: it is left out", field, value
+                )
+                ggml[name] = None
 
 
 def rebuild(ggml: dict[str, Any], where: str | pathlib.Path) -> Any:

@@ -244,3 +244,19 @@ def test_an_error_of_a_bucket_does_not_end_the_beats(tmp_path, monkeypatch):
         while len(calls) < 5 and time.monotonic() < end:
             time.sleep(0.05)
     assert len(calls) >= 5
+
+
+def test_a_process_of_another_machine_of_the_same_name_is_waited_for(tmp_path):
+    """Containers of two machines may have one host name, one namespace and one number."""
+    here = lease._identity(os.getpid())
+    assert here["boot"]
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    there = other(tmp_path, **{**here, "process": process.pid, "boot": "another"})
+    start = time.monotonic()
+    with lease.Lease(str(tmp_path), BEAT):
+        assert time.monotonic() - start >= 3 * BEAT
+    assert (
+        lease._runs(there) is None
+        and lease._runs({**there, "boot": here["boot"]}) is False
+    )

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import pathlib
 import time
 
 import pytest
@@ -9,7 +10,7 @@ import tiny
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from alignax.text import chat_template, template_limits, tokenizer
+from alignax.text import chat_template, gguf_vocab, template_limits, tokenizer
 
 NOW = datetime.datetime(2026, 1, 2)
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
@@ -218,3 +219,23 @@ def test_a_format_string_of_a_template_may_hold_stars_and_dates(form):
 def test_a_field_of_a_large_or_computed_width_is_refused(form):
     with pytest.raises(template_limits.TooMuch, match="large width"):
         template_limits.formatted("* " + form)
+
+
+# -- .gguf files name ids that no token has: some converters write them
+
+
+@pytest.mark.parametrize("field", ["padding_token_id", "eot_token_id", "bos_token_id"])
+@pytest.mark.parametrize("value", [-1, 384, 2**32 - 1])
+def test_an_id_of_a_gguf_file_that_no_token_has_is_left_out(caplog, field, value):
+    tokens = [chr(33 + i) for i in range(90)]
+    ggml = {"tokens": tokens, "merges": ["! !"], "eos_token_id": 3, field: value}
+    gguf_vocab._check(ggml, None, pathlib.Path("model.gguf"))
+    assert ggml[field] is None and ggml["eos_token_id"] == 3
+    assert (
+        f"model.gguf: tokenizer.ggml.{field} is {value}, which no token" in caplog.text
+    )
+    for wrong in ("x", 1.5, True, 2**40):
+        with pytest.raises(
+            ValueError, match=rf"model\.gguf: tokenizer\.ggml\.{field} is"
+        ):
+            gguf_vocab._check({**ggml, field: wrong}, None, pathlib.Path("model.gguf"))
