@@ -49,6 +49,14 @@ def pytest_sessionstart():
     assert len(devices) == 8, f"wanted 8 fake CPU devices, there are {devices}"
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """A signal that a test sends to itself ends no slow worker of the tests."""
+    from alignax.runs import preemption
+
+    monkeypatch.setattr(preemption, "PATIENCE", 3600.0)
+
+
 @pytest.fixture
 def optimised():
     """What compiles during the test is optimised as in production (see FLAGS, though).

@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl, TensorBoard events, samples; intervals and FLOPs.
+"""Metrics of a run: metrics.jsonl, trackers, samples; intervals and FLOPs.
 
     writer = Writer(workdir, step=state.step)
     writer.write(step, {"train/loss": loss})           one line, one record
@@ -8,14 +8,12 @@ Only process 0 writes. Intervals of 95 % are written as three keys: `name`, `nam
 `name/hi`; `curves.py` draws them as bands.
 """
 
-import importlib
 import json
 import logging
 import math
 import pathlib
 import re
 import tempfile
-import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,7 +22,7 @@ import numpy as np
 from etils import epath
 
 from alignax.batch import Metrics
-from alignax.reports import events
+from alignax.reports import trackers
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +158,7 @@ class Writer:
         *,
         step: int = 0,
         lines: Mapping[str, int] | None = None,
-        wandb: bool = False,
+        tracked_by: Sequence[str] = ("tensorboard",),
         config: Mapping[str, Any] | None = None,
     ):
         """Opens the files of a run that continues from `step`.
@@ -173,14 +171,15 @@ class Writer:
           step: the step that was restored, 0 for a new run.
           lines: what `lines` was when that step was saved: further lines of the step
             itself, as those of the last evaluation, are dropped too.
-          wandb: also log to Weights & Biases.
-          config: plain dict to show there.
+          tracked_by: names of trackers: see `trackers.find`.
+          config: plain dict that these may show.
 
         Raises:
-          ImportError: wandb is asked for and not installed.
+          ImportError: a tracker's library is not installed.
+          ValueError: an unknown tracker, or a damaged line in a file.
         """
         self._enabled = jax.process_index() == 0
-        self._wandb: Any = None
+        self._trackers: list[trackers.Tracker] = []
         self.lines: dict[str, int] = {}  # of each file; what a checkpoint notes
         if not self._enabled:
             return
@@ -191,18 +190,22 @@ class Writer:
             self._temporary.name if self._temporary else workdir
         )
         self._folder.mkdir(parents=True, exist_ok=True)
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl", trackers.NOTE):
             if self._remote and (self._remote / name).exists():
                 (self._folder / name).write_bytes((self._remote / name).read_bytes())
+        dropped = {}
+        for name in ("metrics.jsonl", "samples.jsonl"):
             most = (lines or {}).get(name)
-            self.lines[name] = _truncate(self._folder / name, step, most)
+            self.lines[name], dropped[name] = _truncate(self._folder / name, step, most)
         rows = _read(self._folder / "samples.jsonl")
         (self._folder / "samples.md").unlink(missing_ok=True)
         self._append("samples.md", "".join(map(_markdown, rows)))
-        self._events = events.create(self._folder, step)
         self.flush()  # what was dropped is not to be read again
-        if wandb:
-            self._wandb = _start_wandb(self._folder, config)
+        start = trackers.Start(
+            self._folder, step, dict(config or {}), _read(self._folder / "metrics.jsonl"),
+            dropped["metrics.jsonl"],
+        )  # fmt: skip
+        self._trackers = [trackers.find(name)(start) for name in tracked_by]
 
     def write(self, step: int, metrics: Metrics) -> None:
         """Writes one line: the step and its scalars.
@@ -215,10 +218,14 @@ class Writer:
         values = scalars(metrics)
         self._append("metrics.jsonl", _line({"step": int(step), **values}))
         self.lines["metrics.jsonl"] += 1
-        with self._events.open("ab") as file:
-            file.write(events.scalars(int(step), values))
-        if self._wandb:
-            self._wandb.log(values, step=int(step))
+        for tracker in list(self._trackers):
+            try:
+                tracker.write(int(step), values)
+            except Exception:  # of a service or of the user's: the run is worth more
+                log.exception(
+                    "%r failed at step %d: it gets no more metrics", tracker, step
+                )
+                self._trackers.remove(tracker)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Adds rows of text (column -> text or number) to samples.jsonl and samples.md."""
@@ -239,10 +246,10 @@ class Writer:
                     (self._remote / path.name).write_bytes(path.read_bytes())
 
     def close(self) -> None:
-        """Flushes, and ends the wandb run if there is one."""
+        """Copies the files to a remote workdir, and closes the trackers."""
+        for tracker in self._trackers:
+            tracker.close()
         self.flush()
-        if self._wandb:
-            self._wandb.finish()
 
     def __enter__(self) -> "Writer":
         return self
@@ -337,11 +344,11 @@ def _read(path: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def _truncate(path: pathlib.Path, step: int, most: int | None) -> int:
+def _truncate(path: pathlib.Path, step: int, most: int | None) -> tuple[int, int]:
     """Drops the rows past `step` (all of them at 0) or `most`, and logs how many.
 
     Returns:
-      How many are left.
+      How many are left, and how many were dropped.
     """
     rows = _read(path)
     kept = [row for row in rows if step and row["step"] <= step][:most]
@@ -354,7 +361,7 @@ def _truncate(path: pathlib.Path, step: int, most: int | None) -> int:
         new = path.with_suffix(".new")  # renamed when complete: a kill loses nothing
         new.write_text("".join(map(_line, kept)), encoding="utf-8")
         new.replace(path)
-    return len(kept)
+    return len(kept), len(rows) - len(kept)
 
 
 def _markdown(row: Mapping[str, Any]) -> str:
@@ -389,20 +396,3 @@ def _fenced(text: str) -> str:
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}text\n{text}\n{fence}\n"
-
-
-def _start_wandb(folder: pathlib.Path, config: Mapping[str, Any] | None) -> Any:
-    try:
-        wandb = importlib.import_module("wandb")
-    except ImportError as error:
-        raise ImportError(
-            "logging to wandb needs its extra: pip install 'alignax[wandb]'"
-        ) from error
-    note = folder / "wandb_id.txt"  # the same run goes on after a resume
-    if not note.exists():
-        note.write_text(uuid.uuid4().hex[:8])
-    run_id = note.read_text()
-    return wandb.init(
-        project="alignax", name=folder.name, id=run_id, resume="allow", dir=str(folder),
-        config=dict(config or {}),
-    )  # fmt: skip

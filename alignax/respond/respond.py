@@ -115,11 +115,12 @@ def check(config, model: ModelPath | None = None) -> Prompts:
     Raises:
       ValueError, OSError: see `respond`.
     """
-    if config.num_steps:
-        raise ValueError(
-            f"num_steps is {config.num_steps}, but a config with prompts does not train: "
-            "set num_steps=0, and model.path to the trained run"
-        )
+    for key in ("num_steps", "num_epochs"):
+        if config[key]:
+            raise ValueError(
+                f"{key} is {config[key]}, but a config with prompts does not train: set "
+                f"{key}=0, and model.path to the trained run"
+            )
     if config.evals or has_rollouts(config):
         raise ValueError(
             "a config with prompts takes neither evals nor rollouts: use another run"

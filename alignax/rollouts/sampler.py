@@ -7,7 +7,7 @@ The same for the policy, for the reference that it is compared with, and for the
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -238,7 +238,7 @@ def differs(
 
 def reference_rewards(
     examples: Sequence[Example], sampler: Sampler, ref: LM, *, samples: int, rows: int,
-    length: int, seed: int,
+    length: int, seed: int, first: int = 0,
 ) -> Baseline:  # fmt: skip
     """Rewards of K samples of the reference for every prompt.
 
@@ -250,6 +250,7 @@ def reference_rewards(
       rows: responses to draw at once.
       length: most tokens per row.
       seed: of the samples; their random stream is not that of rollouts.
+      first: how many prompts were sampled before, with random numbers of their own.
 
     Returns:
       {id: [K] rewards}.
@@ -269,7 +270,7 @@ def reference_rewards(
         length=length - sampler.max_new,
     )  # fmt: skip
     for i, p in enumerate(prompts):
-        drawn = sampler.draw(ref, p, jax.random.fold_in(key, i), samples)
+        drawn = sampler.draw(ref, p, jax.random.fold_in(key, first + i), samples)
         batch = drawn.batch
         for name, feedback, valid, failed in zip(
             p.ids, batch.feedback, batch.valid, drawn.failed, strict=False
@@ -289,15 +290,25 @@ def reference_rewards(
     return found
 
 
-def table(baseline: Baseline) -> dict[bytes, np.ndarray]:
-    """Rewards by a digest of the prompt's id, as `reference_cache` keeps them."""
-    return {_digest(name): values for name, values in baseline.items()}
+def table(baseline: Baseline, contents: Mapping[str, str]) -> dict[bytes, np.ndarray]:
+    """Rewards by a digest of a prompt's content, as `reference_cache` keeps them."""
+    return {_digest(contents[name]): values for name, values in baseline.items()}
 
 
-def untable(rows: Mapping[bytes, np.ndarray], names: Iterable[str]) -> Baseline:
-    """The inverse of `table` for known ids."""
-    return {name: rows[_digest(name)] for name in names}
+def untable(rows: Mapping[bytes, np.ndarray], contents: Mapping[str, str]) -> Baseline:
+    """The rewards of those prompts that a table has.
+
+    Args:
+      rows: from `table`; earlier versions wrote digests of ids, beside one of all prompts.
+      contents: {id: content} of the prompts, from `source.contents`.
+    """
+    found: Baseline = {}
+    for name, content in contents.items():
+        for digest in (_digest(content), _digest(name)):
+            if digest in rows:
+                found[name] = rows[digest]
+    return found
 
 
-def _digest(name: str) -> bytes:
-    return hashlib.sha256(name.encode()).digest()
+def _digest(content: str) -> bytes:
+    return hashlib.sha256(content.encode()).digest()

@@ -1,13 +1,20 @@
 """Preemption: SIGTERM or Ctrl-C sets a flag; the run saves its state, and can be resumed."""
 
 import itertools
+import os
 import signal
+import socket
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+
+PATIENCE = (
+    2.0  # seconds that a signal waits for the main thread, which may be compiling
+)
 
 
 class Preempted(RuntimeError):
@@ -41,14 +48,21 @@ class preemption:
     also asks jax by step when it saves, so the numbers passed here must be steps.
     """
 
-    def __init__(self, *, drops: bool = False):
+    def __init__(self, *, drops: bool = False, leave: Callable[[], Any] | None = None):
         """Sets what a signal does.
 
         Args:
           drops: whether `drop_if_asked` raises Interrupted after a signal, which whoever
             opens this context then handles.
+          leave: where it is given, a signal ends the process with 75 (EX_TEMPFAIL) while
+            `unsaved` is False, even if the main thread does not hear it, as while XLA
+            compiles. This is called before, from another thread.
         """
         self._drops = drops
+        self._leave = leave
+        self.unsaved = (
+            False  # whether the process has done what the end of it would lose
+        )
 
     def __enter__(self):
         _current.append(self)
@@ -62,7 +76,33 @@ class preemption:
                 # None: it was set outside Python, and could not be put back
                 if signal.getsignal(number) not in (None, signal.SIG_IGN):
                     self._old[number] = signal.signal(number, self._stop)
+        self._over = threading.Event()
+        self._far: socket.socket | None = None
+        if self._old and self._leave:
+            near, self._far = socket.socketpair()
+            self._far.setblocking(False)
+            # written to as soon as a signal comes, whatever the main thread does
+            to = self._far.fileno()
+            self._other = signal.set_wakeup_fd(to, warn_on_full_buffer=False)
+            threading.Thread(target=self._listen, args=(near,), daemon=True).start()
         return self
+
+    def _listen(self, near: socket.socket) -> None:
+        """Ends the process after a signal that the main thread did not hear."""
+        with near:
+            while (number := near.recv(1)) and number[0] not in self._old:
+                pass
+        if not number or self._over.wait(PATIENCE) or self.unsaved:
+            return
+        assert self._leave
+        self._leave()
+        name = signal.Signals(number[0]).name
+        print(
+            f"{name}: nothing to save; the same command goes on",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(os.EX_TEMPFAIL)
 
     def _stop(self, number: int, frame: Any) -> None:
         self.name = signal.Signals(number).name
@@ -86,6 +126,10 @@ class preemption:
         _current.remove(self)
         for number, old in self._old.items():
             signal.signal(number, old)
+        self._over.set()
+        if self._far:
+            signal.set_wakeup_fd(self._other)
+            self._far.close()  # which ends the thread, if no signal came
 
 
 _current: list[preemption] = []  # contexts that are open, the innermost last

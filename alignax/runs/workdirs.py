@@ -17,14 +17,13 @@ RESPONSES = "responses.jsonl"  # of a run that answers prompts
 END = "finished.json"  # of a run that is over: {"step": its last}
 # What a run writes, empty at its start.
 WRITTEN = ("metrics.jsonl", "samples.jsonl", "samples.md")
-SCHEDULED = "num_steps"  # of the learning rate, where configs are compared
 # Keys that decide how numbers are computed, and so how they round.
 ROUNDING = (
     "mesh", "accumulate", "model.remat", "model.head_kernel", "model.attn_kernel",
 )  # fmt: skip
 # Keys that may differ when a run is resumed: they change no step, but for rounding.
 VOLATILE = (
-    "log_every", "checkpoint", "profile", "wandb", "patience", "watchdog", "row_cache",
+    "log_every", "checkpoint", "profile", "trackers", "wandb", "patience", "watchdog", "row_cache",
     "rollout.show", "eval_every", "plots", *ROUNDING,
 )  # fmt: skip
 OWN_B2 = {"adamw": 0.999, "lion": 0.99, "muon": 0.999}  # optax's; what optim.b2=0 means
@@ -65,7 +64,12 @@ def check_owner(workdir: str, config, defaults=None) -> None:
     for run in (a, b):
         if run.get("optim.b2") == 0:
             run["optim.b2"] = OWN_B2.get(run["optim.name"], 0.999)
-        _rate_of_every_step(run)
+    steps = a.get("optim.schedule_steps") or a.get("num_steps", 0)
+    counted = all(
+        r.get("num_epochs") and not r.get("optim.schedule_steps") for r in (a, b)
+    )
+    for run in (a, b):
+        _rate_of_every_step(run, counted=counted)
     known = _flat(plain(defaults)) if defaults is not None else {}
     new = [k for k in b if k not in a and b[k] == known.get(k) and k in known]
     if said := [f"{k}={b[k]!r}" for k in new if not k.startswith(VOLATILE)]:
@@ -80,10 +84,10 @@ def check_owner(workdir: str, config, defaults=None) -> None:
         and not k.startswith(VOLATILE)
         and not (k not in a and (k in new or _may_be_added(k, b[k])))
     ]
-    if a[SCHEDULED] > 0 and any(x.startswith(f"{SCHEDULED} ") for x in differ):
+    if steps and any(x.startswith(("num_steps ", "num_epochs ")) for x in differ):
         differ.append(
-            "num_steps may change if the learning rate of every step stays: with "
-            f"optim.schedule_steps={a[SCHEDULED]}"
+            "the number of steps may change if the learning rate of every step stays: with "
+            f"optim.schedule_steps={steps}"
         )
     unknown = [
         k for k in a
@@ -255,16 +259,24 @@ def _may_be_added(key: str, value: Any) -> bool:
     )
 
 
-def _rate_of_every_step(run: dict[str, Any]) -> None:
+def _rate_of_every_step(run: dict[str, Any], *, counted: bool) -> None:
     """Puts the steps that a schedule depends on in the place of the number of steps.
 
     More steps are the same run as long as the learning rate of every step is the same.
+
+    Args:
+      run: a flat config, which is changed.
+      counted: both runs count epochs, which are compared instead of the steps.
     """
-    steps = run.pop("num_steps", 0)
+    steps, epochs = run.pop("num_steps", 0), run.pop("num_epochs", 0)
     own = run.pop("optim.schedule_steps", 0)
-    training = bool(steps)  # a run without steps is another one
-    constant = run.get("optim.schedule") == "constant"
-    run[SCHEDULED] = (0 if constant else own or steps) if training else -1
+    key, length = ("num_epochs", epochs) if counted else ("num_steps", steps)
+    if not (steps or epochs):
+        run[key] = "none"  # it is another run, which evaluates only
+    elif run.get("optim.schedule") == "constant":
+        run[key] = "any"
+    else:
+        run[key] = own or length or f"{epochs:g} epochs"
 
 
 def _is_fixed(key: str) -> bool:

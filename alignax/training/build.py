@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from alignax.runs.model_paths import ModelPath
 from alignax.sampling.automaton import Automaton
 from alignax.text import tokenizer
 from alignax.training import checks, defaults, loading, on_policy, optim, parallel
-from alignax.training.plugins import Plugins, has_rollouts
+from alignax.training.plugins import Plugins, has_rollouts, trains
 from alignax.training.step import with_average
 
 REWARDS = ("reward", "scorer", "evaluator")  # of an evaluation: what they judge with
@@ -43,6 +44,7 @@ class Pieces(NamedTuple):
 class Run(NamedTuple):
     """The pieces of a run."""
 
+    config: Any  # what it was built from, with the number of steps
     name: str
     workdir: str
     mesh: Mesh
@@ -88,6 +90,7 @@ def build(config, workdir: str, model: ModelPath | None = None) -> Run:
     text = loading.load_tokenizer(config, loading.tokenizer_path(config, model))
     # Data that the loss or an evaluation cannot read are refused before weights are read.
     examples = training_examples(config, plugins.loss, text)
+    config = counted(config, examples)
     if plugins.reward is not None:
         rewards.check(plugins.reward, examples)
     plugins, eval_data = evaluation_data(config, plugins)
@@ -105,8 +108,6 @@ def build(config, workdir: str, model: ModelPath | None = None) -> Run:
     if (config.reference_cache or config.reference_data) and data is not None:
         data = cached(config, data, text, lms["ref"], examples, mesh)
     if has_rollouts(config) and examples is not None:
-        room = config.length - config.rollout.max_new
-        examples = prompts.usable(examples, text, length=room)
         data = on_policy.rollouts(
             config, examples, text, plugins, lms, assemble, mesh, workdir
         )
@@ -117,7 +118,7 @@ def build(config, workdir: str, model: ModelPath | None = None) -> Run:
         adapter_base.note(folder, config.model.path, lms["base"].params)
     say = functools.partial(print, flush=True) if jax.process_index() == 0 else _quiet
     run = Run(
-        epath.Path(folder).name, folder, mesh, text, policy, assemble, lms, moving,
+        config, epath.Path(folder).name, folder, mesh, text, policy, assemble, lms, moving,
         plugins.loss, rate, tx, data, plugins.evals, eval_data, asked, say,
         on_policy.grammar(config, plugins.loss.needs, text),
     )  # fmt: skip
@@ -218,10 +219,11 @@ def training_examples(config, loss: plugin.Bound, text: tokenizer.Tokenizer) -> 
       ValueError: rows of a form that the loss does not read; rollouts read prompts alone,
         which all rows have.
     """
-    if not config.num_steps:
+    if not trains(config):
         return None
     if has_rollouts(config):
-        return plugin.load_examples(config.data)
+        room = config.length - config.rollout.max_new
+        return prompts.usable(plugin.load_examples(config.data), text, length=room)
 
     def rows(where: str, section: Any) -> Rows:
         spec = plugin.plain_section(section)
@@ -241,6 +243,26 @@ def training_examples(config, loss: plugin.Bound, text: tokenizer.Tokenizer) -> 
     }
 
 
+def counted(config, examples: Any):
+    """A config whose num_steps are those of its num_epochs, if it has any.
+
+    Args:
+      config: a ConfigDict.
+      examples: from `training_examples`.
+
+    Raises:
+      ValueError: the average of the parameters would not move in so few steps.
+    """
+    if not config.num_epochs:
+        return config
+    passes = config.rollout.epochs if has_rollouts(config) else 1
+    steps = math.ceil(config.num_epochs * len(examples) * passes / config.batch_size)
+    config = config.copy_and_resolve_references()
+    config.num_steps = steps
+    checks.check_run(config)
+    return config
+
+
 def training_source(
     config, examples: Any, text: tokenizer.Tokenizer, vocab_size: int, mesh: Mesh
 ) -> source.Source | None:
@@ -258,6 +280,8 @@ def training_source(
 
 def describe_data(config, run: Run, examples: Any) -> None:
     """Says how many examples were read, used, cut, dropped and malformed."""
+    if config.num_epochs:
+        run.say(f"num_epochs={config.num_epochs:g}: {config.num_steps} steps")
     if run.source is not None:
         rolled = has_rollouts(config)
         counts = examples.counts if rolled else run.source.report()

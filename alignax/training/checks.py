@@ -13,11 +13,12 @@ from alignax import plugin, shaping
 from alignax.batch import OF_BEHAVIOUR
 from alignax.plugin import Bound
 from alignax.records import files
+from alignax.reports import trackers
 from alignax.rollouts import rollout, source
 from alignax.rollouts.sampler import Sampler
 from alignax.text.dialogues import SPECIALS
 from alignax.training import loading, on_policy, optim, ranges
-from alignax.training.plugins import Plugins, bind, evaluation, has_rollouts
+from alignax.training.plugins import Plugins, bind, evaluation, has_rollouts, trains
 
 # What only the policy's own responses bring: a loss that needs one of these needs rollouts.
 # Why a loss has a requirement, by its key.
@@ -37,6 +38,7 @@ def check(config) -> Plugins:
     check_sections(config)
     plugins = bind(config)
     check_run(config)
+    check_trackers(config)
     check_optim(config)
     check_model(config, plugins)
     check_lms(config, plugins.loss)
@@ -110,6 +112,14 @@ def check_run(config) -> None:
         )
 
 
+def check_trackers(config) -> None:
+    """Every tracker is there."""
+    for name in config.trackers:
+        if not isinstance(name, str):
+            raise ValueError(f"config.trackers has {name!r}, expected names")
+        trackers.find(name)
+
+
 def check_optim(config) -> None:
     """The optimiser and its schedule exist and take their settings."""
     optim.from_config(config)
@@ -133,7 +143,7 @@ def check_model(config, plugins: Plugins) -> None:
             f"loss {plugins.loss.name!r} needs config.model.value_head=True"
         )
     critic = {"state_values", "old_values"} & needs
-    if has_rollouts(config) and config.num_steps and critic and not m.value_head:
+    if has_rollouts(config) and trains(config) and critic and not m.value_head:
         raise ValueError("a critic needs config.model.value_head=True")
 
 
@@ -188,7 +198,7 @@ def readers_of_ids(config) -> dict[str, str]:
 
 def check_data(config) -> None:
     """Data or a mixture, and what a reference that is read once needs."""
-    if config.num_steps and bool(config.data) == bool(config.mixture):
+    if trains(config) and bool(config.data) == bool(config.mixture):
         raise ValueError("a run that trains needs either config.data or config.mixture")
     sections = {"data": config.data, "eval_data": config.eval_data}
     sections |= {f"mixture.{part}": spec for part, spec in config.mixture.items()}
@@ -204,8 +214,13 @@ def check_data(config) -> None:
     for part, spec in config.mixture.items():
         if "ratio" not in spec:
             raise ValueError(f"mixture.{part} has no 'ratio'")
+    if config.num_epochs and config.mixture:
+        raise ValueError(
+            "num_epochs counts passes over config.data; a mixture is drawn by ratios: set "
+            "num_steps"
+        )
     once = config.reference_cache or config.reference_data
-    if not config.num_steps or not once:
+    if not trains(config) or not once:
         return
     if has_rollouts(config):
         raise ValueError(
@@ -236,7 +251,7 @@ def check_rollout(config, plugins: Plugins) -> None:
         if config.shaping:
             raise ValueError("config.shaping needs rollouts: set config.rollout.reward")
         return
-    if not config.num_steps:
+    if not trains(config):
         return
     if config.mixture:
         raise ValueError("rollouts take config.data, not a mixture")

@@ -8,6 +8,9 @@ def get_config() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0
     c.num_steps = 0  # optimiser steps; 0 evaluates only
+    # Passes over the usable rows of c.data, rounded up to whole steps: decides num_steps,
+    # if it is not 0. With rollouts a pass asks every prompt once.
+    c.num_epochs = 0.0
     c.batch_size = 8  # prompts per step, over all hosts and micro-batches
     c.accumulate = 1  # micro-batches per step; the gradient does not depend on it
     c.length = 512  # tokens per row
@@ -179,6 +182,7 @@ def get_config() -> ConfigDict:
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 0  # steps; 0 saves at the end only
+    c.checkpoint.minutes = 0.0  # saves too when the last one is older; 0 = never
     c.checkpoint.keep = 3
     c.checkpoint.asynchronous = True
     c.watchdog = ConfigDict()
@@ -187,7 +191,9 @@ def get_config() -> ConfigDict:
     c.log_every = 1
     c.plots = True
     c.profile = ()  # (first, last) step of a profiler window
-    c.wandb = False
+    # where metrics go beside metrics.jsonl: tensorboard, wandb, or dotted names (see
+    # reports/trackers.py)
+    c.trackers = ("tensorboard",)
     c.lock()
     for section in (
         c.model.sizes,

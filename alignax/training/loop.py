@@ -86,6 +86,7 @@ class LoopState(NamedTuple):
     shapes: frozenset = frozenset()  # of batches that were compiled for
     profiling: bool = False
     finished: bool = False  # the best metric did not improve for config.patience
+    saved_at: float = 0.0  # seconds: when the last checkpoint was begun, or the loop
 
 
 class Due(NamedTuple):
@@ -125,6 +126,7 @@ def restore_and_run(config, workdir: str, owner: lease.Lease) -> TrainState:
     """Builds a run in a workdir that this process owns, and runs the steps that are left."""
     with watchdog.counted(workdir, config.watchdog.starts):
         run = build.build(config, workdir)
+    config = run.config
     hosts.meet("data and weights are read")
     owner.settle()
     ckpt = config.checkpoint
@@ -132,7 +134,7 @@ def restore_and_run(config, workdir: str, owner: lease.Lease) -> TrainState:
     with (
         make_manager(f"{run.workdir}/checkpoints", keep=ckpt.keep) as latest,
         make_manager(f"{run.workdir}/best", keep=1) as best,
-        preemption(drops=True) as stop,
+        preemption(drops=True, leave=owner.give_back) as stop,
         watchdog.Watchdog(run.workdir, config.watchdog.minutes) as alive,
     ):
         frozen = {k: checkpoint.fingerprint(lm.params) for k, lm in run.lms.items()}
@@ -145,7 +147,7 @@ def restore_and_run(config, workdir: str, owner: lease.Lease) -> TrainState:
         run = run._replace(policy=LM(run.policy.config, {}))
         with Writer(
             run.workdir, step=start, lines=None if ended else lines,
-            wandb=config.wandb, config=config.to_dict(),
+            tracked_by=config.trackers, config=config.to_dict(),
         ) as writer:  # fmt: skip
             step = make_train_step(
                 run.policy.config, run.tx, run.loss, run.mesh,
@@ -240,7 +242,8 @@ def loop(session: Session, state: TrainState, best: Best) -> TrainState:
     if lacks_evaluation(session):
         now = judge(session, now, evaluate(session, now, start))
     stale = bool(config.patience) and now.best.stale >= config.patience
-    now = now._replace(since=time.monotonic(), finished=stale)
+    begun = time.monotonic()
+    now = now._replace(since=begun, saved_at=begun, finished=stale)
     last = start if now.finished else config.num_steps
     with progress(config.num_steps, start=start, name=run.name) as show:
         for at in range(start + 1, last + 1):
@@ -250,7 +253,7 @@ def loop(session: Session, state: TrainState, best: Best) -> TrainState:
             except Interrupted:  # in a rollout, which is dropped
                 save_and_stop(session, now, at - 1)
             now, metrics = settle(session, now, before)
-            due = schedule(session, at)
+            due = schedule(session, now, at)
             # the metrics of a rollout are written at whatever step made it
             rolled = any("/rollout/" in key for key in metrics)
             often = (at - 1) % config.log_every == 0
@@ -296,6 +299,7 @@ def dispatch(session: Session, now: LoopState, at: int) -> LoopState:
     eager = settings.jax_disable_jit
     with jax.transfer_guard("allow" if eager else "disallow"):
         state, metrics = step(now.state, run.lms, batch)
+    session.stop.unsaved = True
     shape = (rows.tokens.shape, rows.layout and rows.layout.tokens.shape)
     shapes = now.shapes | {shape}
     if step.compilations(state) > len(shapes):
@@ -373,14 +377,27 @@ def warn_of_rounding(metrics: Metrics) -> None:
         )
 
 
-def schedule(session: Session, at: int) -> Due:
+def schedule(session: Session, now: LoopState, at: int) -> Due:
     """What is due after step `at`; several processes agree on whether to stop."""
     config = session.config
     ending = at == config.num_steps or session.stop(at)
     evaluating = bool(config.eval_every and at % config.eval_every == 0 and not ending)
     saving = bool(config.checkpoint.every and at % config.checkpoint.every == 0)
+    saving = saving or is_old(session, now.saved_at, at)
     first = at == session.start + 1
     return Due(ending, evaluating, saving, ending or evaluating or saving or first)
+
+
+def is_old(session: Session, saved_at: float, at: int) -> bool:
+    """Whether the last checkpoint is older than config.checkpoint.minutes.
+
+    Process 0 decides it. Several processes ask it at every tenth step, since they have to
+    wait for its answer.
+    """
+    minutes = session.config.checkpoint.minutes
+    if not minutes or (jax.process_count() > 1 and at % 10):
+        return False
+    return hosts.exchange(time.monotonic() - saved_at >= 60 * minutes)[0]
 
 
 def follow(session: Session, now: LoopState, at: int, due: Due) -> LoopState:
@@ -401,7 +418,8 @@ def follow(session: Session, now: LoopState, at: int, due: Due) -> LoopState:
         save_and_stop(session, now, at)
     if due.ending or due.saving or now.finished:
         save(session, session.latest, now)
-        now = now._replace(saved=f"step {at} in {run.workdir}/checkpoints")
+        there = f"step {at} in {run.workdir}/checkpoints"
+        now = now._replace(saved=there, saved_at=time.monotonic())
     if due.idle:
         now = now._replace(since=time.monotonic(), tokens=0)
     if now.finished:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from alignax import plugin, rewards, shaping
 from alignax.batch import LM, Params
 from alignax.inputs import reference_cache, source
+from alignax.inputs.prompts import subset
 from alignax.models import sharding
 from alignax.reward_functions.digest import DIGESTS
 from alignax.rollouts import recorded, rollout, sampler, selection, turns
@@ -200,7 +201,8 @@ def reference_rewards(
     """What gives rewards of reference samples of every prompt the run may meet.
 
     They are sampled when they are first needed, and saved: another run with the same
-    folder, or this one when it resumes, reads them.
+    folder, or this one when it resumes, reads them. Where that met other prompts, as with
+    more steps, rewards of those that it did not meet are added.
 
     Raises:
       ValueError: what is kept there is of something else.
@@ -216,30 +218,36 @@ def reference_rewards(
     ref = judged.lms["ref"]
     assert judged.reward is not None
     read = rewards.check(judged.reward, examples)
-    prompts = hashlib.sha256(rollouts_source.contents(some, read).encode())
+    contents = rollouts_source.contents
+    prompts = {e.id: contents(subset(some, [i]), read) for i, e in enumerate(some)}
     others = {  # a reward may be one of them
         f"lms.{name}": checkpoint.fingerprint(lm.params)
         for name, lm in judged.lms.items()
         if name not in ("ref", "base")
     }
-    key = reference_cache.describe_lm(
-        ref, data=prompts.hexdigest()[:16], **sizes, **judged.identity(), **others
-    )
+    key = reference_cache.describe_lm(ref, **sizes, **judged.identity(), **others)
     folder = checkpoint.absolute(config.rollout.cache or workdir)
     path = folder / "reference_rewards.npz"
-    kept: sampler.Baseline | None = None
+    table: reference_cache.Table = {}
     if workdirs.everywhere(path.exists(), f"{path} is there"):
         before = [judged.identity(age) for age in range(1, len(DIGESTS))]
         also = {k: {str(b[k]) for b in before} for k in before[0]}
+        # earlier versions kept what all prompts of a run are as a part of the key
+        of_all = hashlib.sha256(contents(some, read).encode()).hexdigest()[:16]
+        also["data"] = {of_all}
         table = reference_cache.load(path, key, **REWARDS, also=also)
-        kept = sampler.untable(table, [e.id for e in some])
+    kept = sampler.untable(table, prompts)
 
     def baseline() -> sampler.Baseline:
-        if kept is not None:
+        missing = [i for i, e in enumerate(some) if e.id not in kept]
+        if not missing:
             return kept
-        found = sampler.reference_rewards(some, judged, ref, **sizes)
+        drawn = sampler.reference_rewards(
+            subset(some, missing), judged, ref, **sizes, first=len(kept)
+        )
         if jax.process_index() == 0:
-            reference_cache.save(path, sampler.table(found), key)
-        return found
+            rows = {**table, **sampler.table(drawn, prompts)}
+            reference_cache.save(path, rows, key)
+        return {e.id: {**kept, **drawn}[e.id] for e in some}
 
     return baseline

@@ -35,17 +35,22 @@ def bind(config) -> Plugins:
     loss = plugin.load_loss(config)
     evals = {name: evaluation(config, name) for name in config.evals}
     # a run that only evaluates makes no rollouts
-    shapings = config.shaping if config.num_steps else {}
+    shapings = config.shaping if trains(config) else {}
     steps = shaping.in_order(
         plugin.load_section("shaping", {"name": name, **hyper})
         for name, hyper in shapings.items()
     )
     given = [f"shaping.{name}" for name, h in shapings.items() if "beta" in h]
-    reward = plugin.plain_section(config.rollout.reward if config.num_steps else {})
+    reward = plugin.plain_section(config.rollout.reward if trains(config) else {})
     return Plugins(
         loss, evals, with_strength(steps, loss, given),
         rewards.load(reward) if reward else None,
     )  # fmt: skip
+
+
+def trains(config) -> bool:
+    """Whether a config takes optimiser steps; without any it only evaluates."""
+    return bool(config.num_steps or config.num_epochs)
 
 
 def has_rollouts(config) -> bool:

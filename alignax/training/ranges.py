@@ -17,7 +17,7 @@ FROM_0, SHARE = "[0, inf)", "[0, 1]"
 # keys of `defaults.get_config`; those of its sections with dots
 RANGES = {
     "seed": "[0, 4294967295]",
-    "num_steps": WHOLE, "batch_size": COUNT, "accumulate": COUNT, "length": COUNT,
+    "num_steps": WHOLE, "num_epochs": FROM_0, "batch_size": COUNT, "accumulate": COUNT, "length": COUNT,
     "average": "[0, 1)", "average_every": COUNT, "min_response": WHOLE,
     "lora.rank": WHOLE, "lora.alpha": "(0, inf)",
     "rollout.group": COUNT, "rollout.max_new": COUNT, "rollout.temperature": "(0, inf)",
@@ -38,7 +38,7 @@ RANGES = {
     "optim.final": SHARE, "optim.clip": FROM_0, "optim.weight_decay": FROM_0,
     "optim.b1": "[0, 1)", "optim.b2": "[0, 1)",
     "eval_every": WHOLE, "eval_batch_size": WHOLE, "patience": WHOLE,
-    "checkpoint.every": WHOLE, "checkpoint.keep": COUNT,
+    "checkpoint.every": WHOLE, "checkpoint.minutes": FROM_0, "checkpoint.keep": COUNT,
     "watchdog.minutes": FROM_0, "watchdog.starts": WHOLE, "log_every": COUNT,
 }  # fmt: skip
 # of sequences of whole numbers

@@ -71,7 +71,7 @@ def test_a_number_outside_of_its_range_is_refused(key):
     "key, value",
     [
         ("buckets", (0,)), ("buckets", (64, "x")), ("mesh", (1, 1, True)), ("mesh", "1"),
-        ("profile", (-1, 2)), ("profile", (1.5, 2)), ("wandb", 1), ("date", 3),
+        ("profile", (-1, 2)), ("profile", (1.5, 2)), ("plots", 1), ("date", 3),
         ("eval_at_start", "no"), ("optim", 3), ("model", {}), ("loss", "dpo"),
         ("model.dtype", None), ("lora.targets", "q"), ("checkpoint.asynchronous", 0),
     ],

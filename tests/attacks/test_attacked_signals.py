@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import time
 
 import numpy as np
 import pytest
@@ -107,3 +109,55 @@ def test_without_a_run_nothing_is_dropped():
         with pytest.raises(preemption.Interrupted, match="SIGTERM"):
             preemption.drop_if_asked()
     preemption.drop_if_asked()
+
+
+COMPILES = """
+import os, pathlib, time
+import tiny
+from alignax.losses import dpo
+
+NEEDS = dpo.NEEDS
+HERE = pathlib.Path(__file__).parent
+
+def loss(policy, batch, *, beta=0.1):
+    if not (HERE / "quick").exists():
+        (HERE / "compiling").touch()
+        end = time.monotonic() + 120
+        while time.monotonic() < end:
+            time.sleep(end - time.monotonic())  # as a compiler, it goes on after a signal
+    return dpo.loss(policy, batch, beta=beta)
+
+def get_config():
+    return tiny.config("pairs", **{"loss.name": "compiles.loss", "num_steps": 2})
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_heard_while_the_first_step_compiles(tmp_path, number):
+    (tmp_path / "compiles.py").write_text(COMPILES)
+    command = tiny.command(
+        "--config", tmp_path / "compiles.py", "--workdir", tmp_path / "run"
+    )
+    path = os.pathsep.join([str(tmp_path), str(tiny.ROOT), str(tiny.ROOT / "tests")])
+    env = tiny.environment(PYTHONPATH=path)
+    start = {"cwd": tiny.ROOT, "env": env, "text": True, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **start) as process:
+        try:
+            for _ in range(900):
+                if (tmp_path / "compiling").exists():
+                    break
+                assert process.poll() is None, process.stderr.read()
+                time.sleep(0.1)
+            sent = time.monotonic()
+            process.send_signal(number)
+            said = process.communicate(timeout=60)[1]
+        finally:
+            process.kill()
+    assert process.returncode == os.EX_TEMPFAIL, said
+    assert time.monotonic() - sent < 30
+    name = signal.Signals(number).name
+    assert f"{name}: nothing to save; the same command goes on" in said
+    assert not (tmp_path / "run" / "owner.json").exists()
+    (tmp_path / "quick").touch()
+    done = subprocess.run(command, cwd=tiny.ROOT, env=env, capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr

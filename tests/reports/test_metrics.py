@@ -6,7 +6,6 @@ import json
 import math
 import statistics
 import struct
-import sys
 import types
 
 import jax
@@ -152,28 +151,6 @@ def test_event_file_is_read_back_by_another_reader(tmp_path):
     assert values["train/loss"] == 0.25 and math.isnan(values["nan"])
     assert second.step == 2**33
     assert [value.simple_value for value in second.summary.value] == [-7.5, math.inf]
-
-
-def test_wandb_missing_says_which_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ImportError, match=r"alignax\[wandb\]"):
-        metrics.Writer(tmp_path, wandb=True)
-
-
-def test_wandb_gets_every_line_and_a_resume_keeps_the_run(tmp_path, monkeypatch):
-    calls = []
-    fake = types.ModuleType("wandb")
-    run = types.SimpleNamespace(
-        log=lambda values, step: calls.append((step, values)), finish=lambda: None
-    )
-    ids = []
-    fake.init = lambda **options: ids.append(options["id"]) or run
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    for step in (0, 1):
-        with metrics.Writer(tmp_path, step=step, wandb=True) as writer:
-            writer.write(step + 1, {"loss": 0.5})
-    assert calls == [(1, {"loss": 0.5}), (2, {"loss": 0.5})]
-    assert ids[0] == ids[1]
 
 
 def test_wilson_equals_published_values():

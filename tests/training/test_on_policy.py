@@ -216,6 +216,30 @@ def test_rewards_of_the_reference_are_kept_with_the_run(tmp_path):
         build.build(config, str(tmp_path / "run"))
 
 
+def test_more_steps_add_the_prompts_that_they_meet(tmp_path):
+    """As a run that goes on, or another one, with the same folder."""
+
+    def rewards(steps):
+        config = run_config(num_steps=steps, shaping={"ctrl": {}, "rloo": {}})
+        roll(config, reference_samples=4, batches=1, epochs=1, cache=str(tmp_path))
+        CALLS.clear()
+        run = build.build(config, str(tmp_path / f"run{steps}"))
+        run.source.next(run.policy.params, 0)
+        sampled = len(CALLS) - 1  # a batch of the policy
+        saved = np.load(tmp_path / "reference_rewards.npz")
+        parts = np.split(saved["logps"], saved["ends"][:-1])
+        rows = {row.tobytes(): x for row, x in zip(saved["rows"], parts, strict=True)}
+        return sampled, rows
+
+    first, few = rewards(1)
+    second, more = rewards(3)
+    third, again = rewards(2)
+    assert (first, second, third) == (1, 2, 0)  # four prompts at once
+    assert len(few) == 4 and len(more) == 12 and again.keys() == more.keys()
+    for key, values in few.items():
+        np.testing.assert_array_equal(more[key], values)
+
+
 def test_the_global_table_is_that_of_all_prompts_of_the_run(tmp_path):
     ctrl = {"calibration": "global", "transform": "identity"}
     config = run_config(num_steps=2, shaping={"ctrl": ctrl, "rloo": {}})
