@@ -41,6 +41,9 @@ COMMANDS = {
     "preflight": Command(
         "alignax.preflight", (), "does the step of a config fit chips that are not here"
     ),
+    "export": Command(
+        "alignax.export", (), "write a run or a model for transformers, PEFT and vLLM"
+    ),
     "plot": Command("alignax.plots", (), "draw the learning curves of a workdir"),
 }
 

@@ -13,6 +13,8 @@ import dataclasses
 import json
 import math
 import pathlib
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -23,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 from alignax.batch import LM, Params
 from alignax.models import families, json_object, sizes
 from alignax.models.load import tensors_of
+from alignax.models.save import at_once
 from alignax.models.transformer import ModelConfig
 
 PARAM_RULES = ((r"/(a|b)$", P()),)  # L ... r and L r ...: small, on every device
@@ -136,9 +139,12 @@ def is_adapters(params: Params) -> bool:
 
 def save(
     adapters: Params, lora: Lora, config: ModelConfig, path: str | pathlib.Path,
-    *, base: str = "",
+    *, base: str = "", files: Mapping[str, bytes] = MappingProxyType({}),
+    overwrite: bool = False,
 ) -> None:  # fmt: skip
     """Writes a PEFT adapter directory (adapter_config.json, adapter_model.safetensors).
+
+    It appears complete or not at all.
 
     Args:
       adapters: from `init`, trained.
@@ -146,15 +152,17 @@ def save(
       config: of the base model; decides the names of the tensors.
       path: the directory to make.
       base: the base model's name or path, for adapter_config.json.
+      files: {name: content} of further files.
+      overwrite: replace the files of adapters that are there.
 
     Raises:
-      FileExistsError: `path` is not empty.
+      FileExistsError: `path` is not empty, or holds other things than adapters.
       ValueError: adapters with a value head, which PEFT keeps elsewhere.
     """
     from safetensors.numpy import save_file
 
     path = pathlib.Path(path).expanduser()
-    if path.exists() and any(path.iterdir()):
+    if path.exists() and any(path.iterdir()) and not (overwrite and is_peft(path)):
         raise FileExistsError(f"{path} is not empty")
     if set(adapters) != {"blocks"}:
         raise ValueError("adapters with a value head cannot be written as PEFT's")
@@ -174,10 +182,14 @@ def save(
         "base_model_name_or_path": base,
         "target_modules": sorted(_module(names, t) for t in lora.targets),
     }  # fmt: skip
-    path.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
-    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
-    (path / "adapter_config.json").write_text(text, encoding="utf-8")
+    with at_once(path) as new:
+        weights = new / "adapter_model.safetensors"
+        save_file(tensors, weights, metadata={"format": "pt"})
+        weights.chmod(0o644)  # safetensors lets only the owner read
+        text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+        (new / "adapter_config.json").write_text(text, encoding="utf-8")
+        for name, content in files.items():
+            (new / name).write_bytes(content)
 
 
 def load(path: str | pathlib.Path, base: LM) -> tuple[Params, Lora]:

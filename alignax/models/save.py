@@ -1,5 +1,6 @@
 """Saves a model as a Hugging Face directory (config.json, safetensors) for transformers."""
 
+import contextlib
 import json
 import pathlib
 import shutil
@@ -61,17 +62,24 @@ def save(
     config |= {"dtype": dtype, "torch_dtype": dtype}
     copied = _tokenizer_files(tokenizer)
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        new = work / "new"
-        new.mkdir()
+    with at_once(path) as new:
         _write_weights(lm, new, max_shard_bytes)
         _write_json(new / "config.json", config)
         for file in copied:
             shutil.copy(file, new / file.name)
         for name, content in files.items():
             (new / name).write_bytes(content)
+
+
+@contextlib.contextmanager
+def at_once(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A new folder to write to, which takes the place of `path` when all is written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        new = work / "new"
+        new.mkdir()
+        yield new
         if path.exists():
             path.rename(work / "old")
         new.rename(path)

@@ -2,5 +2,6 @@
 
 Reading order: metrics (metrics.jsonl, intervals, FLOPs), progress (the line in the
 terminal), tables (metrics as text), curves (learning curves as pictures), trackers
-(TensorBoard, Weights & Biases and others), events (TensorBoard files).
+(TensorBoard, Weights & Biases and others), events (TensorBoard files), model_card
+(the README.md of an exported model).
 """

@@ -304,14 +304,24 @@ def load_lm(folder, *, average: bool = False) -> LM:
     raise CheckpointError(f"no checkpoint that reads back in {folder}")
 
 
-def written_by(folder) -> str:
-    """The version of alignax that wrote the newest checkpoint of a run; '' if unknown."""
-    place = absolute(folder) / "checkpoints"
+def last_meta(folder) -> dict[str, Any]:
+    """The meta of the newest checkpoint of a run that reads back; {} without one.
+
+    Args:
+      folder: of a run (its 'checkpoints' are read), or a folder of checkpoints.
+    """
+    folder = absolute(folder)
+    place = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
     if not place.is_dir():
-        return ""
+        return {}
     with _reader(place) as manager:
         found = records(manager)
-    return found[-1].get("written_by", {}).get("alignax", "") if found else ""
+    return found[-1] if found else {}
+
+
+def written_by(folder) -> str:
+    """The version of alignax that wrote the newest checkpoint of a run; '' if unknown."""
+    return last_meta(folder).get("written_by", {}).get("alignax", "")
 
 
 def _reader(place: epath.Path) -> ocp.CheckpointManager:

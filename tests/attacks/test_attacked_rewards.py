@@ -46,7 +46,7 @@ def spoils_conversations(completions, prompts, answer, **_):
 
 @pytest.fixture
 def given(make_batch, make_lm, tiny_config):
-    batch = jax.device_get(make_batch(b=2, g=2))
+    batch = jax.tree.map(np.array, make_batch(b=2, g=2))  # that can be written to
     examples = [
         Example(f"e{i}", [{"role": "user", "content": f"Q{i}"}], (), columns={"answer": str(i)})
         for i in range(2)

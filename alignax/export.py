@@ -1,0 +1,243 @@
+"""Writes a run or a model as a folder that transformers, PEFT and vLLM load.
+
+  alignax export runs/dpo exported            weights, config, tokenizer, generation_config
+  alignax export runs/lora adapters --peft    the adapters of a run, as PEFT writes them
+
+SOURCE is all that `alignax.load` reads. The folder appears complete or not at all, and is
+read back before the command ends.
+"""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alignax import api
+from alignax.batch import LM
+from alignax.models import load, lora, transformer
+from alignax.models import save as model_files
+from alignax.reports import metrics, model_card
+from alignax.runs import checkpoint, model_paths
+from alignax.runs.model_paths import ModelPath
+from alignax.text import tokenizer as tokenizers
+from alignax.text import tokenizer_files
+from alignax.text.tokenizer import Tokenizer
+from alignax.training import loading
+
+# What the change of log-probabilities by a cast is measured on.
+TEXTS = (
+    ("What is the capital of France?", "The capital of France is Paris."),
+    ("Write a short story about the tide.", "At dawn the water came back, and with it the boats."),
+    ("Compute 17 + 25.", "17 + 25 = 42."),
+)  # fmt: skip
+
+
+def export(
+    source: str, out: str, *, peft: bool = False, dtype: str = "", average: bool = False,
+    value_head: str = "", overwrite: bool = False,
+) -> list[str]:  # fmt: skip
+    """Writes a model and reads it back.
+
+    Args:
+      source: a run, its 'best', a Hugging Face or PEFT folder, or a .gguf file.
+      out: the folder to make.
+      peft: write the adapters of a run alone, for PEFT. Otherwise adapters are merged.
+      dtype: 'float32' or 'bfloat16', of the weights; '' is the source's own.
+      average: the average of the parameters that the run kept, instead of these.
+      value_head: 'classifier' writes the scalar head of a reward model as a sequence
+        classifier's `score`; 'drop' leaves the head of a critic out. '' is an error for a
+        model with such a head.
+      overwrite: replace a model folder that stands there.
+
+    Returns:
+      What was written and measured, in lines.
+
+    Raises:
+      ValueError: the source has no such adapters, average or head; the message says so.
+      FileNotFoundError, FileExistsError: no model there, or a folder that would be lost.
+    """
+    found = model_paths.resolve(checkpoint.AVERAGE * average + source)
+    files = dict(tokenizer_files.files(tokenizers.load(tokenizer_of(found))))
+    name = pathlib.Path(out).name
+    card = model_card.card(
+        name, found.config, facts(found), evaluation(found), peft=peft
+    )
+    files["README.md"] = card.encode()
+    if peft:
+        if dtype or value_head:
+            raise ValueError("adapters are written in float32, without a value head")
+        return write_adapters(found, out, files, overwrite)
+    lm = with_head(loading.load_lm(found), value_head, source)
+    said = []
+    if dtype:
+        lm, line = cast(lm, dtype, tokenizers.load(tokenizer_of(found)))
+        said.append(line)
+    model_files.save(lm, out, files=files, overwrite=overwrite)
+    check_written(lm, out)
+    size = sum(x.nbytes for x in jax.tree.leaves(lm.params))
+    kind = "sequence classifier" if lm.config.value_head else "causal LM"
+    many = len(jax.tree.leaves(lm.params))
+    return [
+        *said,
+        f"wrote {out}: {lm.config.family}, {kind}, {size / 1e6:.1f} MB; {many} parameters "
+        "read back as they were written",
+    ]
+
+
+def tokenizer_of(found: ModelPath) -> str:
+    """The path of the tokenizer of a model.
+
+    Raises:
+      FileNotFoundError: none is known.
+    """
+    if not found.tokenizer:
+        raise FileNotFoundError(f"{found.path} has no tokenizer that is known")
+    return found.tokenizer
+
+
+def facts(found: ModelPath) -> dict[str, Any]:
+    """What is known of a model beside its config: its step, its data, who wrote it."""
+    if found.kind != "run":
+        return {}
+    meta = checkpoint.last_meta(found.path)
+    # a digest; of rollouts one of their prompts, too
+    data = (meta.get("data") or {}).get("data", "")
+    return {
+        "parameters": "their average" if found.average else "",
+        "alignax": meta.get("written_by", {}).get("alignax", ""),
+        "digest of the data": data,
+    }
+
+
+def evaluation(found: ModelPath) -> dict[str, float]:
+    """The metrics of the last evaluation of a run."""
+    try:
+        return model_card.last_evaluation(metrics.read(found.folder or found.path))
+    except FileNotFoundError:
+        return {}
+
+
+def with_head(lm: LM, value_head: str, source: str) -> LM:
+    """The model with or without its scalar head, as was asked for.
+
+    Raises:
+      ValueError: it has one and nothing was asked for, or has none.
+    """
+    if lm.config.value_head and not value_head:
+        raise ValueError(
+            f"{source} has a scalar head: --sequence-classifier writes it as a classifier's "
+            "`score`, as for a reward model; --drop-value-head leaves it out, as for a critic"
+        )
+    if value_head and not lm.config.value_head:
+        raise ValueError(
+            f"{source} has no scalar head, as reward models and critics have"
+        )
+    return loading.with_value_head(lm, False) if value_head == "drop" else lm
+
+
+def cast(lm: LM, dtype: str, text: Tokenizer) -> tuple[LM, str]:
+    """The model in another dtype, and what that does to log-probabilities."""
+    new = LM(lm.config, jax.tree.map(lambda x: jnp.asarray(x, dtype), lm.params))
+    if lm.config.value_head:
+        return new, f"cast to {dtype}"
+    prompts, responses = zip(*TEXTS, strict=True)
+    before, after = (
+        api.score(api.Model(x, text), prompts, responses) for x in (lm, new)
+    )
+    change = np.abs(after.logps - before.logps)[before.mask]
+    return new, (
+        f"cast to {dtype}: log-probabilities change by {change.mean():.2g} nats per token, "
+        f"by {change.max():.2g} at most ({change.size} tokens)"
+    )
+
+
+def check_written(lm: LM, out: str) -> None:
+    """Raises ValueError unless a folder reads back as the model that it was written from."""
+    dtype = str(jax.tree.leaves(lm.params)[0].dtype)
+    again = load.load(out, dtype=dtype)
+    if isinstance(lm.params["blocks"], tuple):
+        raise TypeError("layers are expected to be stacked")
+    same = jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), lm.params, again.params)  # fmt: skip
+    wrong = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, equal in jax.tree_util.tree_leaves_with_path(same)
+        if not equal
+    ]
+    if wrong:
+        raise ValueError(f"{out} does not read back: {wrong[0]} differs")
+
+
+def write_adapters(
+    found: ModelPath, out: str, files: dict[str, bytes], overwrite: bool
+) -> list[str]:
+    """Writes the adapters of a run for PEFT, and reads them back.
+
+    Raises:
+      ValueError: it is no run with adapters.
+    """
+    lm = checkpoint.load_lm(found.path, average=found.average) if found.kind == "run" else None  # fmt: skip
+    if lm is None or not found.config or not lora.is_adapters(lm.params):
+        raise ValueError(f"{found.path} is no run with adapters (config.lora.rank)")
+    settings = loading.as_lora(found.config["lora"])
+    base = found.base.path if found.base else ""
+    lora.save(
+        lm.params, settings, lm.config, out, base=base, files=files, overwrite=overwrite
+    )
+    shapes = jax.eval_shape(lambda: transformer.init(lm.config, jax.random.key(0)))
+    again, read = lora.load(out, LM(lm.config, shapes))
+    same = jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), lm.params, again)  # fmt: skip
+    if not all(jax.tree.leaves(same)) or read.rank != settings.rank:
+        raise ValueError(f"{out} does not read back")
+    many = sum(x.size for x in jax.tree.leaves(lm.params))
+    note = f"of {base}" if base else "of weights that were drawn from the run's seed"
+    return [
+        f"wrote {out}: {many} parameters of adapters {note}, rank {settings.rank}; they read "
+        "back as they were written"
+    ]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The command: see the module."""
+    parser = argparse.ArgumentParser(
+        prog="alignax export", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument(
+        "source", help="a run, a Hugging Face or PEFT folder, or a .gguf"
+    )
+    parser.add_argument("out", help="the folder to make")
+    parser.add_argument("--peft", action="store_true", help="the adapters alone")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="")
+    parser.add_argument(
+        "--average", action="store_true", help="the average of the run's parameters"
+    )
+    head = parser.add_mutually_exclusive_group()
+    head.add_argument(
+        "--sequence-classifier", dest="head", action="store_const", const="classifier",
+        default="", help="a reward model, with its scalar head as `score`",
+    )  # fmt: skip
+    head.add_argument(
+        "--drop-value-head", dest="head", action="store_const", const="drop",
+        help="a policy without the head of its critic",
+    )  # fmt: skip
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a model folder"
+    )
+    a = parser.parse_args(arguments)
+    try:
+        said = export(
+            a.source, a.out, peft=a.peft, dtype=a.dtype, average=a.average,
+            value_head=a.head, overwrite=a.overwrite,
+        )  # fmt: skip
+    except (ValueError, OSError, checkpoint.CheckpointError) as error:
+        raise SystemExit(f"error: {error}") from error
+    print("\n".join(said))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,190 @@
+"""`alignax export`: what is written reads back, and every choice is made by its user."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+import alignax as ax
+from alignax import export
+from alignax.models import load, lora
+from alignax.reports import model_card
+from alignax.runs import checkpoint
+from alignax.training import loading, loop
+
+EVALUATED = {
+    "eval_data": {"name": "synthetic", "split": "test", "kind": "pairs", "size": 8},
+    "evals": {"ranking_accuracy": {}},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A DPO run that kept an average."""
+    folder = tmp_path_factory.mktemp("export") / "run"
+    loop.train(tiny.config("pairs", num_steps=2, average=0.5, **EVALUATED), str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """A run of adapters."""
+    folder = tmp_path_factory.mktemp("adapted") / "run"
+    config = tiny.config("sft", **{"num_steps": 2, "lora.rank": 2, "lora.targets": ("q", "up")})  # fmt: skip
+    loop.train(config, str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+    """A reward model."""
+    folder = tmp_path_factory.mktemp("judge") / "run"
+    c = tiny.config("pairs", num_steps=2, lms={}, loss={"name": "reward_model"})
+    c.model.value_head = True
+    loop.train(c, str(folder))
+    return folder
+
+
+def same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_a_run_is_written_with_all_that_belongs_to_it(run, tmp_path, capsys):
+    out = tmp_path / "out"
+    export.main([str(run), str(out)])
+    assert "causal LM" in capsys.readouterr().out
+    names = {p.name for p in out.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"} < names  # fmt: skip
+    model, again = ax.load(str(run)), ax.load(str(out))
+    same(model.lm.params, again.lm.params)
+    assert model.tokenizer.encode("Ünïcode") == again.tokenizer.encode("Ünïcode")
+    generation = json.loads((out / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == sorted(model.tokenizer.eos_ids)
+    card = (out / "README.md").read_text()
+    assert "loss `dpo`, 2 steps of 4 prompts, all weights" in card
+    assert (
+        "## Evaluation at step 2" in card and "eval/ranking_accuracy/accuracy" in card
+    )
+    saved = json.loads(card.split("```json\n")[1].split("```")[0])
+    assert saved == json.loads((run / "config.json").read_text())
+    digest = checkpoint.last_meta(run)["data"]["data"]
+    assert f"- digest of the data: {digest}" in card
+
+
+def test_the_average_is_another_model(run, tmp_path):
+    export.main([str(run), str(tmp_path / "out"), "--average"])
+    again = load.load(tmp_path / "out")
+    same(again.params, loading.load_lm(f"average:{run}").params)
+    assert not np.array_equal(again.params["embed"], loading.load_lm(str(run)).params["embed"])  # fmt: skip
+
+
+def test_what_a_cast_changes_is_measured(run, tmp_path, capsys):
+    export.main([str(run), str(tmp_path / "out"), "--dtype", "bfloat16"])
+    said = capsys.readouterr().out
+    lm, text = loading.load_lm(str(run)), ax.tokenizer(str(run))
+    new = export.LM(
+        lm.config, jax.tree.map(lambda x: x.astype(jnp.bfloat16), lm.params)
+    )
+    a, b = (ax.score(ax.Model(x, text), *map(list, zip(*export.TEXTS, strict=True))) for x in (lm, new))  # fmt: skip
+    change = np.abs(a.logps - b.logps)[a.mask]
+    assert change.mean() > 0
+    assert (
+        f"change by {change.mean():.2g} nats per token, by {change.max():.2g}" in said
+    )
+    same(load.load(tmp_path / "out", dtype="bfloat16").params, new.params)
+
+
+def test_adapters_are_merged_or_written_for_peft(adapted, tmp_path, capsys):
+    export.main([str(adapted), str(tmp_path / "merged")])
+    same(load.load(tmp_path / "merged").params, loading.load_lm(str(adapted)).params)
+    export.main([str(adapted), str(tmp_path / "peft"), "--peft"])
+    assert (
+        "parameters of adapters of weights that were drawn" in capsys.readouterr().out
+    )
+    held = checkpoint.load_lm(adapted)
+    again, settings = lora.load(tmp_path / "peft", loading.load_lm(str(adapted)))
+    same(again, held.params)
+    assert settings.rank == 2 and set(settings.targets) == {"q", "up"}
+    assert "library_name: peft" in (tmp_path / "peft" / "README.md").read_text()
+    assert (tmp_path / "peft" / "tokenizer.json").exists()
+    with pytest.raises(SystemExit, match="is not empty"):
+        export.main([str(adapted), str(tmp_path / "peft"), "--peft"])
+    export.main([str(adapted), str(tmp_path / "peft"), "--peft", "--overwrite"])
+
+
+def test_a_scalar_head_is_written_or_left_out_as_the_user_says(judge, tmp_path):
+    with pytest.raises(
+        SystemExit, match=r"--sequence-classifier writes it.*--drop-value"
+    ):
+        export.main([str(judge), str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+    export.main([str(judge), str(tmp_path / "out"), "--sequence-classifier"])
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["architectures"] == ["LlamaForSequenceClassification"]
+    same(load.load(tmp_path / "out").params, loading.load_lm(str(judge)).params)
+    export.main([str(judge), str(tmp_path / "lm"), "--drop-value-head"])
+    assert "value_head" not in load.load(tmp_path / "lm").params
+
+
+REFUSED = {
+    "no head": (["--sequence-classifier"], "has no scalar head"),
+    "no adapters": (["--peft"], "is no run with adapters"),
+    "adapters of a dtype": (["--peft", "--dtype", "bfloat16"], "are written in float32"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_source_does_not_have_is_refused_and_nothing_is_written(
+    run, tmp_path, name
+):
+    flags, message = REFUSED[name]
+    with pytest.raises(SystemExit, match=message):
+        export.main([str(run), str(tmp_path / "out"), *flags])
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_source_that_is_not_there_and_a_folder_that_would_be_lost(run, tmp_path):
+    with pytest.raises(SystemExit, match="nowhere"):
+        export.main([str(tmp_path / "nowhere"), str(tmp_path / "out")])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    for flags in ([], ["--overwrite"]):
+        with pytest.raises(SystemExit, match=r"exists|kept"):
+            export.main([str(run), str(tmp_path / "out"), *flags])
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+    with pytest.raises(SystemExit, match="only a run has an average"):
+        export.main([str(tmp_path / "out"), str(tmp_path / "other"), "--average"])
+
+
+def test_weights_that_do_not_read_back_are_an_error(run, tmp_path):
+    lm = loading.load_lm(str(run))
+    ax.save(ax.load(str(run)), str(tmp_path / "out"))
+    export.check_written(lm, str(tmp_path / "out"))
+    changed = {**lm.params, "embed": lm.params["embed"] + 1}
+    with pytest.raises(ValueError, match="embed differs"):
+        export.check_written(export.LM(lm.config, changed), str(tmp_path / "out"))
+
+
+def test_a_card_names_its_base_only_where_the_hub_knows_it():
+    config = {"model": {"path": "hf:org/name"}, "loss": {"name": "dpo"}, "num_steps": 3, "batch_size": 2}  # fmt: skip
+    assert "base_model: org/name" in model_card.card("x", config, {}, {})
+    config["model"]["path"] = "/home/me/model"
+    assert "base_model" not in model_card.card("x", config, {}, {})
+    assert "which did not train it" in model_card.card("x", None, {}, {})
+
+
+def test_the_last_evaluation_is_one_step():
+    rows = [
+        {"step": 2.0, "eval/a": 1.0, "eval/b": 2.0}, {"step": 3.0, "train/loss": 1.0},
+        {"step": 4.0, "eval/a": 5.0}, {"step": 4.0, "eval/c": 6.0},
+    ]  # fmt: skip
+    assert model_card.last_evaluation(rows) == {
+        "step": 4.0,
+        "eval/a": 5.0,
+        "eval/c": 6.0,
+    }
+    assert model_card.last_evaluation(rows[1:2]) == {}
