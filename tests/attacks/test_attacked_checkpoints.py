@@ -115,10 +115,10 @@ def test_sigterm_at_an_evaluation_leaves_it_to_the_next_start(tmp_path, monkeypa
     config = tiny.config(**SETTINGS)
     honest = loop.schedule
 
-    def schedule(session, at):
+    def schedule(session, now, at):
         if at == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return honest(session, at)
+        return honest(session, now, at)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "schedule", schedule)

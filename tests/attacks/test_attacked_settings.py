@@ -196,6 +196,8 @@ REFUSALS = [
     ({"data.specials": "x"}, r"config\.data\.specials is 'x'"),
     ({"data.raw": 1}, r"config\.data\.raw is 1"),
     ({"data": {}, "mixture": {"a": PART}}, r"mixture\.a has no 'ratio'"),
+    ({"data": {}, "mixture": {"a": {**PART, "ratio": 1}}, "num_epochs": 1.0}, "num_epochs counts passes"),
+    ({"trackers": (3,)}, "trackers has 3, expected names"),
     ({**ROLL, "reference_cache": "x"}, "without reference_cache"),
     ({"reference_cache": "x"}, r"need a frozen lms\.ref"),
     ({"evals": {"perplexity": {}}}, "need config.eval_data"),
