@@ -44,6 +44,9 @@ COMMANDS = {
     "export": Command(
         "alignax.export", (), "write a run or a model for transformers, PEFT and vLLM"
     ),
+    "sweep": Command(
+        "alignax.sweep", (), "runs of one config that differ in some keys, and a table"
+    ),
     "plot": Command("alignax.plots", (), "draw the learning curves of a workdir"),
 }
 

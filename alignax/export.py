@@ -19,8 +19,9 @@ import numpy as np
 
 from alignax import api
 from alignax.batch import LM
-from alignax.models import load, lora, transformer
+from alignax.models import json_object, load, lora, transformer
 from alignax.models import save as model_files
+from alignax.records import fetch
 from alignax.reports import metrics, model_card
 from alignax.runs import checkpoint, model_paths
 from alignax.runs.model_paths import ModelPath
@@ -47,7 +48,8 @@ def export(
       source: a run, its 'best', a Hugging Face or PEFT folder, or a .gguf file.
       out: the folder to make.
       peft: write the adapters of a run alone, for PEFT. Otherwise adapters are merged.
-      dtype: 'float32' or 'bfloat16', of the weights; '' is the source's own.
+      dtype: 'float32' or 'bfloat16', of the weights; '' is the source's own (of a .gguf
+        file, and of float16, it is float32).
       average: the average of the parameters that the run kept, instead of these.
       value_head: 'classifier' writes the scalar head of a reward model as a sequence
         classifier's `score`; 'drop' leaves the head of a critic out. '' is an error for a
@@ -61,19 +63,23 @@ def export(
       ValueError: the source has no such adapters, average or head; the message says so.
       FileNotFoundError, FileExistsError: no model there, or a folder that would be lost.
     """
+    if "://" in out:
+        raise ValueError(f"{out} is remote: export to a local folder, and copy that")
     found = model_paths.resolve(checkpoint.AVERAGE * average + source)
     files = dict(tokenizer_files.files(tokenizers.load(tokenizer_of(found))))
-    name = pathlib.Path(out).name
+    known = facts(found)
     card = model_card.card(
-        name, found.config, facts(found), evaluation(found), peft=peft
-    )
+        pathlib.Path(out).name, found.config, known, evaluation(found, known.get("step")),
+        peft=peft,
+    )  # fmt: skip
     files["README.md"] = card.encode()
     if peft:
         if dtype or value_head:
             raise ValueError("adapters are written in float32, without a value head")
         return write_adapters(found, out, files, overwrite)
-    lm = with_head(loading.load_lm(found), value_head, source)
-    said = []
+    model_files.check_target(pathlib.Path(out).expanduser(), overwrite)
+    lm, said = read(found)
+    lm = with_head(lm, value_head, source)
     if dtype:
         lm, line = cast(lm, dtype, tokenizers.load(tokenizer_of(found)))
         said.append(line)
@@ -105,21 +111,35 @@ def facts(found: ModelPath) -> dict[str, Any]:
     if found.kind != "run":
         return {}
     meta = checkpoint.last_meta(found.path)
-    # a digest; of rollouts one of their prompts, too
-    data = (meta.get("data") or {}).get("data", "")
     return {
+        "step": meta.get("step", ""),
         "parameters": "their average" if found.average else "",
         "alignax": meta.get("written_by", {}).get("alignax", ""),
-        "digest of the data": data,
+        "digest of the data": (meta.get("data") or {}).get("data", ""),
     }
 
 
-def evaluation(found: ModelPath) -> dict[str, float]:
-    """The metrics of the last evaluation of a run."""
+def evaluation(found: ModelPath, step: Any) -> dict[str, float]:
+    """The evaluation of a run at a step, if these are the parameters that it was of."""
+    if found.kind != "run" or found.average:
+        return {}
     try:
-        return model_card.last_evaluation(metrics.read(found.folder or found.path))
+        return model_card.evaluation(metrics.read(found.folder or found.path), step)
     except FileNotFoundError:
         return {}
+
+
+def read(found: ModelPath) -> tuple[LM, list[str]]:
+    """The model in its own dtype, and what is to be said of that."""
+    if found.kind != "hf":
+        return loading.load_lm(found), []
+    config = json_object.read(pathlib.Path(found.path).expanduser() / "config.json")
+    own = config.get("dtype") or config.get("torch_dtype") or "float32"
+    said = []
+    if own not in ("float32", "bfloat16"):
+        said = [f"the weights are {own} there, and float32 here"]
+    lm = loading.load_lm(found, dtype="bfloat16" if own == "bfloat16" else "float32")
+    return lm, said
 
 
 def with_head(lm: LM, value_head: str, source: str) -> LM:
@@ -184,7 +204,7 @@ def write_adapters(
     if lm is None or not found.config or not lora.is_adapters(lm.params):
         raise ValueError(f"{found.path} is no run with adapters (config.lora.rank)")
     settings = loading.as_lora(found.config["lora"])
-    base = found.base.path if found.base else ""
+    base, note = base_of(found)
     lora.save(
         lm.params, settings, lm.config, out, base=base, files=files, overwrite=overwrite
     )
@@ -194,11 +214,27 @@ def write_adapters(
     if not all(jax.tree.leaves(same)) or read.rank != settings.rank:
         raise ValueError(f"{out} does not read back")
     many = sum(x.size for x in jax.tree.leaves(lm.params))
-    note = f"of {base}" if base else "of weights that were drawn from the run's seed"
     return [
-        f"wrote {out}: {many} parameters of adapters {note}, rank {settings.rank}; they read "
+        f"wrote {out}: {many} parameters of adapters of {note}, rank {settings.rank}; they read "
         "back as they were written"
     ]
+
+
+def base_of(found: ModelPath) -> tuple[str, str]:
+    """(base_model_name_or_path of a run's adapters, the base in words)."""
+    assert found.config is not None
+    path = found.config["model"]["path"]
+    if path.startswith(fetch.PREFIX):  # by the name that others know it by
+        name = path.removeprefix(fetch.PREFIX)
+        return name, name
+    if found.base is None:
+        return "", "weights that were drawn from the run's seed"
+    if found.base.kind == "hf":
+        return found.base.path, found.base.path
+    return found.base.path, (
+        f"{found.base.path}, which PEFT and vLLM do not read: export it, too, and name that "
+        "folder in adapter_config.json (base_model_name_or_path)"
+    )
 
 
 def main(arguments: Sequence[str]) -> None:

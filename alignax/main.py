@@ -4,7 +4,7 @@
   python -m alignax.main --config configs/generate.py --workdir runs/generate
     --config.prompts.path=prompts.txt
 
-With num_steps=0 it only evaluates; with a config that has `prompts` it responds to them. A
+Without num_steps and num_epochs it only evaluates; with a config that has `prompts` it responds to them. A
 run that is stopped by SIGTERM or Ctrl-C exits with 75 (EX_TEMPFAIL): the same command
 resumes it.
 """
@@ -64,10 +64,12 @@ def main(argv):
         jax.config.update("jax_disable_jit", True)
     from alignax.respond import respond  # after the backend is set up
     from alignax.runs import hosts  # after the backend is set up
+    from alignax.runs import preemption as signals
     from alignax.runs.checkpoint import CheckpointError
     from alignax.runs.preemption import Preempted, preemption
     from alignax.training import explain, loop, show  # after the backend is set up
 
+    signals.of_program = True
     looking = EXPLAIN.value or SHOW.value
     if not WORKDIR.value and not looking:
         raise app.UsageError("--workdir is needed")

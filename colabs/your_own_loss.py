@@ -22,10 +22,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from alignax.batch import Scores, from_pairs
+from alignax.configs import common, models
 from alignax.losses import dpo
 from alignax.reports import metrics
 from alignax.training import loop
-from configs import common, models
 
 folder = pathlib.Path(tempfile.mkdtemp())
 

@@ -7,7 +7,7 @@ A row is {"prompt": ..., "responses": [two or more], "scores": [1 for a right an
 a wrong one]}; what is above 0.5 is right.
 """
 
-from configs import rrhf
+from alignax.configs import rrhf
 
 
 def get_config(arg: str = ""):

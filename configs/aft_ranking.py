@@ -7,7 +7,7 @@ A row is {"prompt": ..., "responses": [two or more], "scores": [a number for eac
 is better; only the order of the scores counts.
 """
 
-from configs import rrhf
+from alignax.configs import rrhf
 
 
 def get_config(arg: str = ""):

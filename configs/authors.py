@@ -4,7 +4,7 @@ Source: Maini et al. 2024 (TOFU), https://arxiv.org/abs/2401.06121
 Command: python -m alignax.main --config configs/authors.py --workdir runs/authors
 """
 
-from configs import sft
+from alignax.configs import sft
 
 
 def get_config(arg: str = ""):

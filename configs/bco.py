@@ -5,7 +5,7 @@ Command: python -m alignax.main --config configs/bco.py --workdir runs/bco
   --config.data.source.path=pairs.jsonl.gz
 """
 
-from configs import kto
+from alignax.configs import kto
 
 
 def get_config(arg: str = ""):

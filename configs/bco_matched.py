@@ -5,7 +5,7 @@ Command: python -m alignax.main --config configs/bco_matched.py --workdir runs/b
   --config.data.source.source.path=pairs.jsonl.gz
 """
 
-from configs import bco
+from alignax.configs import bco
 
 
 def get_config(arg: str = ""):

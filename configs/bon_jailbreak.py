@@ -7,7 +7,7 @@ The evaluator is a keyword rule in place of a trained judge. To use your own, a 
 the text: --config.evals.bon_jailbreak.evaluator.name=my_project.judge
 """
 
-from configs import dpo, exploitation, models
+from alignax.configs import dpo, exploitation, models
 
 
 def get_config(arg: str = ""):

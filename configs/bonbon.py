@@ -7,7 +7,7 @@ The frozen reference is sampled, not the policy. The loss has the n of the rollo
 rollout.group sets it too.
 """
 
-from configs import grpo
+from alignax.configs import grpo
 
 
 def get_config(arg: str = ""):

@@ -9,7 +9,7 @@ with leave-one-out baselines. The reward's N is rollout.anchor_samples, and its 
 is 1: at another strength the optimum is not the best-of-N distribution, and it is refused.
 """
 
-from configs import ctrl_bon
+from alignax.configs import ctrl_bon
 
 
 def get_config(arg: str = ""):

@@ -5,7 +5,7 @@ Command: python -m alignax.main --config configs/cispo.py --workdir runs/cispo
   --config.data.path=pairs.jsonl.gz
 """
 
-from configs import dapo
+from alignax.configs import dapo
 
 
 def get_config(arg: str = ""):

@@ -8,7 +8,7 @@ Differs from the paper: leave-one-out baselines instead of a critic. Compare met
 equal KL, never at equal beta.
 """
 
-from configs import rloo
+from alignax.configs import rloo
 
 
 def get_config(arg: str = ""):

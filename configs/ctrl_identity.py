@@ -6,7 +6,7 @@ Command: python -m alignax.main --config configs/ctrl_identity.py --workdir runs
   --config.data.path=pairs.jsonl.gz
 """
 
-from configs import ctrl_bon
+from alignax.configs import ctrl_bon
 
 
 def get_config(arg: str = ""):

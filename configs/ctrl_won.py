@@ -8,7 +8,7 @@ Command: python -m alignax.main --config configs/ctrl_won.py --workdir runs/ctrl
   --config.data.path=pairs.jsonl.gz
 """
 
-from configs import ctrl_bon
+from alignax.configs import ctrl_bon
 
 
 def get_config(arg: str = ""):

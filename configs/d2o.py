@@ -7,7 +7,7 @@ A row is {"prompt": ..., "responses": [samples..., negative], "scores": [1, ...,
 negative is the last response; only the evaluation reads the scores.
 """
 
-from configs import rrhf
+from alignax.configs import rrhf
 
 
 def get_config(arg: str = ""):

@@ -8,7 +8,7 @@ equal rewards are sampled again; truncated responses are masked; and the reward 
 over the last fifth of the length limit.
 """
 
-from configs import grpo
+from alignax.configs import grpo
 
 
 def get_config(arg: str = ""):

@@ -7,7 +7,7 @@ Every step draws a response to each prompt and brings the student's distribution
 its tokens closer to the teacher's, by KL(student || teacher). There is no reward.
 """
 
-from configs import gkd
+from alignax.configs import gkd
 
 
 def get_config(arg: str = ""):

@@ -11,7 +11,7 @@ Result: ranking accuracy of the implicit reward on 459 unseen pairs .608 [.563, 
 pairs before their first update, it was .65; during the second epoch 1.
 """
 
-from configs import common, models
+from alignax.configs import common, models
 
 
 def get_config(arg: str = ""):

@@ -5,7 +5,7 @@ Command: python -m alignax.main --config configs/dpo_jsonl.py --workdir runs/min
   --config.data.path=pairs.jsonl
 """
 
-from configs import common, models
+from alignax.configs import common, models
 
 
 def get_config(arg: str = ""):

@@ -9,7 +9,7 @@ configs/dpo_llama3_70b.py --topology v5p:2x4x4` it fits: 80.28 GiB of 95.74 GiB 
 least 12.6 s per step. 16 chips are too few (101 GiB with four micro-batches).
 """
 
-from configs import dpo_llama3_8b, models
+from alignax.configs import dpo_llama3_8b, models
 
 
 def get_config(arg: str = ""):

@@ -9,7 +9,7 @@ result: not run yet. By `python -m alignax.preflight --config configs/dpo_llama3
 --topology v5e:8x8` it fits: 10.99 GiB of 15.75 GiB per chip, at least 1.67 s per step.
 """
 
-from configs import common, models
+from alignax.configs import common, models
 
 
 def get_config(arg: str = ""):

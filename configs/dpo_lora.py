@@ -6,7 +6,7 @@ Command: python -m alignax.main --config configs/dpo_lora.py --workdir runs/dpo_
   --config.data.path=pairs.jsonl.gz
 """
 
-from configs import dpo
+from alignax.configs import dpo
 
 
 def get_config(arg: str = ""):

@@ -5,7 +5,7 @@ Command: python -m alignax.main --config configs/dpo_norm.py --workdir runs/dpo_
   --config.data.path=pairs.jsonl.gz
 """
 
-from configs import dpo
+from alignax.configs import dpo
 
 
 def get_config(arg: str = ""):

@@ -6,7 +6,7 @@ Command: python -m alignax.main --config configs/dpo_on_policy.py --workdir runs
 The samples are those of configs/sample_pairs.py.
 """
 
-from configs import dpo
+from alignax.configs import dpo
 
 
 def get_config(arg: str = ""):

@@ -6,7 +6,7 @@ Command: python -m alignax.main --config configs/dr_grpo.py --workdir runs/dr_gr
 The sum over tokens is divided by a constant, the length of a row with its prompt.
 """
 
-from configs import grpo
+from alignax.configs import grpo
 
 
 def get_config(arg: str = ""):

@@ -5,7 +5,7 @@ Command: python -m alignax.main --config configs/f_dpo.py --workdir runs/f_dpo
   --config.data.path=pairs.jsonl.gz
 """
 
-from configs import dpo
+from alignax.configs import dpo
 
 
 def get_config(arg: str = ""):

@@ -7,7 +7,7 @@ One reward is the right answer, the other a marked one. A group in which all are
 one is right has advantages as large as one where none is marked.
 """
 
-from configs import grpo_gsm8k, models
+from alignax.configs import grpo_gsm8k, models
 
 
 def get_config(arg: str = ""):

@@ -7,7 +7,7 @@ configs/generate.py:args is the decoder `args`, configs/generate.py:args,smoke i
 c.lms has the paths of the models that it reads. JUDGE is the reward of searches: change it.
 """
 
-from configs import common, models
+from alignax.configs import common, models
 
 JUDGE = {"name": "constraints", "keywords": ("thank",), "max_words": 60}
 METHODS = {  # decoder: (its hyper-parameters, models that it reads, reward)

@@ -5,7 +5,7 @@ Command: python -m alignax.main --config configs/gkd.py --workdir runs/gkd
   --config.data.path=pairs.jsonl.gz --config.lms.ref=TEACHER
 """
 
-from configs import sft
+from alignax.configs import sft
 
 
 def get_config(arg: str = ""):

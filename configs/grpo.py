@@ -7,7 +7,7 @@ The reward is the share of constraints that a response satisfies: 15 to 40 words
 the end of a sentence. The other configs of on-policy methods change this one.
 """
 
-from configs import common, models
+from alignax.configs import common, models
 
 
 def get_config(arg: str = ""):

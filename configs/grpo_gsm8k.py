@@ -8,7 +8,7 @@ The right answer is worth 1, and one behind "####" another 0.2, which a small mo
 first. There is no KL: a program's reward cannot be exploited as a learned one can.
 """
 
-from configs import common, models
+from alignax.configs import common, models
 
 
 def get_config(arg: str = ""):

@@ -9,7 +9,7 @@ difference are sampled again. Only the answer is rewarded, which this model mark
 to. The whole test file is evaluated. Cost and result: not run yet.
 """
 
-from configs import grpo_gsm8k, models
+from alignax.configs import grpo_gsm8k, models
 
 
 def get_config(arg: str = ""):

@@ -5,7 +5,7 @@ Command: python -m alignax.main --config configs/gspo.py --workdir runs/gspo
   --config.data.path=pairs.jsonl.gz
 """
 
-from configs import grpo
+from alignax.configs import grpo
 
 
 def get_config(arg: str = ""):

@@ -5,7 +5,7 @@ Command: python -m alignax.main --config configs/ld_dpo.py --workdir runs/ld_dpo
   --config.data.path=pairs.jsonl.gz
 """
 
-from configs import dpo
+from alignax.configs import dpo
 
 
 def get_config(arg: str = ""):

@@ -7,7 +7,7 @@ The pairs are responses to the short prompts, as strings; `data.short_long` make
 the model's own answers to the short and to the long prompt.
 """
 
-from configs import dpo
+from alignax.configs import dpo
 
 
 def get_config(arg: str = ""):

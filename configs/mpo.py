@@ -6,7 +6,7 @@ Command: python -m alignax.main --config configs/mpo.py --workdir runs/mpo
 A sum of losses: every part has a weight and its own hyper-parameters, and metrics of its own.
 """
 
-from configs import dpo
+from alignax.configs import dpo
 
 
 def get_config(arg: str = ""):

@@ -6,7 +6,7 @@ Command: python -m alignax.main --config configs/npo.py --workdir runs/npo
   (after configs/authors.py, which makes runs/authors)
 """
 
-from configs import authors
+from alignax.configs import authors
 
 
 def get_config(arg: str = ""):

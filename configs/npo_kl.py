@@ -5,7 +5,7 @@ Command: python -m alignax.main --config configs/npo_kl.py --workdir runs/npo_kl
   (after configs/authors.py, which makes runs/authors)
 """
 
-from configs import npo
+from alignax.configs import npo
 
 
 def get_config(arg: str = ""):

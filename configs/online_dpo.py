@@ -6,7 +6,7 @@ Command: python -m alignax.main --config configs/online_dpo.py --workdir runs/on
 Differs from the paper: a program scores, not a language model; ties are dropped.
 """
 
-from configs import grpo
+from alignax.configs import grpo
 
 
 def get_config(arg: str = ""):

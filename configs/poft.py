@@ -7,7 +7,7 @@ Every LM of c.lms whose name begins with 'aligned' is used: add or remove some. 
 have the policy's tokenizer.
 """
 
-from configs import sft
+from alignax.configs import sft
 
 
 def get_config(arg: str = ""):

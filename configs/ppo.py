@@ -8,7 +8,7 @@ Four passes over a rollout of four batches. The critic's head starts at zero and
 of its own: at the policy's it would stay there (train/rollout/explained_variance shows it).
 """
 
-from configs import grpo
+from alignax.configs import grpo
 
 
 def get_config(arg: str = ""):

@@ -8,7 +8,7 @@ Command: make quickstart
 
 from ml_collections import ConfigDict
 
-from configs import common, models
+from alignax.configs import common, models
 
 
 def get_config(arg: str = ""):

@@ -7,7 +7,7 @@ Command: python -m alignax.main --config configs/r3.py --workdir runs/r3
 to lead to short copies of the query.
 """
 
-from configs import ppo
+from alignax.configs import ppo
 
 
 def get_config(arg: str = ""):

@@ -6,7 +6,7 @@ Command: python -m alignax.main --config configs/raft.py --workdir runs/raft
 Two passes over rollouts of eight batches.
 """
 
-from configs import grpo
+from alignax.configs import grpo
 
 
 def get_config(arg: str = ""):

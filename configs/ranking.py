@@ -7,7 +7,7 @@ A row is {"prompt": ..., "responses": [two or more], "scores": [a number for eac
 its constraints that a response satisfies, as configs/sample_pairs.py writes them.
 """
 
-from configs import rrhf
+from alignax.configs import rrhf
 
 
 def get_config(arg: str = ""):

@@ -8,7 +8,7 @@ One step per rollout, no ratios and no clipping. The baseline is a constant of t
 range; configs/rloo.py has one of the group.
 """
 
-from configs import grpo
+from alignax.configs import grpo
 
 
 def get_config(arg: str = ""):

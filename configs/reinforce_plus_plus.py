@@ -7,7 +7,7 @@ The group's mean is subtracted, the result is divided by the standard deviation 
 rollout, and the KL (estimator k2) is a term of the loss.
 """
 
-from configs import grpo
+from alignax.configs import grpo
 
 
 def get_config(arg: str = ""):

@@ -5,7 +5,7 @@ Command: python -m alignax.main --config configs/remax.py --workdir runs/remax
   --config.data.path=pairs.jsonl.gz
 """
 
-from configs import rloo
+from alignax.configs import rloo
 
 
 def get_config(arg: str = ""):

@@ -6,7 +6,7 @@ Command: python -m alignax.main --config configs/reward_model.py --workdir runs/
   --config.data.path=pairs.jsonl.gz
 """
 
-from configs import common, models
+from alignax.configs import common, models
 
 
 def get_config(arg: str = ""):

@@ -5,7 +5,7 @@ Command: python -m alignax.main --config configs/reward_regression.py
   --workdir runs/reward_regression --config.data.path=pairs.jsonl.gz
 """
 
-from configs import reward_model
+from alignax.configs import reward_model
 
 
 def get_config(arg: str = ""):

@@ -7,7 +7,7 @@ One step per rollout: the ratio is 1 and nothing is clipped. A response is one a
 gradient is that of log π(y|x), a sum over tokens, so the reduction divides by a constant.
 """
 
-from configs import grpo
+from alignax.configs import grpo
 
 
 def get_config(arg: str = ""):

@@ -8,7 +8,7 @@ is better; {"prompt": ..., "chosen": ..., "rejected": ...} is a group of two. A 
 prompts is held out; the evaluation data are all ordered pairs of their responses.
 """
 
-from configs import dpo_jsonl
+from alignax.configs import dpo_jsonl
 
 
 def get_config(arg: str = ""):

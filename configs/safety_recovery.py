@@ -5,7 +5,7 @@ Command: python -m alignax.main --config configs/safety_recovery.py
   --workdir runs/safety_recovery --config.data.source.path=pairs.jsonl.gz
 """
 
-from configs import sft
+from alignax.configs import sft
 
 
 def get_config(arg: str = ""):

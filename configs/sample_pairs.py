@@ -7,7 +7,7 @@ Command: python -m alignax.main --config configs/sample_pairs.py --workdir runs/
 The groups are written to runs/samples/samples.jsonl; configs/dpo_on_policy.py trains on them.
 """
 
-from configs import dpo
+from alignax.configs import dpo
 
 
 def get_config(arg: str = ""):

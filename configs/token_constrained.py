@@ -5,7 +5,7 @@ Command: python -m alignax.main --config configs/token_constrained.py
   --workdir runs/token_constrained --config.data.path=pairs.jsonl.gz
 """
 
-from configs import sft
+from alignax.configs import sft
 
 
 def get_config(arg: str = ""):

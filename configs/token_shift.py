@@ -5,7 +5,7 @@ Command: python -m alignax.main --config configs/token_shift.py --workdir runs/t
   --config.eval_data.path=prompts.jsonl
 """
 
-from configs import sft
+from alignax.configs import sft
 
 
 def get_config(arg: str = ""):

@@ -6,7 +6,7 @@ Command: python -m alignax.main --config configs/tr_dpo.py --workdir runs/tr_dpo
   --config.data.path=pairs.jsonl.gz
 """
 
-from configs import dpo
+from alignax.configs import dpo
 
 
 def get_config(arg: str = ""):

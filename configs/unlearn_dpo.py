@@ -5,7 +5,7 @@ Command: python -m alignax.main --config configs/unlearn_dpo.py
   --workdir runs/unlearn_dpo (after configs/authors.py, which makes runs/authors)
 """
 
-from configs import npo
+from alignax.configs import npo
 
 
 def get_config(arg: str = ""):

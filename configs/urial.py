@@ -6,7 +6,7 @@ Command: python -m alignax.main --config configs/urial.py --workdir runs/urial
 The tokenizer is that of a base model, without a chat template.
 """
 
-from configs import generate
+from alignax.configs import generate
 
 
 def get_config(arg: str = ""):

@@ -5,7 +5,7 @@ Command: python -m alignax.main --config configs/value_bootstrap.py
   --workdir runs/value_bootstrap --config.data.path=pairs.jsonl.gz
 """
 
-from configs import value_mean
+from alignax.configs import value_mean
 
 
 def get_config(arg: str = ""):

@@ -8,7 +8,7 @@ trained. The reward is a program's, in 0..1; the value is bounded to -0.1..1.1.
 configs/generate.py:controlled decodes with it, with the same centre and radius.
 """
 
-from configs import grpo
+from alignax.configs import grpo
 
 
 def get_config(arg: str = ""):

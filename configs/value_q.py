@@ -7,7 +7,7 @@ Command: python -m alignax.main --config configs/value_q.py --workdir runs/value
 The guide is decoders/controlled with head="q" and the same scale.
 """
 
-from configs import value_mean
+from alignax.configs import value_mean
 
 
 def get_config(arg: str = ""):

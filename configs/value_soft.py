@@ -7,7 +7,7 @@ Command: python -m alignax.main --config configs/value_soft.py --workdir runs/va
 The guide has the same beta: decoders/controlled with beta=0.25.
 """
 
-from configs import value_mean
+from alignax.configs import value_mean
 
 
 def get_config(arg: str = ""):

@@ -6,7 +6,7 @@ Command: python -m alignax.main --config configs/vbon.py --workdir runs/vbon
   --config.data.path=pairs.jsonl.gz
 """
 
-from configs import ctrl_bon
+from alignax.configs import ctrl_bon
 
 
 def get_config(arg: str = ""):

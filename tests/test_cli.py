@@ -82,7 +82,7 @@ def test_a_word_that_does_not_fit_the_config_is_answered_with_the_other(tmp_path
 def test_configs_and_data_are_found_from_the_current_folder(tmp_path):
     """A config beside the user, who is not in the folder of the repository."""
     (tmp_path / "mine.py").write_text(
-        "import beside\nfrom configs import common\n\n"
+        "import beside\nfrom alignax.configs import common\n\n"
         "def get_config():\n"
         "    c = common.get_config()\n"
         "    c.length, c.tokenizer, c.loss = 40, 'bytes', {'name': 'dpo'}\n"

@@ -17,10 +17,10 @@ from ml_collections import ConfigDict
 
 from alignax import plugin, rewards, shaping
 from alignax.batch import LM, Batch
+from alignax.configs import common
 from alignax.models import sharding, transformer
 from alignax.text import tokenizer
 from alignax.training import build, checks, loading, loop, optim, plugins, step
-from configs import common
 
 TK = tokenizer.load("bytes")
 
@@ -70,7 +70,7 @@ def test_is_flat_and_short_and_imports_no_jax(name):
             imported |= {a.name for a in node.names}
         elif isinstance(node, ast.ImportFrom):
             imported.add(node.module)
-    assert imported <= {"configs", "ml_collections"}
+    assert imported <= {"alignax.configs", "ml_collections"}
 
 
 @names

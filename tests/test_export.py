@@ -1,6 +1,7 @@
 """`alignax export`: what is written reads back, and every choice is made by its user."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +66,7 @@ def test_a_run_is_written_with_all_that_belongs_to_it(run, tmp_path, capsys):
     generation = json.loads((out / "generation_config.json").read_text())
     assert generation["eos_token_id"] == sorted(model.tokenizer.eos_ids)
     card = (out / "README.md").read_text()
-    assert "loss `dpo`, 2 steps of 4 prompts, all weights" in card
+    assert "loss `dpo`, step 2 of 2 with 4 prompts each, all weights" in card
     assert (
         "## Evaluation at step 2" in card and "eval/ranking_accuracy/accuracy" in card
     )
@@ -79,6 +80,7 @@ def test_the_average_is_another_model(run, tmp_path):
     export.main([str(run), str(tmp_path / "out"), "--average"])
     again = load.load(tmp_path / "out")
     same(again.params, loading.load_lm(f"average:{run}").params)
+    assert "## Evaluation" not in (tmp_path / "out" / "README.md").read_text()
     assert not np.array_equal(again.params["embed"], loading.load_lm(str(run)).params["embed"])  # fmt: skip
 
 
@@ -111,7 +113,7 @@ def test_adapters_are_merged_or_written_for_peft(adapted, tmp_path, capsys):
     assert settings.rank == 2 and set(settings.targets) == {"q", "up"}
     assert "library_name: peft" in (tmp_path / "peft" / "README.md").read_text()
     assert (tmp_path / "peft" / "tokenizer.json").exists()
-    with pytest.raises(SystemExit, match="is not empty"):
+    with pytest.raises(SystemExit, match="exists; overwrite=True"):
         export.main([str(adapted), str(tmp_path / "peft"), "--peft"])
     export.main([str(adapted), str(tmp_path / "peft"), "--peft", "--overwrite"])
 
@@ -153,7 +155,7 @@ def test_a_source_that_is_not_there_and_a_folder_that_would_be_lost(run, tmp_pat
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
     for flags in ([], ["--overwrite"]):
-        with pytest.raises(SystemExit, match=r"exists|kept"):
+        with pytest.raises(SystemExit, match=r"exists|holds thesis"):
             export.main([str(run), str(tmp_path / "out"), *flags])
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.tex"]
     with pytest.raises(SystemExit, match="only a run has an average"):
@@ -172,19 +174,58 @@ def test_weights_that_do_not_read_back_are_an_error(run, tmp_path):
 def test_a_card_names_its_base_only_where_the_hub_knows_it():
     config = {"model": {"path": "hf:org/name"}, "loss": {"name": "dpo"}, "num_steps": 3, "batch_size": 2}  # fmt: skip
     assert "base_model: org/name" in model_card.card("x", config, {}, {})
-    config["model"]["path"] = "/home/me/model"
+    config["model"]["path"] = "/models/mine"
     assert "base_model" not in model_card.card("x", config, {}, {})
     assert "which did not train it" in model_card.card("x", None, {}, {})
 
 
-def test_the_last_evaluation_is_one_step():
+def test_a_card_has_the_evaluation_of_its_step_alone():
     rows = [
-        {"step": 2.0, "eval/a": 1.0, "eval/b": 2.0}, {"step": 3.0, "train/loss": 1.0},
-        {"step": 4.0, "eval/a": 5.0}, {"step": 4.0, "eval/c": 6.0},
+        {"step": 2.0, "eval/a": 1.0, "eval/b": 2.0}, {"step": 4.0, "train/loss": 1.0},
+        {"step": 4.0, "eval/a": 5.0}, {"step": 4.0, "eval/c": 6.0}, {"step": 6.0, "eval/a": 7.0},
     ]  # fmt: skip
-    assert model_card.last_evaluation(rows) == {
-        "step": 4.0,
-        "eval/a": 5.0,
-        "eval/c": 6.0,
-    }
-    assert model_card.last_evaluation(rows[1:2]) == {}
+    assert model_card.evaluation(rows, 4) == {"step": 4.0, "eval/a": 5.0, "eval/c": 6.0}
+    assert model_card.evaluation(rows, 3) == {}
+
+
+@pytest.mark.parametrize("other", ["a run", "the run itself", "a folder of adapters"])
+def test_what_holds_more_than_a_model_is_never_replaced(run, adapted, tmp_path, other):
+    target, flags = tmp_path / "out", []
+    if other == "a folder of adapters":
+        flags = ["--peft"]
+        export.main([str(adapted), str(target), *flags])
+        (target / "checkpoint-500").mkdir()
+        (target / "checkpoint-500" / "optimizer.pt").write_text("weeks")
+    else:
+        shutil.copytree(run, target)
+    before = sorted(str(p) for p in target.rglob("*"))
+    source = target if other == "the run itself" else adapted
+    with pytest.raises(SystemExit, match=r"holds (best|checkpoint\S*), which a model"):
+        export.main([str(source), str(target), "--overwrite", *flags])
+    assert sorted(str(p) for p in target.rglob("*")) == before
+
+
+def test_a_dtype_stays_that_of_the_source(run, tmp_path, capsys):
+    export.main([str(run), str(tmp_path / "half"), "--dtype", "bfloat16"])
+    export.main([str(tmp_path / "half"), str(tmp_path / "again")])
+    a, b = (tmp_path / n / "model.safetensors" for n in ("half", "again"))
+    assert a.read_bytes() == b.read_bytes()
+    config = json.loads((tmp_path / "half" / "config.json").read_text())
+    config |= {"dtype": "float16", "torch_dtype": "float16"}
+    (tmp_path / "half" / "config.json").write_text(json.dumps(config))
+    export.main([str(tmp_path / "half"), str(tmp_path / "third")])
+    assert "the weights are float16 there, and float32 here" in capsys.readouterr().out
+
+
+def test_the_base_of_adapters_is_named_as_others_know_it(adapted):
+    found = export.model_paths.resolve(str(adapted))
+    assert export.base_of(found)[0] == ""
+    config = {**found.config, "model": {**found.config["model"], "path": "hf:org/name"}}
+    assert export.base_of(found._replace(config=config)) == ("org/name", "org/name")
+    of_run = found._replace(config={"model": {"path": "x"}}, base=found)
+    assert "which PEFT and vLLM do not read" in export.base_of(of_run)[1]
+
+
+def test_a_remote_folder_is_refused(run):
+    with pytest.raises(SystemExit, match="is remote: export to a local folder"):
+        export.main([str(run), "gs://bucket/model"])

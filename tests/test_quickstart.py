@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 SWAPPED = """
 import sys
 from alignax.training.loop import train
-from configs import quickstart
+from alignax.configs import quickstart
 config = quickstart.get_config().stages.dpo.copy_and_resolve_references()
 config.model.path, config.data.swapped, config.plots = sys.argv[1], True, False
 train(config, sys.argv[2])

@@ -1,7 +1,6 @@
 """Sweeps: which runs, where, what is started again, and the table; runs are stand-ins."""
 
 import csv
-import importlib.util
 import json
 import os
 import pathlib
@@ -13,10 +12,10 @@ import time
 
 import pytest
 
-PATH = pathlib.Path(__file__).parents[1] / "launch" / "sweep.py"
-spec = importlib.util.spec_from_file_location("sweep", PATH)
-sweep = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sweep)
+from alignax import sweep
+
+ROOT = pathlib.Path(__file__).parents[1]
+PATH = ROOT / "alignax" / "sweep.py"
 
 RUN = """
 import json, pathlib, signal, sys, time
@@ -92,8 +91,7 @@ def test_a_file_has_a_run_a_line():
         (["--runs", "nowhere.txt"], "nowhere.txt"),
         (["--grid", "a=1", "--launcher", "launch/gone.sh x"], "'launch/gone.sh' is not there"),
         (["--grid", "a=1", "--launcher", "no-such-program"], "'no-such-program' is not there"),
-        (["--grid", "a=1", "--launcher", ""], "'' is not there"),
-        (["--grid", "a=1", "--launcher", "launch/xpk.sh c w v6e-8"], "xpk.sh returns when"),
+        (["--grid", "a=1", "--launcher", f"{ROOT}/launch/xpk.sh c w v6e-8"], "xpk.sh returns when"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_before_anything_runs(tmp_path, capsys, words, said):
@@ -109,18 +107,21 @@ def test_dry_run_prints_the_commands_and_does_nothing(tmp_path, capsys):
     assert sweep.main([*words, "--dry_run"]) == 0
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     assert lines == [
-        ["launch/local.sh", "c.py", str(tmp_path / "s" / name), f"--config.mesh={mesh}",
-         "--config.seed=3"]
+        [sys.executable, "-m", "alignax.main", "--config", "c.py", "--workdir",
+         str(tmp_path / "s" / name), f"--config.mesh={mesh}", "--config.seed=3"]
         for name, mesh in (("mesh=_1__2_,seed=3", "(1, 2)"), ("mesh=_2__1_,seed=3", "(2, 1)"))
     ]  # fmt: skip
     assert not (tmp_path / "s").exists()
 
 
 def test_dry_run_prints_what_local_sh_takes(tmp_path, capsys):
-    sweep.main(["c.py", str(tmp_path), "--grid", "x=(1, 2)", "--dry_run"])
+    local = str(ROOT / "launch/local.sh")
+    sweep.main(
+        ["c.py", str(tmp_path), "--grid", "x=(1, 2)", "--dry_run", "--launcher", local]
+    )
     script, *rest = shlex.split(capsys.readouterr().out)
     told = subprocess.run(
-        [str(PATH.parents[1] / script), "--dry_run", *rest],
+        [script, "--dry_run", *rest],
         text=True, capture_output=True, check=True,
     ).stdout  # fmt: skip
     assert shlex.split(told)[-1] == "--config.x=(1, 2)"

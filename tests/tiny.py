@@ -13,9 +13,9 @@ import zipfile
 
 import jax
 
+from alignax.configs import common, generate
 from alignax.data import synthetic
 from alignax.losses import dpo
-from configs import common, generate
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAUSE = "ALIGNAX_TEST_PAUSE"  # seconds that `slow_dpo` waits in every step

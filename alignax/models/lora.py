@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from alignax.batch import LM, Params
 from alignax.models import families, json_object, sizes
 from alignax.models.load import tensors_of
-from alignax.models.save import at_once
+from alignax.models.save import at_once, check_target
 from alignax.models.transformer import ModelConfig
 
 PARAM_RULES = ((r"/(a|b)$", P()),)  # L ... r and L r ...: small, on every device
@@ -153,17 +153,16 @@ def save(
       path: the directory to make.
       base: the base model's name or path, for adapter_config.json.
       files: {name: content} of further files.
-      overwrite: replace the files of adapters that are there.
+      overwrite: replace adapters that were written here before.
 
     Raises:
-      FileExistsError: `path` is not empty, or holds other things than adapters.
+      FileExistsError: `path` is not empty, or holds other things.
       ValueError: adapters with a value head, which PEFT keeps elsewhere.
     """
     from safetensors.numpy import save_file
 
     path = pathlib.Path(path).expanduser()
-    if path.exists() and any(path.iterdir()) and not (overwrite and is_peft(path)):
-        raise FileExistsError(f"{path} is not empty")
+    check_target(path, overwrite)
     if set(adapters) != {"blocks"}:
         raise ValueError("adapters with a value head cannot be written as PEFT's")
     tensors = {}

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pathlib
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -50,7 +51,7 @@ def save(
       ValueError: the family cannot express the config, or the tree is not the config's.
     """
     path = pathlib.Path(path).expanduser()
-    _check_target(path, overwrite)
+    check_target(path, overwrite)
     blocks = lm.params.get("blocks")
     if isinstance(blocks, tuple):  # as `unstack` leaves them
         lm = LM(
@@ -89,14 +90,31 @@ def at_once(path: pathlib.Path) -> Iterator[pathlib.Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _check_target(path: pathlib.Path, overwrite: bool) -> None:
+OWN = re.compile(  # what `save` and `lora.save` write, and a card
+    r"config\.json|generation_config\.json|adapter_config\.json|README\.md"
+    r"|(model|adapter_model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+)
+
+
+def check_target(path: pathlib.Path, overwrite: bool) -> None:
+    """Checks that a folder may be made, or replaced.
+
+    Raises:
+      FileExistsError: it is not empty and may not be replaced, or it holds other things
+        than a model that was written here, which would be lost.
+    """
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not overwrite:
-        raise FileExistsError(f"{path} exists; pass overwrite=True to replace a model")
-    if not (path / "config.json").exists():
         raise FileExistsError(
-            f"{path} is no model directory (it has no config.json): kept"
+            f"{path} exists; overwrite=True (--overwrite) replaces a model"
+        )
+    names = sorted(p.name for p in path.iterdir()) if path.is_dir() else [path.name]
+    others = [n for n in names if not OWN.fullmatch(n) and n not in TOKENIZER_FILES]
+    if others or not {"config.json", "adapter_config.json"} & {*names}:
+        raise FileExistsError(
+            f"{path} holds {others[0] if others else 'no model'}, which a model that was "
+            "written here does not: it is kept"
         )
 
 

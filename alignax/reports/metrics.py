@@ -175,11 +175,12 @@ class Writer:
           config: plain dict that these may show.
 
         Raises:
-          ImportError: a tracker's library is not installed.
+          OSError: a tracker does not start.
           ValueError: an unknown tracker, or a damaged line in a file.
         """
         self._enabled = jax.process_index() == 0
         self._trackers: list[trackers.Tracker] = []
+        self._opened: tuple[trackers.Tracker, ...] = ()
         self.lines: dict[str, int] = {}  # of each file; what a checkpoint notes
         if not self._enabled:
             return
@@ -203,9 +204,12 @@ class Writer:
         self.flush()  # what was dropped is not to be read again
         start = trackers.Start(
             self._folder, step, dict(config or {}), _read(self._folder / "metrics.jsonl"),
-            dropped["metrics.jsonl"],
+            dropped["metrics.jsonl"], remote=self._remote is not None,
         )  # fmt: skip
-        self._trackers = [trackers.find(name)(start) for name in tracked_by]
+        self._trackers = [trackers.begin(name, start) for name in tracked_by]
+        self._opened = tuple(self._trackers)
+        if self._trackers:
+            self.flush()
 
     def write(self, step: int, metrics: Metrics) -> None:
         """Writes one line: the step and its scalars.
@@ -247,9 +251,14 @@ class Writer:
 
     def close(self) -> None:
         """Copies the files to a remote workdir, and closes the trackers."""
-        for tracker in self._trackers:
-            tracker.close()
         self.flush()
+        for tracker in self._opened:
+            try:
+                tracker.close()
+            except Exception:
+                log.exception("%r did not close", tracker)
+        if self._opened:
+            self.flush()
 
     def __enter__(self) -> "Writer":
         return self

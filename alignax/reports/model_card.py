@@ -19,7 +19,7 @@ def card(
       name: of the model.
       config: of its run; None for a model that no run made.
       facts: more lines, such as {'step': 100, 'data': digest of the rows}.
-      metrics: of the last evaluation, from `last_evaluation`.
+      metrics: from `evaluation`.
       peft: it is adapters for PEFT.
     """
     header = ["---", f"library_name: {'peft' if peft else 'transformers'}"]
@@ -28,7 +28,7 @@ def card(
         header.append(f"base_model: {start.removeprefix(HUB)}")
     loss = (config or {}).get("loss", {}).get("name", "")
     header += ["tags:", "- alignax", *([f"- {loss}"] if loss else []), "---"]
-    parts = ["\n".join(header), f"# {name}", _how(config, loss)]
+    parts = ["\n".join(header), f"# {name}", _how(config, loss, facts.get("step"))]
     lines = [f"- {key}: {value}" for key, value in facts.items() if value != ""]
     parts += ["\n".join(lines)] if lines else []
     if metrics:
@@ -44,30 +44,32 @@ def card(
     return "\n\n".join(parts) + "\n"
 
 
-def _how(config: Mapping[str, Any] | None, loss: str) -> str:
+def _how(config: Mapping[str, Any] | None, loss: str, step: Any) -> str:
     """One sentence: how it was made."""
     if not config:
         return "Written by alignax, which did not train it."
-    if not config.get("num_steps"):
+    if not config.get("num_steps") or not step:
         return "Written by alignax."
     adapters = config.get("lora", {}).get("rank")
     how = f"LoRA adapters of rank {adapters}" if adapters else "all weights"
     return (
-        f"Trained with alignax: loss `{loss}`, {config['num_steps']} steps of "
-        f"{config['batch_size']} prompts, {how}."
+        f"Trained with alignax: loss `{loss}`, step {step} of {config['num_steps']} with "
+        f"{config['batch_size']} prompts each, {how}."
     )
 
 
-def last_evaluation(rows: list[dict[str, float]]) -> dict[str, float]:
-    """The metrics of the last step that was evaluated, and 'step'; {} without one.
+def evaluation(rows: list[dict[str, float]], step: Any) -> dict[str, float]:
+    """The metrics of the evaluation at a step, and 'step'; {} without one.
 
     Args:
       rows: the lines of metrics.jsonl.
+      step: of the parameters.
     """
-    found: dict[str, float] = {}
-    for row in rows:
-        new = {k: v for k, v in row.items() if k.startswith("eval/")}
-        if new and row["step"] != found.get("step"):
-            found = {"step": row["step"]}
-        found |= new
-    return found
+    found = {
+        k: v
+        for row in rows
+        if row["step"] == step
+        for k, v in row.items()
+        if k.startswith("eval/")
+    }
+    return {"step": float(step), **found} if found else {}

@@ -6,10 +6,13 @@ Only process 0 calls it.
 """
 
 import importlib
+import importlib.util
+import json
 import pathlib
+import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from alignax import plugin
 from alignax.reports import events
@@ -25,6 +28,8 @@ class Start(NamedTuple):
       rows: the lines of metrics.jsonl up to that step: {"step": 1, "train/loss": .7, ...}.
       dropped: how many lines past that step an earlier process wrote. The run computes
         those steps again, so a tracker should not show them.
+      remote: whether the folder is uploaded from time to time only, so that a kill may
+        have lost what was written there.
     """
 
     folder: pathlib.Path
@@ -32,8 +37,10 @@ class Start(NamedTuple):
     config: Mapping[str, Any]
     rows: Sequence[Mapping[str, Any]]
     dropped: int
+    remote: bool = False
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """What receives the metrics of a run."""
 
@@ -48,14 +55,38 @@ def find(name: str) -> Callable[[Start], Tracker]:
     """A tracker by its name in a config.
 
     Raises:
-      ValueError: it is neither one of KNOWN nor a function that can be imported.
+      ValueError: it is neither one of KNOWN nor a function that can be imported, or its
+        library is not installed.
     """
+    if name == "wandb" and not _is_installed("wandb"):
+        raise ValueError(
+            "trackers: wandb needs its extra: pip install 'alignax[wandb]'"
+        )
     if name in KNOWN:
         return KNOWN[name]
     try:
         return plugin.function(name, "trackers")
     except ValueError as error:
         raise ValueError(f"{error}, or one of {sorted(KNOWN)}") from None
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ValueError:  # it was put into sys.modules by hand
+        return sys.modules.get(name) is not None
+
+
+def begin(name: str, start: Start) -> Tracker:
+    """Starts a tracker.
+
+    Raises:
+      OSError: it does not start; the message has its name and its error.
+    """
+    try:
+        return find(name)(start)
+    except Exception as error:
+        raise OSError(f"tracker {name!r} does not start: {error}") from error
 
 
 class TensorBoard:
@@ -72,47 +103,53 @@ class TensorBoard:
         pass
 
 
-NOTE = "wandb_id.txt"  # in a workdir: the id of its W&B run
+NOTE = (
+    "wandb.json"  # in a workdir: its W&B runs, the last step logged, whether it closed
+)
 
 
 class WeightsAndBiases:
     """Logs to a W&B run, whose id is kept in the workdir: a resumed run goes on there.
 
-    W&B cannot delete steps. If steps are computed again, they and all before them go to a
-    new W&B run of the same group.
+    W&B cannot delete steps. If it got steps that are computed again, they and all before
+    them go to a new W&B run of the same group. Steps that it did not get are sent later.
     """
 
     def __init__(self, start: Start):
-        """Begins or goes on with a W&B run.
-
-        Raises:
-          ImportError: wandb is not installed.
-        """
-        try:
-            wandb = importlib.import_module("wandb")
-        except ImportError as error:
-            raise ImportError(
-                "logging to wandb needs its extra: pip install 'alignax[wandb]'"
-            ) from error
-        note = start.folder / NOTE
-        ids = note.read_text().split() if note.exists() else []
-        again = not ids or bool(start.dropped)
-        if again:
-            ids.append(uuid.uuid4().hex[:8])
-            note.write_text("\n".join(ids))
+        """Begins or goes on with a W&B run."""
+        wandb = importlib.import_module("wandb")
+        self._note = start.folder / NOTE
+        known: dict[str, Any] = {"ids": [], "last": 0, "closed": True}
+        if self._note.exists():
+            known = json.loads(self._note.read_text())
+        void = known["last"] > start.step or (start.remote and not known["closed"])
+        if void or not known["ids"]:
+            known = {"ids": [*known["ids"], uuid.uuid4().hex[:8]], "last": 0}
+        self._known = known
         self._run = wandb.init(
-            project="alignax", name=start.folder.name, id=ids[-1], group=ids[0],
-            resume="allow", dir=str(start.folder), config=dict(start.config),
+            project="alignax", name=start.folder.name, id=known["ids"][-1],
+            group=known["ids"][0], resume="allow", dir=str(start.folder),
+            config=dict(start.config),
         )  # fmt: skip
-        for row in start.rows if again else ():
-            values = {k: float(v) for k, v in row.items() if k != "step"}
-            self.write(int(row["step"]), values)
+        for row in start.rows:
+            if row["step"] > known["last"]:
+                values = {k: float(v) for k, v in row.items() if k != "step"}
+                self._run.log(values, step=int(row["step"]))
+        self._write(start.step, closed=False)
+
+    def _write(self, last: int, *, closed: bool) -> None:
+        self._known |= {"last": last, "closed": closed}
+        part = self._note.with_suffix(".part")
+        part.write_text(json.dumps(self._known))
+        part.replace(self._note)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
+        self._write(step, closed=False)
 
     def close(self) -> None:
         self._run.finish()
+        self._write(self._known["last"], closed=True)
 
 
 KNOWN: dict[str, Callable[[Start], Tracker]] = {

@@ -7,12 +7,12 @@ The same for the policy, for the reference that it is compared with, and for the
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from alignax import rewards
 from alignax.batch import LM, Batch, Example
@@ -122,7 +122,7 @@ class Sampler(NamedTuple):
 
     def draw(
         self, lm: LM, prompts: PromptBatch, key, group: int, *, greedy: bool = False,
-        clock: dict[str, float] | None = None,
+        clock: dict[str, float] | None = None, seeds: Int[np.ndarray, " B"] | None = None,
     ) -> Drawn:  # fmt: skip
         """Draws and scores a group of responses to every prompt.
 
@@ -133,12 +133,13 @@ class Sampler(NamedTuple):
           group: G.
           greedy: takes the most likely token, instead of a sample at the temperature.
           clock: its 'sampling' and 'judging', in seconds, are added to.
+          seeds: a response to prompt b is drawn by (key, seeds[b]), whatever batch it is in.
 
         Raises:
           ValueError: as `rewards.attempt`.
         """
         start = time.monotonic()
-        out = self.respond(lm, prompts, key, group, greedy=greedy)
+        out = self.respond(lm, prompts, key, group, greedy=greedy, seeds=seeds)
         middle = time.monotonic()
         valid = out.batch.valid & prompts.valid[:, None]
         if self.truncated == "drop":
@@ -167,8 +168,9 @@ class Sampler(NamedTuple):
         )  # fmt: skip
 
     def respond(
-        self, lm: LM, prompts: PromptBatch, key: Any, group: int, *, greedy: bool
-    ) -> Any:
+        self, lm: LM, prompts: PromptBatch, key: Any, group: int, *, greedy: bool,
+        seeds: Int[np.ndarray, " B"] | None = None,
+    ) -> Any:  # fmt: skip
         """Generated on the host: G responses to every prompt; arguments as for `draw`."""
         if self.recorded is not None and not greedy:
             return recorded_responses.generated(
@@ -179,7 +181,8 @@ class Sampler(NamedTuple):
         def say(
             turn: int, tokens: Any, lengths: Any, group: int, limits: Any = None
         ) -> Any:
-            more = {} if limits is None else {"limits": limits}
+            more = {"limits": limits, "seeds": seeds}
+            more = {k: v for k, v in more.items() if v is not None}
             own = jax.random.fold_in(key, turn) if turn else key
             out = self.generate(
                 lm, tokens, lengths, own, max_new=self.max_new, group=group,
@@ -238,7 +241,7 @@ def differs(
 
 def reference_rewards(
     examples: Sequence[Example], sampler: Sampler, ref: LM, *, samples: int, rows: int,
-    length: int, seed: int, first: int = 0,
+    length: int, seed: int, seeds: Sequence[int] | None = None,
 ) -> Baseline:  # fmt: skip
     """Rewards of K samples of the reference for every prompt.
 
@@ -250,7 +253,8 @@ def reference_rewards(
       rows: responses to draw at once.
       length: most tokens per row.
       seed: of the samples; their random stream is not that of rollouts.
-      first: how many prompts were sampled before, with random numbers of their own.
+      seeds: of each example, in [0, 2^31): its samples are drawn by it, whatever other
+        examples there are. None draws by the batch.
 
     Returns:
       {id: [K] rewards}.
@@ -264,13 +268,19 @@ def reference_rewards(
     if len({e.id for e in examples}) < len(examples):
         raise ValueError("two prompts have one id: their rewards would be mixed up")
     key = jax.random.fold_in(jax.random.key(seed), STREAM + 1)
+    seed_of = dict(zip((e.id for e in examples), seeds or (), strict=False))
     found: Baseline = {}
     prompts = prompt_batches(
         examples, sampler.tokenizer, batch_size=min(max(1, rows // samples), len(examples)),
         length=length - sampler.max_new,
     )  # fmt: skip
     for i, p in enumerate(prompts):
-        drawn = sampler.draw(ref, p, jax.random.fold_in(key, first + i), samples)
+        own = None
+        if seeds is not None:
+            own = np.zeros(len(p.tokens), np.int32)
+            own[: len(p.ids)] = [seed_of[name] for name in p.ids]
+        one = key if seeds is not None else jax.random.fold_in(key, i)
+        drawn = sampler.draw(ref, p, one, samples, seeds=own)
         batch = drawn.batch
         for name, feedback, valid, failed in zip(
             p.ids, batch.feedback, batch.valid, drawn.failed, strict=False
@@ -308,6 +318,11 @@ def untable(rows: Mapping[bytes, np.ndarray], contents: Mapping[str, str]) -> Ba
             if digest in rows:
                 found[name] = rows[digest]
     return found
+
+
+def seeds(contents: Iterable[str]) -> list[int]:
+    """A seed for each prompt, from its content."""
+    return [int.from_bytes(_digest(text)[:4], "big") >> 1 for text in contents]
 
 
 def _digest(content: str) -> bytes:

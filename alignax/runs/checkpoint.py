@@ -187,7 +187,7 @@ def records(manager: ocp.CheckpointManager) -> list[dict[str, Any]]:
     found = []
     for step in sorted(manager.all_steps()):
         try:
-            found.append(_meta(manager, step))
+            found.append({**_meta(manager, step), "step": step})
         except Exception as error:
             _unreadable(step, manager.directory, error)
     return found
@@ -305,10 +305,13 @@ def load_lm(folder, *, average: bool = False) -> LM:
 
 
 def last_meta(folder) -> dict[str, Any]:
-    """The meta of the newest checkpoint of a run that reads back; {} without one.
+    """The meta of the newest checkpoint of a run that reads back, and its 'step'.
 
     Args:
       folder: of a run (its 'checkpoints' are read), or a folder of checkpoints.
+
+    Returns:
+      {} without one.
     """
     folder = absolute(folder)
     place = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder

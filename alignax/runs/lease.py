@@ -210,6 +210,7 @@ def _runs(lease: dict[str, Any]) -> bool | None:
     if not isinstance(pid, int) or pid < 1:
         return None
     now = _identity(pid)
+    lease = {"boot": now["boot"], **lease}  # earlier versions did not write it
     if any(lease.get(key) != now[key] for key in ("host", "boot", "space")):
         return None
     if pid == os.getpid():

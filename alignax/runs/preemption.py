@@ -54,12 +54,12 @@ class preemption:
         Args:
           drops: whether `drop_if_asked` raises Interrupted after a signal, which whoever
             opens this context then handles.
-          leave: where it is given, a signal ends the process with 75 (EX_TEMPFAIL) while
-            `unsaved` is False, even if the main thread does not hear it, as while XLA
-            compiles. This is called before, from another thread.
+          leave: called in a program (`of_program`) before a signal ends the process with 75
+            (EX_TEMPFAIL), from another thread. That happens while `unsaved` is False, if the
+            main thread does not hear the signal for some time, as while XLA compiles.
         """
         self._drops = drops
-        self._leave = leave
+        self._leave = leave if of_program else None
         self.unsaved = (
             False  # whether the process has done what the end of it would lose
         )
@@ -88,21 +88,19 @@ class preemption:
         return self
 
     def _listen(self, near: socket.socket) -> None:
-        """Ends the process after a signal that the main thread did not hear."""
+        """Ends the process after a signal that the main thread does not hear."""
         with near:
             while (number := near.recv(1)) and number[0] not in self._old:
                 pass
-        if not number or self._over.wait(PATIENCE) or self.unsaved:
-            return
-        assert self._leave
-        self._leave()
-        name = signal.Signals(number[0]).name
-        print(
-            f"{name}: nothing to save; the same command goes on",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(os.EX_TEMPFAIL)
+            # the flag: Python has run the handler, so the main thread goes on by itself
+            if number and not self._flag.wait(PATIENCE) and not self.unsaved:
+                assert self._leave
+                self._leave()
+                name = signal.Signals(number[0]).name
+                said = f"{name}: nothing to save; the same command goes on"
+                print(said, file=sys.stderr, flush=True)
+                os._exit(os.EX_TEMPFAIL)
+            self._over.wait()
 
     def _stop(self, number: int, frame: Any) -> None:
         self.name = signal.Signals(number).name
@@ -133,3 +131,4 @@ class preemption:
 
 
 _current: list[preemption] = []  # contexts that are open, the innermost last
+of_program = False  # whether the process is one of alignax, which sets this

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 
 from alignax.runs import checkpoint, hosts, lease, workdirs
+from alignax.runs.preemption import Preempted
 
 STARTS = (
     "starts.json"  # in the workdir: {"step": of the checkpoint, "starts": from there}
@@ -60,13 +61,12 @@ class Watchdog:
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         self._over.set()
         failed = error is not None and self._first in (None, self._last[1])
-        expected = KeyboardInterrupt, *(WRONG if failed else ())
+        expected = KeyboardInterrupt, Preempted, *(WRONG if failed else ())
         ended = error is None or issubclass(error, expected)
         ended = ended and error is not lease.Taken  # the folder is another process's
         if ended and jax.process_index() == 0:
-            with contextlib.suppress(OSError):
-                (self._workdir / STARTS).unlink(missing_ok=True)
-            if failed:
+            forget(str(self._workdir))
+            if failed and error is not Preempted:
                 workdirs.release(str(self._workdir))
 
     def _watch(self) -> None:
@@ -92,6 +92,13 @@ class Watchdog:
             log.error("%s, and its stacks could not be written: %s", line, error)
 
 
+def forget(workdir: str) -> None:
+    """Counts no start: this one did not crash."""
+    if jax.process_index() == 0:
+        with contextlib.suppress(OSError):
+            (checkpoint.absolute(workdir) / STARTS).unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def counted(workdir: str, most: int) -> Iterator[None]:
     """Counts a start from the newest checkpoint before anything is read, on process 0.
@@ -113,8 +120,7 @@ def counted(workdir: str, most: int) -> Iterator[None]:
         yield
     except (*WRONG, KeyboardInterrupt):
         if counts:
-            with contextlib.suppress(OSError):
-                (folder / STARTS).unlink(missing_ok=True)
+            forget(workdir)
             workdirs.release(workdir)
         raise
 

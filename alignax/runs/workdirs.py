@@ -34,7 +34,7 @@ ADDED = ("template", "template_system", "truncate", "min_response", "truncate_pr
 FIXED = ("model", "lora", "rollout", "generate", "optim", "checkpoint")
 
 
-def check_owner(workdir: str, config, defaults=None) -> None:
+def check_owner(workdir: str, config, defaults=None, *, counted: bool = False) -> None:
     """Checks that a workdir holds no run of another config.
 
     A run of an earlier version lacks the keys that were added since: they take their
@@ -44,6 +44,8 @@ def check_owner(workdir: str, config, defaults=None) -> None:
       workdir: of the run.
       config: a ConfigDict.
       defaults: a ConfigDict with all keys of this version.
+      counted: whether num_steps are those of num_epochs, if there are any; otherwise they
+        are not compared.
 
     Raises:
       ValueError: the run there has another config, whose keys are listed; or it is of a
@@ -65,11 +67,10 @@ def check_owner(workdir: str, config, defaults=None) -> None:
         if run.get("optim.b2") == 0:
             run["optim.b2"] = OWN_B2.get(run["optim.name"], 0.999)
     steps = a.get("optim.schedule_steps") or a.get("num_steps", 0)
-    counted = all(
-        r.get("num_epochs") and not r.get("optim.schedule_steps") for r in (a, b)
-    )
     for run in (a, b):
-        _rate_of_every_step(run, counted=counted)
+        _rate_of_every_step(run)
+    if config.get("num_epochs") and not counted and "none" not in a["num_steps"]:
+        b["num_steps"] = a["num_steps"]  # compared when they are known
     known = _flat(plain(defaults)) if defaults is not None else {}
     new = [k for k in b if k not in a and b[k] == known.get(k) and k in known]
     if said := [f"{k}={b[k]!r}" for k in new if not k.startswith(VOLATILE)]:
@@ -84,7 +85,7 @@ def check_owner(workdir: str, config, defaults=None) -> None:
         and not k.startswith(VOLATILE)
         and not (k not in a and (k in new or _may_be_added(k, b[k])))
     ]
-    if steps and any(x.startswith(("num_steps ", "num_epochs ")) for x in differ):
+    if steps and any(x.startswith("num_steps ") for x in differ):
         differ.append(
             "the number of steps may change if the learning rate of every step stays: with "
             f"optim.schedule_steps={steps}"
@@ -259,24 +260,19 @@ def _may_be_added(key: str, value: Any) -> bool:
     )
 
 
-def _rate_of_every_step(run: dict[str, Any], *, counted: bool) -> None:
+def _rate_of_every_step(run: dict[str, Any]) -> None:
     """Puts the steps that a schedule depends on in the place of the number of steps.
 
     More steps are the same run as long as the learning rate of every step is the same.
-
-    Args:
-      run: a flat config, which is changed.
-      counted: both runs count epochs, which are compared instead of the steps.
     """
     steps, epochs = run.pop("num_steps", 0), run.pop("num_epochs", 0)
     own = run.pop("optim.schedule_steps", 0)
-    key, length = ("num_epochs", epochs) if counted else ("num_steps", steps)
     if not (steps or epochs):
-        run[key] = "none"  # it is another run, which evaluates only
+        run["num_steps"] = "none"  # it is another run, which evaluates only
     elif run.get("optim.schedule") == "constant":
-        run[key] = "any"
+        run["num_steps"] = "any"
     else:
-        run[key] = own or length or f"{epochs:g} epochs"
+        run["num_steps"] = str(own or steps)
 
 
 def _is_fixed(key: str) -> bool:

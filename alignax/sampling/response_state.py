@@ -158,6 +158,7 @@ def draw(
 
 
 BLOCK = 256  # tokens
+DRAWS = 2  # raised when the same key draws other tokens
 
 
 def categorical(key: Array, logps: Float[Array, " V"]) -> Int[Array, ""]:

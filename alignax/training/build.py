@@ -5,6 +5,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
@@ -90,7 +91,7 @@ def build(config, workdir: str, model: ModelPath | None = None) -> Run:
     text = loading.load_tokenizer(config, loading.tokenizer_path(config, model))
     # Data that the loss or an evaluation cannot read are refused before weights are read.
     examples = training_examples(config, plugins.loss, text)
-    config = counted(config, examples)
+    config = counted(config, examples, workdir)
     if plugins.reward is not None:
         rewards.check(plugins.reward, examples)
     plugins, eval_data = evaluation_data(config, plugins)
@@ -243,23 +244,27 @@ def training_examples(config, loss: plugin.Bound, text: tokenizer.Tokenizer) -> 
     }
 
 
-def counted(config, examples: Any):
+def counted(config, examples: Any, workdir: str):
     """A config whose num_steps are those of its num_epochs, if it has any.
 
     Args:
       config: a ConfigDict.
       examples: from `training_examples`.
+      workdir: of the run.
 
     Raises:
-      ValueError: the average of the parameters would not move in so few steps.
+      ValueError: the average of the parameters would not move in so few steps; the run in
+        the workdir has another number of them, and other learning rates.
     """
     if not config.num_epochs:
         return config
     passes = config.rollout.epochs if has_rollouts(config) else 1
-    steps = math.ceil(config.num_epochs * len(examples) * passes / config.batch_size)
+    rows = Fraction(str(config.num_epochs)) * len(examples) * passes  # 1.1 is 11 / 10
+    steps = math.ceil(rows / config.batch_size)
     config = config.copy_and_resolve_references()
     config.num_steps = steps
     checks.check_run(config)
+    workdirs.check_owner(workdir, config, defaults.get_config(), counted=True)
     return config
 
 

@@ -18,9 +18,12 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import config_path
 
+import alignax
 from alignax.training import defaults, ranges
 
 NAME = "config"
+SHIPPED = pathlib.Path(alignax.__file__).parent / "configs"
+NO_CONFIGS = ("__init__", "common", "models")  # what the configs there share
 
 
 class Literal(flags.ArgumentParser):
@@ -73,12 +76,16 @@ def read_flags(argv: Sequence[str]) -> list[str]:
 def load(path: str) -> ConfigDict:
     """The config that `get_config` of a file makes; behind a colon is its argument.
 
+    The modules beside a file can be imported by it, and by dotted names in it.
+
     Raises:
       flags.Error: no such file, or what went wrong in which of its lines.
     """
-    file, *argument = path.split(":", 1)
-    if not pathlib.Path(file).is_file():
-        raise flags.Error(f"--{NAME}={path}: there is no file {file}")
+    name, *argument = path.split(":", 1)
+    file = find(name)
+    folder = str(pathlib.Path(file).resolve().parent)
+    if folder not in sys.path and pathlib.Path(folder) != SHIPPED.resolve():
+        sys.path.append(folder)
     spec: Any = importlib.util.spec_from_file_location(f"{NAME}_file", file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses of the file look there
@@ -98,6 +105,23 @@ def load(path: str) -> ConfigDict:
         where = f"{file}, line {lines[-1]}" if lines else file
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise flags.Error(f"{where}: {kind}{error}") from error
+
+
+def find(name: str) -> str:
+    """The file of a config: a path, or the name of one that the package brings.
+
+    Raises:
+      flags.Error: there is none; the nearest names are listed.
+    """
+    if pathlib.Path(name).is_file():
+        return name
+    bare = name.removesuffix(".py")
+    shipped = {p.stem: p for p in SHIPPED.glob("*.py") if p.stem not in NO_CONFIGS}
+    if bare.removeprefix("configs/") in shipped:  # as in a clone, from any folder
+        return str(shipped[bare.removeprefix("configs/")])
+    near = difflib.get_close_matches(pathlib.Path(bare).name, shipped, 3)
+    hint = f"; alignax brings {', '.join(near)}" if near else ""
+    raise flags.Error(f"--{NAME}={name}: there is no file {name}{hint}")
 
 
 def overrides(argv: Sequence[str]) -> Iterator[tuple[str, str]]:

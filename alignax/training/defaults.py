@@ -7,9 +7,10 @@ def get_config() -> ConfigDict:
     """Defaults; sections that a method fills stay open, the rest is locked."""
     c = ConfigDict()
     c.seed = 0
-    c.num_steps = 0  # optimiser steps; 0 evaluates only
+    c.num_steps = 0  # optimiser steps; 0 evaluates only, unless there are num_epochs
     # Passes over the usable rows of c.data, rounded up to whole steps: decides num_steps,
-    # if it is not 0. With rollouts a pass asks every prompt once.
+    # if it is not 0. With rollouts a pass asks every prompt once (more of them for
+    # rollout.dynamic_sampling).
     c.num_epochs = 0.0
     c.batch_size = 8  # prompts per step, over all hosts and micro-batches
     c.accumulate = 1  # micro-batches per step; the gradient does not depend on it

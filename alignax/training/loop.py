@@ -25,7 +25,9 @@ from alignax.reports.metrics import Writer, flops_per_token, mfu, read
 from alignax.reports.progress import progress
 from alignax.runs import checkpoint, hosts, lease, watchdog, workdirs
 from alignax.runs.preemption import Interrupted, Preempted, preemption
+from alignax.sampling.response_state import DRAWS
 from alignax.training import build, checks, evaluation, stages
+from alignax.training.plugins import has_rollouts
 from alignax.training.start_check import close_to_start, start_check
 from alignax.training.step import TrainState, TrainStep, init_state, make_train_step
 
@@ -127,6 +129,11 @@ def restore_and_run(config, workdir: str, owner: lease.Lease) -> TrainState:
     with watchdog.counted(workdir, config.watchdog.starts):
         run = build.build(config, workdir)
     config = run.config
+
+    def leave() -> None:  # from another thread, after a signal
+        watchdog.forget(workdir)
+        owner.give_back()
+
     hosts.meet("data and weights are read")
     owner.settle()
     ckpt = config.checkpoint
@@ -134,7 +141,7 @@ def restore_and_run(config, workdir: str, owner: lease.Lease) -> TrainState:
     with (
         make_manager(f"{run.workdir}/checkpoints", keep=ckpt.keep) as latest,
         make_manager(f"{run.workdir}/best", keep=1) as best,
-        preemption(drops=True, leave=owner.give_back) as stop,
+        preemption(drops=True, leave=leave) as stop,
         watchdog.Watchdog(run.workdir, config.watchdog.minutes) as alive,
     ):
         frozen = {k: checkpoint.fingerprint(lm.params) for k, lm in run.lms.items()}
@@ -200,6 +207,11 @@ def restored(
             )
     if run.source is not None:
         run.source.restore(meta["data"])
+    if has_rollouts(config) and meta.get("draws", 1) != DRAWS:
+        log.warning(
+            "the version of alignax that began this run drew tokens from other random "
+            "numbers: its next rollouts are other samples than they would have been there"
+        )
     for key in workdirs.rounded(meta.get("config", {}), config):
         log.warning(
             "this run goes on with another %s, which rounds differently: it will not end "
@@ -500,7 +512,7 @@ def save(session: Session, to: ocp.CheckpointManager, now: LoopState) -> None:
     meta = {
         "lines": dict(session.writer.lines), "lms": session.frozen,
         "data": run.source.state() if run.source else None, "best": now.best._asdict(),
-        "seed": config.seed, "config": workdirs.plain(config),
+        "seed": config.seed, "config": workdirs.plain(config), "draws": DRAWS,
     }  # fmt: skip
     checkpoint.save(to, now.state, model=run.policy.config, meta=meta)
 

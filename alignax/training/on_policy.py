@@ -6,6 +6,7 @@ The sections `rollout` and `shaping` become the arguments of
 
 import functools
 import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,6 +27,8 @@ from alignax.sampling.automaton import Automaton
 from alignax.text.tokenizer import Tokenizer
 from alignax.training import parallel
 from alignax.training.plugins import Plugins, has_rollouts
+
+log = logging.getLogger(__name__)
 
 # What a file of reference rewards holds, and whose folder it is in: for messages.
 REWARDS: Any = {"what": "rewards", "setting": "config.rollout.cache"}
@@ -242,9 +245,15 @@ def reference_rewards(
         missing = [i for i, e in enumerate(some) if e.id not in kept]
         if not missing:
             return kept
-        drawn = sampler.reference_rewards(
-            subset(some, missing), judged, ref, **sizes, first=len(kept)
-        )
+        if kept and config.shaping.get("ctrl", {}).get("calibration") == "global":
+            log.warning(
+                "shaping.ctrl ranks rewards among those of all prompts of the run, of which "
+                "there are %d more now: the steps that follow are not those of a run that "
+                "had as many from the start", len(missing),
+            )  # fmt: skip
+        new = subset(some, missing)
+        own = sampler.seeds(prompts[e.id] for e in new)
+        drawn = sampler.reference_rewards(new, judged, ref, **sizes, seeds=own)
         if jax.process_index() == 0:
             rows = {**table, **sampler.table(drawn, prompts)}
             reference_cache.save(path, rows, key)

@@ -112,7 +112,8 @@ def test_without_a_run_nothing_is_dropped():
 
 
 COMPILES = """
-import os, pathlib, time
+import pathlib
+import jax
 import tiny
 from alignax.losses import dpo
 
@@ -122,9 +123,10 @@ HERE = pathlib.Path(__file__).parent
 def loss(policy, batch, *, beta=0.1):
     if not (HERE / "quick").exists():
         (HERE / "compiling").touch()
-        end = time.monotonic() + 120
-        while time.monotonic() < end:
-            time.sleep(end - time.monotonic())  # as a compiler, it goes on after a signal
+        # as a compiler: Python runs no handler before it ends
+        with jax.ensure_compile_time_eval():
+            ever = jax.jit(lambda x: jax.lax.while_loop(lambda x: x < 2, lambda x: x * 1.0, x))
+            ever(jax.numpy.float32(1)).block_until_ready()
     return dpo.loss(policy, batch, beta=beta)
 
 def get_config():
@@ -157,7 +159,25 @@ def test_a_signal_is_heard_while_the_first_step_compiles(tmp_path, number):
     assert time.monotonic() - sent < 30
     name = signal.Signals(number).name
     assert f"{name}: nothing to save; the same command goes on" in said
-    assert not (tmp_path / "run" / "owner.json").exists()
+    left = {p.name for p in (tmp_path / "run").iterdir()}
+    assert not left & {"owner.json", "starts.json"}  # it is free, and counted no start
     (tmp_path / "quick").touch()
     done = subprocess.run(command, cwd=tiny.ROOT, env=env, capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_a_callers_process_is_never_ended(monkeypatch):
+    """Of a notebook, say: its own clean-up runs, however long that takes."""
+    monkeypatch.setattr(preemption, "PATIENCE", 0.05)
+    ended = []
+    monkeypatch.setattr(preemption.os, "_exit", ended.append)
+    with preemption.preemption(leave=lambda: ended.append("left")) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.3)
+    assert stop() and not ended
+    monkeypatch.setattr(preemption, "of_program", True)
+    with preemption.preemption(leave=lambda: ended.append("left")) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.3)  # the handler has run: the main thread goes on by itself
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert stop() and not ended

@@ -21,12 +21,12 @@ import pytest
 from alignax import batch as batches
 from alignax import logprob, plugin
 from alignax.batch import LM
+from alignax.configs import generate
 from alignax.models import transformer
 from alignax.models.transformer import ModelConfig
 from alignax.sampling import guides
 from alignax.text import tokenizer
 from alignax.text.encoder import FunctionEncoder
-from configs import generate
 
 FOUND = {name: plugin.load("decoders", name) for name in plugin.available("decoders")}
 GUIDES = [name for name, bound in FOUND.items() if bound.role == "guide"]
@@ -95,7 +95,7 @@ BESIDE = {  # where a hyper-parameter matters only beside another value of anoth
     ("controlled", "scale"): {"head": "q"},
     ("deal", "lo"): {"prune": True, "lam": 0.05},
     ("deal", "hi"): {"prune": True, "lam": 0.05},
-    ("rain", "embed"): {"simulations": 12},
+    ("rain", "embed"): {"simulations": 30},
     ("rain", "settled_value"): {"settled_visits": 1, "simulations": 12, "extra": 9},
     ("rain", "settled_visits"): {"settled_value": 0.01, "simulations": 12, "extra": 9},
     ("transfer_q", "beta"): {"variant": "indirect", "alpha": 0.02},

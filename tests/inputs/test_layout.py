@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from alignax import logprob, plugin
 from alignax.batch import LM, check, from_groups
+from alignax.configs import dpo
 from alignax.data import hh_rlhf
 from alignax.inputs import layout
 from alignax.inputs.source import dataset_source
@@ -24,7 +25,6 @@ from alignax.models.sharding import make_mesh, put_batch, put_params
 from alignax.text import tokenizer
 from alignax.training import parallel
 from alignax.training.step import init_state, make_train_step
-from configs import dpo
 
 V = 37
 

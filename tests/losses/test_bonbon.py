@@ -8,9 +8,9 @@ from losses_pairs import assert_oracle, cost, pair, slopes
 from oracles import losses as oracle
 
 from alignax.batch import Scores, from_pairs
+from alignax.configs import bonbon as bonbon_config
 from alignax.losses import bonbon
 from alignax.training import build
-from configs import bonbon as bonbon_config
 
 loss = bonbon.loss
 

@@ -18,11 +18,11 @@ from losses_rollouts import (
 from oracles import losses as oracle
 
 from alignax.batch import Scores, from_groups
+from alignax.configs import bond as bond_config
+from alignax.configs import vbon
 from alignax.losses import bond, policy_gradient, sft
 from alignax.shaping import ctrl
 from alignax.training import build
-from configs import bond as bond_config
-from configs import vbon
 
 loss = bond.loss
 

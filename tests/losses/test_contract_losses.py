@@ -17,9 +17,9 @@ import pytest
 
 from alignax import logprob, masked, plugin, ratios
 from alignax.batch import FORMS, Batch, Scores
+from alignax.configs import common
 from alignax.text import tokenizer
 from alignax.training import build
-from configs import common
 
 TK = tokenizer.load("bytes")
 

@@ -70,6 +70,7 @@ def value_and_grads(function, operands):
 
 def ours(config, positions, attend, local):
     def run(q, k, v):
+        k, v = jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1)  # [N, K, S, E]
         return attention(q, k, v, positions, positions, attend, local, config)
 
     return run

@@ -5,8 +5,9 @@ import types
 
 import pytest
 import tiny
+from etils import epath
 
-from alignax.reports import trackers
+from alignax.reports import metrics, trackers
 from alignax.reports.metrics import Writer, read
 from alignax.training import checks, loop
 
@@ -71,7 +72,11 @@ def cloud(monkeypatch):
 
 def test_a_library_that_is_missing_says_which_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ImportError, match=r"alignax\[wandb\]"):
+    with pytest.raises(ValueError, match=r"alignax\[wandb\]"):
+        checks.check(tiny.config(trackers=("wandb",)))
+    with pytest.raises(
+        OSError, match=r"tracker 'wandb' does not start: .*alignax\[wandb\]"
+    ):
         Writer(tmp_path, tracked_by=["wandb"])
 
 
@@ -105,15 +110,64 @@ def test_steps_that_a_kill_made_void_are_not_in_the_run_that_goes_on(
     assert len(cloud.runs) == 2 and cloud.runs[second][-1] == (7, {"loss": 7.0})
 
 
-def test_a_run_in_a_bucket_keeps_its_id(tmp_path, cloud, monkeypatch):
-    from etils import epath
+def test_steps_that_the_service_did_not_get_are_sent_later(tmp_path, cloud):
+    write(tmp_path, 0, 2)
+    write(tmp_path, 2, 4, by="tensorboard")
+    write(tmp_path, 4, 5)
+    assert list(cloud.runs.values()) == [
+        [(k, {"loss": float(k)}) for k in (1, 2, 3, 4, 5)]
+    ]
 
-    from alignax.reports import metrics
 
+def test_a_start_that_fails_notes_no_run(tmp_path, cloud, monkeypatch):
+    write(tmp_path, 0, 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(cloud, "init", lambda **_: 1 / 0)
+        with pytest.raises(OSError, match="does not start: division by zero"):
+            write(tmp_path, 2, 3)
+    write(tmp_path, 2, 4, scale=10.0)
+    assert [*cloud.runs.values()][-1] == [
+        (1, {"loss": 1.0}), (2, {"loss": 2.0}), (3, {"loss": 30.0}), (4, {"loss": 40.0}),
+    ]  # fmt: skip
+
+
+def test_a_run_in_a_bucket_that_was_killed_goes_to_a_new_one(
+    tmp_path, cloud, monkeypatch
+):
+    """What W&B got after the last upload is not known there."""
+    in_bucket(tmp_path, monkeypatch)
+    writer = Writer("bucket://run", tracked_by=["wandb"])
+    writer.write(1, {"loss": 1.0})
+    writer.flush()
+    for k in (2, 3):
+        writer.write(k, {"loss": 7.0})  # and is killed
+    write("bucket://run", 1, 3)
+    assert len(cloud.runs) == 2
+    assert [*cloud.runs.values()][-1] == [(k, {"loss": float(k)}) for k in (1, 2, 3)]
+
+
+def in_bucket(tmp_path, monkeypatch):
     def local(path):
         return epath.Path(str(path).replace("bucket://", f"{tmp_path}/"))
 
     monkeypatch.setattr(metrics, "epath", types.SimpleNamespace(Path=local))
+
+
+class Stubborn(Recorder):
+    """Does not close."""
+
+    def close(self):
+        raise ConnectionError("service is down")
+
+
+def test_a_tracker_that_does_not_close_ends_no_run(tmp_path, started, caplog):
+    names = ["test_trackers.Stubborn", "test_trackers.Recorder"]
+    loop.train(tiny.config(trackers=names, num_steps=1), str(tmp_path))
+    assert started[1].closed and "did not close" in caplog.text
+
+
+def test_a_run_in_a_bucket_keeps_its_id(tmp_path, cloud, monkeypatch):
+    in_bucket(tmp_path, monkeypatch)
     write("bucket://run", 0, 2)
     write("bucket://run", 2, 3)
     assert len(cloud.runs) == 1

@@ -11,12 +11,12 @@ import pytest
 import tiny
 
 from alignax import plugin
+from alignax.configs import generate, value_mean
 from alignax.data import prompts as prompt_data
 from alignax.respond import output, respond, responder
 from alignax.sampling import automaton, decode, prefill, stops
 from alignax.text import tokenizer
 from alignax.training import loading, parallel
-from configs import generate, value_mean
 
 LINES = tiny.PROMPTS
 TEXT = tokenizer.load("bytes")

@@ -119,7 +119,7 @@ def test_in_float32_a_step_is_what_it_was_with_stored_log_probabilities(lm, one,
     assert found[0]["ratio"] == 1
     assert found[0]["clipped"] == found[0]["approx_kl"] == 0
     for key in ("loss", "grad_norm", "ratio"):
-        np.testing.assert_allclose(found[0][key], found[1][key], rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(found[0][key], found[1][key], rtol=1e-3, atol=5e-6)
     # of another program, the ratios have rounding, which is reported
     assert 0 < found[1]["range_used"] < found[1]["range_used_max"] < 0.1
     assert "range_used" not in found[0]

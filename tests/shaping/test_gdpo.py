@@ -6,9 +6,9 @@ import pytest
 import tiny
 from shaping_groups import group
 
+from alignax.configs import gdpo as config_of_gdpo
 from alignax.shaping import constant, gdpo, group_norm
 from alignax.training import checks, loop
-from configs import gdpo as config_of_gdpo
 
 
 def made(**members):

@@ -95,10 +95,13 @@ def test_a_run_of_epochs_goes_on_and_more_of_them_need_their_rate(tmp_path, caps
     assert int(run(tmp_path, num_epochs=0.25).step) == 2
     assert int(run(tmp_path, num_epochs=0.25).step) == 2
     assert "resumed at step 2 of 2" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"num_epochs \(0\.25 there, 0\.5 here\).*schedule_steps=2"):  # fmt: skip
+    with pytest.raises(ValueError, match=r"num_steps \(2 there, 4 here\).*schedule_steps=2"):  # fmt: skip
         run(tmp_path, num_epochs=0.5)
     with pytest.raises(ValueError, match=r"num_steps \(2 there, 3 here\)"):
         loop.train(tiny.config(num_steps=3), str(tmp_path))
+    with pytest.raises(ValueError, match=r"num_steps \(2 there, 8 here\)"):
+        loop.train(tiny.config(num_steps=2, num_epochs=1.0), str(tmp_path))
+    assert int(loop.train(tiny.config(num_steps=2), str(tmp_path)).step) == 2
     schedule = {"optim.schedule_steps": 2}
     assert int(run(tmp_path, num_epochs=0.5, **schedule).step) == 4
     with pytest.raises(ValueError, match=r"num_steps \(2 there, none here\)"):

@@ -3,10 +3,10 @@
 import jax
 import tiny
 
+from alignax.configs import common
 from alignax.models import transformer
 from alignax.text import tokenizer
 from alignax.training import explain, loading
-from configs import common
 
 
 def test_explain_counts_parameters_and_splits_them():

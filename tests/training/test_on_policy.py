@@ -231,12 +231,16 @@ def test_more_steps_add_the_prompts_that_they_meet(tmp_path):
         rows = {row.tobytes(): x for row, x in zip(saved["rows"], parts, strict=True)}
         return sampled, rows
 
+    whole = rewards(3)[1]  # drawn at once
+    (tmp_path / "reference_rewards.npz").unlink()
     first, few = rewards(1)
     second, more = rewards(3)
     third, again = rewards(2)
     assert (first, second, third) == (1, 2, 0)  # four prompts at once
     assert len(few) == 4 and len(more) == 12 and again.keys() == more.keys()
     for key, values in few.items():
+        np.testing.assert_array_equal(more[key], values)
+    for key, values in whole.items():  # a prompt's samples do not depend on the others
         np.testing.assert_array_equal(more[key], values)
 
 

@@ -1,15 +1,15 @@
 """A sweep: runs of one config that differ in some keys, and a table of their results.
 
-  python launch/sweep.py configs/dpo.py runs/sweep --grid loss.beta=0.05,0.1 seed=0,1
-  python launch/sweep.py configs/dpo.py runs/sweep --runs runs.txt --dry_run
+  alignax sweep configs/dpo.py runs/sweep --grid loss.beta=0.05,0.1 seed=0,1
+  alignax sweep configs/dpo.py runs/sweep --runs runs.txt --dry_run
 
 `--grid` runs every combination of the values; a file of `--runs` has one run per line, as
 `key=value` words (quoted as in a shell; # begins a comment). The name of a run is its
 changes, and its folder is SWEEP/NAME. Runs that succeeded are not started again, so the same
 command resumes a sweep; a run that saved and ended with 75 is started again up to
 `--retries` times. A sweep's folder belongs to one config: another config is refused, and so
-is a name under which other changes ran. The launcher must wait for its run (xpk.sh does
-not).
+is a name under which other changes ran. Without `--launcher` a run is a process of this Python in
+the current folder; a launcher must wait for its run (launch/xpk.sh does not).
 
 SWEEP/results.md and results.csv have one row per run: its keys, how it ended, and the last
 value of every metric that `--metrics` matches. SWEEP/NAME.log is the output of the run.
@@ -22,6 +22,7 @@ import argparse
 import csv
 import itertools
 import json
+import os
 import pathlib
 import re
 import shlex
@@ -32,7 +33,6 @@ import sys
 
 from etils import epath
 
-ROOT = pathlib.Path(__file__).parents[1]
 RESUME = 75  # EX_TEMPFAIL: saved, can be resumed
 STATUS = (
     "sweep.json"  # in its folder: {run: {"config": ..., "changes": ..., "code": ...}}
@@ -107,15 +107,20 @@ def named(runs: list[dict[str, str]]) -> dict[str, dict[str, str]]:
 def command(
     launcher: str, config: str, workdir: str, changes: dict[str, str]
 ) -> list[str]:
-    """The command line of one run."""
+    """The command line of one run; without a launcher, of this Python."""
     flags = [f"--config.{k}={v}" for k, v in changes.items()]
-    return [*shlex.split(launcher), config, workdir, *flags]
+    if launcher:
+        return [*shlex.split(launcher), config, workdir, *flags]
+    words = ["-m", "alignax.main", "--config", config]
+    return [sys.executable, *words, "--workdir", workdir, *flags]
 
 
 def check_launcher(launcher: str) -> None:
     """Raises ValueError if a launcher cannot be started, or does not wait for its run."""
-    word = [*shlex.split(launcher), ""][0]
-    if not shutil.which(str(ROOT / word) if "/" in word else word):
+    if not launcher:
+        return
+    word = shlex.split(launcher)[0]
+    if not shutil.which(word):
         raise ValueError(f"--launcher '{word}' is not there, or cannot be executed")
     if pathlib.Path(word).name == "xpk.sh":
         raise ValueError(
@@ -140,7 +145,8 @@ def check_same(before: dict[str, dict], config: str, runs: dict) -> None:
 
 def last_metrics(workdir, pattern: str) -> dict[str, float]:
     """The last value of the metrics that match; those of a stage as 'stage/metric'."""
-    folder, found = epath.Path(workdir), {}
+    folder = epath.Path(workdir)
+    found: dict[str, float] = {}
     if not folder.is_dir():
         return found
     for path in sorted([folder, *(p for p in folder.iterdir() if p.is_dir())]):
@@ -218,8 +224,8 @@ class Runner:
         """Runs a command to its end, in its own session, where Ctrl-C does not reach it."""
         with log.open("ab") as file:
             self._process = subprocess.Popen(
-                words, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL, start_new_session=True,
+                words, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                start_new_session=True, env={**os.environ, "PYTHONUNBUFFERED": "1"},
             )  # fmt: skip
             if self.stopped:
                 self._stop()
@@ -235,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("sweep", help="folder of the sweep")
     parser.add_argument("--grid", nargs="+", default=[], metavar="KEY=V,V")
     parser.add_argument("--runs", help="file with one run a line")
-    parser.add_argument("--launcher", default="launch/local.sh")
+    parser.add_argument("--launcher", default="", help="e.g. launch/local.sh")
     parser.add_argument("--metrics", default=r"^eval/(?!.*/(lo|hi)$)|^train/loss$")
     parser.add_argument("--retries", type=int, default=3)
     parser.add_argument("--dry_run", action="store_true", help="print the commands")
@@ -282,7 +288,7 @@ def conduct(sweep: str, before: dict, runs: dict, commands: dict, args) -> int:
         }
         for run, changes in runs.items()
     }  # fmt: skip
-    logs = ROOT / "runs" if "://" in sweep else pathlib.Path(sweep)
+    logs = pathlib.Path("runs" if "://" in sweep else sweep)
     logs.mkdir(parents=True, exist_ok=True)
     runner = Runner()
     for i, run in enumerate(runs):
