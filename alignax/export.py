@@ -8,6 +8,7 @@ read back before the command ends.
 """
 
 import argparse
+import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -166,12 +167,17 @@ def cast(lm: LM, dtype: str, text: Tokenizer) -> tuple[LM, str]:
     if lm.config.value_head:
         return new, f"cast to {dtype}"
     prompts, responses = zip(*TEXTS, strict=True)
+    config = dataclasses.replace(
+        lm.config, dtype="float32"
+    )  # the change of weights alone
     before, after = (
-        api.score(api.Model(x, text), prompts, responses) for x in (lm, new)
+        api.score(api.Model(LM(config, x.params), text), prompts, responses)
+        for x in (lm, new)
     )
     change = np.abs(after.logps - before.logps)[before.mask]
     return new, (
-        f"cast to {dtype}: log-probabilities change by {change.mean():.2g} nats per token, "
+        f"cast to {dtype}: log-probabilities (computed in float32) change by "
+        f"{change.mean():.2g} nats per token, "
         f"by {change.max():.2g} at most ({change.size} tokens)"
     )
 

@@ -1,5 +1,6 @@
 """`alignax export`: what is written reads back, and every choice is made by its user."""
 
+import dataclasses
 import json
 import shutil
 
@@ -82,6 +83,17 @@ def test_the_average_is_another_model(run, tmp_path):
     same(again.params, loading.load_lm(f"average:{run}").params)
     assert "## Evaluation" not in (tmp_path / "out" / "README.md").read_text()
     assert not np.array_equal(again.params["embed"], loading.load_lm(str(run)).params["embed"])  # fmt: skip
+
+
+def test_a_cast_of_a_run_that_computes_in_bfloat16_is_measured_too(run):
+    """In bfloat16 the rounded weights give the same, which says nothing of the others."""
+    lm, text = loading.load_lm(str(run)), ax.tokenizer(str(run))
+    half = dataclasses.replace(lm.config, dtype="bfloat16")
+    said = [
+        export.cast(export.LM(c, lm.params), "bfloat16", text)[1]
+        for c in (lm.config, half)
+    ]
+    assert said[0] == said[1] and "change by 0 nats" not in said[0]
 
 
 def test_what_a_cast_changes_is_measured(run, tmp_path, capsys):
