@@ -54,8 +54,11 @@ def config_of(**changes):
 
 
 def test_the_second_guess_learns_from_the_reply(tmp_path):
-    """By chance .625; always 'low' .75; low and then, being told no, high: .875."""
-    loop.train(config_of(), str(tmp_path / "run"))
+    """By chance .625; always 'low' .75; low and then, being told no, high: .875.
+
+    Eight of 14 seeds had learned that within 60 steps.
+    """
+    loop.train(config_of(num_steps=120), str(tmp_path / "run"))
     rows = metrics(tmp_path / "run")
     reward = [row["train/rollout/reward"] for row in rows]
     assert 0.5 < reward[0] < 0.75
