@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alignax import api
-from alignax.batch import LM
+from alignax.batch import LM, Params
 from alignax.models import json_object, load, lora, transformer
 from alignax.models import save as model_files
 from alignax.records import fetch
@@ -67,7 +67,8 @@ def export(
     if "://" in out:
         raise ValueError(f"{out} is remote: export to a local folder, and copy that")
     found = model_paths.resolve(checkpoint.AVERAGE * average + source)
-    files = dict(tokenizer_files.files(tokenizers.load(tokenizer_of(found))))
+    text = tokenizers.load(tokenizer_of(found))
+    files = tokenizer_files.files(text)
     known = facts(found)
     card = model_card.card(
         pathlib.Path(out).name, found.config, known, evaluation(found, known.get("step")),
@@ -82,10 +83,11 @@ def export(
     lm, said = read(found)
     lm = with_head(lm, value_head, source)
     if dtype:
-        lm, line = cast(lm, dtype, tokenizers.load(tokenizer_of(found)))
+        lm, line = cast(lm, dtype, text)
         said.append(line)
     model_files.save(lm, out, files=files, overwrite=overwrite)
-    check_written(lm, out)
+    stored = str(jax.tree.leaves(lm.params)[0].dtype)
+    check_written(lm.params, load.load(out, dtype=stored).params, out)
     size = sum(x.nbytes for x in jax.tree.leaves(lm.params))
     kind = "sequence classifier" if lm.config.value_head else "causal LM"
     many = len(jax.tree.leaves(lm.params))
@@ -167,9 +169,8 @@ def cast(lm: LM, dtype: str, text: Tokenizer) -> tuple[LM, str]:
     if lm.config.value_head:
         return new, f"cast to {dtype}"
     prompts, responses = zip(*TEXTS, strict=True)
-    config = dataclasses.replace(
-        lm.config, dtype="float32"
-    )  # the change of weights alone
+    # in float32, for the change of the weights alone
+    config = dataclasses.replace(lm.config, dtype="float32")
     before, after = (
         api.score(api.Model(LM(config, x.params), text), prompts, responses)
         for x in (lm, new)
@@ -182,20 +183,15 @@ def cast(lm: LM, dtype: str, text: Tokenizer) -> tuple[LM, str]:
     )
 
 
-def check_written(lm: LM, out: str) -> None:
-    """Raises ValueError unless a folder reads back as the model that it was written from."""
-    dtype = str(jax.tree.leaves(lm.params)[0].dtype)
-    again = load.load(out, dtype=dtype)
-    if isinstance(lm.params["blocks"], tuple):
-        raise TypeError("layers are expected to be stacked")
-    same = jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), lm.params, again.params)  # fmt: skip
-    wrong = [
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, equal in jax.tree_util.tree_leaves_with_path(same)
-        if not equal
-    ]
-    if wrong:
-        raise ValueError(f"{out} does not read back: {wrong[0]} differs")
+def check_written(params: Params, again: Params, out: str) -> None:
+    """Raises ValueError unless what was read back is what was written."""
+    same = jax.tree.map(
+        lambda a, b: np.array_equal(np.asarray(a), np.asarray(b)), params, again
+    )
+    for path, equal in jax.tree_util.tree_leaves_with_path(same):
+        if not equal:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(f"{out} does not read back: {name} differs")
 
 
 def write_adapters(
@@ -215,10 +211,8 @@ def write_adapters(
         lm.params, settings, lm.config, out, base=base, files=files, overwrite=overwrite
     )
     shapes = jax.eval_shape(lambda: transformer.init(lm.config, jax.random.key(0)))
-    again, read = lora.load(out, LM(lm.config, shapes))
-    same = jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), lm.params, again)  # fmt: skip
-    if not all(jax.tree.leaves(same)) or read.rank != settings.rank:
-        raise ValueError(f"{out} does not read back")
+    again, _ = lora.load(out, LM(lm.config, shapes))
+    check_written(lm.params, again, out)
     many = sum(x.size for x in jax.tree.leaves(lm.params))
     return [
         f"wrote {out}: {many} parameters of adapters of {note}, rank {settings.rank}; they read "

@@ -4,9 +4,9 @@
   python -m alignax.main --config configs/generate.py --workdir runs/generate
     --config.prompts.path=prompts.txt
 
-Without num_steps and num_epochs it only evaluates; with a config that has `prompts` it responds to them. A
-run that is stopped by SIGTERM or Ctrl-C exits with 75 (EX_TEMPFAIL): the same command
-resumes it.
+Without num_steps and num_epochs it only evaluates; with a config that has `prompts` it
+responds to them. A run that is stopped by SIGTERM or Ctrl-C exits with 75 (EX_TEMPFAIL): the
+same command resumes it.
 """
 
 import logging

@@ -103,9 +103,8 @@ class TensorBoard:
         pass
 
 
-NOTE = (
-    "wandb.json"  # in a workdir: its W&B runs, the last step logged, whether it closed
-)
+# In a workdir: the ids of its W&B runs, the last step that was logged, whether it closed.
+NOTE = "wandb.json"
 
 
 class WeightsAndBiases:
