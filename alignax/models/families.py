@@ -147,9 +147,14 @@ def stored_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     if path == "embed":
         return shape
     if is_linear(path):
-        split = 2 if path == "blocks/attn/o/kernel" else 1  # o maps [H, K] to [D]
+        split = input_axes(path)
         return (math.prod(shape[split:]), math.prod(shape[:split]))
     return (math.prod(shape),)
+
+
+def input_axes(path: str) -> int:
+    """Of the parameter of one layer: how many axes come in. `o` maps [H, K] to [D]."""
+    return 2 if path == "blocks/attn/o/kernel" else 1
 
 
 def is_linear(path: str) -> bool:

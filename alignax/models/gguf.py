@@ -7,7 +7,6 @@ divisors of the frequencies instead of its parameters.
 """
 
 import pathlib
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,8 +14,7 @@ import numpy as np
 
 from alignax.models import families, gguf_header, sizes
 from alignax.models.json_object import one_line
-
-Reader = Callable[[], np.ndarray]
+from alignax.models.stored import Tensor, read_at
 
 # (factor, low, high, length) of Llama 3.1 and 3.2: llama.cpp keeps only what they result in
 _LLAMA3_RULES = ((8.0, 1.0, 4.0, 8192.0), (32.0, 1.0, 4.0, 8192.0))
@@ -43,12 +41,12 @@ NAMES = {  # path in our tree -> name in a .gguf file
 }
 
 
-def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Reader]]:
+def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Opens a .gguf file.
 
     Returns:
-      Its metadata under the keys of config.json, and one function per tensor that
-      dequantises it to float32 [out, in].
+      Its metadata under the keys of config.json, and tensors that are dequantised to
+      float32 [out, in] where they are read.
 
     Raises:
       ImportError: the `gguf` package is not installed.
@@ -88,25 +86,61 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Reader]]:
     except (ValueError, TypeError, ArithmeticError) as e:
         raise ValueError(f"{path} is damaged: {one_line(e)}") from e
 
-    def reader(name: str) -> np.ndarray:
+    def tensor(name: str) -> Tensor:
         t = tensors[name]
-        try:
-            value = gguf.quants.dequantize(t.data, t.tensor_type)
-        except (NotImplementedError, ValueError, LookupError, TypeError) as e:
-            raise ValueError(
-                f"tensor {name} in {path} is {t.tensor_type.name}: {e}"
-            ) from e
-        if arch == "llama" and (".attn_q." in name or ".attn_k." in name):
-            key = "num_attention_heads" if "_q." in name else "num_key_value_heads"
-            value = _unpermute(value, hf[key])
-        if arch in ("gemma", "gemma2", "gemma3") and name.endswith("norm.weight"):
-            value = value - 1  # the factor, of which transformers stores the offset
-        return value
+        key = {"q": "num_attention_heads", "k": "num_key_value_heads"}.get(
+            name.split(".attn_")[-1].removesuffix(".weight").removesuffix(".bias")
+        )
+        heads = hf[key] if key and arch == "llama" else 0
+        offset = arch in ("gemma", "gemma2", "gemma3") and name.endswith("norm.weight")
+        shape = tuple(int(n) for n in reversed(t.shape))
+        return Tensor(
+            shape,
+            t.tensor_type.name,
+            partial(_rows, path, name, t, shape, heads, offset),
+        )
 
     if "rope_freqs.weight" in tensors:
-        hf["rope_scaling"] = _llama3_scaling(reader("rope_freqs.weight"), hf, path)
+        hf["rope_scaling"] = _llama3_scaling(tensor("rope_freqs.weight")(), hf, path)
         del tensors["rope_freqs.weight"]
-    return hf, {name: partial(reader, name) for name in tensors}
+    return hf, {name: tensor(name) for name in tensors}
+
+
+def _rows(
+    path: pathlib.Path, name: str, tensor: Any, shape: tuple[int, ...], heads: int,
+    offset: bool, first: int, last: int,
+) -> np.ndarray:  # fmt: skip
+    """Some rows of a tensor in float32, as transformers has them.
+
+    Args:
+      path: the file.
+      name: of the tensor.
+      tensor: its description by `gguf`.
+      shape: as [out, in].
+      heads: whose rows are interleaved; 0 leaves the rows as they are.
+      offset: whether it holds a factor of which transformers stores the offset from 1.
+      first: row.
+      last: row after the last.
+    """
+    import gguf
+
+    per = shape[0] // heads if heads else 1  # whole heads are read
+    a, b = first // per * per, -(-last // per) * per
+    if len(shape) == 1:  # its quantised blocks are not parted
+        a, b = 0, shape[0]
+    each = int(tensor.n_bytes) // max(shape[0], 1)
+    raw = read_at(path, int(tensor.data_offset) + a * each, (b - a) * each)
+    raw = raw if len(shape) == 1 else raw.reshape(b - a, -1)
+    try:
+        value = gguf.quants.dequantize(raw, tensor.tensor_type)
+    except (NotImplementedError, ValueError, LookupError, TypeError) as e:
+        raise ValueError(
+            f"tensor {name} in {path} is {tensor.tensor_type.name}: {e}"
+        ) from e
+    if heads:
+        value = _unpermute(value, (b - a) // per)
+    value = value[first - a : last - a]
+    return value - 1 if offset else value
 
 
 def _config(

@@ -1,41 +1,45 @@
 """Loads a model from a Hugging Face directory or a llama.cpp .gguf file.
 
 Both formats are read into the same three things: a config with Hugging Face's keys, a table
-of tensor names, and one function per tensor that reads it as [out, in]. A tensor that is
+of tensor names, and one `Tensor` per name that reads rows of it, as [out, in]. A tensor that is
 missing, unused or of the wrong shape is named in the error.
 """
 
 import dataclasses
 import logging
+import math
 import pathlib
-from functools import partial
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from alignax.batch import LM
-from alignax.models import families, gguf, json_object
-from alignax.models.gguf import Reader
-from alignax.models.json_object import one_line
+from alignax.models import families, gguf, json_object, sharding
 from alignax.models.sizes import brief
-from alignax.models.transformer import ModelConfig, init
+from alignax.models.stored import Tensor, aligned, check_dtype, safetensors
+from alignax.models.transformer import ModelConfig, tree_shapes
 
 DTYPES = ("float32", "bfloat16")
 
 
-def load(path: str | pathlib.Path, *, dtype: str = "float32") -> LM:
-    """Reads a model.
+def load(
+    path: str | pathlib.Path, *, dtype: str = "float32", mesh: Mesh | None = None
+) -> LM:
+    """Reads a model, a few megabytes of its files at a time.
 
     Args:
       path: a directory with config.json and safetensors (one file, or shards with their
         index), or a .gguf file (dequantised).
       dtype: 'float32' or 'bfloat16', of the parameters and of the computation.
+      mesh: from `sharding.make_mesh`. Every host then reads only what its devices hold.
 
     Returns:
-      The config and uncommitted arrays in host memory, every layer stacked on a leading
-      axis L; the caller places them on devices, or jax does at the first use.
+      The config and arrays, every layer stacked on a leading axis L: on the devices of
+      `mesh` by the rule table; or without one uncommitted, in host memory.
 
     Raises:
       FileNotFoundError: the path, or a file it needs, does not exist.
@@ -65,7 +69,7 @@ def load(path: str | pathlib.Path, *, dtype: str = "float32") -> LM:
         _drop_tied_head(readers, table, path)
     return LM(
         dataclasses.replace(config, dtype=dtype),
-        _assemble(config, readers, table, dtype, path),
+        _assemble(config, readers, table, dtype, path, mesh),
     )
 
 
@@ -76,25 +80,24 @@ def _config(hf: dict[str, Any], path: pathlib.Path) -> ModelConfig:
         raise ValueError(f"{path}: {e}") from e
 
 
-def tree_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """{path: shape} of every parameter that `init` would make, without making it."""
-    tree = jax.eval_shape(lambda: init(config, jax.random.key(0)))
-    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {"/".join(str(k.key) for k in keys): leaf.shape for keys, leaf in flat}
-
-
 def _assemble(
     config: ModelConfig,
-    readers: dict[str, Reader],
+    tensors: dict[str, Tensor],
     table: dict[str, str],
     dtype: str,
     path: pathlib.Path,
+    mesh: Mesh | None,
 ) -> dict[str, Any]:
-    """Fills our tree; every tensor is read exactly once."""
+    """Fills our tree; the shapes of all tensors are checked before any is read."""
     shapes = tree_shapes(config)
-    layers = {p: config.num_layers if p.startswith("blocks/") else 1 for p in shapes}
-    wanted = {table[p].format(i) for p in shapes for i in range(layers[p])}
-    missing, unused = sorted(wanted - set(readers)), sorted(set(readers) - wanted)
+    names = {
+        p: [table[p].format(i) for i in range(config.num_layers)]
+        if p.startswith("blocks/")
+        else [table[p]]
+        for p in shapes
+    }
+    wanted = {name for listed in names.values() for name in listed}
+    missing, unused = sorted(wanted - set(tensors)), sorted(set(tensors) - wanted)
     if missing or unused:
         parts = [
             f"{what} {_some(x)}"
@@ -105,22 +108,119 @@ def _assemble(
             f"{path} does not hold the tensors of a {config.family} model with "
             f"{config.num_layers} layers (tied={config.tied}): it {'; it '.join(parts)}"
         )
+    for p, shape in shapes.items():
+        want = families.stored_shape(p, shape[p.startswith("blocks/") :])
+        for name in names[p]:
+            if tensors[name].shape != want:
+                raise ValueError(
+                    f"tensor {name} in {path} has shape {tensors[name].shape}, "
+                    f"expected {want}"
+                )
     params: dict[str, Any] = {}
     for p, shape in shapes.items():
-        stacked = None
-        for i in range(layers[p]):
-            name, own = table[p].format(i), shape[p.startswith("blocks/") :]
-            value = _to_tree(readers[name](), p, own, name, path)
-            if stacked is None:  # not before a tensor has its share of this size
-                out = np.empty(shape, jnp.dtype(dtype))
-                stacked = out if p.startswith("blocks/") else out[None]
-            stacked[i] = value
         *parents, leaf = p.split("/")
         node = params
         for key in parents:
             node = node.setdefault(key, {})
-        node[leaf] = _on_host(out)
+        stored = [tensors[name] for name in names[p]]
+        node[leaf] = _placed(p, shape, stored, jnp.dtype(dtype), mesh)
     return params
+
+
+def _placed(
+    p: str, shape: tuple[int, ...], stored: list[Tensor], dtype: np.dtype,
+    mesh: Mesh | None,
+) -> jax.Array:  # fmt: skip
+    """One parameter: whole on the host, or every shard of this host on its device."""
+    if mesh is None:
+        return _on_host(_parts(p, shape, stored, dtype, [()])[()])
+    place = NamedSharding(mesh, sharding.spec(p, shape, mesh))
+    indices = [
+        _bounds(index, shape)
+        for index in place.addressable_devices_indices_map(shape).values()
+    ]
+    parts = _parts(p, shape, stored, dtype, indices)
+
+    def read(index: Any) -> np.ndarray:
+        return parts[_bounds(index, shape)]
+
+    return jax.make_array_from_callback(shape, place, read, dtype=dtype)
+
+
+Bounds = tuple[tuple[int, int], ...]  # (first, last + 1) along every axis; () is all
+
+
+def _bounds(index: Any, shape: tuple[int, ...]) -> Bounds:
+    return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+
+
+def _parts(
+    p: str, shape: tuple[int, ...], stored: list[Tensor], dtype: np.dtype,
+    wanted: Iterable[Bounds],
+) -> dict[Bounds, np.ndarray]:  # fmt: skip
+    """Parts of one parameter, from its tensor or from those of its layers, read once."""
+    out = {}
+    for bounds in {*wanted}:
+        sizes = tuple(b - a for a, b in bounds) if bounds else shape
+        out[bounds] = aligned(sizes, dtype)
+    layers = p.startswith("blocks/")
+    for i, tensor in enumerate(stored):
+        parts = []
+        for bounds, array in out.items():
+            whole = bounds or tuple((0, n) for n in shape)
+            if not layers:
+                parts.append((whole, array))
+            elif whole[0][0] <= i < whole[0][1]:
+                parts.append((whole[1:], array[i - whole[0][0]]))
+        _fill(parts, tensor, p, shape[layers:])
+    return out
+
+
+def _fill(
+    parts: Sequence[tuple[Bounds, np.ndarray]], tensor: Tensor, p: str,
+    shape: tuple[int, ...],
+) -> None:  # fmt: skip
+    """Reads a stored tensor into parts of our array, a few rows at a time.
+
+    A linear map is stored transposed: what its rows are in the file are our last axes.
+
+    Args:
+      parts: what is to be filled, and where it lies in the array.
+      tensor: as stored.
+      p: path in our tree.
+      shape: ours, of one layer.
+    """
+    linear = families.is_linear(p)
+    split = families.input_axes(p) if linear else 1 if p == "embed" else len(shape)
+
+    def as_stored(x: tuple) -> tuple[tuple, tuple]:
+        """Axes that are rows in the file, and the others."""
+        return (x[split:], x[:split]) if linear else (x[:split], x[split:])
+
+    rows, others = as_stored(shape)
+    views = []
+    for bounds, array in parts:
+        of_rows, of_others = as_stored(bounds)
+        if linear:
+            array = array.transpose(*range(split, array.ndim), *range(split))
+        if not rows:  # a scalar head is one row
+            of_rows, array = ((0, 1),), array[None]
+        rest = tuple(slice(*x) for x in (*of_rows[1:], *of_others))
+        views.append((of_rows[0], rest, array))
+    if not views:
+        return
+    unit = math.prod(rows[1:])
+    first = min(start for (start, _), _, _ in views)
+    last = max(stop for (_, stop), _, _ in views)
+    for at, block in tensor.chunks(first * unit, last * unit, unit):
+        block = block.reshape(-1, *rows[1:], *others)
+        begin, end = at // unit, at // unit + len(block)
+        for (start, stop), rest, array in views:
+            a, b = max(begin, start), min(end, stop)
+            if a < b:
+                array[a - start : b - start] = block[
+                    (slice(a - begin, b - begin), *rest)
+                ]
 
 
 def _on_host(value: np.ndarray) -> jax.Array:
@@ -133,28 +233,12 @@ def _on_host(value: np.ndarray) -> jax.Array:
         return jnp.asarray(value)
 
 
-def _to_tree(
-    value: np.ndarray, p: str, shape: tuple[int, ...], name: str, path: pathlib.Path
-) -> np.ndarray:
-    """One stored tensor in the shape of our tree."""
-    want = families.stored_shape(p, shape)
-    if value.shape != want:
-        raise ValueError(
-            f"tensor {name} in {path} has shape {value.shape}, expected {want}"
-        )
-    if not jnp.issubdtype(value.dtype, jnp.floating):
-        raise ValueError(
-            f"tensor {name} in {path} has dtype {value.dtype}, expected a float"
-        )
-    return (value.T if families.is_linear(p) else value).reshape(shape)
-
-
 def _drop_tied_head(
-    readers: dict[str, Reader], table: dict[str, str], path: pathlib.Path
+    readers: dict[str, Tensor], table: dict[str, str], path: pathlib.Path
 ) -> None:
     """Drops the head that a tied model also stores; an error if it is not the embedding."""
     head, embed = table["head"], table["embed"]
-    if embed in readers and not np.array_equal(readers[head](), readers[embed]()):
+    if embed in readers and not _equal(readers[head], readers[embed]):
         raise ValueError(
             f"{path} has tie_word_embeddings, but its {head} differs from its {embed}; "
             "set tie_word_embeddings to false to use both"
@@ -162,7 +246,15 @@ def _drop_tied_head(
     del readers[head]
 
 
-def _read_directory(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Reader]]:
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same numbers."""
+    if one.shape != other.shape:
+        return False
+    many = one.shape[0] if one.shape else 1
+    return all(np.array_equal(x, other.rows(at, at + len(x))) for at, x in one.chunks(0, many))  # fmt: skip
+
+
+def _read_directory(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """config.json, and one function per tensor, of a Hugging Face directory."""
     hf = json_object.read(path / "config.json")
     generation = path / "generation_config.json"
@@ -184,9 +276,9 @@ def _read_directory(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Reade
             f"{path} holds neither model.safetensors nor model.safetensors.index.json "
             f"(found: {found})"
         )
-    readers: dict[str, Reader] = {}
+    readers: dict[str, Tensor] = {}
     for file in sorted(set(where.values())) if where else ["model.safetensors"]:
-        for name, reader in tensors_of(path / file).items():
+        for name, reader in safetensors(path / file).items():
             if where and where.get(name) != file:
                 raise ValueError(f"tensor {name} of {path / file} is not in its index")
             readers[name] = reader
@@ -198,7 +290,10 @@ def _read_directory(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Reade
     if hf.get("model_type") == "gemma3":
         readers = _text_only(readers, path)
     buffers = [n for n in readers if n.endswith("rotary_emb.inv_freq")]  # old Llamas
-    return hf, {n: r for n, r in readers.items() if n not in buffers}
+    readers = {n: r for n, r in readers.items() if n not in buffers}
+    for name, tensor in readers.items():  # what is never read may have any dtype
+        check_dtype(name, tensor.dtype, path)
+    return hf, readers
 
 
 def _weight_map(index: pathlib.Path) -> dict[str, str]:
@@ -215,34 +310,7 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
     return where
 
 
-def tensors_of(path: pathlib.Path) -> dict[str, Reader]:
-    """A function per tensor of a safetensors file that reads it.
-
-    Raises:
-      FileNotFoundError: no such file. ValueError: it is damaged, or (when a tensor is read)
-        holds a type that numpy has not.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    try:
-        file = safe_open(path, framework="numpy")
-    except (SafetensorError, OSError, UnicodeError) as e:
-        raise ValueError(f"{path} is damaged or not safetensors: {one_line(e)}") from e
-
-    def read(name: str) -> np.ndarray:
-        try:
-            return file.get_tensor(name)
-        except (SafetensorError, TypeError, ValueError, AttributeError, KeyError) as e:
-            raise ValueError(
-                f"tensor {name} in {path} cannot be read: {one_line(e)}"
-            ) from e
-
-    return {name: partial(read, name) for name in file.keys()}  # noqa: SIM118
-
-
-def _text_only(readers: dict[str, Reader], path: pathlib.Path) -> dict[str, Reader]:
+def _text_only(readers: dict[str, Tensor], path: pathlib.Path) -> dict[str, Tensor]:
     """The language model of a multimodal Gemma 3; logs how many tensors are left out."""
     text, other = {}, 0
     for name, reader in readers.items():

@@ -24,8 +24,8 @@ from jax.sharding import PartitionSpec as P
 
 from alignax.batch import LM, Params
 from alignax.models import families, json_object, sizes
-from alignax.models.load import tensors_of
 from alignax.models.save import at_once, check_target
+from alignax.models.stored import safetensors
 from alignax.models.transformer import ModelConfig
 
 PARAM_RULES = ((r"/(a|b)$", P()),)  # L ... r and L r ...: small, on every device
@@ -202,7 +202,7 @@ def load(path: str | pathlib.Path, base: LM) -> tuple[Params, Lora]:
     """
     path = pathlib.Path(path).expanduser()
     settings = peft_settings(path)
-    readers = tensors_of(path / "adapter_model.safetensors")
+    readers = safetensors(path / "adapter_model.safetensors")
     tensors = {name: read() for name, read in readers.items()}
     names = families.hf_names(base.config)
     modules = {_module(names, t): t for t in TARGETS}

@@ -15,7 +15,7 @@ import numpy as np
 
 from alignax.batch import LM
 from alignax.models import families
-from alignax.models.load import tree_shapes
+from alignax.models.transformer import tree_shapes
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",

@@ -113,16 +113,50 @@ def put_batch(batch, mesh: Mesh):
     )
 
 
-def put_params(params, mesh: Mesh):
+def put_params(params, mesh: Mesh, dtype=None, *, donate: bool = False):
     """Places a parameter tree by the rule table; always a fresh copy, safe to donate.
 
     Weak types become strong: a step returns strong types, and would compile twice.
+
+    Args:
+      params: on host or device.
+      mesh: from `make_mesh`.
+      dtype: of the copy where it is wider than that of `params`; None keeps theirs.
+      donate: whether the copy takes the memory of `params`, which are gone then; for
+        what `placed` gave.
     """
     place = jax.jit(
-        lambda tree: jax.tree.map(lambda x: x + jnp.zeros((), x.dtype), tree),
+        lambda tree: jax.tree.map(lambda x: x + jnp.zeros((), dtype or x.dtype), tree),
         out_shardings=shardings(params, mesh),
+        donate_argnums=0 if donate else (),
     )
     return place(params)
+
+
+def placed(params, mesh: Mesh):
+    """A parameter tree placed by the rule table, without a copy of what is there already."""
+    leaves, tree = jax.tree.flatten(params)
+    wanted = jax.tree.leaves(shardings(params, mesh))
+    others = [i for i, x in enumerate(leaves) if not _is_placed(x, wanted[i])]
+    if others:
+        place = jax.jit(
+            lambda xs: [x + jnp.zeros((), x.dtype) for x in xs],
+            out_shardings=[wanted[i] for i in others],
+        )
+        for i, x in zip(others, place([leaves[i] for i in others]), strict=True):
+            leaves[i] = x
+    return jax.tree.unflatten(tree, leaves)
+
+
+def is_placed(params, mesh: Mesh) -> bool:
+    """Whether `placed` would copy nothing."""
+    wanted = shardings(params, mesh)
+    return all(map(_is_placed, jax.tree.leaves(params), jax.tree.leaves(wanted)))
+
+
+def _is_placed(x, wanted: NamedSharding) -> bool:
+    known = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+    return known and not x.weak_type and x.committed and x.sharding == wanted
 
 
 def num_shards(mesh: Mesh) -> int:

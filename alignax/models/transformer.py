@@ -344,6 +344,13 @@ def init(config: ModelConfig, key) -> Params:
     return params
 
 
+def tree_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """{path: shape} of every parameter that `init` would make, without making it."""
+    tree = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {"/".join(str(k.key) for k in keys): leaf.shape for keys, leaf in flat}
+
+
 def init_cache(config: ModelConfig, rows: int, length: int) -> Cache:
     """An empty cache for `rows` rows of up to `length` tokens, in config.dtype."""
     shape = (rows, config.num_kv_heads, length, config.head_dim)
@@ -398,7 +405,7 @@ def hidden(
         attend = Attend((attend,), same_segment)
     if attend is not None and cache is None:
         attend = with_tiles(attend, positions, c)
-    x = params["embed"][tokens].astype(c.dtype)  # the table's gradient stays float32
+    x = look_up(params["embed"], tokens).astype(c.dtype)
     if c.embed_scale:
         x = x * jnp.asarray(c.width**0.5, x.dtype)
     ropes = (
@@ -438,6 +445,30 @@ def hidden(
             cache = Cache(tuple(kv[0] for kv in kvs), tuple(kv[1] for kv in kvs))
     norm = Norm(c.norm_eps, c.norm_offset)
     return cast(Array, norm.apply({"params": params["norm"]}, x)), cache
+
+
+@jax.custom_vjp
+def look_up(
+    table: Float[Array, "V D"], ids: Int[Array, "N T"]
+) -> Float[Array, "N T D"]:
+    """Rows of a table. Its gradient is added up in float32, whatever its dtype.
+
+    In bfloat16 a sum over many tokens would stop at 256 times what is added to it.
+    """
+    return table[ids]
+
+
+def _look_up(table, ids):
+    return table[ids], (ids, table.shape[0], jnp.zeros((), table.dtype))
+
+
+def _look_up_backward(kept, g):
+    ids, size, like = kept
+    total = jnp.zeros((size, g.shape[-1]), jnp.float32)
+    return total.at[ids].add(g.astype(jnp.float32)).astype(like.dtype), None
+
+
+look_up.defvjp(_look_up, _look_up_backward)
 
 
 def head(lm: LM) -> tuple[Array, int]:

@@ -228,7 +228,7 @@ def _respond(
     config, run: build.Run, now: Prompts, stop: Callable[[], bool], owner: lease.Lease
 ) -> bool:
     path = epath.Path(run.workdir) / NAME
-    lm = run.assemble(sharding.put_params(run.policy.params, run.mesh), run.lms)
+    lm = run.assemble(sharding.placed(run.policy.params, run.mesh), run.lms)
     spec = config.generate.reward.to_dict()
     reward = rewards.load(spec) if spec else None
     first = now.starts[0]

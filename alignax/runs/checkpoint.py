@@ -12,7 +12,8 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -20,10 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.sharding import Mesh, NamedSharding
 
 import alignax
 from alignax.batch import LM, Params
-from alignax.models.sharding import path_string
+from alignax.models.sharding import path_string, spec
 from alignax.models.transformer import ModelConfig
 
 # Raised when a checkpoint gets something that an earlier version cannot read.
@@ -219,11 +221,12 @@ def restore(manager: ocp.CheckpointManager, state):
             continue
         _refuse_newer(meta, where)
         _compare(saved["params"], shapes(state.params), where)
-        _compare(saved["rest"], shapes(rest), where)
+        found = _abstract(rest, _narrower(saved["rest"], rest))
+        _compare(saved["rest"], shapes(found), where)
         try:
             args = ocp.args.Composite(
                 params=ocp.args.StandardRestore(_abstract(state.params)),
-                rest=ocp.args.StandardRestore(_abstract(rest)),
+                rest=ocp.args.StandardRestore(found),
             )
             got = manager.restore(step, args=args)
             if not _same(sums, _sums(got.params, got.rest)):
@@ -234,8 +237,9 @@ def restore(manager: ocp.CheckpointManager, state):
         if step != steps[0]:
             log.warning("falling back to checkpoint %d in %s", step, manager.directory)
             _set_aside(manager, [s for s in steps if s > step])
-        fields = {k: v for k, v in got.rest.items() if k != "step"}
-        return state._replace(step=got.rest["step"], params=got.params, **fields), meta
+        whole = jax.tree.map(lambda x, want: x.astype(want.dtype), got.rest, rest)
+        fields = {k: v for k, v in whole.items() if k != "step"}
+        return state._replace(step=whole["step"], params=got.params, **fields), meta
     if steps:
         raise CheckpointError(
             f"none of the checkpoints {steps} in {manager.directory} reads back"
@@ -253,13 +257,14 @@ def holds(folder) -> bool:
     )
 
 
-def load_lm(folder, *, average: bool = False) -> LM:
-    """The policy of the newest checkpoint that can be read, on the host.
+def load_lm(folder, *, average: bool = False, mesh: Mesh | None = None) -> LM:
+    """The policy of the newest checkpoint that can be read.
 
     Args:
       folder: of a run (its 'checkpoints' are read), or a folder of checkpoints such as
         WORKDIR/best.
       average: with the average of the parameters that the run kept, instead of these.
+      mesh: on which its parameters are placed; None reads them to the host.
 
     Raises:
       CheckpointError: the folder holds no checkpoint that can be read, one of a newer
@@ -269,19 +274,28 @@ def load_lm(folder, *, average: bool = False) -> LM:
     inner = folder / "checkpoints"
     place = inner if inner.is_dir() else folder
     host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+
+    def on(path: str, shape: list[int]) -> jax.sharding.Sharding:
+        """A sharding is given: the mesh that saved the parameters may not exist here."""
+        return NamedSharding(mesh, spec(path, tuple(shape), mesh)) if mesh else host
+
     with _reader(place) as read:
         for step in sorted(read.all_steps(), reverse=True):
             try:
                 meta = _meta(read, step)
                 _refuse_newer(meta, place / str(step))
-                # a sharding is given: the mesh that saved them may not exist here
                 target: dict[str, Any] = {}
                 for path, (shape, dtype) in meta["shapes"]["params"].items():
+                    if average:  # of float32, whatever the dtype of the parameters
+                        own = meta["shapes"]["rest"].get(f"average/{path}")
+                        dtype = own[1] if own else dtype
                     *parents, name = path.split("/")
                     node = functools.reduce(
                         lambda d, k: d.setdefault(k, {}), parents, target
                     )
-                    node[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=host)
+                    node[name] = jax.ShapeDtypeStruct(
+                        shape, dtype, sharding=on(path, shape)
+                    )
                 wanted = "average" if average else "params"
                 if wanted not in meta["checksum"]:
                     raise NoAverage(
@@ -423,10 +437,27 @@ def _same(saved: dict[str, int], found: dict[str, int]) -> bool:
     return all(found.get(name) == value for name, value in saved.items())
 
 
-def _abstract(tree):
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
-    )
+def _abstract(tree, dtypes: Mapping[str, str] = MappingProxyType({})):
+    """Shapes, dtypes and shardings of a tree; some of its leaves have another dtype."""
+
+    def one(path, x):
+        dtype = dtypes.get(path_string(path), x.dtype)
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def _narrower(saved: dict[str, list], tree) -> dict[str, str]:
+    """{path: 'bfloat16'} of what is float32 in a tree and was bfloat16 when it was saved.
+
+    Earlier versions kept second moments and averages in the dtype of the parameters.
+    """
+    pairs = ((path, saved.get(path), want) for path, want in shapes(tree).items())
+    return {
+        path: "bfloat16"
+        for path, got, want in pairs
+        if got == [want[0], "bfloat16"] and want[1] == "float32"
+    }
 
 
 def _compare(saved: dict[str, list], want: dict[str, list], where) -> None:

@@ -9,7 +9,6 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 from etils import epath
 from jax.sharding import Mesh
@@ -97,7 +96,7 @@ def build(config, workdir: str, model: ModelPath | None = None) -> Run:
     plugins, eval_data = evaluation_data(config, plugins)
     names = (*checks.frozen_names(config), *checks.moving_names(config))
     check_evaluations(plugins.evals, names, eval_data)
-    whole = loading.make_policy(config, text, model)
+    whole = loading.make_policy(config, text, model, mesh)
     if text.pad_id >= whole.config.vocab_size:  # nothing is ever read from it
         text = dataclasses.replace(text, pad_id=text.eos_id)
     check_context(config, plugins.evals, whole.config.max_length)
@@ -308,7 +307,7 @@ def describe_data(config, run: Run, examples: Any) -> None:
 
 def pieces(
     config, policy: LM, mesh: Mesh, *, text: tokenizer.Tokenizer | None = None,
-    load: Callable[[Any], LM] = loading.load_lm,
+    load: Callable[..., LM] = loading.load_lm,
 ) -> Pieces:  # fmt: skip
     """What the step of a config is made of; `preflight` traces it, no array is held.
 
@@ -339,6 +338,14 @@ def pieces(
     return Pieces(policy, assemble, lms, tuple(moving), rate, tx)
 
 
+def is_own(run: Run) -> bool:
+    """Whether the policy's first parameters are placed on the mesh for nothing else."""
+    held = {id(x) for lm in run.lms.values() for x in jax.tree.leaves(lm.params)}
+    params = run.policy.params
+    own = not any(id(x) in held for x in jax.tree.leaves(params))
+    return own and sharding.is_placed(params, run.mesh)
+
+
 def settings(config, pieces: Pieces | Run, loss: plugin.Bound) -> dict[str, Any]:
     """The keywords of `make_train_step` that a config and its loss decide."""
     return dict(
@@ -351,7 +358,7 @@ def settings(config, pieces: Pieces | Run, loss: plugin.Bound) -> dict[str, Any]
 
 def place_lms(
     config, policy: LM, mesh: Mesh, *, text: tokenizer.Tokenizer | None = None,
-    load: Callable[[Any], LM] = loading.load_lm,
+    load: Callable[..., LM] = loading.load_lm,
 ) -> tuple[dict[str, LM], list[str]]:  # fmt: skip
     """The frozen LMs of a config on the mesh, and the names that mean the average.
 
@@ -371,11 +378,12 @@ def place_lms(
         if text is None:
             return load(path), ("", "")
         where = model_paths.resolve(path)
-        return load(where), loading.other_tokenizer(where, text)
+        lm = load(where, dtype=config.model.param_dtype, mesh=mesh)
+        return lm, loading.other_tokenizer(where, text)
 
     readers = checks.readers_of_ids(config)
     if loading.lora_settings(config):
-        base = LM(policy.config, sharding.put_params(policy.params, mesh))
+        base = LM(policy.config, sharding.placed(policy.params, mesh))
         on_mesh["init"] = lms["base"] = base
     for name, path in config.lms.items():
         if path == "average":
@@ -399,10 +407,8 @@ def place_lms(
         if path in on_mesh:  # one copy of the same weights is enough
             params = {k: on_mesh[path].params[k] for k in lm.params}
         else:
-            params = jax.tree.map(
-                lambda x: jnp.asarray(x, config.model.param_dtype), lm.params
-            )
-            params = sharding.put_params(params, mesh)
+            params = loading.cast(lm.params, config.model.param_dtype)
+            params = sharding.placed(params, mesh)
         lms[name] = on_mesh[path] = LM(lm.config, params)
     return lms, moving
 

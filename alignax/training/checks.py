@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from alignax import plugin, shaping
 from alignax.batch import OF_BEHAVIOUR
+from alignax.models.load import DTYPES
 from alignax.plugin import Bound
 from alignax.records import files
 from alignax.reports import trackers
@@ -136,6 +137,11 @@ def check_model(config, plugins: Plugins) -> None:
         raise ValueError(
             "config.model needs a path to weights, or sizes to start from scratch"
         )
+    for key in ("dtype", "param_dtype"):
+        if m[key] not in DTYPES:
+            raise ValueError(
+                f"config.model.{key} is {m[key]!r}, expected one of {', '.join(DTYPES)}"
+            )
     loading.lora_settings(config)
     needs = {n for s in (plugins.loss, *plugins.shaping) for n in s.needs}
     if "values" in plugins.loss.needs and not m.value_head:

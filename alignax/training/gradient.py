@@ -136,14 +136,16 @@ def sampler_gap(scores: Scores, batch: Batch) -> Metrics:
 
 
 def add_up(function: Callable[[Any], Any], parts: Any) -> Any:
-    """The sum of function(part) over micro-batches, one after another."""
+    """The sum of function(part) over micro-batches, one after another, in float32."""
 
     def body(total, part):
         return jax.tree.map(jnp.add, total, function(part)), None
 
     first = jax.tree.map(lambda x: x[0], parts)
     shapes = jax.eval_shape(function, first)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), shapes
+    )
     return jax.lax.scan(body, zeros, parts)[0]
 
 

@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from alignax.batch import LM, Params
-from alignax.models import load, lora, transformer
+from alignax.models import load, lora, sharding, transformer
 from alignax.models import sizes as model_sizes
 from alignax.models.transformer import ModelConfig
 from alignax.runs import adapter_base, checkpoint, model_paths
@@ -19,14 +20,16 @@ from alignax.text.dialogues import SYSTEMS, Reading
 
 
 def make_policy(
-    config, text: tokenizer.Tokenizer, model: ModelPath | None = None
-) -> LM:
-    """The policy a run starts from, on the host.
+    config, text: tokenizer.Tokenizer, model: ModelPath | None = None,
+    mesh: Mesh | None = None,
+) -> LM:  # fmt: skip
+    """The policy a run starts from.
 
     Args:
       config: a ConfigDict.
       text: the tokenizer.
       model: from `model_path`, where that is known already.
+      mesh: on which weights are placed that are read; None reads them to the host.
 
     Raises:
       ValueError: neither path nor sizes; sizes with fewer ids than the tokenizer, or
@@ -35,7 +38,7 @@ def make_policy(
     """
     m = config.model
     if m.path:
-        lm = load_lm(model or m.path)
+        lm = load_lm(model or m.path, dtype=m.param_dtype, mesh=mesh)
     elif m.sizes:
         lm_config = model_config(config, text.vocab_size)
         lm = LM(lm_config, transformer.init(lm_config, jax.random.key(config.seed)))
@@ -54,8 +57,15 @@ def make_policy(
             f"config.length={config.length} is beyond the model's context of {lm.config.max_length}"
         )
     lm = with_value_head(lm, m.value_head)
-    params = jax.tree.map(lambda x: jnp.asarray(x, m.param_dtype), lm.params)
+    params = cast(lm.params, m.param_dtype)
+    if m.path and mesh is not None:
+        params = sharding.placed(params, mesh)
     return LM(dataclasses.replace(lm.config, **computed(config)), params)
+
+
+def cast(params: Params, dtype: str) -> Params:
+    """Parameters in a dtype; what has it already is not copied."""
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
 
 
 def computed(config) -> dict[str, str]:
@@ -154,7 +164,9 @@ def as_lora(section: Any) -> lora.Lora:
     return lora.Lora(**{**section, "targets": tuple(section["targets"])})
 
 
-def load_lm(path: str | ModelPath, *, dtype: str = "float32") -> LM:
+def load_lm(
+    path: str | ModelPath, *, dtype: str = "float32", mesh: Mesh | None = None
+) -> LM:
     """Weights from a run's folder, a Hugging Face or PEFT directory, or a .gguf file.
 
     Adapters are merged into their base, cast as they were trained on it.
@@ -162,7 +174,8 @@ def load_lm(path: str | ModelPath, *, dtype: str = "float32") -> LM:
     Args:
       path: of the model, or its description.
       dtype: 'float32' or 'bfloat16', of weights that are read from a Hugging Face folder or
-        a .gguf file; a run keeps its own.
+        a .gguf file; a run keeps its own. Adapters are merged in float32.
+      mesh: on which they are placed; every host reads what its own devices hold.
 
     Raises:
       ValueError: adapters that do not know their base, or whose base is another now;
@@ -172,13 +185,13 @@ def load_lm(path: str | ModelPath, *, dtype: str = "float32") -> LM:
     found = path if isinstance(path, ModelPath) else model_paths.resolve(path)
     if found.kind == "peft":
         assert found.base is not None
-        base = load_lm(found.base, dtype=dtype)
+        base = load_lm(found.base, mesh=mesh)
         lm = lora.merge(base, *lora.load(found.path, base))
     elif found.kind != "run":
-        lm = load.load(found.path, dtype=dtype)
+        lm = load.load(found.path, dtype=dtype, mesh=mesh)
     else:
-        lm = checkpoint.load_lm(found.path, average=found.average)
-        lm = merged(found, lm) if lora.is_adapters(lm.params) else lm
+        lm = checkpoint.load_lm(found.path, average=found.average, mesh=mesh)
+        lm = merged(found, lm, mesh) if lora.is_adapters(lm.params) else lm
     check_finite(lm.params, found.path)
     return lm
 
@@ -186,18 +199,23 @@ def load_lm(path: str | ModelPath, *, dtype: str = "float32") -> LM:
 def check_finite(params: Params, path: str) -> None:
     """Raises ValueError for weights that are NaN or infinite: they answer nothing."""
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
-        array = np.asarray(leaf)
-        bits = np.dtype(f"u{array.itemsize}")
-        exponent = np.array(np.inf, array.dtype).view(
-            bits
-        )  # all ones: no finite number
-        for part in array if array.ndim > 1 else [array]:  # a small mask at a time
-            if (part.view(bits) & exponent == exponent).any():
-                name = jax.tree_util.keystr(keys, simple=True, separator="/")
-                raise ValueError(f"{path}: {name} has weights that are NaN or infinite")
+        parts = {str(s.index): s.data for s in jnp.asarray(leaf).addressable_shards}
+        if not all(map(_is_finite, parts.values())):
+            name = jax.tree_util.keystr(keys, simple=True, separator="/")
+            raise ValueError(f"{path}: {name} has weights that are NaN or infinite")
 
 
-def merged(found: ModelPath, adapters: LM) -> LM:
+def _is_finite(part: jax.Array) -> bool:
+    array = np.asarray(part)
+    bits = np.dtype(f"u{array.itemsize}")
+    exponent = np.array(np.inf, array.dtype).view(bits)  # all ones: no finite number
+    return not any(
+        (x.view(bits) & exponent == exponent).any()
+        for x in (array if array.ndim > 1 else [array])  # a small mask at a time
+    )
+
+
+def merged(found: ModelPath, adapters: LM, mesh: Mesh | None = None) -> LM:
     """The adapters of a run in their base, which is read, or drawn from the run's seed."""
     config = found.config
     if not config or not adapter_base.noted(found.folder):
@@ -206,7 +224,7 @@ def merged(found: ModelPath, adapters: LM) -> LM:
             "beside it that say on which base"
         )
     if found.base is not None:
-        base = load_lm(found.base)
+        base = load_lm(found.base, mesh=mesh)
     else:
         plain = dataclasses.replace(adapters.config, value_head=False)
         base = LM(plain, transformer.init(plain, jax.random.key(config["seed"])))

@@ -192,7 +192,7 @@ def restored(
     """
     state = init_state(
         run.policy.params, run.tx, run.mesh, ema=run.loss.ema,
-        average=checks.keeps_average(config),
+        average=checks.keeps_average(config), donate=build.is_own(run),
     )  # fmt: skip
     found = checkpoint.restore(latest, state)
     if not found:

@@ -1,9 +1,22 @@
-"""Optimisers and schedules: names from a config to an optax transformation."""
+"""Optimisers and schedules: names from a config to an optax transformation.
+
+Parameters in bfloat16 have 8 bits of precision: at usual learning rates the nearest value
+to a moved parameter is mostly the parameter itself. So steps are computed in float32, and
+a moved parameter is rounded up or down at random, with its own value as the mean.
+
+Source of stochastic rounding in this place: Zamirai et al. 2020,
+https://arxiv.org/abs/2010.06192
+"""
+
+import itertools
 
 import jax
+import jax.numpy as jnp
 import optax
 import optax.contrib
+from jaxtyping import Array, BFloat16, Float, Int
 
+from alignax.batch import Params
 from alignax.models.sharding import path_string
 from alignax.runs.workdirs import OWN_B2
 
@@ -94,7 +107,65 @@ def make_tx(
         raise ValueError(f"unknown optimiser {name!r}; known: {', '.join(makers)}")
     clipping = optax.clip_by_global_norm(clip) if clip else optax.identity()
     own = [] if critic == 1 else [optax.masked(optax.scale(critic), of_critic)]
-    return optax.chain(clipping, makers[name](), *own)
+    return in_float32(optax.chain(clipping, makers[name](), *own))
+
+
+def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same optimiser, which computes in float32 whatever the parameters' dtype.
+
+    Of its state, first moments (`mu`) have the dtype of the parameters and all else is
+    float32: in bfloat16 a second moment with b2 = .999 cannot fall, since a thousandth of
+    it is less than half the distance to the next value. Nothing changes for float32.
+    """
+
+    def wide(tree):
+        return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+    def init(params):
+        def one(path, whole, own):
+            first = any(getattr(k, "name", "") == "mu" for k in path)
+            return whole.astype(own.dtype) if first else whole
+
+        states = tx.init(wide(params)), tx.init(params)
+        return jax.tree_util.tree_map_with_path(one, *states)
+
+    def update(grads, state, params):
+        updates, new = tx.update(wide(grads), state, wide(params))
+        return updates, jax.tree.map(lambda x, old: x.astype(old.dtype), new, state)
+
+    return optax.GradientTransformation(init, update)
+
+
+def moved(params: Params, updates: Params, step: Int[Array, ""]) -> Params:
+    """Parameters after a step: params + updates, rounded stochastically to bfloat16.
+
+    Args:
+      params: of float32 or bfloat16.
+      updates: of float32.
+      step: whose number decides how values are rounded, on every mesh and after a resume.
+    """
+    key = jax.random.fold_in(jax.random.key(0), step)
+    numbers = itertools.count()
+
+    def one(x, change):
+        new, number = x.astype(jnp.float32) + change, next(numbers)
+        if x.dtype == jnp.bfloat16:
+            new = stochastic(new, jax.random.fold_in(key, number))
+        return new.astype(x.dtype)
+
+    return jax.tree.map(one, params, updates)
+
+
+def stochastic(x: Float[Array, "..."], key) -> BFloat16[Array, "..."]:
+    """Rounds float32 to one of the two nearest bfloat16 values; x is the mean.
+
+    bfloat16 is the upper half of float32's bits. A random number of 16 bits is added to
+    the lower half, whose carry rounds away from zero; then the lower half is cut.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    bits = bits + jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    upper = jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
+    return jnp.where(jnp.isfinite(x), upper, x.astype(jnp.bfloat16))
 
 
 def _clipped_rms() -> optax.GradientTransformation:

@@ -22,6 +22,7 @@ from alignax.models import sharding
 from alignax.models.transformer import ModelConfig
 from alignax.plugin import Bound, bind
 from alignax.training.gradient import Objective, gradient, join, split
+from alignax.training.optim import moved
 
 EMA_DECAY = 0.99  # of the running means that a loss asks for
 
@@ -91,23 +92,25 @@ class TrainStep(NamedTuple):
 
 def init_state(
     params: Params, tx: optax.GradientTransformation, mesh: Mesh, *,
-    ema: Mapping[str, float] | None = None, average: bool = False,
+    ema: Mapping[str, float] | None = None, average: bool = False, donate: bool = False,
 ) -> TrainState:  # fmt: skip
     """A state at step 0, placed on the mesh by the rule table.
 
     Args:
-      params: the policy's parameters, on host or device; they are copied.
+      params: the policy's parameters, on host or device; they are copied, unless
+        they are donated.
       tx: the optimiser.
       mesh: from `sharding.make_mesh`.
       ema: initial values of the running means a loss declares.
-      average: keep an exponential average of the parameters.
+      average: keep an exponential average of the parameters, in float32.
+      donate: take the memory of `params`, as `sharding.put_params` does.
     """
-    params = sharding.put_params(params, mesh)
+    params = sharding.put_params(params, mesh, donate=donate)
     shapes = jax.eval_shape(tx.init, params)
     opt_state = jax.jit(tx.init, out_shardings=sharding.shardings(shapes, mesh))(params)
     place = functools.partial(jax.device_put, device=NamedSharding(mesh, P()))
     means = {k: place(jnp.float32(v)) for k, v in (ema or {}).items()}
-    copy = sharding.put_params(params, mesh) if average else None
+    copy = sharding.put_params(params, mesh, jnp.float32) if average else None
     return TrainState(place(jnp.int32(0)), params, opt_state, means, copy)
 
 
@@ -206,7 +209,7 @@ def update(
         plan.objective, state.params, lms, batch, state.ema, hyper
     )
     updates, opt_state = plan.tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params = moved(state.params, updates, state.step)
     ema = {
         k: EMA_DECAY * v + (1 - EMA_DECAY) * metrics[f"ema/{k}"]
         for k, v in state.ema.items()
@@ -214,9 +217,9 @@ def update(
     mean = state.average
     if mean is not None:
         due = (state.step + 1) % plan.average_every == 0
-        decay = plan.average
+        decay, wide = plan.average, optax.tree.cast(params, jnp.float32)
         mean = jax.tree.map(
-            lambda a, p: jnp.where(due, decay * a + (1 - decay) * p, a), mean, params
+            lambda a, p: jnp.where(due, decay * a + (1 - decay) * p, a), mean, wide
         )
     metrics |= {"loss": value, "grad_norm": optax.tree.norm(grads)}
     return TrainState(state.step + 1, params, opt_state, ema, mean), metrics

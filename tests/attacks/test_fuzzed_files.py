@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from test_attacked_tokenizers import NOW, TURNS
 
 from alignax import plugin
-from alignax.models import families, load
+from alignax.models import families, load, stored
 from alignax.text import chat_template, tokenizer
 from alignax.training import checks, defaults, ranges
 
@@ -146,7 +146,7 @@ def test_safetensors(model_folder, tmp_path):
         path.write_bytes(struct.pack("<Q", size) + data[8:] if size else data)
 
         def read():
-            return {name: reader().shape for name, reader in load.tensors_of(path).items()}  # fmt: skip
+            return {name: reader().shape for name, reader in stored.safetensors(path).items()}  # fmt: skip
 
         tried(read, path.name)
 
