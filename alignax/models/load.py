@@ -230,7 +230,7 @@ def _on_host(value: np.ndarray) -> jax.Array:
     except RuntimeError:  # JAX_PLATFORMS names the accelerator alone
         return jnp.asarray(value)
     with jax.default_device(cpu):
-        return jnp.asarray(value)
+        return jax.device_put(value)  # which takes an aligned array over
 
 
 def _drop_tied_head(
