@@ -133,6 +133,7 @@ class Scores(NamedTuple):
     state_values: Float[Array, "B G T"] | None = (
         None  # value head on the prefix before t: V of the state in which t is sampled
     )
+    best: Float[Array, "B G T"] | None = None  # max_v log π(v); no gradient
 
 
 COMPARED = ("kl", "forward_kl")  # fields of Scores that need a frozen LM

@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from alignax.batch import COMPARED, LM, Batch, Layout, Scores, flatten
 from alignax.models import attention, fallback, pallas_head, transformer, xla_head
-from alignax.models.xla_head import READ, Allowed, Head, Tiling
+from alignax.models.xla_head import FIXED, READ, Allowed, Head, Tiling
 
 TOKEN_TILE, VOCAB_TILE = 256, 4096  # one logit tile is 4 MiB
 VALUES = ("values", "state_values")  # the value head after a token, and before it
@@ -97,8 +97,8 @@ def score(
       Scores with `logps[b, g, t] = log p(tokens[t] | tokens[<t])` in nats. With 'values',
       `values[b, g, t]` is the value head on the prefix that ends with token t; with
       'state_values', `state_values[b, g, t]` is the value head on the prefix that ends
-      before it. The fields in READ describe the distribution of tokens[t] given
-      tokens[<t], in nats. Every field is [B, G, T] and exactly 0 where mask is False.
+      before it. The fields in READ and FIXED describe the distribution of tokens[t] given
+      tokens[<t], in nats; no gradient passes through those in FIXED. Every field is [B, G, T] and exactly 0 where mask is False.
 
     Raises:
       ValueError: values of a model without a value head; a KL without `kl_to`; an LM of
@@ -108,7 +108,7 @@ def score(
         raise ValueError(f"temperature is {temperature}, expected a number above 0")
     check_tokenizer(lm)
     inputs = _plain(batch) if batch.layout is None else _packed(batch, batch.layout)
-    fields = tuple(n for n in READ if n in needs)
+    fields = tuple(n for n in READ + FIXED if n in needs)
     other = None
     if compared := [n for n in fields if n in COMPARED]:
         other = _frozen(kl_to, inputs, compared)

@@ -460,6 +460,31 @@ def test_a_field_alone_is_what_it_is_beside_the_others(need):
     np.testing.assert_array_equal(alone["logps"], beside["logps"])
 
 
+@pytest.mark.parametrize("tiles", TILES.values(), ids=TILES)
+def test_the_most_likely_token_has_the_best_log_probability(tiles):
+    """Bit for bit, so that a comparison tells whether a token is the greedy one."""
+    config = head_only()
+    h, weight, tokens, mask = case(config)
+    whole = jax.nn.log_softmax(h @ (weight.T if config.tied else weight))
+    greedy = jnp.roll(whole.argmax(-1), 1, axis=1)
+    some = jnp.arange(tokens.shape[1]) % 2 == 0
+    tokens = jnp.where(some, greedy, tokens)
+    arrays = ((h, weight),)
+    got = fields((config,), arrays, tokens, mask, needs=logprob.FIXED, tiles=tiles)
+    want = jnp.where(mask, jnp.roll(whole.max(-1), 1, axis=1), 0)
+    np.testing.assert_allclose(got["best"], want, atol=5e-5)
+    same = np.asarray(got["logps"] == got["best"])[np.asarray(mask)]
+    np.testing.assert_array_equal(same, np.asarray(tokens == greedy)[np.asarray(mask)])
+    assert 0 < same.sum() < same.size
+
+    def total(h):
+        return fields(
+            (config,), ((h, weight),), tokens, mask, needs=logprob.FIXED, tiles=tiles
+        )["best"].sum()
+
+    assert not np.asarray(jax.grad(total)(h)).any()
+
+
 def test_kl_of_a_model_to_itself_is_exactly_zero(tiny_lm, make_batch):
     batch = make_batch(2, 2, 12)
     both = jax.jit(logprob.score, static_argnames="needs")(

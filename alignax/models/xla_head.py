@@ -25,6 +25,7 @@ from alignax.models import transformer
 from alignax.models.attention import LEAST
 
 READ = ("entropy", "collision", "kl", "forward_kl")  # fields besides 'logps'
+FIXED = ("best",)  # further fields, without a gradient
 
 
 class Head(NamedTuple):
@@ -46,7 +47,7 @@ class Tiling(NamedTuple):
     """The static settings of the loops over tiles."""
 
     heads: tuple[Head, ...]  # the policy's and, if it is compared, the frozen LM's
-    fields: tuple[str, ...]  # of READ, what is computed besides 'logps'
+    fields: tuple[str, ...]  # of READ and FIXED, what is computed besides 'logps'
     tiles: tuple[int, int]  # tokens and vocabulary entries of a tile of logits
     precision: str  # of the matrix products
     mesh_axes: tuple[str, ...] = ()  # non-empty inside shard_map
@@ -71,8 +72,10 @@ class Tiling(NamedTuple):
 
     @property
     def sums(self) -> dict[str, str]:
-        """{field: name of its sum}, of the fields that are computed."""
-        return {f: SUMS[f].replace("c", self.compared) for f in self.fields}
+        """{field: name of its sum}, of the fields that are computed by one."""
+        return {
+            f: SUMS[f].replace("c", self.compared) for f in self.fields if f in SUMS
+        }
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -235,6 +238,8 @@ def _fields(tiling, tops, sums, target):
     lse = {name: tops[name] + log_total[name] for name in tops}
     # (target - top) first: near-equal large logits cancel before the small log.
     out = {"lse": lse["p"], "logps": (target - tops["p"]) - log_total["p"]}
+    if "best" in tiling.fields:
+        out["best"] = -log_total["p"]
     if "entropy" in tiling.fields:
         out["entropy"] = log_total["p"] + (tops["p"] - sums["pz"] / sums["p"])
     if "collision" in tiling.fields:
