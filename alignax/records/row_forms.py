@@ -312,7 +312,7 @@ def _pair(rest: Row) -> Found:
             raise ValueError(
                 f"'{key}' is missing; the row has {sorted(map(str, rest))}"
             )
-    sides = [(key, rest.pop(key)) for key in ("chosen", "rejected")]
+    sides = _sides(rest)
     dialogue = _dialogue_key(rest)
     asked = "prompt" not in rest and any(
         isinstance(rest.get(k), str) for k in ("instruction", "input")
@@ -323,9 +323,12 @@ def _pair(rest: Row) -> Found:
             _forget_repeated(rest, dialogue, prompt, found)
     else:
         found, prompt = _without_prompt(rest, sides, dialogue)
-    chosen, rejected = found
-    if messages.identical(chosen, rejected):
+    chosen, *others = found
+    if any(messages.identical(chosen, rejected) for rejected in others):
         raise ValueError("chosen and rejected are identical")
+    if len(others) > 1:
+        return prompt, found, (1.0, *[0.0] * len(others)), "groups"
+    (rejected,) = others
     scored = (pair for pair in SCORES if all(k in rest for k in pair))
     keys = next(scored, None) if rest else None
     if keys is None:
@@ -334,6 +337,29 @@ def _pair(rest: Row) -> Found:
     if better < worse:
         raise Dropped(f"chosen is scored {better:g}, below rejected with {worse:g}")
     return prompt, [chosen, rejected], (better, worse), "pairs"
+
+
+def _sides(rest: Row) -> list[Side]:
+    """The chosen side of a pair and its rejected one, or several of these.
+
+    A side may be a list of responses, each a text or a list of messages.
+    """
+    found: dict[str, list[Any]] = {}
+    for key in ("chosen", "rejected"):
+        value = rest.pop(key)
+        several = isinstance(value, list) and value and _responses(value)
+        found[key] = value if several else [value]
+    if len(found["chosen"]) > 1:
+        raise ValueError(
+            f"'chosen' holds {len(found['chosen'])} responses, expected one (rows with "
+            "several correct ones, as in the subset Ties of RewardBench 2, are not read)"
+        )
+    return [(key, value) for key, values in found.items() for value in values]
+
+
+def _responses(value: Sequence[Any]) -> bool:
+    """Whether a list holds responses, and not the messages of one."""
+    return all(isinstance(x, str | list) for x in value)
 
 
 def _starts(side: Any) -> bool:
@@ -348,7 +374,7 @@ def _without_prompt(
     read = [messages.turns(key, value) for key, value in sides]
     if not dialogue and all(isinstance(side, str) for side in read):
         read = [_hh(key, text) for key, text in sides]
-    if shared := _shared(*read):
+    if shared := min(_shared(read[0], side) for side in read[1:]):
         prompt = _with_system(rest, read[0][:shared])
         found = [side[shared:] for side in read]
         for (key, _), side in zip(sides, found, strict=True):

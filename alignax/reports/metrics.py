@@ -75,6 +75,24 @@ def wilson(successes: float, n: int) -> Interval:
     return Interval(p, max(0.0, center - half), min(1.0, center + half))
 
 
+def mean_of(intervals: Sequence[Interval]) -> Interval:
+    """The mean of independent proportions, each with the same weight, and its interval.
+
+    Source: the limits of the parts are combined by the method of variance estimates
+    recovery (Zou and Donner 2008, https://doi.org/10.1002/sim.3095); of one part they are
+    its own.
+
+    Args:
+      intervals: of the parts, at least one.
+    """
+    parts = np.array(intervals, np.float64)
+    value, lo, hi = parts.T
+    mean, many = float(value.mean()), len(parts)
+    below = math.sqrt(float(((value - lo) ** 2).sum())) / many
+    above = math.sqrt(float(((hi - value) ** 2).sum())) / many
+    return Interval(mean, max(0.0, mean - below), min(1.0, mean + above))
+
+
 def bootstrap(values: Any, *, seed: int = 0, num_resamples: int = 1000) -> Interval:
     """Percentile bootstrap of a mean, resampling prompts.
 

@@ -1,6 +1,7 @@
 """Evaluations against numbers worked out by hand, with scores and samplers that are made up."""
 
 import dataclasses
+import json
 import math
 
 import jax
@@ -12,6 +13,7 @@ from alignax import logprob, rewards
 from alignax.batch import LM, Batch, Example, Scores
 from alignax.data import jsonl, pairing
 from alignax.evals import perplexity, ranking_accuracy, sample, token_shift, win_rate
+from alignax.inputs import forms
 from alignax.models import transformer
 from alignax.reports.metrics import Writer
 from alignax.sampling import decode
@@ -496,3 +498,107 @@ def test_a_model_has_not_shifted_from_itself(two_models):
     got = run(token_shift, lm, {"ref": lm}, examples(("q", "ab"), ("q", "abcd")), host)
     assert got["kl"] == 0
     assert got["early"] == 0
+
+
+# -- several rejected responses, and subsets (RewardBench 2)
+
+
+def rows(folder, *given):
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in given))
+    return jsonl.examples(split="all", path=str(path))
+
+
+SEVERAL = (
+    {"prompt": "a", "chosen": "p5", "rejected": ["p1", "p4"], "subset": "x"},
+    {"prompt": "b", "chosen": ["p5"], "rejected": ["p1", "p5!", "p0"], "subset": "x"},
+    {"prompt": "c", "chosen": ["p2"], "rejected": ["p3"], "subset": "x"},
+    {"prompt": "d", "chosen": "p9", "rejected": "p1", "subset": "y"},
+    {"prompt": "e", "chosen": "p7", "rejected": ["p1", "p2", "p8"]},
+)
+
+
+def of_text(_, text):
+    """-10 to -1 by the digit, whatever follows it."""
+    return float(text[1]) - 10
+
+
+def test_chosen_has_to_beat_every_rejected_response(tiny_config, tmp_path):
+    data = rows(tmp_path, *SEVERAL)
+    score = score_by(lambda name, t: of_text(name, t) if name == "pi" else 0.0)
+    lm, ref = made_up(tiny_config, "pi"), made_up(tiny_config, "ref")
+    ranking_accuracy.check((), data)
+    got = run(ranking_accuracy, lm, {"ref": ref}, data, score)
+    assert got["pairs"] == 5
+    # right: a and d; b is a tie, c below, e below one of three
+    for name in ("accuracy", "policy_accuracy"):
+        assert got[name] == pytest.approx(2 / 5)
+        assert got[f"x/{name}"] == pytest.approx(1 / 3)
+        assert got[f"y/{name}"] == 1.0
+        assert got[f"mean_{name}"] == pytest.approx((1 / 3 + 1) / 2)
+        for part in (name, f"x/{name}", f"y/{name}", f"mean_{name}"):
+            assert 0 <= got[f"{part}/lo"] <= got[part] <= got[f"{part}/hi"] <= 1
+    assert got["log_ratio_gap"] == pytest.approx((1 + 0 - 1 + 8 - 1) / 5)
+
+
+def test_a_reward_model_ranks_several_rejected_responses(tiny_config, tmp_path):
+    config = dataclasses.replace(tiny_config, value_head=True)
+
+    def score(lm, batch, needs=()):
+        assert needs == ("values",)
+        by_text = score_by(of_text)(lm, batch).logps.sum(-1)
+        # a response that is not there has a value above all others
+        values = np.where(batch.valid, by_text, 99.0)[..., None]
+        return Scores(
+            np.zeros(batch.tokens.shape, np.float32),
+            values=np.broadcast_to(values, batch.tokens.shape),
+        )
+
+    got = run(ranking_accuracy, made_up(config, "rm"), {}, rows(tmp_path, SEVERAL[0], *SEVERAL[2:]), score)  # fmt: skip
+    assert got["accuracy"] == pytest.approx(2 / 4)
+    assert got["margin"] == pytest.approx((1 - 1 + 8 - 1) / 4)
+    assert got["x/accuracy"] == 0.5
+    assert "policy_accuracy" not in got
+
+
+def test_rows_without_subsets_have_todays_names_alone(tiny_config, tmp_path):
+    data = rows(tmp_path, {"prompt": "a", "chosen": "p5", "rejected": ["p1", "p4"]})
+    got = run(ranking_accuracy, made_up(tiny_config, "pi"), {}, data, score_by(of_text))
+    assert set(got) == {"pairs", "policy_accuracy", "policy_accuracy/lo", "policy_accuracy/hi"}  # fmt: skip
+
+
+def test_subsets_may_have_another_column(tiny_config, tmp_path):
+    data = rows(
+        tmp_path, {"prompt": "a", "chosen": "p5", "rejected": "p1", "section": 3}
+    )
+    got = run(
+        ranking_accuracy, made_up(tiny_config, "pi"), {}, data, score_by(of_text),
+        subset="section",
+    )  # fmt: skip
+    assert got["3/policy_accuracy"] == got["mean_policy_accuracy"] == 1
+
+
+def test_a_row_in_two_subsets_is_an_error(tiny_config):
+    one = Example("a", "x", ("p5", "p1"), (1.0, 0.0), {"subset": "s"})
+    with pytest.raises(ValueError, match="are in the subsets 's' and 't'"):
+        run(ranking_accuracy, made_up(tiny_config, "pi"), {}, [one, one._replace(columns={"subset": "t"})], score_by(of_text))  # fmt: skip
+
+
+def test_several_correct_responses_are_left_out_and_reported(tmp_path):
+    ties = {"prompt": "a", "chosen": ["p5", "p6"], "rejected": ["p1"], "subset": "Ties"}
+    data = rows(tmp_path, ties, SEVERAL[0])
+    assert len(data) == 1
+    assert "'chosen' holds 2 responses, expected one" in data.report["malformed"][0]
+
+
+def test_a_loss_on_pairs_refuses_several_rejected_responses_by_name(tmp_path):
+    data = rows(tmp_path, *SEVERAL[:2])
+    with pytest.raises(
+        ValueError, match=r"dpo reads pairs.* 2 groups .*'name': 'pairing'"
+    ):
+        forms.check(forms.tally(data), ("pairs",), "dpo", section={"name": "jsonl"})
+    path = str(tmp_path / "rows.jsonl")
+    pairs = pairing.examples(
+        split="all", source={"name": "jsonl", "path": path}, strategy="all"
+    )
+    assert [tuple(p.responses) for p in pairs[:2]] == [("p5", "p1"), ("p5", "p4")]

@@ -490,3 +490,50 @@ def test_no_row_ends_a_run(row):
         row_forms.parse("f:1", row)
     except ValueError as e:
         assert str(e)
+
+
+# -- several rejected responses
+
+
+def say(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def test_several_rejected_responses_are_a_group_with_one_best():
+    row = {
+        "prompt": "p",
+        "chosen": [say("a")],
+        "rejected": [say("b"), "c"],
+        "n": [1, 2],
+    }
+    got = parse(row)
+    assert got.responses == [say("a"), say("b"), "c"]
+    assert (got.feedback, got.form) == ((1.0, 0.0, 0.0), "groups")
+    assert got.columns == {"n": "[1, 2]"}
+    asked = [{"role": "user", "content": "q"}]
+    dialogues = {
+        "chosen": [*asked, *say("a")],
+        "rejected": [[*asked, *say(x)] for x in "bc"],
+    }
+    got = parse(dialogues)
+    assert (got.prompt, got.responses) == (asked, [say("a"), say("b"), say("c")])
+
+
+def test_lists_of_one_response_are_a_pair():
+    got = parse({"prompt": "p", "chosen": ["a"], "rejected": ["b"]})
+    assert got == parse({"prompt": "p", "chosen": "a", "rejected": "b"})
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "text"),
+    [
+        (["a", "b"], ["c"], "'chosen' holds 2 responses, expected one .*Ties"),
+        ("a", ["b", "a"], "chosen and rejected are identical"),
+        ("a", [], "'rejected' is"),
+        ("a", ["b", ""], "'rejected' is empty"),
+        ("a", ["b", {"role": "assistant", "content": "c"}], "'rejected' holds 'b'"),
+    ],
+)
+def test_lists_that_are_no_responses_are_malformed(chosen, rejected, text):
+    with pytest.raises(ValueError, match=text):
+        parse({"prompt": "p", "chosen": chosen, "rejected": rejected})

@@ -287,3 +287,24 @@ def test_responses_stand_beside_what_is_said_of_them(tmp_path):
         "**response 2**: scores 1, truncated False\n\n````text\ntwo ```\n````" in page
     )
     assert page.index("**prompt**") < page.index("**response 1**")
+
+
+def test_the_mean_of_one_part_is_the_part():
+    part = metrics.wilson(7, 10)
+    assert metrics.mean_of([part]) == pytest.approx(part)
+
+
+def test_the_interval_of_a_mean_of_parts_covers():
+    """In 95 % of draws of three subsets of different sizes, also where one is all right."""
+    rng = np.random.default_rng(0)
+    sizes, truth = (20, 60, 200), (0.5, 0.8, 0.98)
+    hits = 0
+    for _ in range(2000):
+        drawn = [
+            metrics.wilson(rng.binomial(n, p), n)
+            for n, p in zip(sizes, truth, strict=True)
+        ]
+        found = metrics.mean_of(drawn)
+        assert 0 <= found.lo <= found.value <= found.hi <= 1
+        hits += found.lo <= np.mean(truth) <= found.hi
+    assert hits / 2000 == pytest.approx(0.95, abs=0.02)
