@@ -23,6 +23,8 @@ from alignax.training import defaults, ranges
 
 NAME = "config"
 SHIPPED = pathlib.Path(alignax.__file__).parent / "configs"
+# Keys of other programs, and those that do the same here.
+ELSEWHERE = {"wandb": "trackers", "tensorboard": "trackers", "report_to": "trackers"}
 NO_CONFIGS = ("__init__", "common", "models")  # what the configs there share
 
 
@@ -170,7 +172,8 @@ def check_open(config: ConfigDict, path: Sequence[Any], depth: int) -> None:
     *above, last = map(str, path[: depth + 1])
     name, every = ".".join((*above, last)), [k for k, _ in ranges.keys(config)]
     own = {k.rpartition(".")[2]: k for k in every if k.split(".")[:-1] == above}
-    near = [own[k] for k in difflib.get_close_matches(last, own, 2)]
+    near = [ELSEWHERE[last]] if last in ELSEWHERE else []
+    near += [own[k] for k in difflib.get_close_matches(last, own, 2)]
     near += [k for k in every if k.rpartition(".")[2] == last]
     near += difflib.get_close_matches(name, every, 2)
     names = ", ".join(dict.fromkeys(near or own.values()))
