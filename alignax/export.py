@@ -10,6 +10,7 @@ read back before the command ends.
 import argparse
 import dataclasses
 import pathlib
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -31,6 +32,7 @@ from alignax.text import tokenizer_files
 from alignax.text.tokenizer import Tokenizer
 from alignax.training import loading
 
+MOST_STEPS = 16  # from a run to the model that it began with
 # What the change of log-probabilities by a cast is measured on.
 TEXTS = (
     ("What is the capital of France?", "The capital of France is Paris."),
@@ -72,7 +74,7 @@ def export(
     known = facts(found)
     card = model_card.card(
         pathlib.Path(out).name, found.config, known, evaluation(found, known.get("step")),
-        peft=peft,
+        peft=peft, source=origin(found),
     )  # fmt: skip
     files["README.md"] = card.encode()
     if peft:
@@ -120,6 +122,36 @@ def facts(found: ModelPath) -> dict[str, Any]:
         "alignax": meta.get("written_by", {}).get("alignax", ""),
         "digest of the data": (meta.get("data") or {}).get("data", ""),
     }
+
+
+def origin(found: ModelPath) -> dict[str, Any]:
+    """What the card of the model that another was made of says of both, and its name.
+
+    Args:
+      found: a model; a run, or adapters, lead to the Hugging Face folder that they began
+        with. Without its README.md nothing is known.
+    """
+    for _ in range(MOST_STEPS):
+        if found.kind == "hf":
+            break
+        start = (found.config or {}).get("model", {}).get("path", "")
+        if found.base is not None:
+            found = found.base
+        elif start and not start.startswith(fetch.PREFIX):
+            try:
+                found = model_paths.resolve(start)
+            except (ValueError, OSError):  # it is no longer there
+                return {}
+        else:
+            return {}
+    folder = pathlib.Path(found.path).expanduser().absolute()
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return {}
+    cached = re.search(r"models--([^/]+)--([^/]+)/snapshots/", f"{folder}/")
+    name = "/".join(cached.groups()) if cached else folder.name
+    return {**model_card.inherited(text), "base_model": name}
 
 
 def evaluation(found: ModelPath, step: Any) -> dict[str, float]:

@@ -14,7 +14,7 @@ import alignax as ax
 from alignax import export
 from alignax.models import load, lora
 from alignax.reports import model_card
-from alignax.runs import checkpoint
+from alignax.runs import checkpoint, model_paths
 from alignax.training import loading, loop
 
 EVALUATED = {
@@ -242,3 +242,76 @@ def test_the_base_of_adapters_is_named_as_others_know_it(adapted):
 def test_a_remote_folder_is_refused(run):
     with pytest.raises(SystemExit, match="is remote: export to a local folder"):
         export.main([str(run), "gs://bucket/model"])
+
+
+# -- the licence of the model that another was made of
+
+README = """---
+license: other
+license_name: llama3
+license_link: LICENSE
+language: [en, 'no', no]
+base_model: someone/older
+datasets: [a]
+---
+# A model
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        (README, {"license": "other", "license_name": "llama3", "license_link": "LICENSE", "language": ["en", "no", "no"]}),
+        ("---\r\nlicense: mit\r\n---\r\n", {"license": "mit"}),
+        ("---\nlicense: mit\nlanguage: {a: b}\n---", {"license": "mit"}),
+        ("---\nlicense: [mit, [x]]\nlanguage: en\n---\n", {"language": "en"}),
+        ("---\nlicense: mit\n", {}),  # it does not end
+        ("# A model\n---\nlicense: mit\n---\n", {}),
+        ("---\nlicense: [mit\n---\n", {}),
+        ("---\nlicense: \x00\n---\n", {}),
+        ("---\n- license\n---\n", {}),
+        ("---\nlicense:\n---\n", {}),
+        (f"---\nlicense: {'x' * 501}\n---\n", {}),
+        (f"---\nlicense: {'[' * 5000}\n---\n", {}),
+        ("", {}),
+    ],
+)  # fmt: skip
+def test_what_a_card_says_of_its_licence(text, want):
+    assert model_card.inherited(text) == want
+
+
+def header(folder):
+    import yaml
+
+    _, text, _ = (folder / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(text)
+
+
+def test_the_licence_of_a_folder_goes_with_its_export(run, tmp_path):
+    """Also with a run that begins there, with one that begins with that run, and from a cache."""
+    base = tmp_path / "base-1B"
+    export.main([str(run), str(base)])
+    assert "license" not in header(base)
+    (base / "README.md").write_text(README)
+    export.main([str(base), str(tmp_path / "copy")])
+    want = {"license": "other", "license_name": "llama3", "license_link": "LICENSE", "language": ["en", "no", "no"]}  # fmt: skip
+    assert header(tmp_path / "copy") == {
+        "library_name": "transformers", **want, "base_model": "base-1B", "tags": ["alignax"],
+    }  # fmt: skip
+    found = model_paths.resolve(str(run))
+    sources = [str(base), "hf:org/name", str(tmp_path / "nowhere")]
+    got = [
+        export.origin(found._replace(base=None, config={"model": {"path": p}}))
+        for p in sources
+    ]
+    assert got == [{**want, "base_model": "base-1B"}, {}, {}]
+    adapters = found._replace(
+        kind="peft", base=model_paths.resolve(str(base)), config=None
+    )
+    assert export.origin(adapters) == got[0]
+    cached = tmp_path / "models--org--name" / "snapshots" / "0f"
+    cached.parent.mkdir(parents=True)
+    base.rename(cached)
+    assert export.origin(model_paths.resolve(str(cached)))["base_model"] == "org/name"
+    (cached / "README.md").write_bytes(b"\xff\xfe---\nlicense: mit\n---\n")
+    assert export.origin(model_paths.resolve(str(cached))) == {"base_model": "org/name"}
