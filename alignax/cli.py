@@ -47,6 +47,9 @@ COMMANDS = {
     "sweep": Command(
         "alignax.sweep", (), "runs of one config that differ in some keys, and a table"
     ),
+    "lm_eval": Command(
+        "alignax.harness", (), "evaluate a model by the tasks of lm-evaluation-harness"
+    ),
     "plot": Command("alignax.plots", (), "draw the learning curves of a workdir"),
 }
 

@@ -80,7 +80,7 @@ LAYERS = (
     ("training",),
     ("respond",),
     ("preflight",),
-    ("api", "main", "plots", "export", "sweep", "frontier", "cli"),
+    ("api", "main", "plots", "export", "sweep", "frontier", "harness", "cli"),
 )
 ORDER = [room for layer in LAYERS for room in layer]
 TOP = {room for room in ORDER if not (PACKAGE / room).is_dir()} | {"__init__"}
