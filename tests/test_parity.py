@@ -32,6 +32,17 @@ FEATURES = {  # each is one thing that the twin does in its own way
     "llama3-rope": dict(
         rope_theta=100.0, rope_scaling=("llama3", 8.0, 1.0, 4.0, 32.0)
     ),
+    "biases": dict(qkv_bias=True, o_bias=True, mlp_bias=True),
+    "yarn": dict(
+        rope_theta=100.0, rope_scaling=("yarn", 8.0, 32.0, 1.3, 8.0, 0.5, False)
+    ),
+    "yarn-truncated": dict(
+        rope_theta=100.0, rope_scaling=("yarn", 8.0, 32.0, 1.3, 8.0, 0.5, True)
+    ),
+    "smollm3": dict(rope_layers=(False, True), window=4, local_layers=(True, False)),
+    "olmo2": dict(
+        pre_norms=False, post_norms=True, qk_norm=True, qk_norm_whole=True, tied=False
+    ),
     "all-of-gemma": dict(
         window=4, local_layers=(False, True), rope_theta_local=100.0,
         rope_scaling=("linear", 2.0), attn_softcap=5.0, final_softcap=3.0,
@@ -76,7 +87,19 @@ def test_log_probabilities_are_those_of_the_twin(lm):
     np.testing.assert_allclose(got, exact(lm, tokens), atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "untied", "all-of-gemma", "qkv-bias"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama",
+        "untied",
+        "all-of-gemma",
+        "qkv-bias",
+        "biases",
+        "smollm3",
+        "olmo2",
+        "yarn",
+    ],
+)
 def test_gradients_are_those_of_the_twin(name, tiny_config, make_lm):
     lm = make_lm(dataclasses.replace(tiny_config, **FEATURES[name]))
     tokens = ids(2, 9)
@@ -107,7 +130,18 @@ def test_compiled_equals_eager(tiny_lm):
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "window", "alternating", "all-of-gemma", "llama3-rope"]
+    "name",
+    [
+        "llama",
+        "window",
+        "alternating",
+        "all-of-gemma",
+        "llama3-rope",
+        "biases",
+        "smollm3",
+        "olmo2",
+        "yarn",
+    ],
 )
 def test_cached_decode_is_the_kernel(name, tiny_config, make_lm):
     """One token at a time through the cache gives the rows of the whole pass."""
@@ -166,7 +200,17 @@ def test_recomputation_changes_nothing(remat, tiny_lm):
 
 @pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("length", [24, 200])  # one tile of attention, and several
-@pytest.mark.parametrize("more", [{}, {"qk_norm": True}, {"post_norms": True}], ids=str)
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"qk_norm": True},
+        {"post_norms": True},
+        FEATURES["olmo2"],
+        FEATURES["biases"],
+    ],
+    ids=str,
+)
 def test_no_product_is_computed_again_beside_elementwise_ones(
     length, more, tiny_config, make_lm
 ):
@@ -203,13 +247,15 @@ def test_bfloat16_follows_float32(tiny_config, make_lm):
     assert error.max() > 1e-4  # it really ran in another precision
 
 
-def test_segments_do_not_see_each_other(tiny_lm):
+@pytest.mark.parametrize("name", ["llama", "smollm3", "olmo2", "yarn"])
+def test_segments_do_not_see_each_other(name, tiny_config, make_lm):
     """Two sequences packed in one row score as they do alone."""
+    lm = make_lm(dataclasses.replace(tiny_config, **FEATURES[name]))
     a, b = ids(1, 5, seed=1), ids(1, 7, seed=2)
     packed = jnp.asarray(np.concatenate([a, b], 1))
     positions = jnp.asarray([[*range(5), *range(7)]])
     attend = jnp.asarray([[1] * 5 + [2] * 7])
     run = jax.jit(transformer.hidden)
-    h, _ = run(tiny_lm, packed, positions, attend)
-    alone = [run(tiny_lm, jnp.asarray(x))[0] for x in (a, b)]
+    h, _ = run(lm, packed, positions, attend)
+    alone = [run(lm, jnp.asarray(x))[0] for x in (a, b)]
     np.testing.assert_allclose(h, jnp.concatenate(alone, 1), atol=1e-5)

@@ -3,14 +3,14 @@
 Each family has one small entry. `from_hf` reads both forms of transformers' config.json
 (up to v4: `rope_theta`, `rope_scaling`, `sliding_window_pattern`; since v5:
 `rope_parameters`, `layer_types`); `to_hf` writes both. A feature that our decoder does not
-compute is an error that names it, and is never ignored.
+compute is an error that names it, and is never ignored; so is a key that is not known.
 """
 
 import dataclasses
 import math
 from typing import Any, NamedTuple
 
-from alignax.models import sizes
+from alignax.models import rope, sizes
 from alignax.models.transformer import HOW, ModelConfig
 
 
@@ -21,6 +21,7 @@ class Family(NamedTuple):
     gguf: str  # llama.cpp's general.architecture
     fixed: dict[str, Any]  # ModelConfig fields that the family decides
     defaults: dict[str, Any]  # config.json keys that transformers leaves out
+    reads: tuple[str, ...] = ()  # config.json keys that not all families have
 
 
 _GEMMA = {"norm_offset": True, "embed_scale": True}
@@ -29,6 +30,13 @@ _GEMMA_DEFAULTS = {
     "eos_token_id": 1,
 }  # fmt: skip
 _LLAMA_DEFAULTS = {"hidden_act": "silu", "tie_word_embeddings": False}
+_BIAS = ("attention_bias",)
+_WINDOWS = ("sliding_window", "use_sliding_window")
+_GEMMA2_KEYS = (
+    *_BIAS, "hidden_activation", "query_pre_attn_scalar", "attn_logit_softcapping",
+    "final_logit_softcapping", "sliding_window", "sliding_window_pattern",
+    "_sliding_window_pattern",
+)  # fmt: skip
 _GEMMA3 = Family(
     "Gemma3",
     "gemma3",
@@ -40,14 +48,35 @@ _GEMMA3 = Family(
         max_position_embeddings=131_072, query_pre_attn_scalar=256, sliding_window=4096,
         rope_theta=1e6, rope_local_base_freq=1e4, sliding_window_pattern=6,
     ),
+    (*_GEMMA2_KEYS, "rope_local_base_freq"),
 )  # fmt: skip
 
 FAMILIES = {
-    "llama": Family("Llama", "llama", {}, _LLAMA_DEFAULTS),
-    "mistral": Family("Mistral", "llama", {}, dict(_LLAMA_DEFAULTS, sliding_window=None)),
-    "qwen2": Family("Qwen2", "qwen2", {"qkv_bias": True}, _LLAMA_DEFAULTS),
-    "qwen3": Family("Qwen3", "qwen3", {"qk_norm": True}, dict(_LLAMA_DEFAULTS, head_dim=128)),
-    "gemma": Family("Gemma", "gemma", _GEMMA, _GEMMA_DEFAULTS),
+    "llama": Family("Llama", "llama", {}, _LLAMA_DEFAULTS, (*_BIAS, "mlp_bias")),
+    "mistral": Family(
+        "Mistral", "llama", {}, dict(_LLAMA_DEFAULTS, sliding_window=None), ("sliding_window",),
+    ),
+    "qwen2": Family("Qwen2", "qwen2", {"qkv_bias": True}, _LLAMA_DEFAULTS, _WINDOWS),
+    "qwen3": Family(
+        "Qwen3", "qwen3", {"qk_norm": True}, dict(_LLAMA_DEFAULTS, head_dim=128),
+        (*_BIAS, *_WINDOWS),
+    ),
+    "smollm3": Family(
+        "SmolLM3", "smollm3", {},
+        dict(
+            _LLAMA_DEFAULTS, tie_word_embeddings=True, num_key_value_heads=4, rope_theta=2e6,
+            no_rope_layer_interval=4,
+        ),
+        (*_BIAS, "mlp_bias", *_WINDOWS, "no_rope_layers", "no_rope_layer_interval"),
+    ),
+    "olmo2": Family(
+        "Olmo2", "olmo2",
+        {"pre_norms": False, "post_norms": True, "qk_norm": True, "qk_norm_whole": True},
+        dict(_LLAMA_DEFAULTS, rms_norm_eps=1e-5), _BIAS,
+    ),
+    "gemma": Family(
+        "Gemma", "gemma", _GEMMA, _GEMMA_DEFAULTS, (*_BIAS, "hidden_activation"),
+    ),
     "gemma2": Family(
         "Gemma2",
         "gemma2",
@@ -56,6 +85,7 @@ FAMILIES = {
             _GEMMA_DEFAULTS, query_pre_attn_scalar=256, sliding_window=4096,
             attn_logit_softcapping=50.0, final_logit_softcapping=30.0, sliding_window_pattern=2,
         ),
+        _GEMMA2_KEYS,
     ),
     "gemma3_text": _GEMMA3,
 }  # fmt: skip
@@ -68,29 +98,68 @@ _ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
 }
 _SPELLING = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
-_ROPE_KEYS = {  # rope type -> its parameters, in the order of ModelConfig.rope_scaling
-    "linear": ("factor",),
-    "llama3": (
-        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
-    ),
-}  # fmt: skip
 _REFUSED = {  # config.json key -> what a value other than these asks for
-    "attention_bias": ((None, False), "a bias on the attention output"),
-    "mlp_bias": ((None, False), "biases in the MLP"),
     "num_experts": ((None, 0), "mixture of experts"),
     "num_local_experts": ((None, 0), "mixture of experts"),
     "quantization_config": ((None,), "a quantised checkpoint"),
     "partial_rotary_factor": ((None, 1, 1.0), "rotating only a part of each head"),
     "use_bidirectional_attention": ((None, False), "attention to later tokens"),
 }
+# Keys that `from_hf` reads, of all families; `Family.reads` has those of one.
+_READ = {
+    *_REFUSED, "model_type", "architectures", "text_config", "num_labels", "id2label",
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings",
+    "hidden_act", "rms_norm_eps", "tie_word_embeddings", "rope_theta", "rope_scaling",
+    "rope_parameters", "original_max_position_embeddings", "bos_token_id", "eos_token_id",
+    "layer_types",
+    "max_window_layers",  # without use_sliding_window it means nothing
+}  # fmt: skip
+# Keys that do not change what the decoder computes: other token ids, how a model is stored
+# and run, its training, settings of sampling, classification, the vision tower of Gemma 3,
+# and marks of tools.
+_HARMLESS = {
+    "pad_token_id", "sep_token_id", "cls_token_id", "unk_token_id", "mask_token_id",
+    "prefix", "tokenizer_class", "image_token_id", "image_token_index", "boi_token_index",
+    "eoi_token_index", "video_token_id", "mm_tokens_per_image", "vision_config",
+    "special_tokens_map", "transformers_version", "_name_or_path", "name_or_path",
+    "_commit_hash", "auto_map", "dtype", "torch_dtype", "use_cache", "use_bfloat16",
+    "torchscript", "tf_legacy_loss", "is_decoder", "tie_encoder_decoder",
+    "tie_last_hidden_states", "chunk_size_feed_forward", "pretraining_tp",
+    "attn_implementation", "_attn_implementation", "_attn_implementation_autoset",
+    "_attn_implementation_internal", "_experts_implementation_internal",
+    "experts_implementation", "_flash_attn_2_enabled", "use_flash_attn",
+    "use_flash_attention", "use_flash_attention_2", "gradient_checkpointing",
+    "cache_implementation", "max_sequence_length", "max_seq_len", "model_max_length",
+    "seq_length", "tokenizer_model_max_length", "return_dict", "output_hidden_states",
+    "output_attentions", "output_scores", "return_dict_in_generate", "initializer_range",
+    "initializer_std", "attention_dropout", "hidden_dropout", "resid_dropout",
+    "embd_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout",
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "router_aux_loss_coef",
+    "output_router_logits", "label2id", "problem_type", "finetuning_task",
+    "task_specific_params", "classifier_dropout", "sentence_transformers", "do_sample",
+    "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff",
+    "eta_cutoff", "max_length", "min_length", "max_new_tokens", "min_new_tokens",
+    "early_stopping", "max_time", "num_beams", "num_beam_groups", "diversity_penalty",
+    "repetition_penalty", "encoder_repetition_penalty", "length_penalty",
+    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
+    "num_return_sequences", "forced_bos_token_id", "forced_eos_token_id",
+    "suppress_tokens", "begin_suppress_tokens", "remove_invalid_values",
+    "exponential_decay_length_penalty", "decoder_start_token_id", "penalty_alpha",
+    "guidance_scale", "renormalize_logits", "sequence_bias",
+    "assistant_confidence_threshold", "assistant_lookbehind", "num_assistant_tokens",
+    "num_assistant_tokens_schedule", "target_lookbehind", "transformers.js_config",
+    "is_llama_config", "unsloth_version", "unsloth_fixed", "unsloth_tokenizer_class",
+}  # fmt: skip
 
 # config.json key -> the type of its value, where it is there and not null
 _TYPES: dict[str, Any] = {
     "model_type": str, "architectures": list, "text_config": dict, "rope_parameters": dict,
     "rope_scaling": dict, "layer_types": list, "id2label": dict, "hidden_act": str,
     "hidden_activation": str, "full_attention": dict, "sliding_attention": dict,
-    "rope_type": str, "type": str,
+    "rope_type": str, "type": str, "attention_bias": bool, "mlp_bias": bool,
 }  # fmt: skip
+_LAYER_TYPES = ("qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text")  # they read it
 _COUNTS = ("max_window_layers", "sliding_window_pattern", "_sliding_window_pattern")
 _NAMES = {  # field of ModelConfig -> what messages call it
     "width": "hidden_size", "num_layers": "num_hidden_layers",
@@ -115,14 +184,15 @@ HF_NAMES = {  # path in our tree -> name in a Hugging Face checkpoint
     "blocks/attn/k_norm/scale": _BLOCK + "self_attn.k_norm.weight",
     "blocks/mlp_norm/scale": _BLOCK + "post_attention_layernorm.weight",
     **{
-        f"blocks/mlp/{p}/kernel": f"{_BLOCK}mlp.{p}_proj.weight"
+        f"blocks/mlp/{p}/{kind}": f"{_BLOCK}mlp.{p}_proj.{name}"
         for p in ("gate", "up", "down")
+        for kind, name in (("kernel", "weight"), ("bias", "bias"))
     },
     "norm/scale": "model.norm.weight",
     "head": "lm_head.weight",
     "value_head/kernel": "score.weight",
 }
-HF_POST_NORMS = {  # Gemma 2 and 3 give Llama's second norm another place
+HF_POST_NORMS = {  # Gemma 2 and 3 and OLMo 2 give Llama's second norm another place
     "blocks/post_attn_norm/scale": _BLOCK + "post_attention_layernorm.weight",
     "blocks/mlp_norm/scale": _BLOCK + "pre_feedforward_layernorm.weight",
     "blocks/post_mlp_norm/scale": _BLOCK + "post_feedforward_layernorm.weight",
@@ -172,8 +242,61 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
       The config of the decoder, float32.
 
     Raises:
-      ValueError: an architecture or a feature that is not supported, or a missing key.
+      ValueError: an architecture or a feature that is not supported, a missing key, or an
+        unknown key that has a value other than null, false, 0 or an empty one.
     """
+    name, hf, value_head = _checked(hf)
+
+    def need(key):
+        if hf.get(key) is None:
+            raise ValueError(f"config.json of a {name} model lacks {key!r}")
+        return hf[key]
+
+    layers, heads = need("num_hidden_layers"), need("num_attention_heads")
+    known = {"num_layers": layers, "num_heads": heads, "width": need("hidden_size")}
+    sizes.check(known, _NAMES)
+    theta, theta_local, scaling = rope.from_hf(hf)
+    turned = _rope_layers(name, hf, layers)
+    local = _local_layers(name, hf, turned)
+    eos = hf.get("eos_token_id")
+    eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    fields = dict(
+        vocab_size=need("vocab_size"),
+        width=need("hidden_size"),
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=hf.get("num_key_value_heads") or heads,
+        head_dim=hf.get("head_dim") or need("hidden_size") // heads,
+        mlp_width=need("intermediate_size"),
+        max_length=need("max_position_embeddings"),
+        activation=_activation(name, hf),
+        norm_eps=need("rms_norm_eps"),
+        tied=False if hf["tie_word_embeddings"] is None else hf["tie_word_embeddings"],
+        qkv_bias=bool(hf.get("attention_bias")),
+        o_bias=bool(hf.get("attention_bias")),
+        mlp_bias=bool(hf.get("mlp_bias")),
+        rope_theta=theta,
+        rope_theta_local=theta_local,
+        rope_scaling=scaling,
+        rope_layers=() if all(turned) else turned,
+        query_scale=hf.get("query_pre_attn_scalar"),
+        attn_softcap=hf.get("attn_logit_softcapping"),
+        final_softcap=hf.get("final_logit_softcapping"),
+        window=need("sliding_window") if any(local) else None,
+        local_layers=local if any(local) else (),
+        value_head=value_head,
+        bos_id=hf.get("bos_token_id"),
+        eos_ids=tuple(eos),
+    )
+    sizes.check(fields, _NAMES)
+    for key in ("norm_eps", "query_scale", "attn_softcap", "final_softcap"):
+        fields[key] = None if fields[key] is None else float(fields[key])
+    fields |= FAMILIES[name].fixed
+    return ModelConfig(family=name, **fields)
+
+
+def _checked(hf: dict[str, Any]) -> tuple[str, dict[str, Any], bool]:
+    """(family, config.json of the decoder with defaults, whether it has a value head)."""
     _check_types(hf)
     name = hf.get("model_type")
     architectures = hf.get("architectures") or []
@@ -188,8 +311,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
             f"unknown architecture {sizes.brief(name)} (architectures={sizes.brief(architectures)}); "
             f"known: {', '.join(FAMILIES)}"
         )
-    family = FAMILIES[name]
-    hf = {"rms_norm_eps": 1e-6, **family.defaults, **hf}
+    hf = {"rms_norm_eps": 1e-6, **FAMILIES[name].defaults, **hf}
     for key in _COUNTS:  # other families have other things under these names
         if hf.get(key) is not None:
             sizes.number(
@@ -206,53 +328,25 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
             )
     if value_head and hf.get("num_labels", len(hf.get("id2label") or "1")) != 1:
         raise ValueError("config.json has more than one label; a value head has one")
+    _check_known(name, hf)
+    return name, hf, value_head
 
-    def need(key):
-        if hf.get(key) is None:
-            raise ValueError(f"config.json of a {name} model lacks {key!r}")
-        return hf[key]
 
-    layers, heads = need("num_hidden_layers"), need("num_attention_heads")
-    known = {"num_layers": layers, "num_heads": heads, "width": need("hidden_size")}
-    sizes.check(known, _NAMES)
-    theta, theta_local, scaling = _rope(hf)
-    local = _local_layers(name, hf, layers)
-    eos = hf.get("eos_token_id")
-    eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
-    fields = dict(
-        vocab_size=need("vocab_size"),
-        width=need("hidden_size"),
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=hf.get("num_key_value_heads") or heads,
-        head_dim=hf.get("head_dim") or need("hidden_size") // heads,
-        mlp_width=need("intermediate_size"),
-        max_length=need("max_position_embeddings"),
-        activation=_activation(name, hf),
-        norm_eps=need("rms_norm_eps"),
-        tied=False if hf["tie_word_embeddings"] is None else hf["tie_word_embeddings"],
-        rope_theta=theta,
-        rope_theta_local=theta_local,
-        rope_scaling=scaling,
-        query_scale=hf.get("query_pre_attn_scalar"),
-        attn_softcap=hf.get("attn_logit_softcapping"),
-        final_softcap=hf.get("final_logit_softcapping"),
-        window=need("sliding_window") if any(local) else None,
-        local_layers=local if any(local) else (),
-        value_head=value_head,
-        bos_id=hf.get("bos_token_id"),
-        eos_ids=tuple(eos),
-    )
-    sizes.check(fields, _NAMES)
-    for key in ("norm_eps", "query_scale", "attn_softcap", "final_softcap"):
-        fields[key] = None if fields[key] is None else float(fields[key])
-    fields |= family.fixed
-    return ModelConfig(family=name, **fields)
+def _check_known(name: str, hf: dict[str, Any]) -> None:
+    """Raises ValueError for a key that has a value and that nobody reads."""
+    known = _READ | _HARMLESS | {*FAMILIES[name].reads}
+    for key, value in hf.items():
+        if value and key not in known:
+            raise ValueError(
+                f"config.json has {key}={sizes.brief(value)}, which is not known for a "
+                f"{name} model and may change what it computes. If it does not, remove it "
+                "from config.json"
+            )
 
 
 def _check_types(hf: dict[str, Any]) -> None:
     """Raises ValueError for a value of another type than its key has."""
-    names = {dict: "an object", list: "a list", str: "a text"}
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
     for key, value in hf.items():
         kind = _TYPES.get(key)
         if kind and value is not None and not isinstance(value, kind):
@@ -289,7 +383,10 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     else:
         architecture = f"{family.architecture}ForCausalLM"
     local = _canonical(c)["local_layers"]
-    rope, theta_local = _rope_dict(c.rope_theta, c.rope_scaling), c.rope_theta_local
+    rope_dict, theta_local = (
+        rope.to_hf(c.rope_theta, c.rope_scaling),
+        c.rope_theta_local,
+    )
     if theta_local is None and c.family == "gemma3_text" and c.rope_scaling is None:
         theta_local = c.rope_theta
     hf = {
@@ -307,21 +404,26 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "rms_norm_eps": c.norm_eps,
         "tie_word_embeddings": c.tied,
         "rope_theta": c.rope_theta,
-        "rope_scaling": rope if c.rope_scaling else None,
-        "rope_parameters": rope,
+        "rope_scaling": rope_dict if c.rope_scaling else None,
+        "rope_parameters": rope_dict,
         "bos_token_id": c.bos_id,
         "eos_token_id": eos,
     }
     if c.value_head:
         hf.update(id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0})
-    if c.family in ("mistral", "gemma2", "gemma3_text"):
+    if "attention_bias" in family.reads:
+        hf["attention_bias"] = c.o_bias
+    if "mlp_bias" in family.reads:
+        hf["mlp_bias"] = c.mlp_bias
+    if c.family == "smollm3":
+        hf["no_rope_layers"] = [int(x) for x in c.rope_layers or (1,) * c.num_layers]
+    if "sliding_window" in family.reads:
         hf["sliding_window"] = c.window
+    if "use_sliding_window" in family.reads:
+        hf["use_sliding_window"] = any(local)
     if c.family in ("qwen2", "qwen3"):
-        hf.update(
-            use_sliding_window=any(local), sliding_window=c.window,
-            max_window_layers=local.index(True) if any(local) else c.num_layers,
-        )  # fmt: skip
-    if c.family in ("qwen2", "qwen3", "gemma2", "gemma3_text"):
+        hf["max_window_layers"] = local.index(True) if any(local) else c.num_layers
+    if c.family in _LAYER_TYPES:
         hf["layer_types"] = [("full_attention", "sliding_attention")[x] for x in local]
     if c.family == "gemma3_text":  # for versions of transformers before layer_types
         pattern = (*local, False).index(False) + 1
@@ -335,8 +437,11 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
             attn_logit_softcapping=c.attn_softcap, final_logit_softcapping=c.final_softcap,
         )  # fmt: skip
     if theta_local is not None:
-        inner = _rope_dict(theta_local, None)
-        hf["rope_parameters"] = {"full_attention": rope, "sliding_attention": inner}
+        inner = rope.to_hf(theta_local, None)
+        hf["rope_parameters"] = {
+            "full_attention": rope_dict,
+            "sliding_attention": inner,
+        }
         hf["rope_local_base_freq"] = theta_local
     _check_expressed(c, from_hf(hf))
     return hf
@@ -368,6 +473,7 @@ def _canonical(config: ModelConfig) -> dict[str, Any]:
     elif config.rope_theta_local is None and config.rope_scaling is None:
         c["rope_theta_local"] = config.rope_theta
     c["query_scale"] = float(config.query_scale or config.head_dim)
+    c["rope_layers"] = () if all(config.rope_layers) else config.rope_layers
     return c
 
 
@@ -382,20 +488,60 @@ def _activation(name: str, hf: dict[str, Any]) -> str:
     return _ACTIVATIONS[value]
 
 
-def _local_layers(name: str, hf: dict[str, Any], layers: int) -> tuple[bool, ...]:
-    """Which layers see only a window."""
-    types = hf.get("layer_types")
-    if types is not None:
-        unknown = set(types) - {"full_attention", "sliding_attention"}
-        if unknown:
-            raise ValueError(
-                f"config.json has layer_types {sizes.brief(sorted(unknown))}: not supported"
-            )
-        if len(types) != layers:
-            raise ValueError(
-                f"layer_types has {len(types)} entries for {layers} layers"
-            )
-        return tuple(t == "sliding_attention" for t in types)
+def _rope_layers(name: str, hf: dict[str, Any], layers: int) -> tuple[bool, ...]:
+    """Which layers have RoPE: a 1 in no_rope_layers, or all but every n-th."""
+    flags = hf.get("no_rope_layers")
+    if name != "smollm3":
+        return (True,) * layers
+    if flags is None:
+        every = hf["no_rope_layer_interval"]
+        sizes.number("no_rope_layer_interval", every, 1, sizes.MOST, whole=True)
+        return tuple((i + 1) % every != 0 for i in range(layers))
+    if not isinstance(flags, list) or not all(x in (0, 1) for x in flags):
+        raise ValueError(
+            f"no_rope_layers is {sizes.brief(flags)}, expected a list of 0 and 1"
+        )
+    if len(flags) < layers:
+        raise ValueError(f"no_rope_layers has {len(flags)} entries for {layers} layers")
+    return tuple(map(bool, flags[:layers]))
+
+
+def _local_layers(
+    name: str, hf: dict[str, Any], turned: tuple[bool, ...]
+) -> tuple[bool, ...]:
+    """Which layers see only a window.
+
+    Args:
+      name: of the family.
+      hf: config.json with defaults.
+      turned: which layers have RoPE.
+    """
+    layers, types = len(turned), hf.get("layer_types")
+    if types is None:
+        return _windows(name, hf, turned)
+    unknown = set(types) - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise ValueError(
+            f"config.json has layer_types {sizes.brief(sorted(unknown))}: not supported"
+        )
+    if len(types) != layers:
+        raise ValueError(f"layer_types has {len(types)} entries for {layers} layers")
+    local = tuple(t == "sliding_attention" for t in types)
+    if name not in _LAYER_TYPES and local != _windows(name, hf, turned):
+        raise ValueError(
+            f"config.json has layer_types {sizes.brief(types)}, which a {name} model does "
+            "not read: remove them to load it without"
+        )
+    return local
+
+
+def _windows(
+    name: str, hf: dict[str, Any], turned: tuple[bool, ...]
+) -> tuple[bool, ...]:
+    """Which layers see only a window, where layer_types does not say it."""
+    layers = len(turned)
+    if name == "smollm3" and hf.get("use_sliding_window") and hf.get("sliding_window"):
+        return tuple(not x for x in turned)
     if name == "mistral":
         return (hf["sliding_window"] is not None,) * layers
     if name in ("qwen2", "qwen3") and hf.get("use_sliding_window"):
@@ -405,57 +551,3 @@ def _local_layers(name: str, hf: dict[str, Any], layers: int) -> tuple[bool, ...
         pattern = hf.get("_sliding_window_pattern", hf["sliding_window_pattern"])
         return tuple((i + 1) % pattern != 0 for i in range(layers))
     return (False,) * layers
-
-
-def _rope(hf: dict[str, Any]) -> tuple[float, float | None, tuple | None]:
-    """(base, base of local layers or None, scaling of the non-local layers)."""
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    local = None
-    if "rope_local_base_freq" in hf:
-        local = _positive("rope_local_base_freq", hf["rope_local_base_freq"])
-    if "full_attention" in rope or "sliding_attention" in rope:
-        inner = rope.get("sliding_attention") or {}
-        if _kind(inner) != "default":
-            raise ValueError(
-                f"rope type {sizes.brief(_kind(inner))} on local layers is not supported"
-            )
-        base = inner.get("rope_theta", hf.get("rope_local_base_freq", 10_000.0))
-        local = _positive("rope_theta of local layers", base)
-        rope = rope.get("full_attention") or {}
-    theta = _positive(
-        "rope_theta", rope.get("rope_theta", hf.get("rope_theta", 10_000.0))
-    )
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("rope_parameters has partial_rotary_factor: not supported")
-    kind = _kind(rope)
-    if kind == "default":
-        return theta, local, None
-    if kind not in _ROPE_KEYS:
-        known = ", ".join(("default", *_ROPE_KEYS))
-        raise ValueError(
-            f"rope type {sizes.brief(kind)} is not supported; known: {known}"
-        )
-    lacking = [k for k in _ROPE_KEYS[kind] if rope.get(k) is None]
-    if lacking:
-        raise ValueError(f"rope type {kind!r} lacks {', '.join(lacking)}")
-    return theta, local, (kind, *(_positive(k, rope[k]) for k in _ROPE_KEYS[kind]))
-
-
-def _kind(rope: dict[str, Any]) -> str:
-    return rope.get("rope_type", rope.get("type", "default"))
-
-
-def _rope_dict(theta: float, scaling: tuple | None) -> dict[str, Any]:
-    rope: dict[str, Any] = {"rope_theta": theta, "rope_type": "default"}
-    if scaling:
-        kind, *values = scaling
-        rope |= {"rope_type": kind, **dict(zip(_ROPE_KEYS[kind], values, strict=True))}
-        if kind == "llama3":  # v5 insists on int
-            rope["original_max_position_embeddings"] = int(values[-1])
-    return rope
-
-
-def _positive(name: str, value: Any) -> float:
-    """A number of a config.json that is divided by; ValueError names another value."""
-    sizes.number(name, value, 1e-6, 1e15)
-    return float(value)

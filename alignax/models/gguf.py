@@ -1,9 +1,9 @@
 """Reads llama.cpp's .gguf files: metadata as a config.json, tensors dequantised.
 
-Three conventions differ from transformers and are converted here. The `llama` architecture
-stores the rows of q and k with the two RoPE halves interleaved. Gemma's norms are stored as
+Three conventions differ from transformers and are converted here. The architectures `llama`
+and `smollm3` store the rows of q and k with the two RoPE halves interleaved. Gemma's norms are stored as
 the factor instead of its offset from 1. Llama 3's RoPE scaling is stored as the resulting
-divisors of the frequencies instead of its parameters.
+divisors of the frequencies instead of its parameters. Metadata of the architecture that is not known is an error.
 """
 
 import pathlib
@@ -15,6 +15,30 @@ import numpy as np
 from alignax.models import families, gguf_header, sizes
 from alignax.models.json_object import one_line
 from alignax.models.stored import Tensor, read_at
+
+_INTERLEAVED = ("llama", "smollm3")  # architectures
+# Metadata `<architecture>.<key>` that `_config` reads.
+_READ = {
+    "embedding_length", "block_count", "attention.head_count", "attention.head_count_kv",
+    "feed_forward_length", "context_length", "attention.layer_norm_rms_epsilon",
+    "attention.key_length", "attention.sliding_window", "attention.causal",
+    "rope.freq_base", "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor",
+    "rope.scaling.original_context_length", "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow", "expert_count",
+}  # fmt: skip
+_READ_OF = {  # the same, of one architecture
+    "gemma2": {"attn_logit_softcapping", "final_logit_softcapping"},
+    "gemma3": {"attn_logit_softcapping", "final_logit_softcapping", "rope.freq_base_swa"},
+}  # fmt: skip
+# Metadata that does not change what these decoders compute.
+_HARMLESS = {
+    "vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "expert_used_count",
+    "attention.layer_norm_epsilon", "pooling_type",
+}  # fmt: skip
+_NEUTRAL = {  # metadata that is not read -> the value that changes nothing
+    "rope.scale_linear": 1.0, "rope.scaling.attn_factor": 1.0,
+    "rope.scaling.yarn_attn_factor": 1.0, "rope.scaling.yarn_ext_factor": 1.0,
+}  # fmt: skip
 
 # (factor, low, high, length) of Llama 3.1 and 3.2: llama.cpp keeps only what they result in
 _LLAMA3_RULES = ((8.0, 1.0, 4.0, 8192.0), (32.0, 1.0, 4.0, 8192.0))
@@ -33,8 +57,9 @@ NAMES = {  # path in our tree -> name in a .gguf file
     "blocks/mlp_norm/scale": "blk.{}.ffn_norm.weight",
     "blocks/post_mlp_norm/scale": "blk.{}.post_ffw_norm.weight",
     **{
-        f"blocks/mlp/{p}/kernel": f"blk.{{}}.ffn_{p}.weight"
+        f"blocks/mlp/{p}/{kind}": f"blk.{{}}.ffn_{p}.{suffix}"
         for p in ("gate", "up", "down")
+        for kind, suffix in (("kernel", "weight"), ("bias", "bias"))
     },
     "norm/scale": "output_norm.weight",
     "head": "output.weight",
@@ -50,7 +75,8 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     Raises:
       ImportError: the `gguf` package is not installed.
-      ValueError: the file is damaged, or a tensor has an unknown quantisation.
+      ValueError: the file is damaged, metadata may change what the model computes and is
+        not known, or a tensor has an unknown quantisation.
     """
     try:
         import gguf
@@ -85,20 +111,18 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         hf = _config(family, arch, meta, tensors, tokens)
     except (ValueError, TypeError, ArithmeticError) as e:
         raise ValueError(f"{path} is damaged: {one_line(e)}") from e
+    if arch and family in families.FAMILIES:
+        _check_metadata(meta, arch, hf["head_dim"], path)
 
     def tensor(name: str) -> Tensor:
-        t = tensors[name]
-        key = {"q": "num_attention_heads", "k": "num_key_value_heads"}.get(
-            name.split(".attn_")[-1].removesuffix(".weight").removesuffix(".bias")
-        )
-        heads = hf[key] if key and arch == "llama" else 0
+        t, heads = tensors[name], 0
+        if arch in _INTERLEAVED and (".attn_q." in name or ".attn_k." in name):
+            key = "num_attention_heads" if "_q." in name else "num_key_value_heads"
+            heads = hf[key]
         offset = arch in ("gemma", "gemma2", "gemma3") and name.endswith("norm.weight")
         shape = tuple(int(n) for n in reversed(t.shape))
-        return Tensor(
-            shape,
-            t.tensor_type.name,
-            partial(_rows, path, name, t, shape, heads, offset),
-        )
+        rows = partial(_rows, path, name, t, shape, heads, offset)
+        return Tensor(shape, t.tensor_type.name, rows)
 
     if "rope_freqs.weight" in tensors:
         hf["rope_scaling"] = _llama3_scaling(tensor("rope_freqs.weight")(), hf, path)
@@ -189,7 +213,16 @@ def _config(
         hf["rope_scaling"] = {
             "rope_type": get("rope.scaling.type"),
             "factor": get("rope.scaling.factor"),
+            "original_max_position_embeddings": get(
+                "rope.scaling.original_context_length"
+            ),
         }
+        for key in ("beta_fast", "beta_slow"):
+            hf["rope_scaling"][key] = get(f"rope.scaling.yarn_{key}")
+    hf["use_bidirectional_attention"] = get("attention.causal") is False
+    if "attention_bias" in families.FAMILIES[family].reads:
+        hf["attention_bias"] = "blk.0.attn_output.bias" in tensors
+    hf["mlp_bias"] = "blk.0.ffn_down.bias" in tensors
     if get("attention.sliding_window"):
         hf["sliding_window"] = get("attention.sliding_window")
     if family in ("gemma2", "gemma3_text"):
@@ -202,6 +235,25 @@ def _config(
     if family == "gemma3_text":
         hf["rope_local_base_freq"] = get("rope.freq_base_swa", 10_000.0)
     return hf
+
+
+def _check_metadata(
+    meta: dict[str, Any], arch: str, head_dim: int, path: pathlib.Path
+) -> None:
+    """Raises ValueError for metadata of the architecture that has a value and is not read."""
+    known = _READ | _HARMLESS | _READ_OF.get(arch, set())
+    sizes_of_heads = ("value_length", "key_length_swa", "value_length_swa")
+    neutral = {**_NEUTRAL, **{f"attention.{k}": head_dim for k in sizes_of_heads}}
+    neutral["rope.dimension_count_swa"] = head_dim
+    for name, value in meta.items():
+        key = name.removeprefix(f"{arch}.")
+        if key == name or key in known or not value or value == neutral.get(key):
+            continue
+        raise ValueError(
+            f"{path} has the metadata {name}={sizes.brief(value)}, which is not known and "
+            "may change what the model computes; convert the Hugging Face checkpoint's "
+            "own directory instead"
+        )
 
 
 def _unpermute(value: np.ndarray, heads: int) -> np.ndarray:

@@ -32,8 +32,17 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from alignax.batch import LM
-from alignax.models import transformer
-from alignax.models.transformer import MLP, ModelConfig, Norm, Project, rotary
+from alignax.models import rope, transformer
+from alignax.models.rope import rotary
+from alignax.models.transformer import (
+    MLP,
+    ModelConfig,
+    Norm,
+    Project,
+    after,
+    before,
+    heads,
+)
 
 QUERIES = 64  # read at a time: bounds the memory of a prompt
 
@@ -102,22 +111,15 @@ class _Attention(nn.Module):
     def __call__(self, x_nd, layout: Layout, kv, at):
         c = self.config
         d, e = c.width, c.head_dim
-
-        def heads(name, count):
-            bias = (count, e) if c.qkv_bias else None
-            y = Project("nd,dhe->nhe", (d, count, e), d, bias, name=name)(x_nd)
-            if c.qk_norm and name != "v":
-                y = Norm(c.norm_eps, c.norm_offset, name=f"{name}_norm")(y)
-            return y
-
-        q = heads("q", c.num_heads).astype(jnp.float32)
-        new = (heads(name, c.num_kv_heads) for name in "kv")
+        q, *new = (heads(c, name, "nd,dhe->nhe", x_nd) for name in "qkv")
+        q = q.astype(jnp.float32)
         k, v = kv = tuple(
             jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), at, 0)
             for old, x in zip(kv, new, strict=True)
         )
         y = _attend(q, k, v, layout, at, c).astype(x_nd.dtype)
-        y = Project("nhe,hed->nd", (c.num_heads, e, d), c.num_heads * e, name="o")(y)
+        shape, bias = (c.num_heads, e, d), (d,) if c.o_bias else None
+        y = Project("nhe,hed->nd", shape, c.num_heads * e, bias, name="o")(y)
         return y, kv
 
 
@@ -129,14 +131,10 @@ class _Block(nn.Module):
     @nn.compact
     def __call__(self, x_nd, layout: Layout, kv, at):
         c = self.config
-
-        def norm(name):
-            return Norm(c.norm_eps, c.norm_offset, name=name)
-
-        y, kv = _Attention(c, name="attn")(norm("attn_norm")(x_nd), layout, kv, at)
-        x_nd = x_nd + (norm("post_attn_norm")(y) if c.post_norms else y)
-        y = MLP(c, name="mlp")(norm("mlp_norm")(x_nd)[None])[0]
-        return x_nd + (norm("post_mlp_norm")(y) if c.post_norms else y), kv
+        y, kv = _Attention(c, name="attn")(before(c, "attn", x_nd), layout, kv, at)
+        x_nd = x_nd + after(c, "attn", y)
+        y = MLP(c, name="mlp")(before(c, "mlp", x_nd)[None])[0]
+        return x_nd + after(c, "mlp", y), kv
 
 
 def _attend(q_nhe, k_tke, v_tke, layout: Layout, at, c: ModelConfig):
@@ -231,7 +229,7 @@ def read(
     """Runs the decoder over N tokens of one row, up to and including the final norm.
 
     Args:
-      lm: a model without sliding windows.
+      lm: a model without sliding windows, with RoPE in every layer.
       tokens: N consecutive ones; from the row's start into the suffix, or of the suffix.
       layout: of the T tokens of the whole row, from `lay`.
       cache: of T tokens, filled up to `at`.
@@ -241,11 +239,14 @@ def read(
       Hidden states, and the cache with theirs.
 
     Raises:
-      ValueError: a model with local layers.
+      ValueError: a model with local layers, or with layers without RoPE.
     """
     c = lm.config
     if c.window is not None or c.rope_theta_local:
         raise ValueError("PINE needs a model whose layers all see everything")
+    if not all(c.rope_layers):
+        raise ValueError("PINE needs a model whose layers all have RoPE")
+    rope.check_length(c.rope_scaling, len(layout.segment), c.max_length)
     x = lm.params["embed"][tokens].astype(c.dtype)
     if c.embed_scale:
         x = x * jnp.asarray(c.width**0.5, x.dtype)

@@ -19,7 +19,8 @@ OPTIONAL = (
     "rope_theta_local", "query_scale", "attn_softcap", "final_softcap", "window", "bos_id",
 )  # fmt: skip
 SWITCHES = (
-    "norm_offset", "embed_scale", "tied", "qkv_bias", "qk_norm", "post_norms", "value_head",
+    "norm_offset", "embed_scale", "tied", "qkv_bias", "o_bias", "mlp_bias", "qk_norm",
+    "qk_norm_whole", "pre_norms", "post_norms", "value_head",
 )  # fmt: skip
 
 
@@ -44,12 +45,6 @@ def check(fields: Mapping[str, Any], names: Mapping[str, str] | None = None) -> 
         elif field == "eos_ids":
             for one in value if isinstance(value, list | tuple) else [value]:
                 number(name, one, 0, MOST, whole=True)
-        elif field == "rope_scaling" and value:
-            _, *numbers = value
-            for one in numbers:
-                number(name, one, 1e-6, 1e9)
-            if len(numbers) == 4 and numbers[1] >= numbers[2]:
-                raise ValueError(f"{name} has low_freq_factor >= high_freq_factor")
     if (fields.get("head_dim") or 0) % 2:
         raise ValueError(f"{called.get('head_dim', 'head_dim')} is {fields['head_dim']}, expected an even number")  # fmt: skip
 

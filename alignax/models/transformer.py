@@ -1,4 +1,4 @@
-"""One decoder-only transformer for Llama, SmolLM2, Mistral, Qwen2/3 and Gemma 1/2/3.
+"""One decoder-only transformer for Llama, SmolLM, Mistral, Qwen, Gemma and OLMo 2.
 
 Flax Linen in a restricted dialect (only the `params` collection, the cache is an
 argument, no `setup`) behind three pure functions: `hidden`, `unembed`, `init_cache`.
@@ -21,9 +21,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from alignax.batch import LM, Params
-from alignax.models import kernels
+from alignax.models import kernels, rope
 from alignax.models.attention import Attend, attention, same_segment, with_tiles
 from alignax.models.contract import KEPT, contract, keep
+from alignax.models.rope import rotary, rotate
 
 PARAM_RULES = (  # path regex -> spec; first match wins; no match is an error
     (r"embed$", P("model", "fsdp")),  # V D
@@ -32,6 +33,8 @@ PARAM_RULES = (  # path regex -> spec; first match wins; no match is an error
     (r"(gate|up)/kernel$", P(None, "fsdp", "model")),  # L D F
     (r"down/kernel$", P(None, "model", "fsdp")),  # L F D
     (r"(q|k|v)/bias$", P(None, "model", None)),  # L H K
+    (r"(gate|up)/bias$", P(None, "model")),  # L F
+    (r"(o|down)/bias$", P()),  # L D
     (r"head$", P("fsdp", "model")),  # D V, untied
     (r"value_head/", P()),
     (r"norm/scale$", P()),
@@ -78,13 +81,16 @@ class ModelConfig:
     embed_scale: bool = False  # Gemma multiplies embeddings by sqrt(width)
     tied: bool = True  # the head is the embedding
     qkv_bias: bool = False
+    o_bias: bool = False  # of the attention output
+    mlp_bias: bool = False
     qk_norm: bool = False
-    post_norms: bool = False  # Gemma 2/3 normalise each branch before adding it
+    qk_norm_whole: bool = False  # OLMo 2 normalises q and k over all heads at once
+    pre_norms: bool = True  # OLMo 2 does not normalise what attention and MLP read
+    post_norms: bool = False  # Gemma 2/3 and OLMo 2 normalise a branch before adding it
     rope_theta: float = 10_000.0
     rope_theta_local: float | None = None  # base of local layers; None = rope_theta
-    rope_scaling: tuple | None = (
-        None  # ('linear', f) | ('llama3', f, low, high, length)
-    )
+    rope_scaling: tuple | None = None  # (kind, *numbers), see rope.py
+    rope_layers: tuple[bool, ...] = ()  # SmolLM3: which layers have RoPE; () = all
     query_scale: float | None = None  # scores are divided by its sqrt; None = head_dim
     attn_softcap: float | None = None
     final_softcap: float | None = None
@@ -121,15 +127,16 @@ class ModelConfig:
             raise ValueError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
             )
-        if self.local_layers and len(self.local_layers) != self.num_layers:
-            raise ValueError(
-                f"local_layers has {len(self.local_layers)} entries, expected "
-                f"num_layers={self.num_layers}"
-            )
-        if self.rope_scaling and self.rope_scaling[0] not in ("linear", "llama3"):
-            raise ValueError(
-                f"unknown rope_scaling {self.rope_scaling[0]!r}; known: linear, llama3"
-            )
+        for name in ("local_layers", "rope_layers"):
+            flags = getattr(self, name)
+            if flags and len(flags) != self.num_layers:
+                raise ValueError(
+                    f"{name} has {len(flags)} entries, expected "
+                    f"num_layers={self.num_layers}"
+                )
+        if self.qk_norm_whole and not self.qk_norm:
+            raise ValueError("qk_norm_whole needs qk_norm")
+        rope.check(self.rope_scaling, self.rope_theta)
 
 
 class Cache(NamedTuple):
@@ -197,17 +204,8 @@ class Attention(nn.Module):
     def __call__(self, x_ntd, rope, positions, attend, local, kv, in_order):
         c = self.config
         d, e = c.width, c.head_dim
-
-        def heads(name, count):
-            bias = (count, e) if c.qkv_bias else None
-            y = keep(Project("ntd,dhe->nthe", (d, count, e), d, bias, name=name)(x_ntd))
-            if c.qk_norm and name != "v":
-                y = Norm(c.norm_eps, c.norm_offset, name=f"{name}_norm")(y)
-            return y
-
-        q = rotate(heads("q", c.num_heads), rope)
-        k = rotate(heads("k", c.num_kv_heads), rope)
-        v = heads("v", c.num_kv_heads)
+        q, k, v = (heads(c, name, "ntd,dhe->nthe", x_ntd) for name in "qkv")
+        q, k = rotate(q, rope), rotate(k, rope)
         if kv is None:
             key_positions = positions
         else:
@@ -222,8 +220,29 @@ class Attention(nn.Module):
             if kv is None:
                 k, v = jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1)
             y = attention(q, k, v, positions, key_positions, attend, local, c, in_order)
-        y = Project("nthe,hed->ntd", (c.num_heads, e, d), c.num_heads * e, name="o")(y)
+        shape, bias = (c.num_heads, e, d), (d,) if c.o_bias else None
+        y = Project("nthe,hed->ntd", shape, c.num_heads * e, bias, name="o")(y)
         return y, kv
+
+
+def heads(c: ModelConfig, name: str, equation: str, x):
+    """Queries, keys or values [..., H, E] before RoPE, inside a module of attention.
+
+    Args:
+      c: the settings.
+      name: 'q', 'k' or 'v'; of the projection, and of its norm.
+      equation: of the projection.
+      x: what attention reads, [..., D].
+    """
+    shape = c.num_heads if name == "q" else c.num_kv_heads, c.head_dim
+    bias = shape if c.qkv_bias else None
+    y = keep(Project(equation, (c.width, *shape), c.width, bias, name=name)(x))
+    if not c.qk_norm or name == "v":
+        return y
+    norm = Norm(c.norm_eps, c.norm_offset, name=f"{name}_norm")
+    if c.qk_norm_whole:
+        return norm(y.reshape(*y.shape[:-2], -1)).reshape(y.shape)
+    return norm(y)
 
 
 def written(cache, new, positions):
@@ -246,65 +265,66 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_ntd):
-        d, f = self.config.width, self.config.mlp_width
+        c = self.config
+        d, f = c.width, c.mlp_width
 
         def wide(name):
-            y = Project("ntd,df->ntf", (d, f), d, name=name)(x_ntd)
-            return keep(y)
+            bias = (f,) if c.mlp_bias else None
+            return keep(Project("ntd,df->ntf", (d, f), d, bias, name=name)(x_ntd))
 
         gate, up = wide("gate"), wide("up")
-        y = ACTIVATIONS[self.config.activation](gate) * up
-        return Project("ntf,fd->ntd", (f, d), f, name="down")(y)
+        y = ACTIVATIONS[c.activation](gate) * up
+        bias = (d,) if c.mlp_bias else None
+        return Project("ntf,fd->ntd", (f, d), f, bias, name="down")(y)
 
 
 class Block(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_ntd, ropes, positions, attend, local, kv, in_order=False):
+    def __call__(self, x_ntd, rope, positions, attend, local, kv, in_order=False):
         c = self.config
-
-        def norm(name):
-            return Norm(c.norm_eps, c.norm_offset, name=name)
-
-        rope = jax.tree.map(lambda a, b: jnp.where(local, b, a), *ropes)
         y, kv = Attention(c, name="attn")(
-            norm("attn_norm")(x_ntd), rope, positions, attend, local, kv, in_order
+            before(c, "attn", x_ntd), rope, positions, attend, local, kv, in_order
         )
-        y = norm("post_attn_norm")(keep(y)) if c.post_norms else y
-        x_ntd = keep(x_ntd + y)
-        y = MLP(c, name="mlp")(norm("mlp_norm")(x_ntd))
-        x_ntd = x_ntd + (norm("post_mlp_norm")(keep(y)) if c.post_norms else y)
-        return x_ntd, kv
+        x_ntd = keep(x_ntd + after(c, "attn", y))
+        y = MLP(c, name="mlp")(before(c, "mlp", x_ntd))
+        return x_ntd + after(c, "mlp", y), kv
 
 
-def rotary(positions, head_dim: int, theta: float, scaling: tuple | None):
-    """(cos, sin) of RoPE, each [N, T, head_dim / 2] float32."""
-    freq = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    if scaling and scaling[0] == "linear":
-        freq = freq / scaling[1]
-    elif scaling:  # Llama 3: low frequencies slowed by `factor`, high ones kept
-        _, factor, low, high, length = scaling
-        turns = length * freq / (2 * np.pi)  # rotations within the original context
-        smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
-        freq = freq * (smooth + (1 - smooth) / factor)
-    angle = positions[..., None].astype(jnp.float32) * freq.astype(np.float32)
-    return jnp.cos(angle), jnp.sin(angle)
+def before(c: ModelConfig, branch: str, x):
+    """What the branch 'attn' or 'mlp' reads of the residual stream, inside a block."""
+    if not c.pre_norms:
+        return x
+    return Norm(c.norm_eps, c.norm_offset, name=f"{branch}_norm")(x)
 
 
-def rotate(x, rope):
-    """Applies RoPE to head vectors [N, T, H, K]; the first half pairs with the second."""
-    cos, sin = (r[:, :, None, None, :] for r in rope)
-    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
-    # `flip` transposes to itself; slices of the halves would be padded in the backward.
-    sign = np.array([[-1.0], [1.0]], np.float32)
-    y = halves * cos + jnp.flip(halves, -2) * (sign[None, None, None] * sin)
-    return y.reshape(x.shape).astype(x.dtype)
+def after(c: ModelConfig, branch: str, y):
+    """What the branch 'attn' or 'mlp' adds to the residual stream, inside a block."""
+    if not c.post_norms:
+        return y
+    return Norm(c.norm_eps, c.norm_offset, name=f"post_{branch}_norm")(keep(y))
 
 
-def _local_layers(config: ModelConfig) -> np.ndarray:
-    flags = config.local_layers or (config.window is not None,) * config.num_layers
-    return np.array(flags, bool)
+class _Kind(NamedTuple):
+    """What differs from layer to layer: bools, or arrays of them while scanning."""
+
+    local: Any  # attention sees a window
+    turned: Any  # queries and keys have RoPE
+
+    def rope(self, ropes):
+        """Of (cos, sin) of the other layers and of the local ones, those of this layer."""
+        cos, sin = jax.tree.map(lambda a, b: jnp.where(self.local, b, a), *ropes)
+        if self.turned is True:
+            return cos, sin
+        return jnp.where(self.turned, cos, 1.0), jnp.where(self.turned, sin, 0.0)
+
+
+def _kinds(config: ModelConfig) -> list[_Kind]:
+    many = config.num_layers
+    local = config.local_layers or (config.window is not None,) * many
+    turned = config.rope_layers or (True,) * many
+    return [_Kind(bool(a), bool(b)) for a, b in zip(local, turned, strict=True)]
 
 
 def init(config: ModelConfig, key) -> Params:
@@ -320,10 +340,10 @@ def init(config: ModelConfig, key) -> Params:
     keys = jax.random.split(key, 3)
     x = jnp.zeros((1, 1, config.width))
     position = jnp.zeros((1, 1), jnp.int32)
-    rope = rotary(position, config.head_dim, 1.0, None)
+    turns = rotary(position, config.head_dim, 1.0, None)
 
     def block(key):
-        args = (x, (rope, rope), position, None, False, None)
+        args = (x, turns, position, None, False, None)
         return Block(config).init(key, *args)["params"]
 
     normal = jax.random.normal
@@ -396,9 +416,15 @@ def hidden(
 
     Returns:
       Hidden states in the computation's dtype, and the updated cache (None without).
+
+    Raises:
+      ValueError: rows that are longer than `rope_scaling` is defined for.
     """
     c, params = lm.config, lm.params
     in_order = positions is None  # then a token's position is its column
+    if cache is not None or in_order:  # rows of several texts may be longer than each
+        slots = tokens.shape[1] if cache is None else cache.k[0].shape[2]
+        rope.check_length(c.rope_scaling, slots, c.max_length)
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
     if attend is not None and not isinstance(attend, Attend):
@@ -415,31 +441,33 @@ def hidden(
         else rotary(positions, c.head_dim, c.rope_theta, c.rope_scaling),
     )
 
-    def block(x, layer_params, layer, local, kv) -> tuple[Any, Any]:
-        args = (x, ropes, positions, attend, local, kv, in_order)
+    def block(x, layer_params, layer, kind, kv) -> tuple[Any, Any]:
+        args = (x, kind.rope(ropes), positions, attend, kind.local, kv, in_order)
         x, kv = cast(Any, Block(c).apply({"params": layer_params}, *args))
         return (x if edit is None else edit(x, layer)), kv
 
     blocks: Any = params["blocks"]
-    locals_ = [bool(x) for x in _local_layers(c)]
-    same = len(set(locals_)) == 1  # then what a layer sees is known while tracing
+    kinds = _kinds(c)
+    # what all layers share is known while tracing
+    shared = [len({*flags}) == 1 for flags in zip(*kinds, strict=True)]
     if cache is None and not isinstance(blocks, tuple):
 
         def body(x, xs):
-            layer_params, layer, local = xs
-            local = locals_[0] if same else local
-            return block(x, layer_params, layer, local, None)[0], None
+            layer_params, layer, flags = xs
+            flags = [a if s else b for s, a, b in zip(shared, kinds[0], flags, strict=True)]  # fmt: skip
+            return block(x, layer_params, layer, _Kind(*flags), None)[0], None
 
         if c.remat != "none":
             body = jax.checkpoint(body, policy=POLICIES[c.remat])
         layers = jnp.arange(c.num_layers)
-        x, _ = jax.lax.scan(body, x, (blocks, layers, jnp.asarray(locals_)))
+        flags = [jnp.asarray(column) for column in zip(*kinds, strict=True)]
+        x, _ = jax.lax.scan(body, x, (blocks, layers, flags))
     else:
         unrolled = blocks if isinstance(blocks, tuple) else unstack(lm).params["blocks"]
         kvs = []
         for i, layer_params in enumerate(unrolled):
             kv = None if cache is None else (cache.k[i], cache.v[i])
-            x, kv = block(x, layer_params, i, locals_[i], kv)
+            x, kv = block(x, layer_params, i, kinds[i], kv)
             kvs.append(kv)
         if cache is not None:
             cache = Cache(tuple(kv[0] for kv in kvs), tuple(kv[1] for kv in kvs))

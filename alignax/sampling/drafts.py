@@ -117,11 +117,9 @@ def some_layers(lm: LM, keep: Sequence[int]) -> LM:
         some = tuple(blocks[i] for i in keep)
     else:
         some = jax.tree.map(lambda p: p[np.array(keep)], blocks)
-    local = lm.config.local_layers
-    config = dataclasses.replace(
-        lm.config, num_layers=len(keep),
-        local_layers=tuple(local[i] for i in keep) if local else local,
-    )  # fmt: skip
+    flags = {k: getattr(lm.config, k) for k in ("local_layers", "rope_layers")}
+    flags = {k: x and tuple(x[i] for i in keep) for k, x in flags.items()}
+    config = dataclasses.replace(lm.config, num_layers=len(keep), **flags)
     return LM(config, {**lm.params, "blocks": some})
 
 

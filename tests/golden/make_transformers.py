@@ -3,9 +3,12 @@
     python -m pip install torch transformers gguf
     python tests/golden/make_transformers.py
 
+    python tests/golden/make_transformers.py olmo2 rope   # these alone
+
 Each case becomes a directory `tests/golden/<name>/` as transformers saves it
 (config.json, safetensors) with `golden.npz` (ids int32[N,T], logits float32[N,T,V]) and, for
-`llama_gguf`, a `.gguf` file. The tests only read these: they need neither torch nor a network.
+`llama_gguf`, a `.gguf` file. `rope.json` holds frequencies and factors of RoPE scalings. The
+tests only read these: they need neither torch nor a network.
 
 The models are tiny but nothing in them is at its default: head_dim is not D/H, norm weights
 are random (initial ones or zeros would hide an offset), biases are not zero, windows are
@@ -13,13 +16,16 @@ shorter than T, soft-caps bite, the norm's epsilon and the RoPE bases are visibl
 digit of the logits.
 """
 
+import json
 import pathlib
 import shutil
+import sys
 
 import gguf
 import numpy as np
 import torch
 import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 HERE = pathlib.Path(__file__).parent
 ROWS, LENGTH, VOCAB = 2, 24, 96
@@ -90,8 +96,55 @@ CASES = {
             },
         },
     ),
+    "llama_biases": (  # up to its context, dynamic RoPE is plain
+        transformers.LlamaConfig,
+        {
+            "tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True,
+            "rope_parameters": rope(1000.0, rope_type="dynamic", factor=4.0),
+        },
+    ),
+    "yarn": (
+        transformers.LlamaConfig,
+        {
+            "tie_word_embeddings": False,
+            "rope_parameters": rope(
+                500.0, rope_type="yarn", factor=8.0, original_max_position_embeddings=32,
+                attention_factor=1.3, beta_fast=4.0, beta_slow=0.5, truncate=False,
+            ),
+        },
+    ),
+    "olmo2": (
+        transformers.Olmo2Config,
+        {"tie_word_embeddings": False, "rope_parameters": rope(1000.0)},
+    ),
+    "smollm3": (  # all four combinations of RoPE and window
+        transformers.SmolLM3Config,
+        {
+            "tie_word_embeddings": True, "num_hidden_layers": 4, "pad_token_id": 0,
+            "no_rope_layers": [1, 0, 1, 0],
+            "use_sliding_window": True, "sliding_window": 6, "rope_parameters": rope(1000.0),
+            "layer_types": [
+                "full_attention", "sliding_attention", "sliding_attention", "full_attention",
+            ],
+        },
+    ),
 }  # fmt: skip
 SHARDED = "llama_untied"
+ROPES = [  # theta, head size, scaling; max_position_embeddings is 256
+    (10_000.0, 64, {"rope_type": "yarn", "factor": 4.0}),
+    (1e6, 128, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}),
+    (500.0, 12, {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, "beta_fast": 4}),
+    (500.0, 12, {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, "truncate": False}),
+    (1e4, 32, {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 64, "mscale": 0.7, "mscale_all_dim": 1.2}),
+    (1e4, 32, {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 64, "mscale": 0.7}),
+    (1e4, 32, {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 64, "mscale": 1.0, "mscale_all_dim": 0}),
+    (1e4, 32, {"rope_type": "yarn", "factor": 1.0, "original_max_position_embeddings": 64, "beta_fast": 0, "beta_slow": None}),
+    (1e4, 32, {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 4, "attention_factor": 0.9}),
+    (1e4, 32, {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, "beta_fast": 3, "beta_slow": 3, "truncate": False}),
+    (1e4, 32, {"rope_type": "dynamic", "factor": 2.0}),
+    (1e4, 32, {"rope_type": "linear", "factor": 3.0}),
+    (5e5, 64, {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}),
+]  # fmt: skip
 
 
 def randomise(model, seed):
@@ -136,14 +189,32 @@ def golden(model, path, seed):
     return logits
 
 
-def make_hf():
+def make_hf(names):
     for seed, (name, (config_type, changes)) in enumerate(CASES.items()):
+        if name not in names:
+            continue
         model = transformers.AutoModelForCausalLM.from_config(
             config_type(**{**COMMON, **changes}), attn_implementation="eager"
         )
         model = randomise(model.float(), seed)
         save(model, HERE / name, max_shard_size="40KB" if name == SHARDED else "1GB")
         golden(model, HERE / name, 100 + seed)
+
+
+def make_ropes():
+    """Frequencies (float32) and the factor of cos and sin of each of ROPES."""
+    found = []
+    for theta, size, scaling in ROPES:
+        asked = rope(theta, **scaling)
+        config = transformers.LlamaConfig(
+            **{**COMMON, "head_dim": size}, rope_parameters=dict(asked)
+        )
+        freq, factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config)
+        found.append(
+            {"rope_parameters": asked, "head_dim": size, "factor": factor, "frequencies": freq.tolist()}
+        )  # fmt: skip
+    text = ",\n".join(json.dumps(x) for x in found)
+    (HERE / "rope.json").write_text(f"[\n{text}\n]\n")
 
 
 def permute(weight, heads):
@@ -227,5 +298,9 @@ def make_gguf():
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    make_hf()
-    make_gguf()
+    names = sys.argv[1:] or [*CASES, "llama_gguf", "rope"]
+    make_hf(names)
+    if "llama_gguf" in names:
+        make_gguf()
+    if "rope" in names:
+        make_ropes()

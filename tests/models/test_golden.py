@@ -18,7 +18,7 @@ from alignax.models.transformer import hidden, unembed
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 FAMILIES = [
     "llama_tied", "llama_untied", "llama3_rope", "mistral", "qwen2", "qwen3", "gemma",
-    "gemma2", "gemma3",
+    "gemma2", "gemma3", "llama_biases", "yarn", "olmo2", "smollm3",
 ]  # fmt: skip
 
 
@@ -88,6 +88,23 @@ def test_gguf_logits_are_those_of_transformers():
         ("gemma3", {"rope_theta_local": 2000.0}),
         ("gemma3", {"rope_scaling": None}),
         ("gemma3", {"qk_norm": False}),
+        ("llama_biases", {"qkv_bias": False}),
+        ("llama_biases", {"o_bias": False}),
+        ("llama_biases", {"mlp_bias": False}),
+        ("llama_biases", {"rope_scaling": ("linear", 4.0)}),
+        ("yarn", {"rope_scaling": None}),
+        ("yarn", {"rope_scaling": ("yarn", 4.0, 32.0, 1.3, 4.0, 0.5, False)}),
+        ("yarn", {"rope_scaling": ("yarn", 8.0, 64.0, 1.3, 4.0, 0.5, False)}),
+        ("yarn", {"rope_scaling": ("yarn", 8.0, 32.0, 1.2, 4.0, 0.5, False)}),
+        ("yarn", {"rope_scaling": ("yarn", 8.0, 32.0, 1.3, 32.0, 0.5, False)}),
+        ("yarn", {"rope_scaling": ("yarn", 8.0, 32.0, 1.3, 4.0, 1.0, False)}),
+        ("yarn", {"rope_scaling": ("yarn", 8.0, 32.0, 1.3, 4.0, 0.5, True)}),
+        ("olmo2", {"qk_norm": False, "qk_norm_whole": False}),
+        ("olmo2", {"post_norms": False}),
+        ("smollm3", {"rope_layers": ()}),
+        ("smollm3", {"rope_layers": (True, True, True, False)}),
+        ("smollm3", {"window": 7}),
+        ("smollm3", {"local_layers": (False, True, False, True)}),
     ],
     ids=str,
 )

@@ -1,5 +1,6 @@
 """models/load.py and models/gguf.py: what is read, and what is refused by name."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -230,7 +231,8 @@ def write_gguf(path, name, *, arch, permuted=False, extra=None, skip=(), metadat
     w.add_head_count(hf["num_attention_heads"])
     w.add_head_count_kv(hf["num_key_value_heads"])
     w.add_key_length(hf["head_dim"])
-    w.add_value_length(hf["head_dim"])
+    if "attention.value_length" not in (metadata or {}):
+        w.add_value_length(hf["head_dim"])
     w.add_layer_norm_rms_eps(hf["rms_norm_eps"])
     w.add_rope_freq_base(lm.config.rope_theta)
     w.add_bos_token_id(1)
@@ -249,7 +251,7 @@ def write_gguf(path, name, *, arch, permuted=False, extra=None, skip=(), metadat
         tensors |= load_file(file)
     for hf_name, value in tensors.items():
         p, gguf_name = back[hf_name]
-        if permuted and p in ("blocks/attn/q/kernel", "blocks/attn/k/kernel"):
+        if permuted and p.startswith(("blocks/attn/q/", "blocks/attn/k/")):
             heads = hf["num_attention_heads" if "/q/" in p else "num_key_value_heads"]
             half = value.shape[0] // heads // 2
             value = (
@@ -275,6 +277,20 @@ def write_gguf(path, name, *, arch, permuted=False, extra=None, skip=(), metadat
         ("mistral", "llama", {"attention.sliding_window": 6}),
         ("qwen2", "qwen2", {}),
         ("qwen3", "qwen3", {}),
+        ("olmo2", "olmo2", {}),
+        (
+            "yarn",
+            "llama",
+            {
+                "rope.scaling.type": "yarn",
+                "rope.scaling.factor": 8.0,
+                "rope.scaling.original_context_length": 32,
+                "rope.scaling.yarn_beta_fast": 4.0,
+                "rope.scaling.yarn_beta_slow": 0.5,
+                "rope.scaling.yarn_ext_factor": 1.0,
+            },
+        ),
+        ("llama_biases", "llama", {"use_parallel_residual": 0}),
         ("gemma", "gemma", {}),
         (
             "gemma2",
@@ -312,9 +328,53 @@ def test_gguf_holds_the_same_model(tmp_path, name, arch, metadata):
             g.pop(field), w.pop(field)
         assert got.config.local_layers == (True,) * 4  # every sixth is global
         assert got.config.rope_theta_local == 10_000.0
+    if name == "yarn":  # llama.cpp has no other factor of cos and sin, and truncates
+        factor = 1 + 0.1 * np.log(8.0)
+        assert g.pop("rope_scaling") == ("yarn", 8.0, 32.0, factor, 4.0, 0.5, True)
+        w.pop("rope_scaling")
+    if name == "llama_biases":  # llama.cpp has no dynamic scaling
+        assert g.pop("rope_scaling") is None and w.pop("rope_scaling")
     if name == "llama_untied":
         assert g.pop("eos_ids") == (2,) and w.pop("eos_ids") == (2, 3)
     assert g == w
+
+
+def test_gguf_of_smollm3_leaves_out_rope_in_every_fourth_layer(tmp_path, copy):
+    plain = {"no_rope_layers": [1, 1, 1, 0], "use_sliding_window": False}
+    folder = copy("smollm3", **plain, layer_types=None, sliding_window=None)
+    path = write_gguf(tmp_path / "m.gguf", folder, arch="smollm3", permuted=True)
+    got, want = load(path), load(folder)
+    equal(got.params, want.params)
+    assert got.config.rope_layers == (True, True, True, False)
+    eps = {"norm_eps": want.config.norm_eps}  # float32 in the file
+    assert dataclasses.replace(got.config, **eps) == want.config
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("attention.scale", 0.5), ("attention.value_length", 8), ("logit_scale", 2.0),
+        ("rope.scaling.yarn_attn_factor", 1.5), ("rope.scale_linear", 2.0),
+        ("attn_logit_softcapping", 50.0), ("future.key", "x"),
+    ],
+)  # fmt: skip
+def test_unknown_metadata_of_gguf_is_refused_by_name(tmp_path, key, value):
+    path = write_gguf(
+        tmp_path / "m.gguf", "llama_tied", arch="llama", metadata={key: value}
+    )
+    with pytest.raises(ValueError, match=rf"metadata llama\.{key}=.*not known"):
+        load(path)
+
+
+def test_metadata_of_gguf_that_changes_nothing_is_accepted(tmp_path):
+    metadata = {
+        "vocab_size": 96, "tensor_data_layout": "Meta AI original pth", "expert_used_count": 0,
+        "rope.scaling.finetuned": 1, "rope.scaling.attn_factor": 1.0, "attention.clamp_kqv": 0.0,
+    }  # fmt: skip
+    path = write_gguf(
+        tmp_path / "m.gguf", "llama_tied", arch="llama", metadata=metadata
+    )
+    assert load(path).config.rope_scaling is None
 
 
 def test_gguf_llama3_frequencies_give_back_their_rule(tmp_path):
@@ -361,9 +421,9 @@ def test_gguf_refusals_name_what_is_wrong(tmp_path):
         load(moe)
     rope = write_gguf(
         tmp_path / "d.gguf", "llama_tied", arch="llama",
-        metadata={"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0},
+        metadata={"rope.scaling.type": "longrope", "rope.scaling.factor": 2.0},
     )  # fmt: skip
-    with pytest.raises(ValueError, match="'yarn'"):
+    with pytest.raises(ValueError, match="'longrope'"):
         load(rope)
     data = (tmp_path / "a.gguf").read_bytes()
     for end in (0, 100, len(data) // 2, len(data) - 100):

@@ -500,7 +500,15 @@ def test_another_seed_draws_another_base(half, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", [{}, {"qkv_bias": True}, {"qk_norm": True}], ids=str)
+@pytest.mark.parametrize(
+    "family",
+    [
+        {}, {"qkv_bias": True}, {"qk_norm": True},
+        {"qkv_bias": True, "o_bias": True, "mlp_bias": True, "rope_layers": (True, False)},
+        {"qk_norm": True, "qk_norm_whole": True, "pre_norms": False, "post_norms": True},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_adapters_at_zero_change_no_bit_in_bfloat16(family, dtype, make_batch):
     """The kernel's product is rounded before the adapters' is added, as without them."""
     config = transformer.ModelConfig(

@@ -66,7 +66,7 @@ def test_saved_config_agrees_with_the_one_that_transformers_wrote(name, tmp_path
         "attention_dropout", "initializer_range", "use_cache", "transformers_version",
         "pretraining_tp", "pad_token_id", "_sliding_window_pattern", "attention_bias",
         "mlp_bias", "use_bidirectional_attention", "sliding_window_pattern",
-        "max_window_layers",
+        "max_window_layers", "no_rope_layer_interval",
     }  # fmt: skip
     if (
         name == "classifier"

@@ -25,6 +25,15 @@ CASES = {
     "tied-ragged": dict(vocab_size=37, num_heads=3, num_kv_heads=3),
     "untied": dict(vocab_size=40, tied=False, final_softcap=3.0),
     "odd-width": dict(vocab_size=40, width=15, tied=False),
+    "biases": dict(vocab_size=40, qkv_bias=True, o_bias=True, mlp_bias=True),
+    "olmo2": dict(
+        vocab_size=40,
+        pre_norms=False,
+        post_norms=True,
+        qk_norm=True,
+        qk_norm_whole=True,
+    ),
+    "no-rope": dict(vocab_size=40, rope_layers=(True, False)),
     "frozen-wider": dict(vocab_size=40),
     "frozen-narrower": dict(vocab_size=40, tied=False),
 }  # ragged: neither vocabulary nor heads divide over 'model'

@@ -25,7 +25,7 @@ def frequencies(config, local):
     if local and config.rope_theta_local:
         base, scaling = config.rope_theta_local, None
     out = []
-    for i in range(config.head_dim // 2):
+    for i in range(config.head_dim // 2):  # 'dynamic' is plain up to the context
         f = 1 / base ** (2 * i / config.head_dim)
         if scaling and scaling[0] == "linear":
             f /= scaling[1]
@@ -37,8 +37,24 @@ def frequencies(config, local):
             elif wavelength > length / high:
                 s = (length / wavelength - low) / (high - low)
                 f = (1 - s) * f / factor + s * f
+        if scaling and scaling[0] == "yarn":
+            f = yarn(config.head_dim, base, i, f, *scaling[1:])
         out.append(f)
     return out
+
+
+def yarn(size, base, i, f, factor, length, _, fast, slow, truncate):
+    """Coordinate i of YaRN, section 3.2 of https://arxiv.org/abs/2309.00071."""
+
+    def coordinate(turns):  # of which base^(-2 i / size) * length is so many turns
+        return size / 2 * math.log(length / (2 * math.pi * turns), base)
+
+    low, high = coordinate(fast), coordinate(slow)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    ramp = min(max((i - low) / (high - low), 0), 1)
+    return (1 - ramp) * f + ramp * f / factor
 
 
 def norm(config, x, scale):
@@ -77,19 +93,34 @@ def allowed(t, window):
     )  # fmt: skip
 
 
-def attention(config, p, x, local):
+def attention(config, p, x, local, turned):
     t = x.shape[0]
     group = config.num_heads // config.num_kv_heads
     freq = frequencies(config, local)
+    scaling = config.rope_scaling
+    longer = 1.0  # q and k: YaRN scales cos and sin
+    if turned and scaling and scaling[0] == "yarn":
+        longer = scaling[3]
     sees = allowed(t, config.window if local else None)
 
-    def project(name, head):
+    def linear(name, head):
         y = x @ p[name]["kernel"][:, head, :]
-        if config.qkv_bias:
-            y = y + p[name]["bias"][head]
-        if config.qk_norm and name != "v":
-            y = norm(config, y, p[f"{name}_norm"]["scale"])
-        return y if name == "v" else rope(y, freq)
+        return y + p[name]["bias"][head] if config.qkv_bias else y
+
+    def normed(name, head):
+        scale = p[f"{name}_norm"]["scale"]
+        if not config.qk_norm_whole:
+            return norm(config, linear(name, head), scale)
+        many = config.num_heads if name == "q" else config.num_kv_heads
+        heads = jnp.concatenate([linear(name, h) for h in range(many)], 1)
+        whole = norm(config, heads, scale)
+        return whole[:, head * config.head_dim : (head + 1) * config.head_dim]
+
+    def project(name, head):
+        if name == "v":
+            return linear(name, head)
+        y = normed(name, head) if config.qk_norm else linear(name, head)
+        return rope(y, freq) * longer if turned else y
 
     out = 0
     for head in range(config.num_heads):
@@ -99,28 +130,34 @@ def attention(config, p, x, local):
         w = jnp.exp(s - s.max(1, keepdims=True))
         w = w / w.sum(1, keepdims=True)
         out = out + w @ project("v", head // group) @ p["o"]["kernel"][head]
-    return out
+    return out + p["o"]["bias"] if config.o_bias else out
 
 
 def mlp(config, p, x):
-    gate = activation(config.activation, x @ p["gate"]["kernel"])
-    return gate * (x @ p["up"]["kernel"]) @ p["down"]["kernel"]
+    def linear(name, x):
+        y = x @ p[name]["kernel"]
+        return y + p[name]["bias"] if config.mlp_bias else y
+
+    gate = activation(config.activation, linear("gate", x))
+    return linear("down", gate * linear("up", x))
 
 
 def hidden(config, params, tokens):
     """Hidden states [T, D] of one row of ids [T], after the final norm."""
     local = config.local_layers or [config.window is not None] * config.num_layers
+    turned = config.rope_layers or [True] * config.num_layers
     x = params["embed"][jnp.asarray(tokens)]
     if config.embed_scale:
         x = x * math.sqrt(config.width)
     for layer in range(config.num_layers):
         p = jax.tree.map(lambda leaf, i=layer: leaf[i], params["blocks"])
-        y = norm(config, x, p["attn_norm"]["scale"])
-        y = attention(config, p["attn"], y, local[layer])
+        y = norm(config, x, p["attn_norm"]["scale"]) if config.pre_norms else x
+        y = attention(config, p["attn"], y, local[layer], turned[layer])
         if config.post_norms:
             y = norm(config, y, p["post_attn_norm"]["scale"])
         x = x + y
-        y = mlp(config, p["mlp"], norm(config, x, p["mlp_norm"]["scale"]))
+        y = norm(config, x, p["mlp_norm"]["scale"]) if config.pre_norms else x
+        y = mlp(config, p["mlp"], y)
         if config.post_norms:
             y = norm(config, y, p["post_mlp_norm"]["scale"])
         x = x + y

@@ -140,6 +140,14 @@ def test_layers_keep_their_own_windows(tiny_config, make_lm):
     )
 
 
+def test_layers_keep_whether_they_have_rope(tiny_config, make_lm):
+    config = dataclasses.replace(
+        tiny_config, num_layers=3, rope_layers=(True, False, True)
+    )
+    kept = drafts.some_layers(make_lm(config), [1, 2]).config
+    assert (kept.rope_layers, kept.local_layers) == ((False, True), ())
+
+
 def test_ngram_of_nothing_is_refused():
     with pytest.raises(ValueError, match="longest=0"):
         drafts.ngram(V, 0)

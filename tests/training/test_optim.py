@@ -56,7 +56,7 @@ def test_unknown_optimiser_lists_the_known():
         optim.make_tx(1e-3, name="adam")
 
 
-@pytest.mark.parametrize("extra", [{}, {"qkv_bias": True, "qk_norm": True, "value_head": True, "tied": False}])  # fmt: skip
+@pytest.mark.parametrize("extra", [{}, {"qkv_bias": True, "o_bias": True, "mlp_bias": True, "qk_norm": True, "value_head": True, "tied": False}])  # fmt: skip
 def test_norms_and_biases_are_not_decayed_and_all_else_is(tiny_config, extra):
     config = dataclasses.replace(tiny_config, **extra)
     shapes = jax.eval_shape(
