@@ -157,7 +157,7 @@ _TYPES: dict[str, Any] = {
     "model_type": str, "architectures": list, "text_config": dict, "rope_parameters": dict,
     "rope_scaling": dict, "layer_types": list, "id2label": dict, "hidden_act": str,
     "hidden_activation": str, "full_attention": dict, "sliding_attention": dict,
-    "rope_type": str, "type": str, "attention_bias": bool, "mlp_bias": bool,
+    "rope_type": str, "type": str,
 }  # fmt: skip
 _LAYER_TYPES = ("qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text")  # they read it
 _COUNTS = ("max_window_layers", "sliding_window_pattern", "_sliding_window_pattern")
@@ -168,6 +168,7 @@ _NAMES = {  # field of ModelConfig -> what messages call it
     "norm_eps": "rms_norm_eps", "tied": "tie_word_embeddings",
     "rope_theta_local": "rope_local_base_freq", "query_scale": "query_pre_attn_scalar",
     "attn_softcap": "attn_logit_softcapping", "final_softcap": "final_logit_softcapping",
+    "qkv_bias": "attention_bias", "o_bias": "attention_bias",
     "window": "sliding_window", "bos_id": "bos_token_id", "eos_ids": "eos_token_id",
 }  # fmt: skip
 
@@ -272,9 +273,9 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
         activation=_activation(name, hf),
         norm_eps=need("rms_norm_eps"),
         tied=False if hf["tie_word_embeddings"] is None else hf["tie_word_embeddings"],
-        qkv_bias=bool(hf.get("attention_bias")),
-        o_bias=bool(hf.get("attention_bias")),
-        mlp_bias=bool(hf.get("mlp_bias")),
+        qkv_bias=hf.get("attention_bias") or False,
+        o_bias=hf.get("attention_bias") or False,
+        mlp_bias=hf.get("mlp_bias") or False,
         rope_theta=theta,
         rope_theta_local=theta_local,
         rope_scaling=scaling,
@@ -328,25 +329,25 @@ def _checked(hf: dict[str, Any]) -> tuple[str, dict[str, Any], bool]:
             )
     if value_head and hf.get("num_labels", len(hf.get("id2label") or "1")) != 1:
         raise ValueError("config.json has more than one label; a value head has one")
-    _check_known(name, hf)
-    return name, hf, value_head
+    return name, _only_read(name, hf), value_head
 
 
-def _check_known(name: str, hf: dict[str, Any]) -> None:
-    """Raises ValueError for a key that has a value and that nobody reads."""
-    known = _READ | _HARMLESS | {*FAMILIES[name].reads}
+def _only_read(name: str, hf: dict[str, Any]) -> dict[str, Any]:
+    """The keys that a family reads; ValueError for another one that has a value."""
+    read = _READ | {*FAMILIES[name].reads, *FAMILIES[name].defaults}
     for key, value in hf.items():
-        if value and key not in known:
+        if value and key not in read | _HARMLESS:
             raise ValueError(
                 f"config.json has {key}={sizes.brief(value)}, which is not known for a "
                 f"{name} model and may change what it computes. If it does not, remove it "
                 "from config.json"
             )
+    return {key: value for key, value in hf.items() if key in read}
 
 
 def _check_types(hf: dict[str, Any]) -> None:
     """Raises ValueError for a value of another type than its key has."""
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
+    names = {dict: "an object", list: "a list", str: "a text"}
     for key, value in hf.items():
         kind = _TYPES.get(key)
         if kind and value is not None and not isinstance(value, kind):

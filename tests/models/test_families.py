@@ -146,6 +146,43 @@ PUBLISHED = {
             "query_scale": 256.0, "post_norms": True, "qk_norm": False, "rope_theta_local": None,
         },
     ),
+    "SmolLM3-3B": (
+        {
+            "architectures": ["SmolLM3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+            "bos_token_id": 128000, "eos_token_id": 128012, "hidden_act": "silu", "hidden_size": 2048,
+            "initializer_range": 0.02, "intermediate_size": 11008, "layer_types": ["full_attention"] * 36,
+            "max_position_embeddings": 65536, "max_window_layers": 28, "mlp_bias": False,
+            "model_type": "smollm3", "no_rope_layer_interval": 4, "no_rope_layers": [1, 1, 1, 0] * 9,
+            "num_attention_heads": 16, "num_hidden_layers": 36, "num_key_value_heads": 4,
+            "pad_token_id": 128004, "pretraining_tp": 2, "rms_norm_eps": 1e-06, "rope_scaling": None,
+            "rope_theta": 5000000.0, "sliding_window": None, "torch_dtype": "bfloat16",
+            "transformers_version": "4.54.0", "use_cache": False, "use_sliding_window": False,
+            "vocab_size": 128256,
+        },
+        {"rope_layers": (True, True, True, False) * 9, "tied": True, "rope_theta": 5e6, "window": None},
+    ),
+    "OLMo-2-0425-1B": (
+        {
+            "architectures": ["Olmo2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+            "eos_token_id": 100257, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
+            "intermediate_size": 8192, "max_position_embeddings": 4096, "model_type": "olmo2",
+            "num_attention_heads": 16, "num_hidden_layers": 16, "num_key_value_heads": 16,
+            "pad_token_id": 100277, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 500000,
+            "tie_word_embeddings": False, "torch_dtype": "float32", "transformers_version": "4.47.0",
+            "use_cache": True, "vocab_size": 100352,
+        },
+        {"pre_norms": False, "post_norms": True, "qk_norm_whole": True, "norm_offset": False, "tied": False},
+    ),
+    "Qwen2.5-7B-with-YaRN": (
+        {
+            "model_type": "qwen2", "hidden_act": "silu", "hidden_size": 3584, "intermediate_size": 18944,
+            "max_position_embeddings": 32768, "max_window_layers": 28, "num_attention_heads": 28,
+            "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-06, "rope_theta": 1e6,
+            "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"},
+            "sliding_window": 131072, "use_sliding_window": False, "vocab_size": 152064, "use_mrope": False,
+        },
+        {"rope_scaling": ("yarn", 4.0, 32768.0, 1.138629436111989, 32.0, 1.0, True), "window": None},
+    ),
     "gemma-3-4b": (
         {
             "model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"],
@@ -155,7 +192,9 @@ PUBLISHED = {
                 "num_hidden_layers": 34, "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
                 "sliding_window": 1024,
             },
-            "vision_config": {"hidden_size": 1152},
+            "vision_config": {"hidden_size": 1152}, "mm_tokens_per_image": 256,
+            "boi_token_index": 255999, "eoi_token_index": 256000, "image_token_index": 262144,
+            "initializer_range": 0.02, "torch_dtype": "bfloat16", "transformers_version": "4.50.0",
         },
         {
             "family": "gemma3_text", "num_heads": 8, "num_kv_heads": 4, "head_dim": 256, "vocab_size": 262_208,
@@ -200,6 +239,8 @@ def test_unknown_architecture_is_named_with_the_known_ones():
         ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
         ({"layer_types": ["full_attention"]}, "1 entries for 2 layers"),
         ({"hidden_size": None}, "lacks 'hidden_size'"),
+        ({"attention_bias": 2}, "attention_bias is 2, expected true or false"),
+        ({"mlp_bias": "no"}, "mlp_bias is 'no', expected true or false"),
         (
             {"architectures": ["LlamaForSequenceClassification"], "num_labels": 2},
             "more than one label",
@@ -210,6 +251,68 @@ def test_unknown_architecture_is_named_with_the_known_ones():
 def test_what_the_decoder_does_not_compute_is_refused_by_name(change, message):
     with pytest.raises(ValueError, match=message):
         from_hf({**read("llama_tied"), **change})
+
+
+@pytest.mark.parametrize(
+    "name, key, value",
+    [
+        ("llama_tied", "no_rope_layers", [1, 0]), ("llama_tied", "use_qk_norm", True),
+        ("llama_tied", "clip_qkv", 8.0), ("llama_tied", "sliding_window", 16),
+        ("llama_tied", "query_pre_attn_scalar", 16), ("llama_tied", "per_layer_config", {"0": {}}),
+        ("llama_tied", "logits_scaling", 2.0), ("llama_tied", "pruned_heads", {"0": [1]}),
+        ("qwen2", "attention_bias", True), ("mistral", "mlp_bias", True),
+        ("gemma2", "rope_local_base_freq", 100.0), ("olmo2", "no_rope_layer_interval", 4),
+    ],
+)  # fmt: skip
+def test_an_unknown_key_with_a_value_is_refused_by_name(name, key, value):
+    hf = read(name)
+    with pytest.raises(ValueError) as e:
+        from_hf({**hf, key: value})
+    assert f"config.json has {key}={value!r}" in str(e.value)
+    assert hf["model_type"] in str(e.value) and "remove it" in str(e.value)
+    for nothing in (None, False, 0, [], {}, ""):
+        assert from_hf({**hf, key: nothing}) == from_hf(hf)
+
+
+def test_layer_types_that_a_family_does_not_read_are_refused():
+    hf = {**read("llama_tied"), "layer_types": ["full_attention"] * 2}
+    assert from_hf(hf) == from_hf(read("llama_tied"))
+    hf["layer_types"] = ["full_attention", "sliding_attention"]
+    with pytest.raises(ValueError, match=r"layer_types .* a llama model does not read"):
+        from_hf(hf)
+
+
+def test_keys_that_change_nothing_are_accepted():
+    more = {
+        "transformers_version": "4.31.0", "_name_or_path": "x/y", "torch_dtype": "float16",
+        "use_cache": True, "initializer_range": 0.02, "pretraining_tp": 2, "pad_token_id": 3,
+        "attention_dropout": 0.1, "auto_map": {"AutoModel": "x.Y"}, "do_sample": True,
+        "temperature": 0.6, "top_p": 0.9, "top_k": 20, "max_length": 4096, "is_llama_config": True,
+        "rope_interleaved": False, "transformers.js_config": {"dtype": "q4"}, "max_window_layers": 21,
+        "unsloth_version": "2025.1", "cache_implementation": "hybrid", "return_dict": True,
+        "_attn_implementation_autoset": True, "architectures": ["LlamaForCausalLM"],
+    }  # fmt: skip
+    assert from_hf({**read("llama_tied"), **more}) == from_hf(read("llama_tied"))
+
+
+def test_layers_without_rope_are_every_nth_or_those_listed():
+    hf = {**read("smollm3"), "layer_types": None, "no_rope_layers": None}
+    assert from_hf(hf).rope_layers == (True, True, True, False)
+    assert from_hf(hf).local_layers == (False, False, False, True)
+    assert from_hf({**hf, "no_rope_layer_interval": 5}).rope_layers == ()
+    assert from_hf({**hf, "no_rope_layers": [1, 1, 0, 1, 0]}).rope_layers[2:] == (
+        False,
+        True,
+    )
+    for flags, message in (
+        ([1], "1 entries for 4 layers"),
+        ([1, 2, 1, 1], "expected a list of 0 and 1"),
+        ("1111", "expected a list of 0 and 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            from_hf({**hf, "no_rope_layers": flags})
+    with pytest.raises(ValueError, match="no_rope_layer_interval is 0"):
+        from_hf({**hf, "no_rope_layer_interval": 0})
 
 
 def test_scaled_local_rope_is_refused():

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from alignax.models import families, gguf
+from alignax.models import load as load_module
 from alignax.models.load import load, tree_shapes
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
@@ -112,6 +113,52 @@ def test_integer_tensor_is_refused(copy):
 
     with pytest.raises(ValueError, match=r"model\.norm\.weight.*I8 .*F32.*Dequantise"):
         load(copy(tensors=edit))
+
+
+def write_safetensors(path, tensors):
+    """{name: (dtype, shape, bytes)} in the format's own words, for dtypes numpy has not."""
+    header, data = {}, b""
+    for name, (dtype, shape, raw) in tensors.items():
+        offsets = [len(data), len(data) + len(raw)]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+        data += raw
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+@pytest.mark.parametrize(
+    "dtype, size",
+    [("F8_E4M3", 1), ("F8_E5M2", 1), ("I8", 1), ("U8", 1), ("I64", 8), ("BOOL", 1)],
+)
+def test_a_dtype_that_is_not_read_is_refused_before_any_tensor_is_read(
+    copy, dtype, size, monkeypatch
+):
+    path = copy()
+    tensors = {k: ("F32", v.shape, v.tobytes()) for k, v in load_file(path / NAME).items()}  # fmt: skip
+    tensors["model.norm.weight"] = (dtype, [32], bytes(32 * size))
+    write_safetensors(path / NAME, tensors)
+
+    def never(*args):
+        raise AssertionError("a tensor was read")
+
+    monkeypatch.setattr(load_module, "_assemble", never)
+    with pytest.raises(ValueError, match=rf"model\.norm\.weight in .* has dtype {dtype} "):  # fmt: skip
+        load(path)
+
+
+def test_float64_and_float16_are_read(copy):
+    for dtype in (np.float64, np.float16):
+        path = copy(tensors=lambda x, d=dtype: {k: v.astype(d) for k, v in x.items()})
+        want = np.asarray(load(GOLDEN / "llama_tied").params["embed"]).astype(dtype)
+        got = load(path).params["embed"]
+        np.testing.assert_array_equal(got, want.astype(np.float32))
+        shutil.rmtree(path)
+
+
+def test_what_is_never_read_may_have_any_dtype(copy):
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    path = copy(tensors=lambda x: {**x, name: np.ones(6, np.int64)})
+    equal(load(path).params, load(GOLDEN / "llama_tied").params)
 
 
 def test_tied_head_stored_twice_is_accepted_only_if_equal(copy):
