@@ -417,6 +417,7 @@ def test_metadata_of_gguf_that_changes_nothing_is_accepted(tmp_path):
     metadata = {
         "vocab_size": 96, "tensor_data_layout": "Meta AI original pth", "expert_used_count": 0,
         "rope.scaling.finetuned": 1, "rope.scaling.attn_factor": 1.0, "attention.clamp_kqv": 0.0,
+        "attention.layer_norm_epsilon": 1e-5, "pooling_type": 3,
     }  # fmt: skip
     path = write_gguf(
         tmp_path / "m.gguf", "llama_tied", arch="llama", metadata=metadata

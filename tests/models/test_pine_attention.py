@@ -29,6 +29,24 @@ def test_one_document_is_the_ordinary_model(tiny_lm, document, prefix):
     )
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"qkv_bias": True, "o_bias": True, "mlp_bias": True},
+        {"pre_norms": False, "post_norms": True, "qk_norm": True, "qk_norm_whole": True},
+        {"rope_scaling": ("yarn", 8.0, 32.0, 1.3, 8.0, 0.5, False), "rope_theta": 100.0},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_one_document_is_the_ordinary_model_of_other_families(
+    tiny_config, make_lm, more
+):
+    lm = make_lm(dataclasses.replace(tiny_config, **more))
+    want, _ = transformer.hidden(lm, jnp.array([[*PREFIX, 9, 2, 6, 5, *SUFFIX]]))
+    got = states(lm, [[9, 2, 6, 5]])
+    np.testing.assert_allclose(got, want[0], rtol=1e-4, atol=1e-5)
+
+
 def test_every_order_gives_the_suffix_the_same_states(tiny_lm):
     orders = list(itertools.permutations(DOCUMENTS))
     ends = np.stack([states(tiny_lm, order)[-2:] for order in orders])
@@ -170,3 +188,15 @@ def test_what_cannot_be_laid_out_is_named(tiny_lm):
     local = tiny_lm._replace(config=dataclasses.replace(tiny_lm.config, window=4))
     with pytest.raises(ValueError, match="all see everything"):
         states(local, DOCUMENTS)
+
+
+def test_layers_without_rope_and_long_rows_of_dynamic_rope_are_refused(
+    tiny_config, make_lm
+):
+    lm = make_lm(dataclasses.replace(tiny_config, rope_layers=(True, False)))
+    with pytest.raises(ValueError, match="whose layers all have RoPE"):
+        states(lm, DOCUMENTS)
+    dynamic = {"rope_scaling": ("dynamic", 2.0), "max_length": 13}
+    lm = make_lm(dataclasses.replace(tiny_config, **dynamic))
+    with pytest.raises(ValueError, match="rows of 14 tokens"):
+        states(lm, DOCUMENTS)

@@ -88,6 +88,13 @@ def test_old_transformers_find_rope_where_they_look(tmp_path):
     assert b["rope_theta"] == 500.0
 
 
+def test_a_small_vocabulary_gets_no_pad_id_beyond_it(tmp_path):
+    # transformers' default for SmolLM3 is 128004, which its embedding does not accept
+    save(load(GOLDEN / "smollm3"), tmp_path / "m")
+    hf = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert "pad_token_id" in hf and hf["pad_token_id"] is None
+
+
 def test_bfloat16_is_saved_as_it_is(tmp_path):
     lm = load(GOLDEN / "gemma2", dtype="bfloat16")
     save(lm, tmp_path / "m")
