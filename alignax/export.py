@@ -21,7 +21,7 @@ import numpy as np
 
 from alignax import api
 from alignax.batch import LM, Params
-from alignax.models import json_object, load, lora, transformer
+from alignax.models import json_object, load, lora, peft, transformer
 from alignax.models import save as model_files
 from alignax.records import fetch
 from alignax.reports import metrics, model_card
@@ -56,7 +56,7 @@ def export(
       average: the average of the parameters that the run kept, instead of these.
       value_head: 'classifier' writes the scalar head of a reward model as a sequence
         classifier's `score`; 'drop' leaves the head of a critic out. '' is an error for a
-        model with such a head.
+        model with such a head, and 'classifier' for adapters with one.
       overwrite: replace a model folder that stands there.
 
     Returns:
@@ -78,9 +78,9 @@ def export(
     )  # fmt: skip
     files["README.md"] = card.encode()
     if peft:
-        if dtype or value_head:
-            raise ValueError("adapters are written in float32, without a value head")
-        return write_adapters(found, out, files, overwrite)
+        if dtype:
+            raise ValueError("adapters are written in float32")
+        return write_adapters(found, out, files, overwrite, value_head)
     model_files.check_target(pathlib.Path(out).expanduser(), overwrite)
     lm, said = read(found)
     lm = with_head(lm, value_head, source)
@@ -227,28 +227,40 @@ def check_written(params: Params, again: Params, out: str) -> None:
 
 
 def write_adapters(
-    found: ModelPath, out: str, files: dict[str, bytes], overwrite: bool
-) -> list[str]:
+    found: ModelPath, out: str, files: dict[str, bytes], overwrite: bool,
+    value_head: str = "",
+) -> list[str]:  # fmt: skip
     """Writes the adapters of a run for PEFT, and reads them back.
 
+    Args:
+      found: the run.
+      out: the folder to make.
+      files: {name: content} of further files.
+      overwrite: replace a model folder that stands there.
+      value_head: 'drop' leaves a scalar head out; otherwise adapters with one are those of
+        a sequence classifier.
+
     Raises:
-      ValueError: it is no run with adapters.
+      ValueError: it is no run with adapters, or 'classifier' without a scalar head.
     """
     lm = checkpoint.load_lm(found.path, average=found.average) if found.kind == "run" else None  # fmt: skip
     if lm is None or not found.config or not lora.is_adapters(lm.params):
         raise ValueError(f"{found.path} is no run with adapters (config.lora.rank)")
+    if value_head:
+        lm = with_head(lm, value_head, found.path)
     settings = loading.as_lora(found.config["lora"])
     base, note = base_of(found)
-    lora.save(
+    peft.save(
         lm.params, settings, lm.config, out, base=base, files=files, overwrite=overwrite
     )
     shapes = jax.eval_shape(lambda: transformer.init(lm.config, jax.random.key(0)))
-    again, _ = lora.load(out, LM(lm.config, shapes))
+    again, _ = peft.load(out, LM(lm.config, shapes))
     check_written(lm.params, again, out)
     many = sum(x.size for x in jax.tree.leaves(lm.params))
+    kind = ", of a sequence classifier" if lm.config.value_head else ""
     return [
-        f"wrote {out}: {many} parameters of adapters of {note}, rank {settings.rank}; they read "
-        "back as they were written"
+        f"wrote {out}: {many} parameters of adapters of {note}, rank {settings.rank}{kind}; "
+        "they read back as they were written"
     ]
 
 

@@ -12,7 +12,7 @@ import tiny
 
 import alignax as ax
 from alignax import export
-from alignax.models import load, lora
+from alignax.models import load, peft
 from alignax.reports import model_card
 from alignax.runs import checkpoint, model_paths
 from alignax.training import loading, loop
@@ -120,7 +120,7 @@ def test_adapters_are_merged_or_written_for_peft(adapted, tmp_path, capsys):
         "parameters of adapters of weights that were drawn" in capsys.readouterr().out
     )
     held = checkpoint.load_lm(adapted)
-    again, settings = lora.load(tmp_path / "peft", loading.load_lm(str(adapted)))
+    again, settings = peft.load(tmp_path / "peft", loading.load_lm(str(adapted)))
     same(again, held.params)
     assert settings.rank == 2 and set(settings.targets) == {"q", "up"}
     assert "library_name: peft" in (tmp_path / "peft" / "README.md").read_text()
@@ -142,6 +142,25 @@ def test_a_scalar_head_is_written_or_left_out_as_the_user_says(judge, tmp_path):
     same(load.load(tmp_path / "out").params, loading.load_lm(str(judge)).params)
     export.main([str(judge), str(tmp_path / "lm"), "--drop-value-head"])
     assert "value_head" not in load.load(tmp_path / "lm").params
+
+
+def test_adapters_of_a_reward_model_are_a_sequence_classifier(tmp_path, capsys):
+    c = tiny.config("pairs", num_steps=2, lms={}, loss={"name": "reward_model"})
+    c.model.value_head = True
+    c.lora.update(rank=2, targets=("q",), saved=("embed",))
+    loop.train(c, str(tmp_path / "run"))
+    export.main([str(tmp_path / "run"), str(tmp_path / "peft"), "--peft"])
+    assert "of a sequence classifier" in capsys.readouterr().out
+    written = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert written["task_type"] == "SEQ_CLS"
+    assert written["modules_to_save"] == ["embed_tokens", "classifier", "score"]
+    held = checkpoint.load_lm(str(tmp_path / "run"))
+    plain = loading.with_value_head(loading.load_lm(str(tmp_path / "run")), False)
+    same(peft.load(tmp_path / "peft", plain)[0], held.params)
+    flags = ["--peft", "--drop-value-head"]
+    export.main([str(tmp_path / "run"), str(tmp_path / "policy"), *flags])
+    written = json.loads((tmp_path / "policy" / "adapter_config.json").read_text())
+    assert written["task_type"] == "CAUSAL_LM" and written["ensure_weight_tying"]
 
 
 REFUSED = {

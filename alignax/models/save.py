@@ -90,7 +90,7 @@ def at_once(path: pathlib.Path) -> Iterator[pathlib.Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-OWN = re.compile(  # what `save` and `lora.save` write, and a card
+OWN = re.compile(  # what `save` and `peft.save` write, and a card
     r"config\.json|generation_config\.json|adapter_config\.json|README\.md"
     r"|(model|adapter_model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 )

@@ -180,6 +180,8 @@ class Project(nn.Module):
         y = contract(self.equation, x, kernel, x.dtype)
         if self.has_variable("params", "a"):  # from lora.attach
             y = y + self.low_rank(x)
+        if self.has_variable("params", "gain"):  # of DoRA, on the output axes
+            y = (y * self.get_variable("params", "gain")).astype(x.dtype)
         if self.bias_shape:
             bias = self.param("bias", nn.initializers.zeros, self.bias_shape)
             y = y + bias.astype(x.dtype)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from alignax.models import lora
+from alignax.models import peft
 from alignax.records import fetch
 from alignax.runs import adapter_base, checkpoint, workdirs
 from alignax.runs.checkpoint import AVERAGE
@@ -69,8 +69,8 @@ def resolve(path: str) -> ModelPath:
         raise ValueError(f"{path} is a path in a config with stages only")
     if path.startswith(fetch.PREFIX):
         path = fetch.model(path)
-    if lora.is_peft(path):
-        base = resolve(lora.peft_base(path))
+    if peft.holds(path):
+        base = resolve(peft.base_path(path))
         own = (epath.Path(path) / "tokenizer.json").exists()
         return ModelPath(path, "peft", base, tokenizer=path if own else base.tokenizer)
     if (config := workdirs.saved_config(path)) is not None:

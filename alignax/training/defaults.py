@@ -69,6 +69,16 @@ def get_config() -> ConfigDict:
     c.lora.alpha = 16.0
     c.lora.targets = ("q", "k", "v", "o", "gate", "up", "down")
     c.lora.rank_stabilised = False  # alpha / sqrt(rank) instead of alpha / rank
+    c.lora.dora = False  # magnitudes beside A and B
+    c.lora.layers = ()  # numbers of the layers with adapters, from 0; () = all
+    c.lora.ranks = (
+        ConfigDict()
+    )  # 'q' or 'q/3' (its layer 3) -> a rank of its own; 0 = none
+    c.lora.alphas = ConfigDict()  # likewise
+    c.lora.saved = ()  # trained in full: embed, head (a value head always is)
+    c.lora.bias = (
+        "none"  # biases of projections that are trained: none | all | lora_only
+    )
 
     c.loss = ConfigDict()  # name, and the loss's own hyper-parameters
     c.reweight = ConfigDict()  # {weights of tokens or pairs: its hyper-parameters}
@@ -198,6 +208,8 @@ def get_config() -> ConfigDict:
     c.lock()
     for section in (
         c.model.sizes,
+        c.lora.ranks,
+        c.lora.alphas,
         c.template,
         c.loss,
         c.reweight,

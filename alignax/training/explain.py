@@ -41,8 +41,10 @@ def explain(config) -> str:
         lm = loading.load_lm(config.model.path)
         model, shapes = lm.config, lm.params
     if adapters := loading.lora_settings(config):
-        draw = functools.partial(lora.init, LM(model, shapes), adapters)
-        trained = jax.eval_shape(draw, jax.random.key(0))
+        trained = jax.eval_shape(
+            lambda params, key: lora.init(LM(model, params), adapters, key),
+            shapes, jax.random.key(0),
+        )  # fmt: skip
     else:
         trained = _cast(shapes, config.model.param_dtype)
     lines = []

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from alignax.batch import LM, Params
-from alignax.models import load, lora, sharding, transformer
+from alignax.models import load, lora, peft, sharding, transformer
 from alignax.models import sizes as model_sizes
 from alignax.models.transformer import ModelConfig
 from alignax.runs import adapter_base, checkpoint, model_paths
@@ -161,7 +161,15 @@ def lora_settings(config) -> lora.Lora | None:
 
 def as_lora(section: Any) -> lora.Lora:
     """The adapters that a section `lora` describes."""
-    return lora.Lora(**{**section, "targets": tuple(section["targets"])})
+    kinds = {
+        "targets": tuple,
+        "layers": tuple,
+        "saved": tuple,
+        "ranks": dict,
+        "alphas": dict,
+    }
+    values = {k: kinds[k](v) if k in kinds else v for k, v in section.items()}
+    return lora.Lora(**values)
 
 
 def load_lm(
@@ -186,7 +194,9 @@ def load_lm(
     if found.kind == "peft":
         assert found.base is not None
         base = load_lm(found.base, mesh=mesh)
-        lm = lora.merge(base, *lora.load(found.path, base))
+        lm = lora.merge(base, *peft.load(found.path, base))
+        config = dataclasses.replace(lm.config, dtype=dtype)
+        lm = LM(config, cast(lm.params, dtype))
     elif found.kind != "run":
         lm = load.load(found.path, dtype=dtype, mesh=mesh)
     else:

@@ -59,10 +59,10 @@ def schedule(
 
 
 def decayed(params):
-    """True on matrices and embeddings; norms and biases are not decayed."""
+    """True on matrices and embeddings; norms, biases and DoRA's magnitudes are not decayed."""
 
     def one(path, _):
-        return not path_string(path).endswith(("scale", "bias"))
+        return not path_string(path).endswith(("scale", "bias", "magnitude"))
 
     return jax.tree_util.tree_map_with_path(one, params)
 

@@ -42,7 +42,9 @@ RANGES = {
     "watchdog.minutes": FROM_0, "watchdog.starts": WHOLE, "log_every": COUNT,
 }  # fmt: skip
 # of sequences of whole numbers
-ITEMS = {"buckets": COUNT, "mesh": "[-1, 2147483647]", "profile": WHOLE}
+ITEMS = {
+    "buckets": COUNT, "mesh": "[-1, 2147483647]", "profile": WHOLE, "lora.layers": WHOLE,
+}  # fmt: skip
 
 
 def check(config) -> None:

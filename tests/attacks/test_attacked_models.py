@@ -10,7 +10,7 @@ import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from alignax.models import load, lora, sizes, transformer
+from alignax.models import load, peft, sizes, transformer
 from alignax.respond import respond
 from alignax.training import checks, loading
 
@@ -168,7 +168,7 @@ def test_log_probabilities_that_are_none_answer_nothing():
     '{"r": 8, "lora_alpha": -1, "target_modules": ["q_proj"]}', '{"r": 8, "lora_alpha": 1, "target_modules": [1]}'])  # fmt: skip
 def test_settings_of_adapters_that_cannot_be_are_refused(tmp_path, settings):
     (tmp_path / "adapter_config.json").write_text(settings)
-    refused(tmp_path, "adapter_config", lora.peft_settings)
+    refused(tmp_path, "adapter_config", peft.settings)
 
 
 # -- sizes of a config

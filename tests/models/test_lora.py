@@ -13,7 +13,7 @@ import tiny
 
 from alignax import logprob, plugin
 from alignax.batch import LM
-from alignax.models import load, lora, transformer
+from alignax.models import lora, transformer
 from alignax.models.lora import Lora
 from alignax.models.sharding import make_mesh, put_batch, put_params, spec
 from alignax.reports.metrics import flops_per_token, read
@@ -21,8 +21,6 @@ from alignax.runs import adapter_base, checkpoint
 from alignax.training import build, explain, loading, loop, optim
 from alignax.training.step import init_state, make_train_step
 
-GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
-PEFT = ["peft_llama", "peft_rslora", "peft_qwen2"]
 LORA = Lora(rank=3, alpha=6.0)
 
 
@@ -143,192 +141,186 @@ def test_adapters_have_a_sharding_rule():
     assert (
         spec("0/mu/blocks/mlp/up/b", (2, 3, 24), mesh) == jax.sharding.PartitionSpec()
     )
+    for path, shape in (
+        ("blocks/attn/o/magnitude", (2, 16)),
+        ("0/nu/embed/a", (40, 3)),
+    ):
+        assert spec(path, shape, mesh) == jax.sharding.PartitionSpec()
 
 
-# -- PEFT's directory
+# -- ranks and layers of their own, tables, magnitudes, biases
+
+WIDE = transformer.ModelConfig(
+    vocab_size=37, width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6,
+    mlp_width=24, tied=False, qkv_bias=True, value_head=True,
+)  # fmt: skip
+FORMS = {
+    "layers": Lora(
+        3, 6.0, ("q", "o", "up", "head"), layers=(1,), ranks={"q": 2}, alphas={"o": 3.0},
+        saved=("embed",), bias="all",
+    ),
+    "dora": Lora(
+        3, 6.0, ("q", "o", "down", "embed"), dora=True, bias="lora_only", saved=("head",),
+        ranks={"q/0": 0, "o/0": 1, "down/1": 2},
+    ),
+}  # fmt: skip
 
 
-def test_peft_directories_come_back(tiny_lm, tmp_path):
-    adapters = random_adapters(tiny_lm)
-    lora.save(adapters, LORA, tiny_lm.config, tmp_path / "adapters", base="tiny")
-    back, settings = lora.load(tmp_path / "adapters", tiny_lm)
-    assert settings.rank == 3
-    assert settings.alpha == 6.0
-    assert set(settings.targets) == set(LORA.targets)
-    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(adapters), strict=True):
-        np.testing.assert_array_equal(a, b)
+@pytest.fixture(scope="module")
+def wide():
+    """A model with all that can be adapted, its value head not at zero."""
+    params = transformer.init(WIDE, jax.random.key(0))
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(1)
+    leaves = [jnp.asarray(x + rng.normal(0, 0.1, x.shape), "float32") for x in leaves]
+    return LM(WIDE, jax.tree.unflatten(tree, leaves))
 
 
-def test_peft_tensors_have_their_names_and_shapes(tiny_lm, tmp_path):
-    """y = x A' B' for A [r, in] and B [out, r], as torch's linear layers store them."""
-    from safetensors.numpy import load_file
-
-    adapters = random_adapters(tiny_lm)
-    lora.save(adapters, LORA, tiny_lm.config, tmp_path / "adapters")
-    tensors = load_file(tmp_path / "adapters" / "adapter_model.safetensors")
-    stem = "base_model.model.model.layers.1.self_attn"
-    assert tensors[f"{stem}.o_proj.lora_A.weight"].shape == (3, 4 * 6)
-    assert tensors[f"{stem}.o_proj.lora_B.weight"].shape == (16, 3)
-    assert tensors[f"{stem}.k_proj.lora_B.weight"].shape == (2 * 6, 3)
-    a = np.asarray(adapters["blocks"]["attn"]["o"]["a"][1])
-    np.testing.assert_array_equal(
-        tensors[f"{stem}.o_proj.lora_A.weight"], a.reshape(24, 3).T
+def drawn(lm, settings):
+    """Adapters as after some steps: random where they are trained at all."""
+    rng = np.random.default_rng(2)
+    adapters = jax.tree.map(
+        lambda x: jnp.asarray(x + rng.normal(0, 0.3, x.shape), "float32"),
+        lora.init(lm, settings, jax.random.key(0)),
     )
-    settings = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
-    assert settings["target_modules"][:2] == ["down_proj", "gate_proj"]
+    return masked(adapters, settings)
 
 
-def peft_case(name):
-    """PEFT's own fixture: the base, adapters and settings as read, ids and logits."""
-    base = json.loads((GOLDEN / name / "adapter_config.json").read_text())
-    lm = load.load(GOLDEN / base["base_model_name_or_path"])
-    golden = np.load(GOLDEN / name / "golden.npz")
-    return lm, *lora.load(GOLDEN / name, lm), golden["ids"], golden["logits"]
+def masked(adapters, settings):
+    """With zeros beyond the rank of each layer."""
+
+    def one(path, x):
+        *_, name, leaf = [k.key for k in path]
+        if path[0].key != "blocks" or (leaf == "bias" and settings.bias == "all"):
+            return x
+        out = np.zeros(x.shape, np.float32)
+        for i, rank in enumerate(settings.ranks_of(name, len(x))):
+            some = {"a": (i, ..., slice(rank)), "b": (i, slice(rank))}
+            place = some.get(leaf, (i,) if rank else (slice(0),))
+            out[place] = x[place]
+        return jnp.asarray(out)
+
+    return jax.tree_util.tree_map_with_path(one, adapters)
 
 
-@jax.jit
-def log_probs(lm, ids):
-    return jax.nn.log_softmax(
-        transformer.unembed(lm, transformer.hidden(lm, ids)[0]), -1
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_at_zero_is_the_base(wide, make_batch, form):
+    rows = make_batch(2, 2, 12).tokens.reshape(4, 12)
+    adapters = lora.init(wide, FORMS[form], jax.random.key(1))
+    jax.tree.map(np.testing.assert_array_equal, adapters, masked(adapters, FORMS[form]))
+    got, want = logps(lora.attach(wide, adapters, FORMS[form]), rows), logps(wide, rows)
+    if form == "dora":  # the norm may be rounded in another way than at the start
+        np.testing.assert_allclose(got, want, atol=1e-5)
+    else:
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_computes_what_the_merged_model_does(wide, make_batch, form):
+    rows = make_batch(2, 2, 12).tokens.reshape(4, 12)
+    adapters = drawn(wide, FORMS[form])
+    adapted = logps(lora.attach(wide, adapters, FORMS[form]), rows)
+    merged = lora.merge(wide, adapters, FORMS[form])
+    assert jax.tree.structure(merged) == jax.tree.structure(wide)
+    np.testing.assert_allclose(adapted, logps(merged, rows), atol=2e-4)
+    assert np.abs(adapted - logps(wide, rows)).max() > 0.1
+    np.testing.assert_array_equal(  # a layer without adapters
+        merged.params["blocks"]["attn"]["q"]["kernel"][0],
+        wide.params["blocks"]["attn"]["q"]["kernel"][0],
     )
 
 
-def furthest(lm, ids, logits):
-    """Largest difference of any log-probability, nats, from logits in float64."""
-    want = logits.astype(np.float64)
-    want -= np.log(np.exp(want).sum(-1, keepdims=True))
-    with jax.default_matmul_precision("highest"):
-        return np.abs(np.asarray(log_probs(lm, jnp.asarray(ids))) - want).max()
+@pytest.fixture(scope="module")
+def slopes(wide, make_batch):
+    """Random DoRA adapters, and the gradient of a loss."""
+    settings = FORMS["dora"]
+    rows = make_batch(2, 1, 10).tokens.reshape(2, 10)
+    adapters = drawn(wide, settings)
+
+    def loss(adapters):
+        lm = lora.attach(wide, adapters, settings)
+        return logprob.sequence_logps(lm, rows).sum()
+
+    return rows, adapters, jax.jit(jax.grad(loss))(adapters)
 
 
-@pytest.mark.parametrize("name", PEFT)
-def test_log_probs_are_those_of_peft(name):
-    base, adapters, settings, ids, logits = peft_case(name)
-    assert settings.targets == tuple(sorted(lora.TARGETS)) or name == "peft_qwen2"
-    # float32 in another order of sums, at logits of order 10
-    assert furthest(lora.attach(base, adapters, settings), ids, logits) < 5e-5
-    assert furthest(loading.load_lm(str(GOLDEN / name)), ids, logits) < 5e-5
-    # what a golden number can notice: another scale, and no adapters at all
-    wrong = dataclasses.replace(settings, rank_stabilised=not settings.rank_stabilised)
-    assert furthest(lora.attach(base, adapters, wrong), ids, logits) > 0.1
-    assert furthest(base, ids, logits) > 0.5
+def test_gradients_of_dora_leave_the_norm_out(wide, slopes):
+    """Section 4.3: dL/dB = s A' (dL/dW' g), dL/dm = sum of dL/dW' (W + s A B) / |W + s A B|."""
+    rows, adapters, got = slopes
+
+    def through_kernel(kernel):
+        lm = lora.merge(wide, adapters, FORMS["dora"])
+        down = {**lm.params["blocks"]["mlp"], "down": {"kernel": kernel}}
+        blocks = {**lm.params["blocks"], "mlp": down}
+        lm = LM(lm.config, {**lm.params, "blocks": blocks})
+        return logprob.sequence_logps(lm, rows).sum()
+
+    merged = lora.merge(wide, adapters, FORMS["dora"]).params["blocks"]["mlp"]["down"]
+    dw = jax.jit(jax.grad(through_kernel))(merged["kernel"])[0]
+    node = jax.tree.map(lambda x: x[0], adapters["blocks"]["mlp"]["down"])
+    whole = (
+        wide.params["blocks"]["mlp"]["down"]["kernel"][0] + 2 * node["a"] @ node["b"]
+    )
+    norm = jnp.linalg.norm(whole, axis=0)
+    want = {
+        "a": 2 * (dw * node["magnitude"] / norm) @ node["b"].T,
+        "b": 2 * node["a"].T @ (dw * node["magnitude"] / norm),
+        "magnitude": jnp.sum(dw * whole / norm, 0),
+    }
+    for key, value in want.items():
+        scale = float(jnp.abs(value).max())
+        one = got["blocks"]["mlp"]["down"][key][0]
+        np.testing.assert_allclose(one, value, atol=1e-3 * scale)
 
 
-@pytest.mark.parametrize("name", PEFT)
-def test_what_is_written_is_what_peft_wrote(name, tmp_path):
-    """The same names, shapes, bits and settings, so PEFT reads it as its own.
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon"])
+def test_what_has_no_adapters_stays_at_zero_under_every_optimiser(slopes, name):
+    settings, (_, adapters, grads) = FORMS["dora"], slopes
+    tx = optim.make_tx(1e-2, name=name, weight_decay=0.1)
 
-    (`make_peft.py --check` has PEFT read such a directory.)
-    """
-    from safetensors.numpy import load_file
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(grads, state, params)
+        return jax.tree.map(jnp.add, params, updates), state
 
-    base, adapters, settings, _, _ = peft_case(name)
-    real = json.loads((GOLDEN / name / "adapter_config.json").read_text())
-    on = real["base_model_name_or_path"]
-    lora.save(adapters, settings, base.config, tmp_path / "ours", base=on)
-    ours = load_file(tmp_path / "ours" / "adapter_model.safetensors")
-    theirs = load_file(GOLDEN / name / "adapter_model.safetensors")
-    assert ours.keys() == theirs.keys()
-    for key, tensor in theirs.items():
-        np.testing.assert_array_equal(ours[key], tensor, strict=True)
-    written = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
-    assert written.pop("lora_dropout") == 0  # of training; not known to the reader
-    differ = {k: v for k, v in written.items() if real[k] != v}
-    assert not differ
+    params, state = step(adapters, tx.init(adapters))
+    params, state = step(params, state)
+    jax.tree.map(np.testing.assert_array_equal, params, masked(params, settings))
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), params, adapters)
+    assert min(jax.tree.leaves(moved)) > 0
 
 
-def copy(name, to, **changes):
-    """A fixture with other settings in its adapter_config.json."""
-    shutil.copytree(GOLDEN / name, to)
-    path = to / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    return to
+def test_magnitudes_are_not_decayed(slopes):
+    known = optim.decayed(slopes[1])["blocks"]["mlp"]["down"]
+    assert known == {"a": True, "b": True, "magnitude": False}
 
 
-REFUSED = {
-    "peft_type": "IA3",
-    "bias": "lora_only",
-    "use_dora": True,
-    "lora_bias": True,
-    "fan_in_fan_out": True,
-    "modules_to_save": ["lm_head"],
-    "layers_to_transform": [0],
-    "layers_pattern": "layers",
-    "rank_pattern": {"q_proj": 8},
-    "alpha_pattern": {"q_proj": 8},
-    "layer_replication": [[0, 2]],
-    "trainable_token_indices": [3],
-    "target_parameters": ["mlp.experts.up"],
-    "alora_invocation_tokens": [5],
-    "use_qalora": True,
-    "init_lora_weights": "pissa_niter_4",
-    "loftq_config": {"loftq_bits": 4},
-    "of_a_later_version": True,
+def test_the_embedding_of_a_tied_model_is_adapted_for_both_of_its_uses(tiny_lm):
+    settings = Lora(2, 4.0, ("embed",))
+    adapters = random_adapters(tiny_lm, settings)
+    lm = lora.attach(tiny_lm, adapters, settings)
+    assert lm.config.tied and "head" not in lm.params
+    want = tiny_lm.params["embed"] + 2 * adapters["embed"]["a"] @ adapters["embed"]["b"]
+    np.testing.assert_allclose(lm.params["embed"], want, atol=1e-5)
+
+
+BASES = {  # settings that a base does not have -> the message
+    "lora: the head of this model is its embedding": Lora(2, targets=("q", "head")),
+    "lora.dora of an embedding that is the head": Lora(
+        2, targets=("embed",), dora=True
+    ),
+    "has 'value_head', and the model has none": Lora(2, saved=("value_head",)),
+    "there is no layer 7": Lora(2, layers=(7,)),
+    "there is no layer 9": Lora(2, ranks={"q/9": 1}),
+    "has 'q', of rank 0 in every layer": Lora(2, ranks={"q": 0}),
+    "lora.bias is 'all', and there are no": Lora(2, bias="all"),
 }
 
 
-@pytest.mark.parametrize("key", REFUSED)
-def test_a_setting_that_is_not_plain_lora_is_refused_by_name(key, tmp_path):
-    folder = copy("peft_qwen2", tmp_path / "a", **{key: REFUSED[key]})
-    with pytest.raises(ValueError, match=f"{key}=.* is not supported"):
-        lora.load(folder, load.load(GOLDEN / "qwen2"))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"target_modules": ["q_proj", "lm_head"]}, r"unknown modules \['lm_head'\]"),
-        ({"target_modules": ["q_proj"]}, r"missing \[\], unused .*v_proj"),
-        ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, "missing .*o_proj"),
-        ({"r": 4}, r"lora_A.weight has shape \(2, 32\), expected \(4, 32\)"),
-        ({"r": None}, "adapter_config.json lacks 'r'"),
-    ],
-    ids=["unknown", "unused", "missing", "rank", "no rank"],
-)  # fmt: skip
-def test_tensors_that_are_not_what_the_settings_say(tmp_path, changes, message):
-    folder = copy("peft_qwen2", tmp_path / "a", **changes)
+@pytest.mark.parametrize("message", BASES)
+def test_what_a_base_does_not_have_is_refused(tiny_lm, message):
     with pytest.raises(ValueError, match=message):
-        lora.load(folder, load.load(GOLDEN / "qwen2"))
-
-
-def test_a_tensor_turned_over_is_no_tensor_of_the_base(tmp_path):
-    """Square matrices of r = in would fit both ways; these have the same size only."""
-    from safetensors.numpy import load_file, save_file
-
-    folder = copy("peft_qwen2", tmp_path / "a")
-    tensors = load_file(folder / "adapter_model.safetensors")
-    name = next(k for k in tensors if k.endswith("lora_B.weight"))
-    tensors[name] = np.ascontiguousarray(tensors[name].T)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match=r"lora_B.weight has shape \(2, "):
-        lora.load(folder, load.load(GOLDEN / "qwen2"))
-
-
-@pytest.mark.parametrize("pattern", [r".*\.(q|v)_proj", "all-linear"])
-def test_modules_given_by_a_pattern_are_those_in_the_file(pattern, tmp_path):
-    folder = copy("peft_qwen2", tmp_path / "a", target_modules=pattern)
-    _, settings = lora.load(folder, load.load(GOLDEN / "qwen2"))
-    assert settings.targets == ("q", "v")
-
-
-def test_adapters_stored_in_bfloat16_are_read(tmp_path):
-    from safetensors.numpy import load_file, save_file
-
-    folder = copy("peft_qwen2", tmp_path / "a")
-    tensors = load_file(folder / "adapter_model.safetensors")
-    half = {k: v.astype(jnp.bfloat16) for k, v in tensors.items()}
-    save_file(half, folder / "adapter_model.safetensors")
-    base = load.load(GOLDEN / "qwen2")
-    got, want = lora.load(folder, base)[0], lora.load(GOLDEN / "peft_qwen2", base)[0]
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert a.dtype == jnp.float32
-        np.testing.assert_array_equal(a, b.astype(jnp.bfloat16).astype(jnp.float32))
-
-
-def test_peft_adapters_whose_base_is_nowhere_name_it(tmp_path):
-    folder = copy("peft_qwen2", tmp_path / "a", base_model_name_or_path="hub/name")
-    with pytest.raises(FileNotFoundError, match="names the base 'hub/name', which is"):
-        loading.load_lm(str(folder))
+        lora.init(tiny_lm, BASES[message], jax.random.key(0))
 
 
 @pytest.mark.parametrize(
@@ -336,6 +328,13 @@ def test_peft_adapters_whose_base_is_nowhere_name_it(tmp_path):
     [
         ({"rank": 0}, "lora.rank is 0"),
         ({"rank": 2, "targets": ("qq",)}, "it takes some of"),
+        ({"rank": 2, "saved": ("norm",)}, "lora.saved is .* it takes some of"),
+        ({"rank": 2, "saved": ("head",), "targets": ("head",)}, "both have 'head'"),
+        ({"rank": 2, "bias": "some"}, "lora.bias is 'some'"),
+        ({"rank": 2, "ranks": {"embed": 1}}, "lora.ranks has 'embed', expected one of"),
+        ({"rank": 2, "ranks": {"q/x": 1}}, "lora.ranks has 'q/x'"),
+        ({"rank": 2, "ranks": {"q": 1.5}}, "lora.ranks.q is 1.5, expected a whole"),
+        ({"rank": 2, "alphas": {"q": 0}}, "lora.alphas.q is 0, expected a number"),
     ],
 )
 def test_settings_that_make_no_adapter_are_refused(settings, message):
@@ -398,6 +397,38 @@ def test_it_goes_on_from_its_checkpoint_bit_for_bit(run, tmp_path, monkeypatch):
         jax.tree.leaves(resumed.params), jax.tree.leaves(state.params), strict=True
     ):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """A run with magnitudes, a layer without adapters, and the embedding in full."""
+    workdir = str(tmp_path_factory.mktemp("full") / "run")
+    config = tiny.config("pairs", num_steps=4, **{"checkpoint.every": 2})
+    config.model.sizes.num_layers = 2
+    config.lora.update(
+        rank=2, targets=("q", "o"), dora=True, saved=("embed",), ranks={"q/0": 0}
+    )
+    return config, workdir, loop.train(config, workdir)
+
+
+def test_a_run_of_every_form_resumes_and_loads_merged(full, tmp_path):
+    config, workdir, state = full
+    start = next(r for r in read(workdir) if "start/log_ratio" in r)
+    assert abs(start["start/log_ratio"]) < 1e-5
+    assert not np.any(state.params["blocks"]["attn"]["q"]["a"][0])
+    drawn = transformer.init(
+        loading.load_lm(workdir).config, jax.random.key(config.seed)
+    )
+    base = LM(loading.load_lm(workdir).config, drawn)
+    want = lora.merge(base, state.params, loading.lora_settings(config))
+    got = loading.load_lm(workdir)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    assert np.abs(got.params["embed"] - drawn["embed"]).max() > 1e-3
+    shutil.copytree(workdir, tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "4")
+    resumed = loop.train(config, str(tmp_path / "again"))
+    jax.tree.map(np.testing.assert_array_equal, resumed.params, state.params)
 
 
 # -- whose adapters they are
