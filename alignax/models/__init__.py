@@ -5,7 +5,7 @@ embeddings and their scalings), attention (by tiles, with masks), contract (matr
 products), sharding (the mesh and the rule table), xla_head (from hidden states to
 log-probabilities), pallas_head (the same as TPU kernels), kernels (attention kernels of
 other libraries), fallback (logs where a faster kernel does not apply), lora (adapters), peft
-(their folders), json_object (settings beside weights), stored (tensors in files), load,
+(folders of adapters), json_object (settings beside weights), stored (tensors in files), load,
 families, gguf and gguf_header (weights of other formats), save, pine (attention that does
 not depend on the order of documents).
 """

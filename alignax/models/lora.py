@@ -32,8 +32,8 @@ from jax.sharding import PartitionSpec as P
 
 from alignax.batch import LM, Params
 
-# L ... r, L r ... and L ...: small, on every device
-PARAM_RULES = ((r"/(a|b|magnitude)$", P()),)
+# L ... r, L r ... and L ...: small, on every device (gain: of `attach`)
+PARAM_RULES = ((r"/(a|b|magnitude|gain)$", P()),)
 TARGETS = {  # name of a projection -> (its module, number of input axes)
     "q": ("attn", 1), "k": ("attn", 1), "v": ("attn", 1), "o": ("attn", 2),
     "gate": ("mlp", 1), "up": ("mlp", 1), "down": ("mlp", 1),

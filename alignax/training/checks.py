@@ -143,6 +143,13 @@ def check_model(config, plugins: Plugins) -> None:
                 f"config.model.{key} is {m[key]!r}, expected one of {', '.join(DTYPES)}"
             )
     loading.lora_settings(config)
+    unused = [
+        k for k in ("dora", "layers", "ranks", "alphas", "saved") if config.lora[k]
+    ]
+    if unused and not config.lora.rank:
+        raise ValueError(
+            f"lora.{unused[0]} is set, but lora.rank is 0, which trains all weights"
+        )
     needs = {n for s in (plugins.loss, *plugins.shaping) for n in s.needs}
     if "values" in plugins.loss.needs and not m.value_head:
         raise ValueError(

@@ -259,7 +259,7 @@ def test_a_setting_that_is_not_plain_lora_is_refused_by_name(key, tmp_path):
     [
         ({"target_modules": ["q_proj", "v_proj", "lm_head"]}, "missing .*lm_head.lora_A"),
         ({"target_modules": ["c_attn"]}, "matches no module"),
-        ({"modules_to_save": ["lm_head"]}, r"missing \['lm_head.weight'\]"),
+        ({"modules_to_save": ["embed_tokens"]}, r"missing \['model.embed_tokens.weight'\]"),
         ({"use_dora": True}, "missing .*lora_magnitude_vector"),
         ({"rank_pattern": {"v_proj": 1}}, r"v_proj.lora_A.weight has shape \(2, 32\)"),
         ({"layers_to_transform": [1]}, "missing .*unused .*layers.0"),

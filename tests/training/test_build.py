@@ -83,6 +83,9 @@ BAD = {
         {"lora": {"rank": 2, "alpha": 4.0, "targets": ("query",), "rank_stabilised": False}},
         r"lora\.targets is \['query'\]; it takes some of \['q',",
     ),
+    "adapters of rank 0": (
+        {"lora.dora": True}, r"lora\.dora is set, but lora\.rank is 0",
+    ),
     "evaluation without data": (
         {"evals": {"perplexity": {}}}, r"evals \['perplexity'\] need config\.eval_data",
     ),
