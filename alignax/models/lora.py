@@ -318,7 +318,7 @@ def _norm(matrix):
 
 def _norm_of_sum(kernel, node: Params):
     """The norms of the columns of W + A B, [L, out]; no other matrix of W's size is made."""
-    a, b = (jax.lax.stop_gradient(x) for x in _pair(node))
+    a, b = _pair(node)
     kernel = kernel.astype(jnp.float32)
     with jax.default_matmul_precision("highest"):
         mixed = jnp.einsum("lio,lir->lro", kernel, a)

@@ -66,6 +66,7 @@ MATRICES = {  # end of a tensor's name -> leaf of a node
 ROWS = ".token_adapter.trainable_tokens_delta"
 BASE_WEIGHT, BASE_BIAS = ".base_layer.weight", ".base_layer.bias"
 LONGEST = 400  # characters of a pattern
+Pair = tuple[str, np.ndarray]
 
 
 class Place(NamedTuple):
@@ -78,12 +79,10 @@ class Place(NamedTuple):
 class Tensors(NamedTuple):
     """The tensors of a file by what they are: {module or tensor: (name there, value)}."""
 
-    low: dict[
-        str, dict[str, tuple[str, np.ndarray]]
-    ]  # module -> {'a' | 'b' | ...: ...}
-    full: dict[str, tuple[str, np.ndarray]]  # 'lm_head.weight' -> what replaces it
-    bases: dict[str, tuple[str, np.ndarray]]  # module -> its weight below the adapters
-    rows: dict[str, tuple[str, np.ndarray]]  # module -> rows of its table
+    low: dict[str, dict[str, Pair]]  # module -> {'a' | 'b' | 'magnitude': ...}
+    full: dict[str, Pair]  # 'lm_head.weight' -> what replaces it
+    bases: dict[str, Pair]  # module -> its weight below the adapters
+    rows: dict[str, Pair]  # module -> rows of its table
 
 
 # -- the settings
@@ -336,7 +335,7 @@ class File(NamedTuple):
         """Whether PEFT's model starts with a head that is its embedding."""
         return self.config.tied and not self.classifier
 
-    def in_full(self, table: str) -> tuple[str, np.ndarray] | None:
+    def in_full(self, table: str) -> Pair | None:
         """What modules_to_save has of a table; with ensure_weight_tying, of its twin."""
         both = self.tied and bool(self.found.get("ensure_weight_tying"))
         stems = [_stem(self.config, t) for t in TABLES if both or t == table]
@@ -640,7 +639,7 @@ def _starts(file: File) -> dict[str, np.ndarray]:
         known = np.asarray(known.T if tied else known)
         if not np.array_equal(value.astype(known.dtype), known):
             out[table] = value
-    if file.config.tied and out:
+    if file.tied and out:
         one = out["embed"] if "embed" in out else out["head"].T
         out = {"embed": one, "head": one.T}
     return out

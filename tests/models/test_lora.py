@@ -406,9 +406,8 @@ def full(tmp_path_factory):
     workdir = str(tmp_path_factory.mktemp("full") / "run")
     config = tiny.config("pairs", num_steps=4, **{"checkpoint.every": 2})
     config.model.sizes.num_layers = 2
-    config.lora.update(
-        rank=2, targets=("q", "o"), dora=True, saved=("embed",), ranks={"q/0": 0}
-    )
+    config.lora.update(rank=2, targets=("q", "o"), dora=True, saved=("embed",))
+    config.lora.ranks = {"q/0": 0}
     return config, workdir, loop.train(config, workdir)
 
 

@@ -194,6 +194,19 @@ def test_a_vocabulary_that_grew_is_read(tmp_path):
         loading.load_lm(str(folder))
 
 
+def test_a_classifier_has_no_head_that_would_be_untied(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    folder = copy("peft_reward", tmp_path / "a", base_model_name_or_path=str(GOLDEN / "llama_tied"))  # fmt: skip
+    tensors = load_file(folder / "adapter_model.safetensors")
+    table = np.ones((96, 32), np.float32)
+    tensors["base_model.model.model.embed_tokens.weight"] = table
+    save_file(tensors, folder / "adapter_model.safetensors")
+    lm = loading.load_lm(str(folder))
+    assert lm.config.tied and lm.config.value_head and "head" not in lm.params
+    np.testing.assert_array_equal(lm.params["embed"], table)
+
+
 TARGETED = [  # (settings, module, whether PEFT gives it adapters)
     ({"target_modules": ["q_proj"]}, "model.layers.3.self_attn.q_proj", True),
     ({"target_modules": ["proj"]}, "model.layers.3.self_attn.q_proj", False),
