@@ -62,6 +62,7 @@ class Report(NamedTuple):
     tokens: int  # computed in a step, padding included
     held: dict[str, int]  # bytes on a chip between two steps
     gradient: int  # bytes on a chip of the trained parameters' gradient
+    host: lowering.OfHost
     programs: Sequence[Program]
     costs: Costs
     notes: Sequence[str]
@@ -123,7 +124,8 @@ def inspect(
     return Report(
         topology, dict(mesh.shape), transformer.num_params(plan.policy.params),
         plan.batch.tokens.shape,
-        computed(plan).size, held, lowering.held(plan.state.params), programs,
+        computed(plan).size, held, lowering.held(plan.state.params),
+        lowering.of_host(plan, lowering.first_host(mesh)), programs,
         costs(plan), plan.notes,
     )  # fmt: skip
 

@@ -250,7 +250,41 @@ def held(tree: Any) -> int:
     )
 
 
-def _frozen(policy: ModelConfig, notes: list[str], path: str) -> LM:
+class OfHost(NamedTuple):
+    """Bytes in the memory of a host, besides what the program itself takes."""
+
+    chips: int  # of the host
+    reading: int  # while weights are read: the share of a parameter in its chips
+    saving: int  # while a checkpoint is written: a copy of what it writes
+
+
+def first_host(mesh: Mesh) -> list[Any]:
+    """The devices of the first host of a mesh."""
+    first = min(d.process_index for d in mesh.devices.flat)
+    return [d for d in mesh.devices.flat if d.process_index == first]
+
+
+def of_host(plan: Plan, own: Sequence[Any]) -> OfHost:
+    """The most that a host holds of a plan, with a copy of each shard.
+
+    Args:
+      plan: what runs.
+      own: the devices of the host, such as `first_host`.
+    """
+
+    def share(x) -> int:
+        places = x.sharding.devices_indices_map(x.shape)
+        parts = len({str(places[d]) for d in own})
+        return parts * math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+
+    weights = jax.tree.leaves(
+        (plan.policy.params, [lm.params for lm in plan.lms.values()])
+    )
+    state = sum(map(share, jax.tree.leaves(plan.state)))
+    return OfHost(len(own), max(map(share, weights)), state)
+
+
+def _frozen(policy: ModelConfig, notes: list[str], path: str, **_) -> LM:
     """A frozen LM with the sizes of the model at a path; without one, the policy's sizes."""
     try:
         config = architecture(path)

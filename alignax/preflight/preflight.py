@@ -72,6 +72,11 @@ def describe(report: Report) -> str:
         )
     held = ", ".join(f"{k} {size(v)}" for k, v in report.held.items())
     lines.append(f"held on a chip between steps: {held}")
+    host = report.host
+    lines.append(
+        f"held by a host (of {host.chips} chips) besides: {size(host.reading)} while "
+        f"weights are read, {size(host.saving)} while a checkpoint is written"
+    )
     for program in report.programs:
         lines += ["", *_program(program)]
     lines += ["", *_costs(report)]

@@ -102,6 +102,25 @@ def test_what_is_held_is_counted_by_hand():
     assert plan.batch.tokens.shape == (b, g, t)
 
 
+def test_what_a_host_holds_is_counted_by_hand():
+    """Of a replicated parameter one copy; of parts on its chips the parts."""
+    plan = planned(mesh=(2, 2, 1))
+    every = lowering.first_host(plan.mesh)
+    largest = max(x.size for x in jax.tree.leaves(plan.policy.params))
+    state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(plan.state))
+    assert lowering.of_host(plan, every) == (4, 4 * largest, state)
+    # devices 0 and 2 hold the same half of what fsdp=2 splits
+    norms = sum(
+        x.size * x.dtype.itemsize
+        for path, x in jax.tree_util.tree_leaves_with_path(plan.state)
+        if not x.ndim or "scale" in jax.tree_util.keystr(path)
+    )
+    half = norms + (state - norms) // 2
+    assert lowering.of_host(plan, every[::2]) == (2, 2 * largest, half)
+    assert lowering.of_host(plan, every[:2]) == (2, 4 * largest, state)
+
+
+@pytest.mark.slow
 def test_packed_rows_hold_what_the_data_have():
     config = tiny.config("pairs", mesh=(1, 2, 1))
     mesh = sharding.make_mesh(config.mesh)
@@ -388,6 +407,7 @@ def test_a_report_says_what_it_must(report):
         "all-gather",
         "FLOPs per token",
         "bound by",
+        "held by a host (of 4 chips) besides",
     ):
         assert word in text
 
@@ -560,6 +580,8 @@ def test_slices_are_described_without_a_tpu():
         assert len(found) == math.prod(topology.shape)
         assert kind in found[0].device_kind
         assert topology.chip.kind in found[0].device_kind
+    hosts = lowering.first_host(sharding.make_mesh((1, 16, 1), chips.devices(chips.parse("v5e:4x4"))))  # fmt: skip
+    assert len(hosts) < 16
     with pytest.raises(ValueError, match="no slice 'v5e:3x5'"):
         chips.devices(chips.parse("v5e:3x5"))
 
