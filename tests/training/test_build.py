@@ -80,7 +80,7 @@ BAD = {
         {"reweight": {"wpoo": {}}}, r"unknown name 'wpoo' in reweight \(did you mean 'wpo'\?\)",
     ),
     "adapters of what is no projection": (
-        {"lora": {"rank": 2, "alpha": 4.0, "targets": ("query",), "rank_stabilised": False}},
+        {"lora.rank": 2, "lora.targets": ("query",)},
         r"lora\.targets is \['query'\]; it takes some of \['q',",
     ),
     "adapters of rank 0": (
