@@ -6,6 +6,11 @@ Command: python -m alignax.main --config configs/grpo_gsm8k.py --workdir runs/gr
   --config.data.path=gsm8k/train.jsonl
 The right answer is worth 1, and one behind "####" another 0.2, which a small model learns
 first. There is no KL: a program's reward cannot be exploited as a learned one can.
+Logged on two CPU cores (2026-11-30; float32, lr 2e-5, max_new 96, length 320, 60 steps of
+4 x 8 responses in 49 minutes, beside other programs): the mean reward rises from .04 to .2
+within 13 steps, since all responses then have the mark. The model stops reasoning, though:
+responses shrink from 80 tokens to 4, and of the last 1,408 responses 1.4 % are right (95 %
+interval .9 to 2.2 %).
 """
 
 from alignax.configs import common, models

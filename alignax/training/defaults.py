@@ -56,7 +56,7 @@ def get_config() -> ConfigDict:
     c.model.sizes = ConfigDict()  # without a path: train from scratch at these sizes
     c.model.value_head = False
     c.model.dtype = "float32"  # of the computation
-    c.model.param_dtype = "float32"
+    c.model.param_dtype = "float32"  # in bfloat16 steps are rounded stochastically
     # What the backward pass computes again, to need less memory: none | elementwise (all but
     # matrix products and attention; attn_kernel='cudnn' is computed again) | dots (all but
     # matrix products) | block (everything)
