@@ -10,12 +10,15 @@ name, a private character.
 """
 
 import bisect
+import contextlib
 import itertools
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
+
+from alignax.models.json_object import one_line
 
 PRIVATE = 0xF0000  # the first character that names a control token in a shadow
 KEPT = 10_000  # segments whose ids are remembered; twice as many for a while
@@ -158,7 +161,8 @@ class Encoder:
 
     def plain(self, text: str) -> list[int]:
         """The ids of a whole text, in which every control token is one."""
-        return self._core.encode(text, add_special_tokens=False).ids
+        with _refused():
+            return self._core.encode(text, add_special_tokens=False).ids
 
     def holds_control(self, text: str) -> bool:
         """Whether a text holds a control token."""
@@ -225,10 +229,8 @@ class Encoder:
         for shadowed in (False, True):
             keys = [k for k in missing if k.shadowed is shadowed]
             if keys:
-                try:
+                with _refused():
                     found = self._encode(keys, shadowed)
-                except (TypeError, UnicodeError) as e:
-                    raise ValueError(f"a text that is not Unicode: {e}") from e
                 self._memo.update(zip(keys, found, strict=True))
 
     def encode(
@@ -256,13 +258,12 @@ class Encoder:
         lead, body, shadowed = segment.key
         if shadowed:
             name = self._shadowed.name(lead)
-            offsets = self._shadowed.core.encode(
-                name + body, add_special_tokens=False
-            ).offsets
-            size = len(name)
+            core, lead_in = self._shadowed.core, name
         else:
-            offsets = self._core.encode(lead + body, add_special_tokens=False).offsets
-            size = len(lead)
+            core, lead_in = self._core, lead
+        size = len(lead_in)
+        with _refused():
+            offsets = core.encode(lead_in + body, add_special_tokens=False).offsets
         width = 0 if segment.inserted else len(lead)
 
         def moved(at: int) -> int:
@@ -287,6 +288,25 @@ class Encoder:
         if self._shadow is None:
             self._shadow = Shadow(self._core.to_str(), self.control)
         return self._shadow
+
+
+@contextlib.contextmanager
+def _refused() -> Iterator[None]:
+    """Turns what the tokenizers library raises for a text into a ValueError.
+
+    Its regular expressions give up after some ten million steps, within a second. That is
+    a panic of the library, which is no Exception.
+    """
+    try:
+        yield
+    except (TypeError, UnicodeError) as error:
+        raise ValueError(f"a text that is not Unicode: {error}") from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(
+            f"a text that the tokenizer does not finish: {one_line(error)}"
+        ) from error
 
 
 class Shadow:

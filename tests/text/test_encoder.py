@@ -3,6 +3,7 @@
 import bisect
 import json
 import random
+import time
 
 import chat_families as families
 import pytest
@@ -304,3 +305,21 @@ def test_a_shadow_is_the_same_tokenizer_but_for_names():
     made = json.loads(one._shadowed.core.to_str())
     assert one._shadowed.core.get_vocab_size() == core.get_vocab_size()
     assert not {t["content"] for t in made["added_tokens"]} & set(one.control)
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+b", "(a+){10}b", r"^(([a-z])+.)+[A-Z]$"])
+@pytest.mark.parametrize("way", ["ids", "places", "plain"])
+def test_a_pattern_that_does_not_finish_is_an_error_within_seconds(pattern, way):
+    """The library stops after ten million steps, by a panic that is no Exception."""
+    vocab = {"a": 0, "b": 1, "[UNK]": 2}
+    core = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    one, text = Encoder(core, None, [], None), "a" * 3000
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="a text that the tokenizer does not finish"):
+        if way == "plain":
+            one.plain(text)
+        else:
+            segment = Segment(0, False, Key("", text, False))
+            one.ids(segment.key) if way == "ids" else one.places(segment)
+    assert time.monotonic() - started < 30
