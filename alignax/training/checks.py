@@ -144,7 +144,7 @@ def check_model(config, plugins: Plugins) -> None:
             )
     loading.lora_settings(config)
     unused = [
-        k for k in ("dora", "layers", "ranks", "alphas", "saved") if config.lora[k]
+        k for k in ("dora", "layers", "ranks", "alphas", "saved") if config.lora.get(k)
     ]
     if unused and not config.lora.rank:
         raise ValueError(

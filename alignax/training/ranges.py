@@ -56,6 +56,12 @@ def check(config) -> None:
     for key, default in keys(defaults.get_config()):
         value = config
         for name in key.split("."):
+            if name not in value:
+                section = key.removesuffix(f".{name}")
+                raise ValueError(
+                    f"config.{key} is missing: give the keys of {section} one by one "
+                    f"(config.{section}.NAME = ...), so that the others keep their defaults"
+                )
             value = value[name]
         if isinstance(default, ConfigDict):
             if not isinstance(value, ConfigDict):

@@ -186,6 +186,8 @@ REFUSALS = [
     ({"average": 0.9, "average_every": 7}, "would not move in 6 steps"),
     ({"optim.critic_lr": 1.0}, "critic_lr is the rate of the value head"),
     ({"model.sizes": {}}, "needs a path to weights, or sizes"),
+    ({"lora": {"rank": 4}}, r"config\.lora\.\w+ is missing: give the keys of lora one by one"),
+    ({"optim": {"lr": 0.1}}, r"config\.optim\.\w+ is missing"),
     ({"model.param_dtype": "float16"}, r"model\.param_dtype is 'float16'"),
     ({"loss": {"name": "reward_model"}}, "needs config.model.value_head=True"),
     ({**ROLL, "shaping": {"gae": {}}}, "a critic needs config.model.value_head"),
