@@ -417,9 +417,8 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     if "mlp_bias" in family.reads:
         hf["mlp_bias"] = c.mlp_bias
     if c.family == "smollm3":
-        if (
-            c.vocab_size <= 128_004
-        ):  # transformers' default pad id would be out of range
+        # transformers' default pad id, which its embedding checks, may be out of range
+        if c.vocab_size <= 128_004:
             hf["pad_token_id"] = None
         hf["no_rope_layers"] = [int(x) for x in c.rope_layers or (1,) * c.num_layers]
     if "sliding_window" in family.reads:
