@@ -130,4 +130,3 @@ def test_windows_score_each_token_once_with_all_the_context_that_fits(many, leng
 def test_the_bytes_tokenizer_is_one():
     codec = Codec(BYTES, add_bos=True, prefix=BOS)
     assert codec.pair("é ", "x") == Row([BOS, *"é".encode()], [*b" x"])
-    assert codec.encode("<bos>a")[:2] != [BOS, BOS]

@@ -28,6 +28,7 @@ TASKS = {
 output_type: multiple_choice
 doc_to_text: "{{question}}"
 doc_to_choice: "{{choices}}"
+target_delimiter: ""
 doc_to_target: "{{label}}"
 metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 """,
