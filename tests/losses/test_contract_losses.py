@@ -56,7 +56,7 @@ def given(bound, make_batch, seed=0) -> tuple[Scores, Batch]:
     policy = Scores(
         logps=column(-3, 0), entropy=column(0.1, 3), kl=column(0, 1),
         values=column(-1, 1), forward_kl=column(0, 1), collision=column(-3, 0),
-        state_values=column(-1, 1),
+        state_values=column(-1, 1), best=column(-3, 0),
     )  # fmt: skip
     batch = batch._replace(
         ref_logps=column(-3, 0), old_logps=column(-3, 0), advantages=column(-1, 1),
