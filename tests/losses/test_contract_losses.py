@@ -56,14 +56,14 @@ def given(bound, make_batch, seed=0) -> tuple[Scores, Batch]:
     policy = Scores(
         logps=column(-3, 0), entropy=column(0.1, 3), kl=column(0, 1),
         values=column(-1, 1), forward_kl=column(0, 1), collision=column(-3, 0),
-        state_values=column(-1, 1), best=column(-3, 0),
+        state_values=column(-1, 1),
     )  # fmt: skip
     batch = batch._replace(
         ref_logps=column(-3, 0), old_logps=column(-3, 0), advantages=column(-1, 1),
         extra=extra,
         feedback=jnp.float32([[1, 0], [0, 1], [1, 1], [0, 0]]),  # labels, all pairs of them
     )  # fmt: skip
-    return policy, batch
+    return policy._replace(best=column(-3, 0)), batch
 
 
 def call(bound, policy, batch, **hyper):
