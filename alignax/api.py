@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
 from alignax import logprob
 from alignax.batch import LM, Example, Message, from_groups
 from alignax.models import save as model_files
-from alignax.models import transformer
+from alignax.models import sharding, transformer
 from alignax.respond import output, responder, starts
 from alignax.runs import model_paths
 from alignax.sampling import decode, drafts, generation_settings
@@ -78,7 +79,7 @@ class Responses(NamedTuple):
     generated: Generated
 
 
-def load(path: str, *, dtype: str = "float32") -> Model:
+def load(path: str, *, dtype: str = "float32", mesh: Mesh | None = None) -> Model:
     """Reads a model and its tokenizer.
 
     Args:
@@ -87,8 +88,11 @@ def load(path: str, *, dtype: str = "float32") -> Model:
       dtype: 'float32' or 'bfloat16', of the parameters and of the computation. A run
         keeps its own.
 
+      mesh: from `alignax.models.sharding.make_mesh`, over which the parameters are spread
+        while they are read.
+
     Returns:
-      Model; the parameters are on the first device of this process (or on
+      Model; without a mesh the parameters are on the first device of this process (or on
       `jax.config.jax_default_device`).
 
     Raises:
@@ -100,7 +104,10 @@ def load(path: str, *, dtype: str = "float32") -> Model:
       print(model.lm.config.num_layers, model.tokenizer.vocab_size)
     """
     found = _resolve(path)
-    lm = loading.load_lm(found, dtype=dtype)  # first: it says what is not there
+    lm = loading.load_lm(found, dtype=dtype, mesh=mesh)  # it says what is not there
+    if mesh is not None:
+        params = sharding.placed(lm.params, mesh)
+        return Model(lm._replace(params=params), _tokenizer(found))
     settings: Any = jax.config  # its attributes are not known to every stub
     device = settings.jax_default_device or jax.local_devices()[0]
     return Model(

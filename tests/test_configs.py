@@ -1,6 +1,7 @@
 """Every config is a lab note that loads, locks, binds and traces; no key is for nobody."""
 
 import ast
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -18,7 +19,7 @@ from ml_collections import ConfigDict
 from alignax import plugin, rewards, shaping
 from alignax.batch import LM, Batch
 from alignax.configs import common
-from alignax.models import sharding, transformer
+from alignax.models import lora, sharding, transformer
 from alignax.text import tokenizer
 from alignax.training import build, checks, loading, loop, optim, plugins, step
 
@@ -363,7 +364,8 @@ def read_somewhere():
     # `**config.optim.items()` reads what the two functions take.
     for function in (optim.make_tx, optim.schedule):
         found |= {f"optim.{p}" for p in inspect.signature(function).parameters}
-    return found
+    # `loading.as_lora` hands the whole section on
+    return found | {f"lora.{field.name}" for field in dataclasses.fields(lora.Lora)}
 
 
 SHORT = {

@@ -11,7 +11,7 @@ from typing import Any
 import tqdm
 
 from alignax import api
-from alignax.batch import LM, Example, Message
+from alignax.batch import Example, Message
 from alignax.harness import encoding, generation, scoring
 from alignax.harness.encoding import Codec, Row
 from alignax.models import sharding
@@ -31,7 +31,8 @@ class Adapter:
 
     Args:
       path: of the model: all that `alignax.load` reads.
-      dtype: 'float32' or 'bfloat16', of the parameters and of the computation.
+      dtype: 'float32' or 'bfloat16', of the parameters and of the computation; a run keeps
+        its own.
       batch_size: rows of a batch, for each shard of the mesh, or 'auto' (16).
       max_length: most tokens that the model reads; its context by default.
       max_gen_toks: most tokens of a response to a task that does not say it.
@@ -54,10 +55,9 @@ class Adapter:
     ):  # fmt: skip
         del device, max_batch_size
         self._path = str(path)
-        lm, text = api.load(self._path, dtype=dtype)
         shape = [int(size) for size in str(mesh).split(":")]
         self._mesh = sharding.make_mesh(shape)
-        lm = LM(lm.config, sharding.put_params(lm.params, self._mesh))
+        lm, text = api.load(self._path, dtype=dtype, mesh=self._mesh)
         self._lm, self._text = lm, text
         self._batch_size = rows_of_a_batch(batch_size)
         self.max_length, self.max_gen_toks = lm.config.max_length, int(max_gen_toks)

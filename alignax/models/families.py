@@ -34,8 +34,8 @@ _BIAS = ("attention_bias",)
 _WINDOWS = ("sliding_window", "use_sliding_window")
 _GEMMA2_KEYS = (
     *_BIAS, "hidden_activation", "query_pre_attn_scalar", "attn_logit_softcapping",
-    "final_logit_softcapping", "sliding_window", "sliding_window_pattern",
-    "_sliding_window_pattern",
+    "final_logit_softcapping", "sliding_window", "sliding_window_size",
+    "sliding_window_pattern", "_sliding_window_pattern",
 )  # fmt: skip
 _GEMMA3 = Family(
     "Gemma3",
@@ -149,6 +149,8 @@ _HARMLESS = {
     "guidance_scale", "renormalize_logits", "sequence_bias",
     "assistant_confidence_threshold", "assistant_lookbehind", "num_assistant_tokens",
     "num_assistant_tokens_schedule", "target_lookbehind", "transformers.js_config",
+    "keys_to_ignore_at_inference", "loss_type", "output_past", "trust_remote_code",
+    "n_positions", "n_ctx", "bos_token", "eos_token", "pad_token", "unk_token",
     "is_llama_config", "unsloth_version", "unsloth_fixed", "unsloth_tokenizer_class",
 }  # fmt: skip
 
@@ -329,6 +331,13 @@ def _checked(hf: dict[str, Any]) -> tuple[str, dict[str, Any], bool]:
             )
     if value_head and hf.get("num_labels", len(hf.get("id2label") or "1")) != 1:
         raise ValueError("config.json has more than one label; a value head has one")
+    if hf.get("sliding_window_size", hf.get("sliding_window")) != hf.get(
+        "sliding_window"
+    ):
+        raise ValueError(  # the first files of Gemma 2 have both keys
+            f"config.json has sliding_window_size={sizes.brief(hf['sliding_window_size'])} "
+            f"and sliding_window={sizes.brief(hf.get('sliding_window'))}"
+        )
     return name, _only_read(name, hf), value_head
 
 

@@ -124,7 +124,7 @@ def inspect(
     return Report(
         topology, dict(mesh.shape), transformer.num_params(plan.policy.params),
         plan.batch.tokens.shape,
-        computed(plan).size, held, lowering.held(plan.state.params),
+        computed(plan).size, held, lowering.gradient(config, plan),
         lowering.of_host(plan, lowering.first_host(mesh)), programs,
         costs(plan), plan.notes,
     )  # fmt: skip
@@ -199,4 +199,4 @@ def estimate(
     held = sum(map(lowering.held, (plan.state, plan.lms, plan.batch)))
     others = report.peak - sum(report.held.values()) - report.gradient
     fewer = config.accumulate / changed.accumulate
-    return held + lowering.held(plan.state.params) + max(0.0, others) * fewer
+    return held + lowering.gradient(changed, plan) + max(0.0, others) * fewer

@@ -250,6 +250,17 @@ def held(tree: Any) -> int:
     )
 
 
+def gradient(config, plan: Plan) -> int:
+    """Bytes of the gradient on one device; micro-batches are added up in float32."""
+    tree = plan.state.params
+    if config.accumulate > 1:
+        tree = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding),
+            tree,
+        )
+    return held(tree)
+
+
 class OfHost(NamedTuple):
     """Bytes in the memory of a host, besides what the program itself takes."""
 

@@ -146,6 +146,8 @@ def check_model(config, plugins: Plugins) -> None:
     unused = [
         k for k in ("dora", "layers", "ranks", "alphas", "saved") if config.lora.get(k)
     ]
+    if config.lora.get("bias", "none") != "none":
+        unused.append("bias")
     if unused and not config.lora.rank:
         raise ValueError(
             f"lora.{unused[0]} is set, but lora.rank is 0, which trains all weights"

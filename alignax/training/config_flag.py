@@ -98,6 +98,8 @@ def load(path: str) -> ConfigDict:
             raise ValueError(
                 f"get_config() gave a {type(config).__name__}, expected a ConfigDict"
             )
+        for one in (config, *config.get("stages", {}).values()):
+            complete(one)
         return config
     except Exception as error:
         if "--debug" in sys.argv:
@@ -107,6 +109,18 @@ def load(path: str) -> ConfigDict:
         where = f"{file}, line {lines[-1]}" if lines else file
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise flags.Error(f"{where}: {kind}{error}") from error
+
+
+def complete(config: ConfigDict) -> None:
+    """Gives the sections that a file assigned whole the keys that they lack."""
+    for key, default in ranges.keys(defaults.get_config()):
+        *above, last = key.split(".")
+        section: Any = config
+        for name in above:
+            section = section.get(name) if isinstance(section, ConfigDict) else None
+        if above and isinstance(section, ConfigDict) and last not in section:
+            with section.unlocked():
+                section[last] = default
 
 
 def find(name: str) -> str:

@@ -72,10 +72,12 @@ def explain(config) -> str:
         0.0, **{k: v for k, v in config.optim.items() if k not in optim.RATE}
     )
     state = jax.eval_shape(tx.init, trained)
+    # micro-batches are added up in float32
+    gradient = _cast(trained, "float32") if config.accumulate > 1 else trained
     lines.append(
         f"per device: {_size(_cast(shapes, config.model.param_dtype), mesh)} a copy; "
         f"{1 + len(others)} copies ({'base' if adapters else 'policy'}, frozen LMs), "
-        f"{kept}{_size(trained, mesh)} of gradient, {_size(state, mesh)} of "
+        f"{kept}{_size(gradient, mesh)} of gradient, {_size(state, mesh)} of "
         f"{config.optim.name} state"
     )
     return "\n".join(lines)

@@ -182,8 +182,11 @@ def load_lm(
     Args:
       path: of the model, or its description.
       dtype: 'float32' or 'bfloat16', of weights that are read from a Hugging Face folder or
-        a .gguf file; a run keeps its own. Adapters are merged in float32.
-      mesh: on which they are placed; every host reads what its own devices hold.
+        a .gguf file; a run keeps its own. PEFT's adapters are merged into a base that is
+        read in float32 (a run as the base keeps its own).
+      mesh: on which they are placed; every host reads what its own devices hold. Adapters
+        are merged on the host, though, so that no mesh changes how the sums round: what
+        comes of them is not placed.
 
     Raises:
       ValueError: adapters that do not know their base, or whose base is another now;
@@ -193,29 +196,51 @@ def load_lm(
     found = path if isinstance(path, ModelPath) else model_paths.resolve(path)
     if found.kind == "peft":
         assert found.base is not None
-        base = load_lm(found.base, mesh=mesh)
+        base = load_lm(found.base)
         lm = lora.merge(base, *peft.load(found.path, base))
         config = dataclasses.replace(lm.config, dtype=dtype)
         lm = LM(config, cast(lm.params, dtype))
     elif found.kind != "run":
         lm = load.load(found.path, dtype=dtype, mesh=mesh)
     else:
-        lm = checkpoint.load_lm(found.path, average=found.average, mesh=mesh)
-        lm = merged(found, lm, mesh) if lora.is_adapters(lm.params) else lm
+        adapters = bool(found.config and found.config.get("lora", {}).get("rank"))
+        lm = checkpoint.load_lm(
+            found.path, average=found.average, mesh=None if adapters else mesh
+        )
+        lm = merged(found, lm) if lora.is_adapters(lm.params) else lm
     check_finite(lm.params, found.path)
     return lm
 
 
 def check_finite(params: Params, path: str) -> None:
-    """Raises ValueError for weights that are NaN or infinite: they answer nothing."""
+    """Raises ValueError for weights that are NaN or infinite: they answer nothing.
+
+    Of arrays on a mesh it raises on every host.
+    """
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
-        parts = {str(s.index): s.data for s in jnp.asarray(leaf).addressable_shards}
-        if not all(map(_is_finite, parts.values())):
+        # a copy that numpy made of a device's array would stay as long as the array
+        if isinstance(leaf, jax.Array) and not _on_host(leaf):
+            fine = bool(_all_finite(leaf))
+        elif isinstance(leaf, jax.Array):
+            fine = all(_is_finite(shard.data) for shard in leaf.addressable_shards)
+        else:
+            fine = _is_finite(leaf)
+        if not fine:
             name = jax.tree_util.keystr(keys, simple=True, separator="/")
             raise ValueError(f"{path}: {name} has weights that are NaN or infinite")
 
 
-def _is_finite(part: jax.Array) -> bool:
+def _on_host(x: jax.Array) -> bool:
+    devices: Any = x.sharding.device_set
+    return x.is_fully_addressable and all(d.platform == "cpu" for d in devices)
+
+
+@jax.jit
+def _all_finite(x: jax.Array) -> jax.Array:
+    return jnp.isfinite(x).all()
+
+
+def _is_finite(part: jax.Array | np.ndarray) -> bool:
     array = np.asarray(part)
     bits = np.dtype(f"u{array.itemsize}")
     exponent = np.array(np.inf, array.dtype).view(bits)  # all ones: no finite number
@@ -225,7 +250,7 @@ def _is_finite(part: jax.Array) -> bool:
     )
 
 
-def merged(found: ModelPath, adapters: LM, mesh: Mesh | None = None) -> LM:
+def merged(found: ModelPath, adapters: LM) -> LM:
     """The adapters of a run in their base, which is read, or drawn from the run's seed."""
     config = found.config
     if not config or not adapter_base.noted(found.folder):
@@ -234,7 +259,7 @@ def merged(found: ModelPath, adapters: LM, mesh: Mesh | None = None) -> LM:
             "beside it that say on which base"
         )
     if found.base is not None:
-        base = load_lm(found.base, mesh=mesh)
+        base = load_lm(found.base)
     else:
         plain = dataclasses.replace(adapters.config, value_head=False)
         base = LM(plain, transformer.init(plain, jax.random.key(config["seed"])))

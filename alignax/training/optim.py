@@ -107,15 +107,23 @@ def make_tx(
         raise ValueError(f"unknown optimiser {name!r}; known: {', '.join(makers)}")
     clipping = optax.clip_by_global_norm(clip) if clip else optax.identity()
     own = [] if critic == 1 else [optax.masked(optax.scale(critic), of_critic)]
-    return in_float32(optax.chain(clipping, makers[name](), *own))
+    # an average with a slower decay would not reach its values in bfloat16
+    quick = {"adamw": b1, "muon": max(b1, 0.95)}.get(name, 1.0) <= 0.95
+    return in_float32(optax.chain(clipping, makers[name](), *own), narrow=quick)
 
 
-def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+def in_float32(
+    tx: optax.GradientTransformation, *, narrow: bool
+) -> optax.GradientTransformation:
     """The same optimiser, which computes in float32 whatever the parameters' dtype.
 
-    Of its state, first moments (`mu`) have the dtype of the parameters and all else is
-    float32: in bfloat16 a second moment with b2 = .999 cannot fall, since a thousandth of
-    it is less than half the distance to the next value. Nothing changes for float32.
+    Its state is float32: in bfloat16 a second moment with b2 = .999 cannot fall, since a
+    thousandth of it is less than half the distance to the next value. Nothing changes for
+    parameters in float32.
+
+    Args:
+      tx: the optimiser.
+      narrow: whether first moments (`mu`) have the dtype of the parameters instead.
     """
 
     def wide(tree):
@@ -123,7 +131,7 @@ def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation
 
     def init(params):
         def one(path, whole, own):
-            first = any(getattr(k, "name", "") == "mu" for k in path)
+            first = narrow and any(getattr(k, "name", "") == "mu" for k in path)
             return whole.astype(own.dtype) if first else whole
 
         states = tx.init(wide(params)), tx.init(params)

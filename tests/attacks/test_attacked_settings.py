@@ -187,6 +187,7 @@ REFUSALS = [
     ({"optim.critic_lr": 1.0}, "critic_lr is the rate of the value head"),
     ({"model.sizes": {}}, "needs a path to weights, or sizes"),
     ({"lora": {"rank": 4}}, r"config\.lora\.\w+ is missing: give the keys of lora one by one"),
+    ({"lora.bias": "all"}, r"lora\.bias is set, but lora\.rank is 0"),
     ({"lora.dora": True}, r"lora\.dora is set, but lora\.rank is 0"),
     ({"optim": {"lr": 0.1}}, r"config\.optim\.\w+ is missing"),
     ({"model.param_dtype": "float16"}, r"model\.param_dtype is 'float16'"),

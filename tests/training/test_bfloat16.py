@@ -73,7 +73,10 @@ def test_elements_and_steps_are_rounded_independently():
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon"])
 def test_the_state_of_an_optimiser(tiny_config, name):
-    """First moments as the parameters, all else float32: 2 bytes more than all bfloat16."""
+    """First moments as the parameters, all else float32: 2 bytes more than all bfloat16.
+
+    Lion's only moment has b2 = .99: too slow for 8 bits of precision.
+    """
     params = jax.eval_shape(
         lambda: narrow(transformer.init(tiny_config, jax.random.key(0)))
     )
@@ -81,7 +84,8 @@ def test_the_state_of_an_optimiser(tiny_config, name):
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         where = jax.tree_util.keystr(path)
         if jnp.issubdtype(leaf.dtype, jnp.floating):
-            want = jnp.bfloat16 if ".mu" in where else jnp.float32
+            narrow = ".mu" in where and name != "lion"
+            want = jnp.bfloat16 if narrow else jnp.float32
             assert leaf.dtype == want, where
     if name == "adamw":
         sizes = [
