@@ -25,7 +25,7 @@ from etils import epath
 from alignax.batch import LM, Batch
 from alignax.inputs.source import EvalBatches, Source
 from alignax.models import json_object
-from alignax.models.transformer import HOW
+from alignax.models.transformer import HOW, LATER
 from alignax.runs import checkpoint
 
 KERNEL = 1  # raised when logprob.score changes its numbers by more than rounding
@@ -53,8 +53,12 @@ def describe(lm: LM, batches: Iterable[Batch], **more: Any) -> dict[str, str]:
 
 def describe_lm(lm: LM, **more: Any) -> dict[str, str]:
     """What the numbers of an LM depend on, part by part, and further parts."""
-    fields = {f.name: getattr(lm.config, f.name) for f in dataclasses.fields(lm.config)}
-    model = {name: value for name, value in fields.items() if name not in HOW}
+    model = {}
+    for f in dataclasses.fields(lm.config):
+        value = getattr(lm.config, f.name)
+        # caches from before a field was there still hold
+        if f.name not in HOW and not (f.name in LATER and value == f.default):
+            model[f.name] = value
     return {
         "parameters": checkpoint.fingerprint(lm.params),
         "dtype": str(lm.config.dtype),

@@ -55,6 +55,8 @@ POLICIES = {
 }
 # fields that decide how a model is computed, not what
 HOW = ("dtype", "remat", "head_kernel", "attn_kernel", "attn_tile", "tokenizer")
+# fields that came after caches of log-probabilities were first written
+LATER = ("o_bias", "mlp_bias", "qk_norm_whole", "pre_norms", "rope_layers")
 HEAD_KERNELS = (
     "xla",
     "pallas",

@@ -7,7 +7,7 @@ import tiny
 from absl import flags
 from ml_collections import config_flags
 
-from alignax.training import checks, config_flag
+from alignax.training import checks, config_flag, defaults
 
 FILE = (
     "import tiny\n\ndef get_config(arg=''):\n    return tiny.config(arg or 'pairs')\n"
@@ -142,3 +142,19 @@ def test_the_program_prints_one_line(tmp_path):
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: config has no key 'optim.lrr'")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("section", ["lora", "optim", "checkpoint", "rollout"])
+def test_a_section_that_a_file_assigns_whole_keeps_the_defaults_of_other_keys(
+    parse, tmp_path, section
+):
+    """Also of keys that came after the file was written."""
+    given = {"lora": "rank=2", "optim": "lr=0.5", "checkpoint": "keep=7", "rollout": "group=3"}  # fmt: skip
+    text = FILE.replace("return tiny.config(arg or 'pairs')", f"c = tiny.config('pairs')\n    c.{section} = dict({given[section]})\n    return c")  # fmt: skip
+    (tmp_path / "whole.py").write_text(text)
+    config = parse(file=tmp_path / "whole.py")
+    name, value = given[section].split("=")
+    assert config[section][name] == float(value)
+    for key, default in defaults.get_config()[section].items():
+        assert key == name or config[section][key] == default
+    checks.check(config)

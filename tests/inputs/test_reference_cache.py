@@ -3,15 +3,18 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
 from alignax import logprob, plugin
+from alignax.batch import LM
 from alignax.data import synthetic
 from alignax.inputs import reference_cache
 from alignax.inputs.annotate import annotate
 from alignax.models import sharding
+from alignax.models.transformer import ModelConfig
 from alignax.reports.metrics import read
 from alignax.training import build, loop, optim, start_check
 from alignax.training.step import init_state, make_train_step
@@ -265,3 +268,24 @@ def test_a_torn_file_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(ValueError, match=r"reference\.npz does not read back"):
         reference_cache.load(path, {"data": "x"})
+
+
+def test_a_cache_from_before_a_field_of_the_model_still_holds():
+    """The digest is that of the version of 2026-11-29, which had fewer fields."""
+    config = ModelConfig(
+        vocab_size=37, width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6,
+        mlp_width=24, max_length=64,
+    )  # fmt: skip
+    params = {"embed": jnp.zeros((2, 2))}
+
+    def digest(**changes):
+        lm = LM(dataclasses.replace(config, **changes), params)
+        return reference_cache.describe_lm(lm)["model"]
+
+    assert digest() == digest(dtype="bfloat16") == "4fd8f01f0c633cd3"
+    later = {
+        "o_bias": True, "mlp_bias": True, "qk_norm": True, "pre_norms": False,
+        "rope_layers": (True, False), "rope_theta": 5e5,
+    }  # fmt: skip
+    found = {digest(**{name: value}) for name, value in later.items()}
+    assert len(found) == len(later) and digest() not in found

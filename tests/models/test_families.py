@@ -332,3 +332,12 @@ def test_keys_of_other_families_and_null_are_read_as_transformers_does():
     exaone = {"model_type": "exaone4", "sliding_window_pattern": "LLLG"}
     with pytest.raises(ValueError, match="unknown architecture 'exaone4'"):
         from_hf(exaone)
+
+
+def test_the_window_of_the_first_gemma_2_files_is_the_same_under_both_names():
+    hf = {**read("gemma2"), "sliding_window": 8}
+    assert from_hf({**hf, "sliding_window_size": 8}) == from_hf(hf)
+    with pytest.raises(
+        ValueError, match=r"sliding_window_size=16 and sliding_window=8"
+    ):
+        from_hf({**hf, "sliding_window_size": 16})

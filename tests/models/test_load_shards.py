@@ -17,6 +17,7 @@ from alignax.models import save, sharding, stored
 from alignax.models.load import load
 from alignax.models.sharding import make_mesh
 from alignax.models.transformer import ModelConfig
+from alignax.runs import checkpoint
 from alignax.training import loading, loop
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
@@ -226,3 +227,34 @@ def test_what_is_placed_is_not_copied(tiny_lm):
     mixed = sharding.placed(part, mesh)
     assert mixed["embed"] is once["embed"]
     equal(mixed, tiny_lm.params, mesh)
+
+
+@pytest.mark.parametrize("name", ["peft_llama", "peft_dora", "peft_untied"])
+def test_merged_adapters_are_the_same_bits_on_every_mesh(name):
+    """A checksum of them stands in checkpoints, and a sum over shards rounds otherwise."""
+    want = checkpoint.fingerprint(loading.load_lm(str(GOLDEN / name)).params)
+    for shape in ((1, 2, 2), (1, 4, 1)):
+        got = loading.load_lm(str(GOLDEN / name), mesh=make_mesh(shape))
+        assert checkpoint.fingerprint(got.params) == want
+
+
+def test_a_run_with_adapters_is_the_same_bits_on_every_mesh(tmp_path):
+    config = tiny.config("pairs", num_steps=1, **{"lora.rank": 2, "lora.dora": True})
+    loop.train(config, str(tmp_path / "run"))
+    want = checkpoint.fingerprint(loading.load_lm(str(tmp_path / "run")).params)
+    got = loading.load_lm(str(tmp_path / "run"), mesh=make_mesh((1, 2, 2)))
+    assert checkpoint.fingerprint(got.params) == want
+
+
+def test_the_check_on_a_device_agrees_with_that_on_the_host(tiny_lm, monkeypatch):
+    """It leaves no copy on the host."""
+    mesh = make_mesh((1, 2, 2))
+    params = sharding.placed(tiny_lm.params, mesh)
+    monkeypatch.setattr(loading, "_on_host", lambda x: False)
+    monkeypatch.setattr(
+        loading, "_is_finite", lambda x: pytest.fail("read by the host")
+    )
+    loading.check_finite(params, "x")
+    bad = {**params, "embed": params["embed"].at[-1, -1].set(np.nan)}
+    with pytest.raises(ValueError, match="x: embed has weights"):
+        loading.check_finite(bad, "x")

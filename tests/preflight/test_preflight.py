@@ -102,6 +102,15 @@ def test_what_is_held_is_counted_by_hand():
     assert plan.batch.tokens.shape == (b, g, t)
 
 
+@pytest.mark.parametrize("accumulate, size", [(1, 2), (2, 4)])
+def test_micro_batches_are_added_up_in_float32(accumulate, size):
+    config = tiny.config("pairs", layout="rows", accumulate=accumulate, mesh=(1, 1, 1))
+    config.model.param_dtype = "bfloat16"
+    plan = lowering.plan(config, sharding.make_mesh(config.mesh))
+    number = transformer.num_params(plan.policy.params)
+    assert lowering.gradient(config, plan) == size * number
+
+
 def test_what_a_host_holds_is_counted_by_hand():
     """Of a replicated parameter one copy; of parts on its chips the parts."""
     plan = planned(mesh=(2, 2, 1))
