@@ -10,7 +10,8 @@ at its end, with characters of several bytes, four answers to one question, and 
 beyond `--max-length`. Responses are greedy, up to 32 tokens; where two differ, the gap is
 that between hf's two largest logits at the first token that does.
 
-One JSON line: the largest differences in nats, flags that differ, and responses that do.
+JSON lines, each with what is known so far; the last one has the largest differences in
+nats, flags that differ, and responses that do.
 """
 
 import argparse
@@ -117,6 +118,7 @@ def main():
         "flags": sum(x[1] != y[1] for x, y in zip(got, want, strict=True)),
         "greedy": sum(y[1] for y in want), "seconds_hf": slow, "seconds": quick,
     }  # fmt: skip
+    print(json.dumps(out), flush=True)
     texts = [
         f"{r['chosen']}{' '.join(q['question'] for q in gsm8k[i : i + 8])}"
         for i, r in enumerate(hh)
@@ -128,6 +130,7 @@ def main():
         "rolling_nats": max(abs(x - y) for x, y in zip(got, want, strict=True)),
         "largest": min(want),
     }
+    print(json.dumps(out), flush=True)
     prompts = [f"Question: {r['question']}\nAnswer:" for r in gsm8k[: a.prompts - 4]]
     prompts += [
         hf.apply_chat_template([{"role": "user", "content": r["question"]}])
