@@ -217,9 +217,9 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_run(tmp_path):
 
 def test_equal_weights_are_placed_once(tmp_path, monkeypatch):
     placed = []
-    put = sharding.put_params
+    put = sharding.placed
     monkeypatch.setattr(
-        sharding, "put_params", lambda p, mesh: placed.append(p) or put(p, mesh)
+        sharding, "placed", lambda p, mesh: placed.append(p) or put(p, mesh)
     )
     config = tiny.config("pairs", lms={"ref": "init", "anchor": "init"})
     run = build.build(config, str(tmp_path / "run"))
