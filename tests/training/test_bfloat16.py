@@ -84,8 +84,8 @@ def test_the_state_of_an_optimiser(tiny_config, name):
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         where = jax.tree_util.keystr(path)
         if jnp.issubdtype(leaf.dtype, jnp.floating):
-            narrow = ".mu" in where and name != "lion"
-            want = jnp.bfloat16 if narrow else jnp.float32
+            first = ".mu" in where and name != "lion"
+            want = jnp.bfloat16 if first else jnp.float32
             assert leaf.dtype == want, where
     if name == "adamw":
         sizes = [
