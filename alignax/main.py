@@ -63,13 +63,13 @@ def main(argv):
         jax.config.update("jax_debug_nans", True)
         jax.config.update("jax_disable_jit", True)
     from alignax.respond import respond  # after the backend is set up
-    from alignax.runs import hosts  # after the backend is set up
+    from alignax.runs import checkpoint, hosts  # after the backend is set up
     from alignax.runs import preemption as signals
-    from alignax.runs.checkpoint import CheckpointError
     from alignax.runs.preemption import Preempted, preemption
     from alignax.training import explain, loop, show  # after the backend is set up
 
     signals.of_program = True
+    checkpoint.quiet_threads()
     looking = EXPLAIN.value or SHOW.value
     if not WORKDIR.value and not looking:
         raise app.UsageError("--workdir is needed")
@@ -107,7 +107,7 @@ def main(argv):
         )
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
-        expected = (ValueError, OSError, CheckpointError, FloatingPointError)
+        expected = (ValueError, OSError, checkpoint.CheckpointError, FloatingPointError)
         if DEBUG.value or not isinstance(error, expected):
             traceback.print_exc()
         else:

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
@@ -50,7 +51,8 @@ def manager(
     folder, *, keep: int = 3, asynchronous: bool = True
 ) -> ocp.CheckpointManager:
     """Opens (or makes) a folder of checkpoints and keeps the newest `keep`."""
-    logging.getLogger("absl").addFilter(_not_of_a_thread)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_not_of_a_thread)
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep,
         enable_async_checkpointing=asynchronous,
@@ -138,11 +140,34 @@ def wait(manager: ocp.CheckpointManager) -> None:
 
 
 def _not_of_a_thread(record: logging.LogRecord) -> bool:
-    """Leaves out what Orbax logs of an error in a thread, which `_named` raises anyway.
+    """Leaves out what is logged of a failed save in a thread, which `_named` raises anyway.
 
-    It is several tracebacks long, and some of it comes after the error.
+    It is several tracebacks long, and some of it comes after the error: asyncio logs the
+    failed writes of one save that nobody waited for when the process ends.
     """
-    return "_SignalingThread.run() raised an exception" not in str(record.msg)
+    message = str(record.msg)
+    return not (
+        "_SignalingThread.run() raised an exception" in message
+        or ("Failed to run" in message and "Handler Commit operations" in message)
+        or "Save Finalize thread" in message
+        or ("was never retrieved" in message and "orbax-checkpoint" in message)
+    )
+
+
+def quiet_threads() -> None:
+    """Leaves out what the writes of a failed save report when they end after it.
+
+    A save whose first write failed closes its event loop; each other write then reports
+    "Event loop is closed" from a thread, in the middle of what the program prints. Only a
+    program may call this: it replaces `sys.unraisablehook`.
+    """
+    report = sys.unraisablehook
+
+    def hook(event: Any) -> None:
+        if str(event.exc_value) != "Event loop is closed":
+            report(event)
+
+    sys.unraisablehook = hook
 
 
 @contextlib.contextmanager

@@ -1,10 +1,13 @@
 """Files of a run that are torn or damaged, a disk that is full, and other versions."""
 
 import json
+import logging
 import os
 import resource
 import shutil
 import subprocess
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ from etils import epath
 from alignax.inputs import reference_cache
 from alignax.reports.metrics import Writer, read
 from alignax.respond import output, respond
-from alignax.runs import adapter_base, workdirs
+from alignax.runs import adapter_base, checkpoint, workdirs
 from alignax.training import defaults, loop
 
 # -- lines
@@ -206,6 +209,27 @@ def limited(folder, variant, size):
     )  # fmt: skip
 
 
+def test_only_the_writes_of_a_failed_save_are_left_unreported(monkeypatch):
+    kept, past = [], logging.getLogger("asyncio")
+    monkeypatch.setattr(sys, "unraisablehook", kept.append)
+    checkpoint.quiet_threads()
+    events = [
+        SimpleNamespace(exc_value=RuntimeError(text))
+        for text in ("Event loop is closed", "a reward's own")
+    ]
+    for event in events:
+        sys.unraisablehook(event)
+    assert kept == events[1:]
+
+    monkeypatch.setattr(past, "filters", [checkpoint._not_of_a_thread])
+    texts = [
+        "Future exception was never retrieved\nfuture: <Future ... 4.orbax-checkpoint-tmp/d>",
+        "Future exception was never retrieved\nfuture: <Future of a reward>",
+    ]
+    records = [past.makeRecord("asyncio", 40, "", 1, text, (), None) for text in texts]
+    assert [bool(past.filter(record)) for record in records] == [False, True]
+
+
 @pytest.mark.training
 @pytest.mark.parametrize("variant", ["async", "sync"])
 def test_a_full_disk_is_named_and_loses_nothing(tmp_path, variant):
@@ -220,7 +244,7 @@ def test_a_full_disk_is_named_and_loses_nothing(tmp_path, variant):
         full = limited(tmp_path, variant, size)
         last = full.stderr.strip().splitlines()
         assert full.returncode == 1, full.stderr
-        assert "_SignalingThread" not in full.stderr
+        assert "Traceback" not in full.stderr
         assert last[-1] == "(--debug shows the traceback)", full.stderr
         assert named in last[-2]
         assert "File too large" in last[-2]
