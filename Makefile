@@ -28,7 +28,7 @@ test-fast: $(VENV)/test.stamp  ## tests that are not marked slow
 	$(PY) -m pytest -n auto -m "not slow and not training" $(PYTEST_ARGS)
 
 test-training: $(VENV)/test.stamp  ## what trains for minutes: the quickstart's numbers, states of killed runs
-	$(PY) -m pytest -m training $(PYTEST_ARGS)
+	$(PY) -m pytest -n auto --dist loadfile -m training $(PYTEST_ARGS)
 
 attacks: $(VENV)/test.stamp  ## every state on disk of five runs, ten kills, 5,000 damaged files; an hour
 	ALIGNAX_ATTACKS=all ALIGNAX_FUZZ=500 $(PY) -m pytest tests/attacks $(PYTEST_ARGS)

@@ -4,6 +4,8 @@ A directory is read for a base model into the tree and the settings of `models.l
 written from them. What is read: a rank and an alpha for each module, some layers only, DoRA,
 LoRA of the embedding and the head, modules that are saved in full, biases, and rows of the
 embedding (trainable_token_indices). What else changes a model is refused by its name.
+`lora_dropout` is read and not used: it does nothing to trained adapters, and alignax trains
+without dropout, so that the first step's policy is the reference.
 
 Names of modules are those of transformers, without PEFT's prefix 'base_model.model.', e.g.
 'model.layers.0.self_attn.q_proj'. Which modules have adapters follows PEFT's own rules

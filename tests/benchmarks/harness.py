@@ -2,6 +2,7 @@
 
   python tests/benchmarks/harness.py --model FOLDER --gsm8k train.jsonl --hh pairs.jsonl.gz
     [--requests 200] [--texts 12] [--prompts 12] [--max-length 512] [--batch-size 8]
+    [--float64]
 
 FOLDER is a Hugging Face folder that both read in float32 (`alignax export` writes one of a
 .gguf file). This Python has alignax, lm_eval, torch, transformers and accelerate. The
@@ -9,6 +10,9 @@ requests are made from GSM8K and HH-RLHF: short and long ones, without a context
 at its end, with characters of several bytes, four answers to one question, and contexts
 beyond `--max-length`. Responses are greedy, up to 32 tokens; where two differ, the gap is
 that between hf's two largest logits at the first token that does.
+
+With `--float64` the log-likelihoods of both are also compared with those of hf in float64,
+which shows whose rounding the difference is.
 
 JSON lines, each with what is known so far; the last one has the largest differences in
 nats, flags that differ, and responses that do.
@@ -87,6 +91,13 @@ def gap(hf, prompt, one, other):
     return {"token": n - len(ids), "gap": first - second}
 
 
+def rounding(found, exact):
+    """Of the distances |found - exact| in nats: the largest, the mean, those above 1e-4."""
+    apart = [abs(x - y) for x, y in zip(found, exact, strict=True)]
+    beyond = sum(d > 1e-4 for d in apart)
+    return {"max": max(apart), "mean": sum(apart) / len(apart), "above_1e-4": beyond}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("model", "gsm8k", "hh"):
@@ -99,6 +110,7 @@ def main():
         ("batch-size", 8),
     ):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--float64", action="store_true")
     a = parser.parse_args()
     from lm_eval.models.huggingface import HFLM
 
@@ -119,6 +131,15 @@ def main():
         "greedy": sum(y[1] for y in want), "seconds_hf": slow, "seconds": quick,
     }  # fmt: skip
     print(json.dumps(out), flush=True)
+    if a.float64:
+        exact, _ = timed(
+            HFLM(a.model, dtype="float64", device="cpu", **shared).loglikelihood, asked
+        )
+        out["beside_float64"] = {
+            name: rounding([x[0] for x in found], [x[0] for x in exact])
+            for name, found in (("hf", want), ("alignax", got))
+        }
+        print(json.dumps(out), flush=True)
     texts = [
         f"{r['chosen']}{' '.join(q['question'] for q in gsm8k[i : i + 8])}"
         for i, r in enumerate(hh)
