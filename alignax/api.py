@@ -22,7 +22,7 @@ from alignax.models import save as model_files
 from alignax.models import sharding, transformer
 from alignax.respond import output, responder, starts
 from alignax.runs import model_paths
-from alignax.sampling import decode, drafts, generation_settings
+from alignax.sampling import decode, drafts, generation_settings, grammars
 from alignax.sampling import speculate as speculation
 from alignax.sampling import stops as stop_places
 from alignax.sampling.decode import Generated
@@ -251,7 +251,8 @@ def generate(
       template: what the chat template gets besides the messages: 'tools', 'documents',
         'enable_thinking', ...
       **settings: all others of `sampling.decode.generate`: top_k, top_p, min_p,
-        repetition_penalty, logit_bias, grammar, guide, ...
+        repetition_penalty, logit_bias, guide, ...; grammar may be 'regex:PATTERN' or
+        'json_schema:FILE' too, see `sampling.grammars`.
 
     Returns:
       Responses.
@@ -504,6 +505,11 @@ def _respond(
         asked["stops"] = stop_places.table(groups, pieces)
     asked |= starts.arrays(begun, begun)
     asked.setdefault("eos_ids", parallel.known(text.eos_ids, lm))
+    if isinstance(asked.get("grammar"), str):
+        pieces = stop_places.pieces(text, lm.config.vocab_size)
+        asked["grammar"] = grammars.load(asked["grammar"]).build(
+            pieces, asked["eos_ids"]
+        )
     out = jax.device_get(sample(jnp.asarray(tokens), jnp.asarray(lengths), **asked))
     rules = output.Rules(stops, prefill, min_new=int(asked.get("min_new") or 0))
     found = output.answers(out.batch, out.truncated, text, rules)

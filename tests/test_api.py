@@ -324,6 +324,10 @@ def test_a_response_is_a_function_of_the_seed(model):
 def test_a_prefill_is_in_front_and_a_stop_string_cuts(model):
     free = ax.generate(model, "ab", max_new=12, temperature=0)
     stop = free.texts[0][0][4:6]
+    asked = dict(max_new=12, group=8, grammar="regex:(yes|no)[.!]?")
+    assert {*ax.generate(model, "ab", **asked).texts[0]} <= {
+        a + b for a in ("yes", "no") for b in ("", ".", "!")
+    }
     cut = ax.generate(model, "ab", max_new=12, temperature=0, stops=[stop])
     assert cut.texts[0][0] == free.texts[0][0].split(stop)[0]
     assert cut.finish == [["stop"]]

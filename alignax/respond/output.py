@@ -133,7 +133,7 @@ def answers(
 
 def begin(
     path: epath.Path, examples: Sequence[Example], lms: Mapping[str, LM],
-    text: Tokenizer, *, write: bool,
+    text: Tokenizer, *, write: bool, grammar: str = "",
 ) -> set[str]:  # fmt: skip
     """Ids of the prompts that a file already answers; drops an incomplete last line.
 
@@ -143,6 +143,7 @@ def begin(
       lms: the models whose weights the responses depend on.
       text: the tokenizer.
       write: whether this process writes.
+      grammar: of the responses, its identity.
 
     Raises:
       ValueError: the file is damaged, or belongs to other prompts, weights or another
@@ -159,6 +160,7 @@ def begin(
         f"weights of {name}": checkpoint.fingerprint(lm.params)
         for name, lm in lms.items()
     }
+    here |= {"grammar": grammar} if grammar else {}
     beside = path.with_suffix(".json")
     if not path.exists():
         if write:

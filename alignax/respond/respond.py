@@ -29,7 +29,7 @@ from alignax.respond.starts import Start
 from alignax.reward_functions import time_limit
 from alignax.runs import checkpoint, lease, workdirs
 from alignax.runs.model_paths import ModelPath
-from alignax.sampling import generation_settings
+from alignax.sampling import generation_settings, grammars
 from alignax.sampling.prefill import common
 from alignax.text.tokenizer import Tokenizer
 from alignax.training import build, checks, defaults, loading, parallel
@@ -133,6 +133,8 @@ def check(config, model: ModelPath | None = None) -> Prompts:
         )
     spec = config.generate.reward.to_dict()
     reward = rewards.load(spec) if spec else None
+    if config.generate.grammar:
+        grammars.load(config.generate.grammar, "generate.grammar")
     if config.generate.draft:
         responder.check_draft(config.generate.draft, [*config.lms])
     examples = plugin.load_examples(config.prompts)
@@ -236,9 +238,14 @@ def _respond(
         config, run, lm, reward, now.starts, first.prompt[: now.shared], now.examples
     )
     score = parallel.scorer(run.mesh)
-    mine = jax.process_index() == 0
+    mine, grammar = jax.process_index() == 0, config.generate.grammar
     done = output.begin(
-        path, now.examples, {"policy": lm, **run.lms}, run.tokenizer, write=mine
+        path,
+        now.examples,
+        {"policy": lm, **run.lms},
+        run.tokenizer,
+        write=mine,
+        grammar=grammar and grammars.load(grammar, "generate.grammar").identity,
     )
     total, tokens, start = len(now.starts), 0, time.monotonic()
     run.say(

@@ -13,7 +13,7 @@ from alignax.batch import LM, Batch, Example
 from alignax.models import transformer
 from alignax.respond import output, starts
 from alignax.respond.starts import Start
-from alignax.sampling import drafts, generation_settings, prefill, stops
+from alignax.sampling import drafts, generation_settings, grammars, prefill, stops
 from alignax.sampling.speculate import speculate
 from alignax.text.tokenizer import Tokenizer
 from alignax.training import parallel
@@ -57,7 +57,7 @@ def settings(config, text: Tokenizer, size: int) -> dict[str, Any]:
     off = dict(
         group=1, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
         frequency_penalty=0.0, presence_penalty=0.0, logit_bias=(), min_new=0, stops=(),
-        candidates=16,
+        candidates=16, grammar="",
     )  # fmt: skip
     asked: dict[str, Any] = dict(
         group=generate.group, top_k=generate.top_k, top_p=generate.top_p,
@@ -65,6 +65,7 @@ def settings(config, text: Tokenizer, size: int) -> dict[str, Any]:
         frequency_penalty=generate.frequency_penalty,
         presence_penalty=generate.presence_penalty, logit_bias=generate.logit_bias,
         min_new=generate.min_new, stops=generate.stops, candidates=generate.candidates,
+        grammar=generate.grammar,
     )  # fmt: skip
     used = {k: v for k, v in asked.items() if v != off[k]}
     if "logit_bias" in used:
@@ -72,6 +73,10 @@ def settings(config, text: Tokenizer, size: int) -> dict[str, Any]:
     if "stops" in used:
         groups = stops.parse(used["stops"], text, name="generate.stops")
         used["stops"] = stops.table(groups, stops.pieces(text, size))
+    if "grammar" in used:
+        ends = [i for i in text.eos_ids if i < size]
+        grammar = grammars.load(used["grammar"], "generate.grammar")
+        used["grammar"] = grammar.build(stops.pieces(text, size), sorted(ends))
     return {"max_new": generate.max_new, "temperature": generate.temperature, **used}
 
 

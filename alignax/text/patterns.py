@@ -43,24 +43,24 @@ class Pattern:
     """A compiled pattern: see `compile`."""
 
     def __init__(self, steps: list[Step], start: int):
-        self._steps, self._start = steps, start
+        self.steps, self.start = steps, start
 
     def search(self, text: str) -> bool:
         """Whether some part of the text matches, as `re.search` says."""
 
         @functools.cache
         def passes(step: int, c: str) -> bool:
-            test = self._steps[step][1]
+            test = self.steps[step][1]
             return test is not None and test.fullmatch(c) is not None
 
         reading: set[int] = set()
         for place in range(len(text) + 1):
-            found, ended = self._reached({*reading, self._start}, text, place)
+            found, ended = self._reached({*reading, self.start}, text, place)
             if ended:
                 return True
             if place < len(text):
                 c = text[place]
-                reading = {self._steps[s][2][0] for s in found if passes(s, c)}
+                reading = {self.steps[s][2][0] for s in found if passes(s, c)}
         return False
 
     def _reached(self, begun: set[int], text: str, place: int) -> tuple[set[int], bool]:
@@ -69,7 +69,7 @@ class Pattern:
         reading: set[int] = set()
         while left:
             step = left.pop()
-            kind, test, following = self._steps[step]
+            kind, test, following = self.steps[step]
             if kind == "end":
                 return reading, True
             if kind == "character":

@@ -17,6 +17,7 @@ from alignax.records import files
 from alignax.reports import trackers
 from alignax.rollouts import rollout, source
 from alignax.rollouts.sampler import Sampler
+from alignax.sampling import grammars
 from alignax.text.dialogues import SPECIALS
 from alignax.training import loading, on_policy, optim, ranges
 from alignax.training.plugins import Plugins, bind, evaluation, has_rollouts, trains
@@ -273,7 +274,7 @@ def check_rollout(config, plugins: Plugins) -> None:
     if not config.rollout.reward:
         check_without_reward(config, plugins)
     if config.rollout.grammar:
-        plugin.function(config.rollout.grammar, "rollout.grammar")
+        grammars.load(config.rollout.grammar, "rollout.grammar")
     check_recorded(config, steps)
     check_turns(config)
     if "advantages" in loss.needs and not steps:

@@ -106,9 +106,10 @@ def get_config() -> ConfigDict:
     c.rollout.temperature = 1.0
     # texts (special tokens too) or ids, with which a response ends; it keeps them
     c.rollout.stops = ()
-    # dotted name of a function (pieces, eos_ids) -> `sampling.automaton.Automaton`: which
-    # tokens may follow. Losses that read the distribution that was sampled (ratios, KLs) read
-    # it over these tokens; those of pairs and of imitation read the model's own.
+    # Which tokens may follow: 'regex:PATTERN', 'json_schema:FILE', or the dotted name of a
+    # function (pieces, eos_ids) -> `sampling.automaton.Automaton`. Losses that read the
+    # distribution that was sampled (ratios, KLs) read it over these tokens; those of pairs
+    # and of imitation read the model's own.
     c.rollout.grammar = ""
     # dotted name of a function (rows, texts) -> replies, one for each conversation: a text,
     # or None where it is done. Replies are read and not scored; max_new counts them.
@@ -159,6 +160,7 @@ def get_config() -> ConfigDict:
     c.generate.min_new = 0  # fewest tokens of a response
     # texts (special tokens too) or ids, in front of which a response is cut
     c.generate.stops = ()
+    c.generate.grammar = ""  # of the response without its prefill; as rollout.grammar
     c.generate.prefill = ""  # how every response begins: given, not sampled
     c.generate.forced = ""  # likewise, but scored
     c.generate.candidates = 16  # tokens that a scalar guide judges

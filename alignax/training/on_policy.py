@@ -22,7 +22,7 @@ from alignax.reward_functions.digest import DIGESTS
 from alignax.rollouts import recorded, rollout, sampler, selection, turns
 from alignax.rollouts import source as rollouts_source
 from alignax.runs import checkpoint, workdirs
-from alignax.sampling import stops
+from alignax.sampling import grammars, stops
 from alignax.sampling.automaton import Automaton
 from alignax.text.tokenizer import Tokenizer
 from alignax.training import parallel
@@ -138,7 +138,9 @@ def sampling(config) -> dict[str, Any]:
 def rules(config) -> str:
     """Stops, grammar and replies of a config in words; '' without any."""
     asked = {
-        "stops": tuple(config.rollout.stops), "grammar": config.rollout.grammar,
+        "stops": tuple(config.rollout.stops),
+        "grammar": config.rollout.grammar
+        and grammars.load(config.rollout.grammar, "rollout.grammar").identity,
         "reply": config.rollout.reply,
         "turns": config.rollout.turns * bool(config.rollout.reply),
     }  # fmt: skip
@@ -149,14 +151,14 @@ def tables(config, text: Tokenizer) -> Callable[[int], dict[str, Automaton]] | N
     """V -> the stops and the grammar of a config's rollouts over V tokens; None without.
 
     Raises:
-      ValueError: a stop that is none; a grammar that cannot be imported.
+      ValueError: a stop that is none; a grammar that is none, see `grammars.load`.
     """
     if not (config.rollout.stops or config.rollout.grammar):
         return None
     groups = stops.parse(tuple(config.rollout.stops), text, name="rollout.stops")
     grammar = None
     if config.rollout.grammar:
-        grammar = plugin.function(config.rollout.grammar, "rollout.grammar")
+        grammar = grammars.load(config.rollout.grammar, "rollout.grammar")
 
     @functools.cache
     def of(size: int) -> dict[str, Automaton]:
@@ -165,7 +167,7 @@ def tables(config, text: Tokenizer) -> Callable[[int], dict[str, Automaton]] | N
             found["stops"] = stops.table(groups, pieces)
         if grammar is not None:
             ends = [i for i in text.eos_ids if i < size]
-            found["grammar"] = grammar(pieces, sorted(ends))
+            found["grammar"] = grammar.build(pieces, sorted(ends))
         return found
 
     return of

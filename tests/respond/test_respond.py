@@ -468,3 +468,21 @@ def test_a_reward_of_a_column_that_is_not_there_is_refused_at_once(config, tmp_p
     with pytest.raises(ValueError, match=r"takes 'answer'.*neither a column"):
         respond.respond(c, str(tmp_path / "out"))
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_responses_follow_a_grammar_and_a_run_keeps_its_own(config, tmp_path):
+    path = tmp_path / "answer.json"
+    path.write_text('{"enum": [true, "é", [1]]}')
+    c = config(**{"generate.grammar": f"json_schema:{path}", "generate.max_new": 8})
+    assert respond.respond(c, str(tmp_path / "run"))
+    found = [x for row in answered(tmp_path / "run") for x in row["responses"]]
+    assert {*found} <= {"true", '"é"', "[1]"}
+    assert all(f == "eos" for row in answered(tmp_path / "run") for f in row["finish"])
+    assert respond.respond(c, str(tmp_path / "run"))
+    path.write_text('{"enum": [true, "é", [2]]}')
+    with pytest.raises(ValueError, match=r"answers something else.*grammar"):
+        respond.respond(c, str(tmp_path / "run"))
+    c.generate.grammar = "regex:("
+    with pytest.raises(ValueError, match=r"generate\.grammar: '\(' is no regular"):
+        respond.respond(c, str(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()

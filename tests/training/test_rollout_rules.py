@@ -1,5 +1,7 @@
 """Rollouts whose responses end at stops or follow a grammar."""
 
+import json
+import re
 import string
 
 import numpy as np
@@ -59,6 +61,15 @@ def test_a_response_follows_the_grammar(tmp_path):
     )
     assert texts
     assert all(t.rstrip(string.ascii_letters).isdigit() or len(t) <= 1 for t in texts)
+    texts, *_ = responses(
+        test_on_policy.run_config(
+            **PAIRS, **{"rollout.grammar": "regex:[0-9]{0,2}[x-z]"}
+        ),
+        tmp_path / "regex",
+    )
+    whole = [t for t in texts if re.fullmatch("[0-9]{0,2}[x-z]", t)]
+    assert len(whole) > 5
+    assert all(re.fullmatch("[0-9]{0,2}[x-z]?", t) for t in texts)
     short = test_on_policy.run_config(**PAIRS, **grammar, num_steps=1)
     loop.train(short, str(tmp_path / "short"))
 
@@ -95,6 +106,21 @@ def test_a_state_is_that_in_front_of_a_token_and_a_turn_begins_anew():
     scored = np.array([[0, 1, 1, 1, 0, 0, 1, 1, 1]], bool)
     want = [[0, 0, 0, 1, 0, 0, 0, 0, 1]]
     np.testing.assert_array_equal(automaton.states(rules, tokens, scored), want)
+
+
+def test_a_run_goes_on_with_its_own_schema_only(tmp_path):
+    path = tmp_path / "schema.json"
+
+    def source(schema, folder):
+        path.write_text(json.dumps(schema))
+        grammar = {"rollout.grammar": f"json_schema:{path}"}
+        config = test_on_policy.run_config(**grammar)
+        return build.build(config, str(tmp_path / folder)).source
+
+    saved = source({"type": "boolean"}, "one").state()
+    source({"type": "boolean", "title": "the same texts"}, "two").restore(saved)
+    with pytest.raises(ValueError, match="other rollout settings"):
+        source({"type": "null"}, "three").restore(saved)
 
 
 def test_a_run_goes_on_with_its_own_stops_only(tmp_path):
