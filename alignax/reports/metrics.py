@@ -346,21 +346,21 @@ def _read(path: Any) -> list[dict[str, Any]]:
     """Rows of a JSONL file; the last line is left out if a kill made it incomplete.
 
     Raises:
+      OSError: the file cannot be read; it is named.
       ValueError: another line is damaged; it is named.
     """
     if not path.exists():
         return []
+    try:
+        data = path.read_bytes()
+    except OSError as error:  # that of reading names no file
+        raise OSError(f"cannot read {path}: {error.strerror or error}") from error
     # not splitlines(): samples may contain U+2028 and other breaks, which JSON keeps
-    lines = [line for line in path.read_bytes().split(b"\n") if line]
+    lines = [line for line in data.split(b"\n") if line]
     rows = []
     for i, line in enumerate(lines):
         try:
-            row = json.loads(line.decode("utf-8"))
-            if not isinstance(row, dict) or not isinstance(
-                row.get("step"), int | float
-            ):
-                raise ValueError("it is no row with a step")
-            rows.append(row)
+            rows.append(_row(line, of_text=path.name == "samples.jsonl"))
         except (ValueError, RecursionError) as error:
             if i < len(lines) - 1:
                 raise ValueError(
@@ -369,6 +369,28 @@ def _read(path: Any) -> list[dict[str, Any]]:
                 ) from error
             log.warning("%s:%d is a torn line, left out", path, i + 1)
     return rows
+
+
+def _row(line: bytes, *, of_text: bool) -> dict[str, Any]:
+    """The row in a line of samples.jsonl (of text), or of metrics.jsonl: numbers.
+
+    Raises:
+      ValueError, RecursionError: it is no such row.
+    """
+    row = json.loads(line.decode("utf-8"))
+    needs = ("step", "index") if of_text else ("step",)
+    if not isinstance(row, dict) or not all(
+        isinstance(row.get(key), int | float) for key in needs
+    ):
+        raise ValueError("it is no row with " + " and ".join(f"'{k}'" for k in needs))
+    if of_text:
+        return row
+    for key, value in row.items():
+        try:
+            float(value)
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError(f"'{key}' is {value!r:.40}, expected a number") from None
+    return row
 
 
 def _truncate(path: pathlib.Path, step: int, most: int | None) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from alignax.records import fetch
 from alignax.runs import checkpoint, workdirs
 
 NAME = "base.json"
+NEEDS = {"path": str, "from_here": str, "checksum": str}
 
 
 def note(workdir, path: str, params: Params) -> None:
@@ -68,7 +69,7 @@ def find(workdir, path: str) -> str:
     folder = checkpoint.absolute(workdir)
     if not path or not (folder / NAME).exists():
         return path
-    known = json_object.read(folder / NAME)
+    known = json_object.read(folder / NAME, NEEDS)
     places = [known["path"], path]
     if known["from_here"]:
         there = os.path.normpath(folder / known["from_here"])
@@ -96,7 +97,7 @@ def check(workdir, path: str, params: Params) -> None:
 
 
 def _compare(folder: epath.Path, checksum: str, path: str | None = None) -> None:
-    known = json_object.read(folder / NAME)
+    known = json_object.read(folder / NAME, NEEDS)
     if checksum == known["checksum"]:
         return
     where = path or known["path"]

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 
+from alignax.models import json_object
 from alignax.runs import checkpoint, hosts, lease, workdirs
 from alignax.runs.preemption import Preempted
 
@@ -130,10 +131,10 @@ def _count(folder: Any, most: int) -> None:
     names = [p.name for p in saved.iterdir()] if saved.is_dir() else []
     step = max((int(name) for name in names if name.isdigit()), default=0)
     try:
-        before = json.loads(path.read_text())
-    except (OSError, ValueError):  # no file, or one that a kill left incomplete
+        before = json_object.read(path, {"step": int, "starts": int})
+    except (OSError, ValueError):  # no file, or one that is damaged
         before = {}
-    starts = before.get("starts", 0) if before.get("step") == step else 0
+    starts = before["starts"] if before.get("step") == step else 0
     if starts >= most:
         raise ValueError(
             f"{starts} starts in a row from step {step} saved no newer checkpoint, so this "

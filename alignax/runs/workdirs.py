@@ -11,6 +11,7 @@ from jax.experimental import multihost_utils
 
 import alignax
 from alignax.models import fallback, json_object
+from alignax.models.sizes import brief
 from alignax.runs import checkpoint
 
 RESPONSES = "responses.jsonl"  # of a run that answers prompts
@@ -32,6 +33,7 @@ OWN_B2 = {"adamw": 0.999, "lion": 0.99, "muon": 0.999}  # optax's; what optim.b2
 ADDED = ("template", "template_system", "truncate", "min_response", "truncate_prompts")
 # Sections that have the same keys in every config.
 FIXED = ("model", "lora", "rollout", "generate", "optim", "checkpoint")
+SECTIONS = (*FIXED, "loss", "evals")  # that are objects in every config
 
 
 def check_owner(workdir: str, config, defaults=None, *, counted: bool = False) -> None:
@@ -55,7 +57,7 @@ def check_owner(workdir: str, config, defaults=None, *, counted: bool = False) -
     path = folder / "config.json"
     if not path.exists():
         return
-    there = json_object.read(path)
+    there = read_config(path)
     if "batch_size" not in there:
         raise ValueError(
             f"{folder} holds a config.json that is no run's: take another workdir"
@@ -133,7 +135,7 @@ def release(workdir: str) -> None:
     # etils raises ValueError for a folder that is not empty
     with contextlib.suppress(OSError, ValueError):
         path = folder / "config.json"
-        there = json_object.read(path) if path.exists() else {}
+        there = read_config(path) if path.exists() else {}
         ours = "batch_size" in there and not _holds_work(folder, there)
         if ours and _is_empty(folder / "metrics.jsonl"):
             path.unlink()
@@ -192,7 +194,7 @@ def mark_end(workdir: str, step: int) -> None:
 def ended_at(workdir: str) -> int | None:
     """The step at which a run was over; None without `mark_end`."""
     path = checkpoint.absolute(workdir) / END
-    return json_object.read(path)["step"] if path.exists() else None
+    return json_object.read(path, {"step": int})["step"] if path.exists() else None
 
 
 def write_json(path: epath.Path, value: Any, aside: str = "") -> None:
@@ -228,10 +230,41 @@ def run_folder(path: str) -> epath.Path:
 
 
 def saved_config(path: str) -> dict[str, Any] | None:
-    """The config of the run that a folder, or its 'best', belongs to; None if of no run."""
+    """The config of the run that a folder, or its 'best', belongs to; None if of no run.
+
+    Raises:
+      ValueError: it is damaged; it is named.
+    """
     file = run_folder(path) / "config.json"
-    config = json_object.read(file) if file.is_file() else {}
-    return config if "batch_size" in config else None
+    config = read_config(file) if file.is_file() else {}
+    if "batch_size" not in config:
+        return None
+    model = config.get("model", {})
+    for key, value in (
+        ("model.path", model.get("path")), ("tokenizer", config.get("tokenizer")),
+    ):  # fmt: skip
+        if not isinstance(value, str):
+            raise ValueError(f"{file} has {key} {brief(value)}, expected a text")
+    return config
+
+
+def read_config(path: epath.Path) -> dict[str, Any]:
+    """The object in a config.json, which may be that of something else than a run.
+
+    Raises:
+      ValueError: it is no object; or it is a run's, and one of its sections is none.
+    """
+    config = json_object.read(path)
+    if "batch_size" not in config:
+        return config
+    sections = {key: config.get(key, {}) for key in SECTIONS}
+    evals = sections["evals"]
+    if isinstance(evals, dict):
+        sections |= {f"evals.{key}": value for key, value in evals.items()}
+    for key, value in sections.items():
+        if not isinstance(value, dict):
+            raise ValueError(f"{path} has {key} {brief(value)}, expected an object")
+    return config
 
 
 def everywhere(here: bool, what: str) -> bool:

@@ -18,7 +18,7 @@ from etils import epath
 from alignax.inputs import reference_cache
 from alignax.reports.metrics import Writer, read
 from alignax.respond import output, respond
-from alignax.runs import adapter_base, checkpoint, workdirs
+from alignax.runs import adapter_base, checkpoint, model_paths, watchdog, workdirs
 from alignax.training import defaults, loop
 
 # -- lines
@@ -69,6 +69,24 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path, line):
     Writer(tmp_path, step=3).close()
 
 
+@pytest.mark.parametrize("value", ['"abc"', "null", "[1]", "{}"])
+def test_a_metric_that_is_no_number_is_named(tmp_path, value):
+    path = begun(tmp_path)[0]
+    whole = path.read_text()
+    path.write_text(f'{{"step": 1, "loss": {value}}}\n' + whole)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:1 .*'loss' is "):
+        read(tmp_path)
+    path.write_text('{"step": 1, "loss": "nan"}\n' + whole)
+    assert len(read(tmp_path)) == 4
+
+
+def test_a_sample_without_its_place_is_named(tmp_path):
+    path = begun(tmp_path)[1]
+    path.write_text('{"step": 1, "text": "a"}\n' + path.read_text())
+    with pytest.raises(ValueError, match=r"samples\.jsonl:1 .*'step' and 'index'"):
+        Writer(tmp_path, step=3)
+
+
 # -- files of one object
 
 DAMAGED = [b"", b'{"a": ', b"\xff\xfe", b"[1]", b"[" * 100_000, b"null", b"\0" * 9]
@@ -90,6 +108,64 @@ def test_a_damaged_file_of_a_run_is_named(tmp_path, name, use, content):
         use(tmp_path)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 600
+
+
+LACKING = [b"{}", b'{"step": "x", "path": 3}', b'{"step": true, "path": []}']
+
+
+@pytest.mark.parametrize("content", LACKING)
+@pytest.mark.parametrize(
+    "name, use",
+    [
+        ("finished.json", lambda f: workdirs.ended_at(str(f))),
+        ("base.json", lambda f: adapter_base.find(str(f), "x")),
+    ],
+)
+def test_what_an_object_of_a_run_lacks_is_named(tmp_path, name, use, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/{name} has '(step|path)' "):
+        use(tmp_path)
+
+
+@pytest.mark.parametrize("content", [*DAMAGED, *LACKING, b'{"step": 0, "starts": "9"}'])
+def test_a_damaged_count_of_starts_begins_again(tmp_path, content):
+    path = tmp_path / watchdog.STARTS
+    path.write_bytes(content)
+    with watchdog.counted(str(tmp_path), 2):
+        assert json.loads(path.read_text()) == {"step": 0, "starts": 1}
+
+
+@pytest.mark.parametrize("value", [None, 3, "x", [1], True])
+@pytest.mark.parametrize("key", ["model", "rollout", "loss", "evals", "evals.x", "tokenizer"])  # fmt: skip
+def test_a_section_of_a_runs_config_that_is_none_is_named(tmp_path, key, value):
+    if (key, value) == ("tokenizer", "x"):
+        return
+    config = tiny.config(evals={"x": {"name": "tiny.scripted"}}).to_dict()
+    *section, last = key.split(".")
+    (config[section[0]] if section else config)[last] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"{tmp_path}/config\.json has {key} "):
+        model_paths.resolve(str(tmp_path))
+    if key != "tokenizer":
+        with pytest.raises(ValueError, match=rf"{tmp_path}/config\.json has {key} "):
+            workdirs.check_owner(str(tmp_path), tiny.config())
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="no /proc")
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    for name, use in {
+        "config.json": lambda: workdirs.saved_config(str(tmp_path)),
+        "metrics.jsonl": lambda: read(tmp_path),
+    }.items():
+        (tmp_path / name).symlink_to("/proc/self/mem")  # whose bytes give EIO
+        with pytest.raises(OSError, match=rf"cannot read {tmp_path}/{name}: "):
+            use()
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
+    (tmp_path / "finished.json").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"finished\.json is a folder"):
+        workdirs.ended_at(str(tmp_path))
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff", b"[]"])
