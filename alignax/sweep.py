@@ -19,7 +19,9 @@ Ctrl-C, which is forwarded to the current run.
 """
 
 import argparse
+import contextlib
 import csv
+import io
 import itertools
 import json
 import os
@@ -33,7 +35,10 @@ import sys
 
 from etils import epath
 
+from alignax.models import json_object
+
 RESUME = 75  # EX_TEMPFAIL: saved, can be resumed
+LONGEST = 250  # bytes of a run's name, which its log has with four more
 STATUS = (
     "sweep.json"  # in its folder: {run: {"config": ..., "changes": ..., "code": ...}}
 )
@@ -78,9 +83,46 @@ def grid(words: list[str]) -> list[dict[str, str]]:
 
 
 def listed(text: str) -> list[dict[str, str]]:
-    """The changes of the runs of a file, one per line."""
-    lines = (shlex.split(line, comments=True) for line in text.splitlines())
-    return [dict(map(pair, words)) for words in lines if words]
+    """The changes of the runs of a file, one per line.
+
+    Raises:
+      ValueError: a line has other words, or a key twice; its number is named.
+    """
+    runs = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            pairs = [pair(word) for word in shlex.split(line, comments=True)]
+            if len(dict(pairs)) < len(pairs):
+                raise ValueError(f"a key twice: {[key for key, _ in pairs]}")
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from error
+        if pairs:
+            runs.append(dict(pairs))
+    return runs
+
+
+def of_file(path: str | None) -> list[dict[str, str]]:
+    """The runs of the file of --runs; none without one.
+
+    Raises:
+      OSError, ValueError: it cannot be read; it is named.
+    """
+    try:
+        return listed(pathlib.Path(path).read_text("utf-8")) if path else []
+    except ValueError as error:
+        raise ValueError(f"--runs {path}: {error}") from error
+
+
+def check_numbers(metrics: str, retries: int) -> None:
+    """Raises ValueError for what only the end of a run would show."""
+    try:
+        re.compile(metrics)
+    except (re.error, RecursionError) as error:
+        raise ValueError(
+            f"--metrics '{metrics}' is no regular expression: {error}"
+        ) from error
+    if retries < 0:
+        raise ValueError(f"--retries is {retries}, expected 0 or more")
 
 
 def name(changes: dict[str, str]) -> str:
@@ -94,13 +136,19 @@ def named(runs: list[dict[str, str]]) -> dict[str, dict[str, str]]:
     """{name: changes}.
 
     Raises:
-      ValueError: two runs have one name.
+      ValueError: two runs have one name, or one has a name that no folder can have.
     """
     out: dict[str, dict[str, str]] = {}
     for changes in runs:
-        if name(changes) in out:
-            raise ValueError(f"two runs are called '{name(changes)}'")
-        out[name(changes)] = changes
+        folder = name(changes)
+        if folder in out:
+            raise ValueError(f"two runs are called '{folder}'")
+        if (size := len(folder.encode())) > LONGEST:
+            raise ValueError(
+                f"the name of run '{folder:.40}...' has {size} bytes, and that of a folder "
+                f"{LONGEST} at most: put the long values into a config"
+            )
+        out[folder] = changes
     return out
 
 
@@ -119,7 +167,10 @@ def check_launcher(launcher: str) -> None:
     """Raises ValueError if a launcher cannot be started, or does not wait for its run."""
     if not launcher:
         return
-    word = shlex.split(launcher)[0]
+    try:
+        word = [*shlex.split(launcher), ""][0]
+    except ValueError as error:
+        raise ValueError(f"--launcher {launcher}: {error}") from error
     if not shutil.which(word):
         raise ValueError(f"--launcher '{word}' is not there, or cannot be executed")
     if pathlib.Path(word).name == "xpk.sh":
@@ -127,6 +178,32 @@ def check_launcher(launcher: str) -> None:
             "--launcher xpk.sh returns when its run is submitted: how the run ends is not "
             "known here, and all of them would have one workload's name"
         )
+
+
+def begun(file: epath.Path) -> dict[str, dict]:
+    """What the sweep.json of a folder says of its runs; {} without one.
+
+    Raises:
+      OSError, ValueError: it cannot be read, or is damaged; it is named.
+    """
+    if not file.exists():
+        return {}
+    found = json_object.read(file)
+    for run, one in found.items():
+        fits = isinstance(one, dict) and isinstance(one.get("changes"), dict)
+        if not fits or not isinstance(one.get("code"), int | None):
+            raise ValueError(
+                f"{file} does not say how run '{run}' differs and ended: delete the file, "
+                "and all runs are started again, which go on from what they saved"
+            )
+    return found
+
+
+def place(file: epath.Path, text: str) -> None:
+    """Writes a file; a kill leaves what was there before, or all of it."""
+    part = file.parent / f".{file.name}"
+    part.write_text(text)
+    part.replace(file)
 
 
 def check_same(before: dict[str, dict], config: str, runs: dict) -> None:
@@ -151,21 +228,18 @@ def last_metrics(workdir, pattern: str) -> dict[str, float]:
         return found
     for path in sorted([folder, *(p for p in folder.iterdir() if p.is_dir())]):
         file = path / "metrics.jsonl"
-        if not file.exists():
+        if not file.is_file():
             continue
         stage = "" if path == folder else f"{path.name}/"
-        for line in file.read_text().split("\n"):
-            try:
-                row = json.loads(line)
-            except (
-                json.JSONDecodeError
-            ):  # the end, or a line that a kill left incomplete
-                continue
-            found |= {
-                f"{stage}{k}": float(v)
-                for k, v in row.items()
-                if k == "step" or re.search(pattern, k)
-            }
+        for line in file.read_bytes().split(b"\n"):
+            # the end, or a line that a kill left incomplete, or that no run wrote
+            with contextlib.suppress(ValueError, TypeError, RecursionError):
+                row = dict(json.loads(line.decode()))
+                found |= {
+                    f"{stage}{k}": float(v)
+                    for k, v in row.items()
+                    if k == "step" or re.search(pattern, k)
+                }
     return found
 
 
@@ -197,13 +271,15 @@ def write(sweep: str, header: list[str], rows: list[list[str]]) -> str:
     folder = epath.Path(sweep)
 
     def line(cells):
-        return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
+        cells = (" ".join(c.replace("|", "\\|").splitlines()) for c in cells)
+        return "| " + " | ".join(cells) + " |"
 
     rule = line(["---"] * len(header))
     text = "\n".join([line(header), rule, *map(line, rows)]) + "\n"
-    (folder / "results.md").write_text(text)
-    with (folder / "results.csv").open("w") as file:
-        csv.writer(file, lineterminator="\n").writerows([header, *rows])
+    place(folder / "results.md", text)
+    comma = io.StringIO()
+    csv.writer(comma, lineterminator="\n").writerows([header, *rows])
+    place(folder / "results.csv", comma.getvalue())
     return text
 
 
@@ -247,9 +323,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry_run", action="store_true", help="print the commands")
     args = parser.parse_args(argv)
     try:
-        lines = pathlib.Path(args.runs).read_text() if args.runs else ""
-        runs = named([*listed(lines), *(grid(args.grid) if args.grid else [])])
+        runs = named([*of_file(args.runs), *(grid(args.grid) if args.grid else [])])
         check_launcher(args.launcher)
+        check_numbers(args.metrics, args.retries)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     if not runs:
@@ -265,12 +341,16 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(map(shlex.join, commands.values())))
         return 0
     file = epath.Path(sweep) / STATUS
-    before = json.loads(file.read_text()) if file.exists() else {}
     try:
+        before = begun(file)
         check_same(before, args.config, runs)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(f"{sweep}: {error}")
-    return conduct(sweep, before, runs, commands, args)
+    try:
+        return conduct(sweep, before, runs, commands, args)
+    except OSError as error:  # of the folder, or of the launcher
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 def conduct(sweep: str, before: dict, runs: dict, commands: dict, args) -> int:
@@ -301,13 +381,13 @@ def conduct(sweep: str, before: dict, runs: dict, commands: dict, args) -> int:
             if code != RESUME or runner.stopped:
                 break
         status[run]["code"] = code
-        file.write_text(json.dumps(status, indent=1))
+        place(file, json.dumps(status, indent=1))
         text = write(sweep, *table(status, sweep, args.metrics))
         if runner.stopped:
             print("stopped: the same command goes on", file=sys.stderr)
             return RESUME
     text = write(sweep, *table(status, sweep, args.metrics))
-    file.write_text(json.dumps(status, indent=1))
+    place(file, json.dumps(status, indent=1))
     print(text, end="")
     failed = [run for run in runs if status[run]["code"] != 0]
     for run in failed:
