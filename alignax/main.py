@@ -106,6 +106,10 @@ def main(argv):
             file=sys.stderr,
         )
         sys.exit(128 + signal.SIGINT)
+    except SystemExit as event:  # of a module or a function that the config names
+        traceback.print_exc()
+        print(f"error: code of this run called sys.exit({event})", file=sys.stderr)
+        hosts.leave(1)
     except Exception as error:
         expected = (ValueError, OSError, checkpoint.CheckpointError, FloatingPointError)
         if DEBUG.value or not isinstance(error, expected):

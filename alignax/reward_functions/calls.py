@@ -21,7 +21,7 @@ import alignax
 from alignax.batch import Batch, Example
 from alignax.inputs import detokenize
 from alignax.plugin import Bound
-from alignax.reward_functions import signature, time_limit
+from alignax.reward_functions import process, signature, time_limit
 from alignax.reward_functions.signature import Signature
 
 # of files that are not the user's
@@ -172,14 +172,15 @@ class _Call(NamedTuple):
             handed: Callable[[], Any] = functools.partial(self.reward.__call__, text)
         else:
             handed = arguments(self.reward, self.form, given)
-        with time_limit.limited(self.seconds):
+        with process.kept(self.reward.name), time_limit.limited(self.seconds):
             out = handed()
         if self.form.kind == "text":
             out = [[out]]
         return _numbers(self.reward, self.form, out, given.valid.shape, given)
 
 
-ERRORS = (Exception, time_limit.TimeUp)
+# sys.exit() in a reward is an error too: it would end the run as if all were well
+ERRORS = (Exception, SystemExit, time_limit.TimeUp)
 
 
 def _together(call: _Call, given: Responses, tolerated: float, apart: bool) -> Found:
@@ -447,7 +448,9 @@ def _number(x: Any) -> float | Failure:
         return Failure(f"gave the text {x!r}, expected a number,")
     try:
         number = float(x)
-    except (TypeError, ValueError, OverflowError):
+    except OverflowError:
+        return Failure("gave an integer that no float can hold")
+    except (TypeError, ValueError):
         return Failure(f"gave {type(x).__name__}, expected a number,")
     if not np.isfinite(np.float32(number)):
         return Failure(f"gave {number}")
@@ -477,7 +480,11 @@ def described(error: BaseException, limit: float) -> str:
     """What happened; quotes within the message of an error are not escaped."""
     if isinstance(error, time_limit.TimeUp):
         return f"took more than {limit:g} seconds (rollout.reward_seconds)"
-    return f"raised {type(error).__name__}({error})"
+    try:
+        said = str(error)
+    except Exception as second:
+        said = f"with a message that raises {type(second).__name__}"
+    return f"raised {type(error).__name__}({said})"
 
 
 def _trace(error: BaseException | None) -> str:

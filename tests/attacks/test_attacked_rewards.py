@@ -1,6 +1,10 @@
 """A reward cannot change what the run goes on with, by accident."""
 
+import contextlib
 import copy
+import os
+import signal
+import sys
 
 import jax
 import numpy as np
@@ -10,6 +14,7 @@ import tiny
 from alignax import plugin, rewards
 from alignax.batch import Example
 from alignax.reports.metrics import read
+from alignax.reward_functions import process
 from alignax.training import loop
 
 
@@ -79,6 +84,106 @@ def test_a_reward_cannot_write_to_the_batch(given, field):
 
     with pytest.raises(ValueError, match="read-only"):
         rewards.attempt(plugin.bind(writes), batch, texts, lms, examples=examples)
+
+
+# -- what a reward changes of the process
+
+
+def changes_jax():
+    jax.config.update("jax_enable_x64", True)
+
+
+def changes_folder():
+    os.chdir("/")
+
+
+def changes_signals():
+    for number in process.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@pytest.mark.parametrize("ends", ["well", "raises"])
+@pytest.mark.parametrize("change", [changes_jax, changes_folder, changes_signals])
+def test_what_a_reward_changes_of_the_process_is_put_back(given, change, ends, caplog):
+    def state():
+        folder, x64 = os.getcwd(), jax.config.jax_enable_x64
+        return folder, x64, *(signal.getsignal(n) for n in process.SIGNALS)
+
+    def reward(text):
+        change()
+        return 1.0 if ends == "well" else 1 / 0
+
+    batch, texts, _, _ = given
+    before = state()
+    try:
+        with contextlib.suppress(ValueError):
+            rewards.attempt(
+                plugin.bind(reward, name=f"own {change.__name__} {ends}"),
+                batch,
+                texts,
+                {},
+            )
+        after = state()
+    finally:  # so that a failure of this test is none of others
+        jax.config.update("jax_enable_x64", before[1])
+        os.chdir(before[0])
+        for number, handler in zip(process.SIGNALS, before[2:], strict=True):
+            signal.signal(number, handler)
+    assert after == before
+    assert (
+        f"{ends} changes " in caplog.text and "put back after every call" in caplog.text
+    )
+
+
+class Mute(Exception):
+    def __str__(self):
+        raise RuntimeError("no message")
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (lambda: sys.exit(75), r"raised SystemExit\(75\)"),
+        (lambda: sys.exit(), r"raised SystemExit\(\)"),
+        (
+            lambda: raised(Mute()),
+            r"raised Mute\(with a message that raises RuntimeError\)",
+        ),
+        (
+            lambda: 10**400,
+            "gave an integer that no float can hold for the response 'a'",
+        ),
+    ],
+)
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_a_reward_ends_with_is_named(given, wrong, message, whole):
+    batch, texts, _, _ = given
+
+    def of_text(text):
+        return wrong()
+
+    def of_texts(texts):
+        return [[wrong() for _ in group] for group in texts]
+
+    bound = plugin.bind(of_texts if whole else of_text)
+    with pytest.raises(ValueError, match=message):
+        rewards.attempt(bound, batch, texts, {})
+
+
+def raised(error):
+    raise error
+
+
+def test_code_of_a_run_that_exits_is_an_error_of_the_program(tmp_path):
+    (tmp_path / "script.py").write_text("import sys\nsys.exit(0)\n")
+    path = os.pathsep.join([str(tmp_path), tiny.environment()["PYTHONPATH"]])
+    done = tiny.main(
+        "--config=configs/sft.py:smoke", "--config.loss.name=script.loss",
+        f"--workdir={tmp_path}/run", PYTHONPATH=path,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "error: code of this run called sys.exit(0)"
+    assert "script.py" in done.stderr
 
 
 def quiet(texts, lms):
