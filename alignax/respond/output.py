@@ -18,6 +18,7 @@ from alignax.sampling import stops as stop_places
 from alignax.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+LISTS = ("responses", "logps", "law_logps", "tokens", "finish")  # of every line
 CONTEXT = 8  # tokens in front of a response, with which it is decoded
 
 
@@ -133,7 +134,7 @@ def answers(
 
 def begin(
     path: epath.Path, examples: Sequence[Example], lms: Mapping[str, LM],
-    text: Tokenizer, *, write: bool, grammar: str = "",
+    text: Tokenizer, *, reward: str = "", grammar: str = "", write: bool,
 ) -> set[str]:  # fmt: skip
     """Ids of the prompts that a file already answers; drops an incomplete last line.
 
@@ -142,12 +143,13 @@ def begin(
       examples: the prompts.
       lms: the models whose weights the responses depend on.
       text: the tokenizer.
+      reward: what the scores depend on, from `rewards.identity`; '' without a reward.
+      grammar: of the responses, its identity; '' without one.
       write: whether this process writes.
-      grammar: of the responses, its identity.
 
     Raises:
-      ValueError: the file is damaged, or belongs to other prompts, weights or another
-        tokenizer; the message has the differences.
+      ValueError: the file is damaged, or belongs to other prompts, weights, another
+        tokenizer or reward; the message has the differences.
     """
     prompts = [
         (e.id, e.prompt, *([dict(e.template)] if e.template else [])) for e in examples
@@ -161,6 +163,8 @@ def begin(
         for name, lm in lms.items()
     }
     here |= {"grammar": grammar} if grammar else {}
+    if reward:
+        here["reward"] = hashlib.sha256(reward.encode()).hexdigest()[:16]
     beside = path.with_suffix(".json")
     if not path.exists():
         if write:
@@ -172,10 +176,16 @@ def begin(
         f"{k} ({there.get(k, 'absent')} there, {here.get(k, 'absent')} here)"
         for k in dict.fromkeys((*there, *here))
         if there.get(k) != here.get(k)
+        and not (k == "reward" and k not in there)  # of an earlier version
     ]
+    wanted = {e.id: json.loads(json.dumps(e.prompt)) for e in examples}
+    other = [row for row in found if wanted.get(row["id"]) != row["prompt"]]
+    if other and not differ:
+        raise ValueError(
+            f"{path} is damaged: {other[0]['id']} is no prompt of this run, or has another "
+            "text: delete that line, or put a copy of the file back"
+        )
     if differ:
-        wanted = {e.id: json.loads(json.dumps(e.prompt)) for e in examples}
-        other = [row for row in found if wanted.get(row["id"]) != row["prompt"]]
         hint = ""
         if other:
             ask = wanted.get(other[0]["id"])
@@ -208,11 +218,22 @@ def read(path: epath.Path, *, repair: bool = False) -> list[dict[str, Any]]:
     for number, line in enumerate(whole.splitlines(), 1):
         try:
             row = json.loads(line)
-            row["id"], row["prompt"]
-        except (ValueError, KeyError, TypeError) as error:
+            check_line(row)
+        except (ValueError, RecursionError, KeyError, TypeError) as error:
             raise ValueError(f"{path}:{number} is no response: {error!r}") from error
         out.append(row)
     return out
+
+
+def check_line(row: Any) -> None:
+    """Raises ValueError, KeyError or TypeError for what is no line of such a file."""
+    row["prompt"]
+    if not isinstance(row["id"], str):
+        raise ValueError("its id is no text")
+    lists = {k: row[k] for k in (*LISTS, "scores") if k != "scores" or k in row}
+    for key, value in lists.items():
+        if not isinstance(value, list) or len(value) != len(row["responses"]):
+            raise ValueError(f"it has no list {key!r} with an entry for each response")
 
 
 def append(path: epath.Path, lines: Sequence[Mapping[str, Any]]) -> None:

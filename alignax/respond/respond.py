@@ -240,13 +240,10 @@ def _respond(
     score = parallel.scorer(run.mesh)
     mine, grammar = jax.process_index() == 0, config.generate.grammar
     done = output.begin(
-        path,
-        now.examples,
-        {"policy": lm, **run.lms},
-        run.tokenizer,
-        write=mine,
+        path, now.examples, {"policy": lm, **run.lms}, run.tokenizer,
+        reward=rewards.identity(reward) if reward else "", write=mine,
         grammar=grammar and grammars.load(grammar, "generate.grammar").identity,
-    )
+    )  # fmt: skip
     total, tokens, start = len(now.starts), 0, time.monotonic()
     run.say(
         f"prompts: {total}, {len(done)} answered already, {min(map(len, now.ids))} to "

@@ -183,6 +183,56 @@ def test_damaged_files_of_answers_are_named(tmp_path, content):
         output.read(epath.Path(path))
 
 
+WRONG_LINES = [
+    {"id": ["a"]}, {"id": 3}, {"id": None}, {"responses": None}, {"responses": "x"},
+    {"tokens": []}, {"finish": {}}, {"logps": 3},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [*WRONG_LINES, None])
+def test_a_line_that_is_no_answer_is_named(tmp_path, change):
+    lists = {key: [0] for key in output.LISTS}
+    line = json.dumps({"id": "a", "prompt": "b", **lists})
+    path = tmp_path / "responses.jsonl"
+    path.write_text(line + "\n")
+    assert len(output.read(epath.Path(path))) == 1
+    bad = json.dumps({**json.loads(line), **change}) if change else "[" * 100_000
+    path.write_text(f"{line}\n{bad}\n")
+    with pytest.raises(ValueError, match=r"responses\.jsonl:2 is no response"):
+        output.read(epath.Path(path))
+
+
+def scored(text):
+    return float(len(text))
+
+
+def test_answers_are_not_scored_by_two_rewards(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    config = tiny.to_respond(tmp_path)
+    config.generate.reward = {"name": "test_attacked_files.scored"}
+    respond.respond(config, str(folder))
+    path = folder / "responses.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: whole.index(b"\n") + 1])
+    with monkeypatch.context() as patch:
+        patch.setattr(respond.rewards, "identity", lambda reward: "other code")
+        with pytest.raises(ValueError, match=r"answers something else; .*reward \("):
+            respond.respond(config, str(folder))
+    beside = folder / "responses.json"
+    known = json.loads(beside.read_text())
+    assert known.pop("reward")
+    beside.write_text(json.dumps(known))  # as an earlier version wrote it
+    first, *_ = path.read_text().splitlines()
+    path.write_text(first.replace('"prompt": "', '"prompt": "x') + "\n")
+    with pytest.raises(
+        ValueError, match="is no prompt of this run, or has another text"
+    ):
+        respond.respond(config, str(folder))
+    path.write_text(first + "\n")
+    respond.respond(config, str(folder))
+    assert path.read_bytes() == whole
+
+
 @pytest.mark.parametrize("lacking", ["key", "rows", "ends", "logps"])
 def test_a_cache_without_a_part_is_named(tmp_path, lacking):
     path = tmp_path / "reference.npz"
