@@ -25,7 +25,7 @@ import tensorflow_datasets as tfds
 from alignax.batch import Example, Message
 from alignax.data import Examples, as_kind, held_out, none_left, share
 from alignax.records import values
-from alignax.records.files import existing, read_json_lines
+from alignax.records.files import cache, existing, read_json_lines
 from alignax.records.row_forms import hh_turns
 
 
@@ -65,10 +65,7 @@ def examples(
     fraction = share(test_fraction, split)
     source = existing(path)
     if cache_dir is None:
-        home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-        cache_dir = os.environ.get("ALIGNAX_CACHE") or str(
-            pathlib.Path(home, "alignax")
-        )
+        cache_dir = str(cache())
     digest = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
     folder = pathlib.Path(cache_dir, "hh_rlhf", digest)
     rows, notes = _prepared(folder, source)

@@ -29,6 +29,8 @@ from alignax import batch, plugin
 from alignax.batch import Example
 from alignax.inputs import rows
 from alignax.inputs.rows import Row, Rows, Sizes
+from alignax.models import fallback
+from alignax.records.files import cache
 from alignax.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -63,10 +65,9 @@ def read(
       ValueError: no usable row, or what the data set refuses.
     """
     entry = None
-    if folder != OFF:
-        entry = pathlib.Path(
-            folder or default_folder(), key(section, tokenizer, length)
-        )
+    kept_in = None if folder == OFF else folder or default_folder()
+    if kept_in is not None:
+        entry = pathlib.Path(kept_in, key(section, tokenizer, length))
         if (found := _load(entry)) is not None:
             check(found.counts)
             return found
@@ -74,12 +75,13 @@ def read(
     return _make(entry, examples, tokenizer, length, check)
 
 
-def default_folder() -> pathlib.Path:
-    """$ALIGNAX_CACHE/rows, or alignax/rows in the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(
-        os.environ.get("ALIGNAX_CACHE") or pathlib.Path(home, "alignax"), "rows"
-    )
+def default_folder() -> pathlib.Path | None:
+    """`rows` in the folder of `files.cache`; None, with a warning, where there is none."""
+    try:
+        return cache() / "rows"
+    except OSError as error:
+        fallback.say_once(f"token ids stay in memory: {error}")
+        return None
 
 
 def key(section: Mapping[str, Any], tokenizer: Tokenizer, length: int) -> str:
@@ -110,7 +112,8 @@ def _load(entry: pathlib.Path) -> Rows | None:
             raise ValueError(f"{len(stored)} rows, expected {len(sizes)}")
         return Kept(stored, sizes, entry_of["counts"])
     except (
-        OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile,
+        OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RuntimeError,
+        zipfile.BadZipFile,
     ) as error:  # fmt: skip
         log.warning("%s does not read back (%s): tokenised again", entry, error)
         return None

@@ -12,6 +12,7 @@ import decimal
 import gzip
 import io
 import json
+import os
 import pathlib
 import zlib
 from collections.abc import Iterator
@@ -38,13 +39,33 @@ UNMARKED = (  # of text that begins with an ASCII character: which of its bytes 
 )
 
 
+def cache() -> pathlib.Path:
+    """$ALIGNAX_CACHE, or alignax in the user's cache folder.
+
+    Raises:
+      FileNotFoundError: the user has no home folder, as in some containers.
+    """
+    if own := os.environ.get("ALIGNAX_CACHE"):
+        return pathlib.Path(own)
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    except RuntimeError:
+        raise FileNotFoundError(
+            "this user has no home folder: set ALIGNAX_CACHE to a folder for what is kept"
+        ) from None
+    return pathlib.Path(home, "alignax")
+
+
 def existing(path: str | pathlib.Path) -> pathlib.Path:
     """`path`, if it is a file.
 
     Raises:
       FileNotFoundError: names the path and the files beside it.
     """
-    path = pathlib.Path(path).expanduser()
+    try:
+        path = pathlib.Path(path).expanduser()
+    except RuntimeError as error:  # '~' of a user that there is not
+        raise FileNotFoundError(f"no data file {path}: {error}") from error
     if path.is_file():
         return path
     beside = sorted(p.name for p in path.parent.glob("*") if p.is_file())

@@ -7,7 +7,9 @@ import zipfile
 import numpy as np
 import pytest
 
-from alignax.inputs import reference_cache
+from alignax.inputs import reference_cache, row_store
+from alignax.models import fallback
+from alignax.records import files
 
 KEY = {"parameters": "1"}
 TABLE = {bytes([i] * 32): np.arange(i + 1, dtype=np.float32) for i in range(4)}
@@ -92,3 +94,50 @@ def test_a_file_that_is_cut_or_changed_anywhere_is_refused_or_equal(path):
         else:
             assert found.keys() == TABLE.keys()
             assert all((found[k] == TABLE[k]).all() for k in TABLE)
+
+
+# -- token ids that are kept
+
+ENTRIES = [
+    "[]",
+    "null",
+    "3",
+    '{"files": []}',
+    '{"files": {}, "digest": 3}',
+    "[" * 100_000,
+]
+
+
+@pytest.mark.parametrize("content", ENTRIES)
+def test_an_entry_that_is_none_is_made_again(tmp_path, content):
+    (tmp_path / "entry.json").write_text(content)
+    assert row_store._load(tmp_path) is None
+
+
+@pytest.fixture
+def homeless(monkeypatch):
+    """A user without a home folder, as that of a container often is."""
+
+    def none():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("ALIGNAX_CACHE", raising=False)
+    monkeypatch.setattr(files.pathlib.Path, "home", none)
+
+
+def test_without_a_home_token_ids_stay_in_memory(homeless, monkeypatch, caplog):
+    fallback.say_once.cache_clear()
+    assert row_store.default_folder() is None
+    assert "token ids stay in memory: this user has no home folder" in caplog.text
+    with pytest.raises(FileNotFoundError, match="set ALIGNAX_CACHE"):
+        files.cache()
+    monkeypatch.setenv("ALIGNAX_CACHE", "/kept")
+    assert str(row_store.default_folder()) == "/kept/rows"
+
+
+def test_a_home_of_nobody_is_named():
+    with pytest.raises(
+        FileNotFoundError, match=r"no data file ~nobody-here/x\.jsonl: "
+    ):
+        files.existing("~nobody-here/x.jsonl")
