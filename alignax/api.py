@@ -5,7 +5,6 @@ of the package is promised to outsiders.
 """
 
 import datetime
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from alignax import logprob
 from alignax.batch import LM, Example, Message, from_groups
 from alignax.models import save as model_files
 from alignax.models import sharding, transformer
+from alignax.records.files import expanded
 from alignax.respond import output, responder, starts
 from alignax.runs import model_paths
 from alignax.sampling import decode, drafts, generation_settings, grammars
@@ -394,7 +394,7 @@ _score = jax.jit(logprob.score)
 
 def _resolve(path: str) -> model_paths.ModelPath:
     found = model_paths.resolve(str(path))
-    if found.kind == "hf" and not pathlib.Path(path).expanduser().exists():
+    if found.kind == "hf" and not expanded(path).exists():
         raise FileNotFoundError(
             f"no model at {path}: expected a folder or a .gguf file; names on a hub are not "
             "downloaded, save the model into a folder first"

@@ -24,6 +24,7 @@ from alignax.batch import LM, Params
 from alignax.models import json_object, load, lora, peft, transformer
 from alignax.models import save as model_files
 from alignax.records import fetch
+from alignax.records.files import expanded
 from alignax.reports import metrics, model_card
 from alignax.runs import checkpoint, model_paths
 from alignax.runs.model_paths import ModelPath
@@ -81,7 +82,7 @@ def export(
         if dtype:
             raise ValueError("adapters are written in float32")
         return write_adapters(found, out, files, overwrite, value_head)
-    model_files.check_target(pathlib.Path(out).expanduser(), overwrite)
+    model_files.check_target(expanded(out), overwrite)
     lm, said = read(found)
     lm = with_head(lm, value_head, source)
     if dtype:
@@ -144,7 +145,7 @@ def origin(found: ModelPath) -> dict[str, Any]:
                 return {}
         else:
             return {}
-    folder = pathlib.Path(found.path).expanduser().absolute()
+    folder = expanded(found.path).absolute()
     try:
         text = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -168,7 +169,7 @@ def read(found: ModelPath) -> tuple[LM, list[str]]:
     """The model in its own dtype, and what is to be said of that."""
     if found.kind != "hf":
         return loading.load_lm(found), []
-    config = json_object.read(pathlib.Path(found.path).expanduser() / "config.json")
+    config = json_object.read(expanded(found.path) / "config.json")
     own = config.get("dtype") or config.get("torch_dtype") or "float32"
     said = []
     if own not in ("float32", "bfloat16"):

@@ -22,6 +22,7 @@ from alignax.models import families, gguf, json_object, sharding
 from alignax.models.sizes import brief
 from alignax.models.stored import Tensor, aligned, check_dtype, safetensors
 from alignax.models.transformer import ModelConfig, tree_shapes
+from alignax.records.files import expanded
 
 DTYPES = ("float32", "bfloat16")
 
@@ -49,7 +50,7 @@ def load(
     """
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
-    path = pathlib.Path(path).expanduser()
+    path = expanded(path)
     if path.is_dir():
         hf, readers = _read_directory(path)
         config = _config(hf, path)

@@ -33,6 +33,7 @@ from alignax.models.lora import TABLES, TARGETS, Lora
 from alignax.models.save import at_once, check_target
 from alignax.models.stored import safetensors
 from alignax.models.transformer import ModelConfig, tree_shapes
+from alignax.records.files import expanded
 
 PREFIX = "base_model.model."
 # FREE: settings that are read here, or that do not change what trained adapters compute.
@@ -97,7 +98,7 @@ def settings(path: str | pathlib.Path) -> dict[str, Any]:
       ValueError: a setting that asks for anything else, one that is missing, or a value of
         another type.
     """
-    path = pathlib.Path(path).expanduser()
+    path = expanded(path)
     found = json_object.read(path / "adapter_config.json")
     for key, value in found.items():
         plain = value in VALUES[key] if key in VALUES else not value
@@ -123,7 +124,7 @@ def settings(path: str | pathlib.Path) -> dict[str, Any]:
 
 def holds(path: str | pathlib.Path) -> bool:
     """Whether a path is a directory of PEFT adapters."""
-    return (pathlib.Path(path).expanduser() / "adapter_config.json").is_file()
+    return (expanded(path) / "adapter_config.json").is_file()
 
 
 def base_path(path: str | pathlib.Path) -> str:
@@ -132,10 +133,10 @@ def base_path(path: str | pathlib.Path) -> str:
     Raises:
       FileNotFoundError: nothing is there; the message has the name.
     """
-    path = pathlib.Path(path).expanduser()
+    path = expanded(path)
     name = settings(path).get("base_model_name_or_path") or ""
     for place in (pathlib.Path(name), path.parent / name, path / name):
-        if name and place.expanduser().exists():
+        if name and expanded(place).exists():
             return str(place)
     raise FileNotFoundError(
         f"{path} names the base {name!r}, which is neither a path nor beside it: save the "
@@ -292,7 +293,7 @@ def load(path: str | pathlib.Path, base: LM) -> tuple[Params, Lora]:
       ValueError: a setting that is not supported; a tensor that is missing, unused or of
         another shape: it is named.
     """
-    path = pathlib.Path(path).expanduser()
+    path = expanded(path)
     found = settings(path)
     tensors = _sorted(path / "adapter_model.safetensors")
     config = _config(found, tensors, base.config, path)
@@ -702,7 +703,7 @@ def save(
     """
     from safetensors.numpy import save_file
 
-    path = pathlib.Path(path).expanduser()
+    path = expanded(path)
     check_target(path, overwrite)
     if "value_head" in adapters and "head" in adapters:
         raise ValueError(

@@ -16,6 +16,7 @@ import numpy as np
 from alignax.batch import LM
 from alignax.models import families
 from alignax.models.transformer import tree_shapes
+from alignax.records.files import expanded
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -50,7 +51,7 @@ def save(
       FileNotFoundError: `tokenizer` holds no tokenizer file.
       ValueError: the family cannot express the config, or the tree is not the config's.
     """
-    path = pathlib.Path(path).expanduser()
+    path = expanded(path)
     check_target(path, overwrite)
     blocks = lm.params.get("blocks")
     if isinstance(blocks, tuple):  # as `unstack` leaves them
@@ -190,7 +191,7 @@ def _stored_order(p: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 def _tokenizer_files(folder: str | pathlib.Path | None) -> list[pathlib.Path]:
     if folder is None:
         return []
-    folder = pathlib.Path(folder).expanduser()
+    folder = expanded(folder)
     found = [folder / f for f in TOKENIZER_FILES if (folder / f).exists()]
     if not found:
         raise FileNotFoundError(f"{folder} holds none of {', '.join(TOKENIZER_FILES)}")

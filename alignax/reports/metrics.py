@@ -318,7 +318,7 @@ def read(workdir: Any) -> list[dict[str, float]]:
     Raises:
       FileNotFoundError: the workdir has no metrics.jsonl.
     """
-    path = epath.Path(workdir) / "metrics.jsonl"
+    path = epath.Path(workdir).expanduser() / "metrics.jsonl"
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: has this run written metrics?")
     return [{k: float(v) for k, v in row.items()} for row in _read(path)]

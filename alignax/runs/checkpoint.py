@@ -28,6 +28,7 @@ import alignax
 from alignax.batch import LM, Params
 from alignax.models.sharding import path_string, spec
 from alignax.models.transformer import ModelConfig
+from alignax.records.files import expanded
 
 # Raised when a checkpoint gets something that an earlier version cannot read.
 FORMAT = 1
@@ -402,8 +403,10 @@ def _average(manager: ocp.CheckpointManager, step: int, target: Params) -> Param
 
 
 def absolute(path) -> epath.Path:
-    """A local path made absolute; a remote one (gs://...) unchanged."""
-    return epath.Path(path) if "://" in str(path) else epath.Path(path).absolute()
+    """A local path made absolute, with the home folder for its ~; a remote one unchanged."""
+    if "://" in str(path):
+        return epath.Path(path)
+    return epath.Path(expanded(path).absolute())
 
 
 def _meta(manager, step: int) -> dict[str, Any]:

@@ -15,7 +15,10 @@ import states
 import tiny
 from etils import epath
 
+import alignax as ax
+from alignax import export
 from alignax.inputs import reference_cache
+from alignax.records import files
 from alignax.reports.metrics import Writer, read
 from alignax.respond import output, respond
 from alignax.runs import adapter_base, checkpoint, model_paths, watchdog, workdirs
@@ -378,3 +381,27 @@ def test_a_full_disk_is_named_and_loses_nothing(tmp_path, variant):
         assert again.returncode == 0, again.stderr
         assert "resumed at step 2 of 4" in again.stdout
         assert states.ending(root) == end
+
+
+@pytest.mark.parametrize("use", [
+    lambda path: ax.load(path),
+    lambda path: ax.load(f"average:{path}"),
+    lambda path: files.existing(path),
+    lambda path: loop.train(tiny.config(num_steps=1), path),
+    lambda path: loop.train(tiny.config(**{"model.path": path}), "run"),
+    lambda path: export.export(path, "there"),
+])  # fmt: skip
+def test_the_home_folder_of_a_user_that_there_is_not(tmp_path, monkeypatch, use):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match="~nosuchuser"):
+        use("~nosuchuser/x")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_workdir_is_found_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    loop.train(tiny.config(num_steps=1), "~/run")
+    assert (tmp_path / "run/checkpoints/1").is_dir()
+    assert not (tmp_path / "~").exists()
+    assert read("~/run") == read(tmp_path / "run")
