@@ -144,7 +144,18 @@ def at_each(
 
 
 def chain(*guides: Guide) -> Guide:
-    """The sum of guides of one kind: g = g_1 + g_2 + ...
+    """The composition of guides of one kind, from the first to the last.
+
+    Kind vector: each guide tilts the logits that the ones before it give. If their tilts do
+    not depend on these logits this is a sum, g = g_1 + g_2 + ...; otherwise the order
+    matters: nudging replaces the logits, and a contrastive guide masks the less likely
+    tokens. Kinds scalar and block: the sum of their values.
+
+    Args:
+      *guides: at least one; each state is kept beside the others.
+
+    Returns:
+      A Guide of their kind; lo and hi are the sums of theirs.
 
     Raises:
       ValueError: no guide, or guides of different kinds.

@@ -337,3 +337,45 @@ def test_ragged_prompts_share_few_shapes():
         ragged([[1], []])
     with pytest.raises(ValueError, match="prompt 1 has 3 tokens, expected at most 2"):
         ragged([[1], [1, 2, 3]], longest=2)
+
+
+def replaced_update(table, state, tokens, start, logits):
+    """The table instead of logits that are unsure: a tilt that depends on the logits."""
+    sure = jax.nn.softmax(logits).max(-1, keepdims=True) >= 0.4
+    states = jnp.cumsum(jnp.concatenate([state[:, None], tokens], 1), 1) % 3
+    return jnp.where(sure, logits, table[states[:, 1:]]), states
+
+
+def test_a_chain_composes_its_guides_in_their_order():
+    """An oracle in float64; the sum of both tilts is only one of the two orders."""
+    rng = np.random.default_rng(5)
+    one, other = 2 * rng.normal(size=(2, 3, V))
+    add, replace = sums(one), sums(other)._replace(
+        update=Partial(replaced_update, jnp.asarray(other, jnp.float32))
+    )  # fmt: skip
+    tokens = np.array([[4, 1, 5, 2], [3, 3, 1, 1]])
+    logits = 1.5 * rng.normal(size=(2, 2, V))
+
+    def composed(order):
+        out, now = logits.copy(), np.cumsum(tokens, 1)[:, 2:] % 3
+        for guide in order:
+            if guide is add:
+                out += one[now]
+            else:
+                p = np.exp(out) / np.exp(out).sum(-1, keepdims=True)
+                out = np.where(p.max(-1, keepdims=True) >= 0.4, out, other[now])
+        return out
+
+    found = []
+    for order in ((add, replace), (replace, add)):
+        guide = guides.chain(*order)
+        state = guide.init(jnp.asarray(tokens[:, :3]), jnp.array([3, 3]), 8)
+        given = jnp.asarray(logits, jnp.float32)
+        out, _ = guide.update(
+            state, jnp.asarray(tokens[:, 2:]), jnp.array([2, 2]), given
+        )
+        np.testing.assert_allclose(out, composed(order), atol=1e-5)
+        found.append(np.asarray(out))
+    alone = [composed((guide,)) - logits for guide in (add, replace)]
+    assert np.abs(found[0] - (logits + sum(alone))).max() > 0.1
+    assert np.abs(found[0] - found[1]).max() > 0.1
