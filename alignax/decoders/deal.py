@@ -55,7 +55,7 @@ def search(
 ) -> Generated:
     """Heuristic search. *Exact*: `prune` and `self_draft` change no token of the output.
 
-    With lam = 0 and one beam it is greedy decoding. The response need not have the best
+    With lam = 0 it is beam search, which asks no judge; with one beam, greedy decoding. The response need not have the best
     score of all responses: the beam is narrow, and h of a look-ahead an estimate.
 
     Args:
@@ -65,7 +65,7 @@ def search(
       lengths: real tokens of each prompt, [B].
       key: not used: nothing is random.
       max_new: most tokens of a response.
-      judge: h, of responses and of their beginnings.
+      judge: h, of responses and of their beginnings; not used if lam = 0.
       temperature: not used: p is the unmodified model.
       eos_ids: end a response.
       top_k: candidates of each beam.
@@ -79,12 +79,13 @@ def search(
 
     Returns:
       Generated, G = 1; feedback is log p + lam h of the response, old_logps are 0. stats:
-      'rollouts' (candidates with a look-ahead, judged), 'judge_calls' (those and the final
-      ones), 'tokens_sampled' (in look-aheads), 'rounds' (sequential choices), 'steps'
+      'rollouts' (candidates with a look-ahead), 'judge_calls' (those and the final ones; 0
+      if lam = 0), 'tokens_sampled' (in look-aheads), 'rounds' (sequential choices), 'steps'
       (sequential calls of the model).
 
     Raises:
-      ValueError: an argument out of its range, or h outside lo..hi where `prune`.
+      ValueError: an argument out of its range, no judge although lam > 0, or h outside
+        lo..hi where `prune`.
     """
     del lms, temperature
     if min(top_k, beams) < 1 or min(lookahead, lam, self_draft) < 0:
@@ -117,9 +118,11 @@ def search(
         return weigh(far, where), _after(far, h.ends, self_draft)
 
     def weigh(h, where):
+        if not lam:
+            return np.zeros(h.ends.shape)
         bounds = dict(low=lo, high=hi) if prune else {}
-        value = hypotheses.judged(judge, h, where, **bounds)
-        return lam * value if lam else np.zeros(value.shape)
+        stats["judge_calls"] += int(where.sum())
+        return lam * hypotheses.judged(judge, h, where, **bounds)
 
     def choose(logps, candidates):
         bounds = (lam * lo, lam * hi) if prune else None
@@ -143,9 +146,7 @@ def search(
         at, w = np.nonzero(now)
         final_logp[at, index[at, w]] = logp[at, w]
         logp[now | (np.isfinite(final_logp).sum(1, keepdims=True) >= beams)] = -np.inf
-    where = np.isfinite(final_logp)
-    score = final_logp + weigh(final, where)
-    stats["judge_calls"] = stats["rollouts"] + int(where.sum())
+    score = final_logp + weigh(final, np.isfinite(final_logp))
     index = score.argmax(1)[:, None]
     best = np.take_along_axis(score, index, 1)
     return hypotheses.generated(

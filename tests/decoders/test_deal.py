@@ -121,9 +121,10 @@ def test_a_look_ahead_that_ends_early_counts_the_steps_it_took(lm):
     assert out.stats["steps"] == out.stats["rounds"] + 1
 
 
+@pytest.mark.parametrize("judge", [JUDGE, None], ids=["judge", "none"])
 @pytest.mark.parametrize("ways", [{}, {"prune": True}, {"self_draft": 2}], ids=str)
-def test_without_weight_and_with_one_beam_it_is_greedy(lm, ways):
-    out = run(lm, lam=0.0, **ways)
+def test_without_weight_and_with_one_beam_it_is_greedy(lm, ways, judge):
+    out = run(lm, lam=0.0, judge=judge, **ways)
     greedy = decode.generate(
         lm, PROMPTS, LENGTHS, jax.random.key(0), max_new=NEW, temperature=0.0,
         eos_ids=EOS,
@@ -133,6 +134,30 @@ def test_without_weight_and_with_one_beam_it_is_greedy(lm, ways):
     np.testing.assert_array_equal(out.truncated, greedy.truncated)
     np.testing.assert_allclose(out.raw_logps, greedy.raw_logps, atol=1e-5)
     assert (out.stats["rollouts"] == 0) == ("prune" in ways)
+    assert out.stats["judge_calls"] == 0
+    sums = np.asarray(out.raw_logps).sum(-1)
+    np.testing.assert_allclose(out.batch.feedback, sums, atol=1e-5)
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_without_weight_and_judge_it_is_beam_search(lm, next_logits, ahead):
+    out = run(lm, lam=0.0, judge=None, beams=3, lookahead=ahead)
+    settings = dict(k=5, ahead=0, lam=0.0, beams=3)
+    for prompt, n, got in zip(PROMPTS, LENGTHS, searching.responses(out), strict=True):
+        assert got == plain(next_logits, prompt[:n], **settings)[0][0]
+
+
+def test_the_judge_is_called_as_often_as_is_counted(lm):
+    seen = []
+
+    def judge(batch):
+        seen.append(int(np.asarray(batch.valid).sum()))
+        return JUDGE(batch)
+
+    out = run(lm, lam=2.0, judge=judge)
+    assert sum(seen) == out.stats["judge_calls"] > out.stats["rollouts"] > 0
+    with pytest.raises(ValueError, match="judge is None"):
+        run(lm, lam=1e-6, judge=None)
 
 
 def test_more_weight_covers_more_keywords_with_less_likely_text(lm):
