@@ -107,9 +107,10 @@ def generate(
       raw_logps is the policy's.
 
     Raises:
-      ValueError: an argument out of its range; prompts that the reader refuses; a
-        mask that leaves a row no token; a guide that gives NaN.
+      ValueError: an argument out of its range; prompts or a model that the reader
+        refuses; a mask that leaves a row no token; a guide that gives NaN.
     """
+    reader.check_lm(lm)
     request = generation_settings.parse(
         prompts, lengths, lm.config.vocab_size, max_new=max_new, group=group,
         temperature=temperature, eos_ids=eos_ids, top_k=top_k, top_p=top_p, min_p=min_p,

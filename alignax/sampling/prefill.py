@@ -5,6 +5,9 @@ prompts begin with. A method that changes the prefill has a Reader of its own; g
 drafts and every setting of `generate` work with any Reader.
 """
 
+import dataclasses
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -28,11 +31,13 @@ class Reader(NamedTuple):
       step: traced: (lm, state, tokens [N, K], positions [N, K]) -> (h [N, K, D], the state
         with the tokens). Positions are indices of the row; one may be written again.
       check: on the host: (prompts, lengths) raises ValueError for prompts that it refuses.
+      check_lm: on the host: (lm) raises ValueError for a model that it refuses.
     """
 
     begin: Callable[..., Any]
     step: Callable[..., Any]
     check: Callable[..., None] = lambda prompts, lengths: None
+    check_lm: Callable[[LM], None] = lambda lm: None
 
 
 def traced(reader: Reader) -> tuple[Partial, Partial]:
@@ -82,7 +87,9 @@ def after(lm: LM, ids: Sequence[int] | Int[np.ndarray, " S"]) -> Reader:
 
     Returns:
       Reader. It refuses a prompt that does not begin with the prefix, or has nothing after
-      it. A text may begin with the prefix as a string, but not as tokens.
+      it. A text may begin with the prefix as a string, but not as tokens. It also refuses
+      a model other than `lm`, and keeps `lm` alive for that. The same arrays are accepted
+      at once; copies of them cost one comparison of all weights in every call.
 
     Raises:
       ValueError: no ids.
@@ -100,7 +107,52 @@ def after(lm: LM, ids: Sequence[int] | Int[np.ndarray, " S"]) -> Reader:
                     f"token {same.index(False)}"
                 )
 
-    return Reader(Partial(_after, _read(lm, jnp.asarray(known))), WHOLE.step, check)
+    return Reader(
+        Partial(_after, _read(lm, jnp.asarray(known))), WHOLE.step, check,
+        functools.partial(_same, lm),
+    )  # fmt: skip
+
+
+def _same(known: LM, lm: LM) -> None:
+    """Raises ValueError unless the keys and values of `known` are those of `lm`.
+
+    Whether an LM is traced is not known: it is accepted.
+    """
+    mine, theirs = jax.tree.leaves(known.params), jax.tree.leaves(lm.params)
+    if any(isinstance(x, jax.core.Tracer) for x in (*mine, *theirs)):
+        return
+    configs = [dataclasses.replace(x.config, vocab_size=0) for x in (known, lm)]
+    told = "the prefill was done with another model: "
+    if configs[0] != configs[1]:  # `limit_ids` changes the number of ids alone
+        fields = [dataclasses.asdict(c) for c in configs]
+        other = [k for k in fields[0] if fields[0][k] != fields[1][k]]
+        raise ValueError(
+            told + f"the configs differ in {', '.join(other)}; call prefill.after again"
+        )
+    if len(mine) == len(theirs) and all(map(operator.is_, mine, theirs)):
+        return
+    gone = any(isinstance(x, jax.Array) and x.is_deleted() for x in mine)
+    if gone or not _equal(known, lm):
+        raise ValueError(told + "the weights differ; call prefill.after again")
+
+
+def _equal(one: LM, other: LM) -> bool:
+    """Whether two LMs of one config have equal weights, stacked or not."""
+    forms = []
+    for lm in (one, other):
+        shapes = jax.eval_shape(transformer.unstack, lm).params
+        found = jax.tree_util.tree_leaves_with_path(shapes)
+        forms.append([(path, x.shape, x.dtype) for path, x in found])
+    if forms[0] != forms[1]:
+        return False
+    return bool(_equal_values(one, other))
+
+
+@jax.jit
+def _equal_values(one: LM, other: LM) -> Array:
+    leaves = (jax.tree.leaves(transformer.unstack(lm).params) for lm in (one, other))
+    same = [(a == b).all() for a, b in zip(*leaves, strict=True)]
+    return jnp.stack(same).all()
 
 
 @jax.jit

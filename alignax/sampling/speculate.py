@@ -120,6 +120,7 @@ def speculate(
             f"the draft has a vocabulary of {draft.vocab_size}, expected the target's "
             f"{size}"
         )
+    reader.check_lm(lm)
     mode = _mode(guide, mode)
     if guided_draft and mode != "vector":
         raise ValueError("guided_draft needs a guide of kind vector")

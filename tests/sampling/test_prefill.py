@@ -1,10 +1,15 @@
 """A prefix that is read once gives what reading it every time gives."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from alignax.batch import LM
+from alignax.decoders import best_of_n
+from alignax.models import transformer
 from alignax.sampling import decode, drafts, prefill
 from alignax.sampling.speculate import speculate
 
@@ -102,3 +107,78 @@ def test_prompts_without_it_are_refused(tiny_lm, message):
         decode.generate(
             tiny_lm, tokens, lengths, jax.random.key(0), max_new=1, reader=made
         )
+
+
+def changed(lm, part):
+    """The LM with 1e-3 more in one element of the last parameter of a part."""
+    leaves, tree = jax.tree.flatten(lm.params[part])
+    leaves[-1] = leaves[-1].at[(0,) * leaves[-1].ndim].add(1e-3)
+    return LM(lm.config, {**lm.params, part: jax.tree.unflatten(tree, leaves)})
+
+
+def sampled(lm, made, way):
+    asked_for = {"max_new": 2, "temperature": 0.0, "reader": made}
+    key = jax.random.key(0)
+    if way == "generate":
+        return decode.generate(lm, *asked(), key, **asked_for)
+    if way == "speculate":
+        draft = drafts.ngram(lm.config.vocab_size)
+        return speculate(lm, draft, *asked(), key, **asked_for)
+    return best_of_n.search(
+        lm,
+        {},
+        *asked(),
+        key,
+        n=2,
+        judge=lambda b: np.zeros(b.mask.shape[:2]),
+        **asked_for,
+    )
+
+
+WAYS = ("generate", "speculate", "best_of_n")
+OTHERS = {  # from an LM: another one, and what the error says
+    "width": (lambda lm, make: make(dataclasses.replace(lm.config, mlp_width=20)), "mlp_width"),
+    "layers": (lambda lm, make: make(dataclasses.replace(lm.config, num_layers=1)), "num_layers"),
+    "seed": (lambda lm, make: make(lm.config, 7), "the weights differ"),
+    "one weight of a layer": (
+        lambda lm, make: changed(lm, "blocks"), "the weights differ",
+    ),
+    "one weight of the embedding": (
+        lambda lm, make: changed(lm, "embed"), "the weights differ",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("other", OTHERS)
+def test_another_model_than_that_of_the_prefill_is_refused(
+    tiny_lm, make_lm, other, way
+):
+    make, told = OTHERS[other]
+    made = prefill.after(tiny_lm, PREFIX)
+    with pytest.raises(ValueError, match=rf"done with another model: .*{told}"):
+        sampled(make(tiny_lm, make_lm), made, way)
+
+
+def test_weights_that_a_training_step_has_donated_are_refused(tiny_lm):
+    gone = jax.tree.map(jnp.copy, tiny_lm)
+    made = prefill.after(gone, PREFIX)
+    jax.tree.leaves(gone)[0].delete()
+    with pytest.raises(ValueError, match="another model"):
+        sampled(tiny_lm, made, "generate")
+
+
+SAME = {
+    "copied": lambda lm: jax.tree.map(jnp.copy, lm),
+    "unstacked": transformer.unstack,
+    "fewer ids": lambda lm: transformer.limit_ids(lm, lm.config.vocab_size - 2),
+}
+
+
+@pytest.mark.parametrize("way", SAME)
+def test_the_same_model_in_another_form_is_accepted(tiny_lm, way):
+    lm = SAME[way](tiny_lm)
+    got = sampled(lm, prefill.after(tiny_lm, PREFIX), "generate")
+    want = sampled(lm, prefill.WHOLE, "generate")
+    np.testing.assert_array_equal(got.batch.tokens, want.batch.tokens)
+    np.testing.assert_allclose(got.raw_logps, want.raw_logps, atol=1e-5)
