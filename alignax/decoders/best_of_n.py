@@ -29,6 +29,7 @@ from alignax.search import hypotheses
 from alignax.search.hypotheses import Judge
 
 SELECTS = ("best", "worst", "soft")
+AT_ONCE = True  # whole responses are drawn: they may begin with forced text
 RANGES = {"n": "[1, inf)", "lam": "(0, inf)"}
 
 

@@ -32,6 +32,7 @@ from alignax.text.documents import SEPARATOR, pieces
 from alignax.text.tokenizer import Tokenizer
 
 RANGES = {"group": "[1, inf)"}
+AT_ONCE = True  # whole responses are drawn: they may begin with forced text
 
 
 def search(

@@ -89,7 +89,9 @@ def build(
     A decoder gets the model that responds as 'target' among its LMs. The prefix `shared` of
     all prompts is prefilled once by the sampling loop; guides, drafts and searches without
     the argument `reader` read it with every prompt. `begun` says how the responses to each
-    prompt begin. A reward may read `examples`, to which the indices belong too.
+    prompt begin; forced text is for searches with `AT_ONCE = True` beside them, which draw
+    whole responses with the argument `sampling`. A reward may read `examples`, to which
+    the indices belong too.
     """
     decoder, text, generate = bind(config), run.tokenizer, config.generate
     lm = transformer.limit_ids(lm, text.vocab_size)
@@ -119,7 +121,9 @@ def build(
             handed["sampling"] = {**(search.hyper["sampling"] or {}), **own} or None
         takes |= {"stops"}  # cut from the finished text
         wrong = sorted({*asked} - takes)
-        wrong += [k for k in ("draft", "forced") if generate[k]]
+        whole = getattr(inspect.getmodule(search.function), "AT_ONCE", False)
+        refused = ("draft",) if whole else ("draft", "forced")
+        wrong += [k for k in refused if generate[k]]
         if wrong:
             raise ValueError(f"decoder {search.name} takes no generate.{wrong[0]}")
         if twice := sorted({*asked} & {*search.hyper} - {*plugin.SEARCH, "group"}):
@@ -145,6 +149,9 @@ def build(
             return speculate(lm, draft, tokens, lengths, key, eos_ids=eos_ids, **mine)
         own = jax.random.fold_in(key, min(places))
         mine.pop("stops", None)
+        if "forced" in mine:
+            forced = {"forced": mine.pop("forced")}
+            handed["sampling"] = {**(handed["sampling"] or {}), **forced}
         if "prefill" in mine:
             tokens, lengths = generation_settings.prefilled(
                 tokens, lengths, mine.pop("prefill"), mine.pop("prefill_lengths", None)

@@ -210,9 +210,59 @@ def test_forced_text_is_scored_and_straddles_like_a_response(config, tmp_path):
     (row,) = answered(c, tmp_path / "run")
     assert all(text.startswith("\nThe") for text in row["responses"])
     assert row["tokens"] == [6, 6]
-    c = config([{"prompt": CHAT}], variant="best_of_n", **{"generate.forced": "\nThe"})
+
+
+FORCED = {
+    "best_of_n": {},
+    "best_of_n behind a prefill": {"generate.prefill": "so"},
+    "best_of_n of a decoder's settings": {"decoder.sampling": {"top_k": 1}},
+    "pine": {"decoder.separator": "##"},
+}
+
+
+@pytest.mark.parametrize("way", FORCED)
+def test_searches_of_whole_responses_take_forced_text(config, tmp_path, way):
+    """Greedy, so that each prompt has one answer: alone, or from the sampling loop."""
+    questions = [("Hi there", "I see "), ("Hi there", ""), ("Two?", "")]
+    method = way.split()[0]
+    if method == "pine":
+        questions = [(f"{q}##a##b {q}##So", a) for q, a in questions]
+    rows = [begun(*q) for q in questions]
+    # a word of one token behind a blank, and of two without it
+    changes = {
+        "generate.forced": "the",
+        "generate.temperature": 0.0,
+        "generate.group": 1,
+    }
+
+    def run(name, some, variant, **more):
+        c = config(some, variant=variant, **changes, **more)
+        assert c.batch_size == 2
+        return answered(c, tmp_path / name)
+
+    got = run("all", rows, method, **FORCED[way])
+    if method == "pine":
+        want = [
+            run(f"{i}", [row], "pine", **FORCED[way])[0] for i, row in enumerate(rows)
+        ]
+    else:
+        prefill = {k: v for k, v in FORCED[way].items() if k == "generate.prefill"}
+        want = run("plain", rows, "", **prefill)
+    front = FORCED[way].get("generate.prefill", "")
+    for a, b in zip(got, want, strict=True):
+        assert a["responses"] == b["responses"]
+        assert a["responses"][0].startswith(front + "the")
+        assert a["tokens"] == b["tokens"] == [6]
+        np.testing.assert_allclose(a["logps"], b["logps"], atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["controlled_blocks", "deal", "rain"])
+def test_a_search_that_continues_responses_takes_no_forced_text(
+    config, tmp_path, method
+):
+    c = config([{"prompt": CHAT}], variant=method, **{"generate.forced": "\nThe"})
     c.generate.group = 1
-    with pytest.raises(ValueError, match=r"best_of_n takes no generate.forced"):
+    with pytest.raises(ValueError, match=rf"{method} takes no generate.forced"):
         respond.respond(c, str(tmp_path / "other"))
 
 
