@@ -4,10 +4,12 @@
 
 Every run is a point of its method's curve: the last `inference_win_rate` of its
 metrics.jsonl. A grey line shows the best win rate that any policy reaches at a KL
-(theory/infalign.py). A point above it is an error of measurement, and is reported as one.
+(theory/infalign.py). A point that is surely above it is an error of measurement, and is
+reported as one. Every point is one test; Holm's correction holds the probability that any
+correct point of a table is reported below 5 %, however many there are.
 
 Source: Balashankar et al. 2024, https://arxiv.org/abs/2412.19792; compare at equal KL,
-never at equal β.
+never at equal β. Correction: Holm 1979, https://www.jstor.org/stable/4615733
 """
 
 import argparse
@@ -15,6 +17,7 @@ import functools
 import glob
 import pathlib
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,6 +36,9 @@ from alignax.theory import infalign
 Points = Mapping[str, Float[np.ndarray, "_ _"]]
 COLORS = (BLUE, ORANGE, GREEN, PINK, "#56B4E9", "#E69F00", "#000000", GREY)
 EVALUATION = "eval/inference_win_rate/"
+ERROR = 0.05  # probability of any false report, of all points together
+NORMAL = statistics.NormalDist()
+Z95 = NORMAL.inv_cdf(0.975)  # half of a 95 % interval, in standard errors
 
 
 def procedure(rate: str) -> infalign.Procedure:
@@ -126,21 +132,83 @@ def compare(one: Points, other: Points, rate: str, kl: float) -> Interval:
     return Interval(gap(), float(low), float(high))
 
 
-def excess(points: Points, rate: str) -> Float[np.ndarray, " S"]:
+def excess(points: Points, rate: str, *, many: int = 1) -> Float[np.ndarray, " S"]:
     """How far each strength is above the optimum: a value above 0 is a bug.
 
+    Args:
+      points: of one method.
+      rate: as in `procedure`.
+      many: points that are looked at together, these among them: Bonferroni's correction.
+
     Returns:
-      The low end of a 95 % bootstrap interval over units of (win rate - optimum) at the
-      strength's KL; -inf beyond the KLs of `curve`.
+      The low end of an interval of (win rate - optimum) at the strength's KL, one-sided
+      with an error of 2.5 % / many: normal, with the standard error of a bootstrap over
+      units. -inf beyond the KLs of `curve`.
+
+    Raises:
+      ValueError: many below 1.
     """
+    if many < 1:
+        raise ValueError(f"many={many}, expected at least 1")
     units, rng = points["kl"].shape[1], np.random.default_rng(0)
 
-    def above(some):
+    def above(some=slice(None)):
         kl, wins = (points[k][:, some].mean(1) for k in ("kl", rate))
-        return np.nan_to_num(wins - optimum(rate, kl), nan=-np.inf)
+        return wins - optimum(rate, kl)  # nan beyond the curve
 
-    draws = [above(rng.integers(units, size=units)) for _ in range(300)]
-    return np.quantile(draws, 0.025, axis=0, method="lower")
+    draws = np.array([above(rng.integers(units, size=units)) for _ in range(300)])
+    low = above() - NORMAL.inv_cdf(1 - ERROR / 2 / many) * draws.std(0, ddof=1)
+    return np.nan_to_num(low, nan=-np.inf)
+
+
+def p_values(points: Points, rate: str) -> Float[np.ndarray, " S"]:
+    """Of each strength: p of the hypothesis that it is not above the optimum.
+
+    A win rate and a KL are tested together: p is twice the error of the narrowest one-sided
+    intervals that leave the point above the optimum. The intervals are normal, as wide as
+    the 95 % intervals of the measurement, and may depend on each other.
+
+    Args:
+      points: from `read`, with the ends of the intervals.
+      rate: as in `procedure`.
+
+    Returns:
+      At most 1; 1 where the point itself is not above the optimum, or beyond `curve`.
+    """
+    kl, wins = points["kl"][:, 0], points[rate][:, 0]
+    errors = (
+        (points["kl/hi"][:, 0] - kl) / Z95,
+        (wins - points[f"{rate}/lo"][:, 0]) / Z95,
+    )
+    low, high = np.zeros(len(kl)), np.full(len(kl), 12.0)  # standard errors
+
+    def is_above(z):
+        with np.errstate(
+            invalid="ignore"
+        ):  # 0 times the infinite interval of one prompt
+            return wins - z * errors[1] > optimum(rate, kl + z * errors[0])
+
+    ever = is_above(low)
+    for _ in range(50):
+        middle = (low + high) / 2
+        further = is_above(middle)
+        low, high = np.where(further, middle, low), np.where(further, high, middle)
+    p = np.array([2 * NORMAL.cdf(-z) for z in low])
+    return np.where(ever, np.minimum(p, 1.0), 1.0)
+
+
+def holm(p: Sequence[float] | Float[np.ndarray, " M"]) -> Float[np.ndarray, " M"]:
+    """p-values of M tests, corrected for their number; the tests may depend on each other.
+
+    Rejecting all of at most α has a probability of at most α to reject any true hypothesis.
+
+    Source: Holm 1979, https://www.jstor.org/stable/4615733
+    """
+    p = np.asarray(p, np.float64)
+    order = np.argsort(p, kind="stable")
+    out = np.empty(len(p))
+    out[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    return np.minimum(out, 1.0)
 
 
 def draw(
@@ -230,7 +298,11 @@ def read(workdirs: Sequence[str | pathlib.Path]) -> dict[str, np.ndarray]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Draws runs, prints win rates at one KL, and reports points above the optimum."""
+    """Draws runs, prints win rates at one KL, and reports points above the optimum.
+
+    Raises:
+      SystemExit: arguments or runs that are wrong; points above the optimum.
+    """
     parser = argparse.ArgumentParser("python -m alignax.frontier")
     parser.add_argument("runs", nargs="+", metavar="METHOD=WORKDIRS")
     parser.add_argument("--kl", type=float, default=0.5, help="where to compare, nats")
@@ -257,17 +329,43 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, one in points.items():
         shown = [f"{rate} {at_kl(one, rate, given.kl):.3f}" for rate in rates]
         print(f"  {name}: " + ", ".join(shown))
-    bugs = [
-        f"{name}: a {rate} win rate of {one[rate][i, 0]:.3f} at {one['kl'][i, 0]:.3f} nats"
-        for name, one in points.items()
-        for rate in ("standard", *rates)
-        for i in np.flatnonzero(one[f"{rate}/lo"] > optimum(rate, one["kl/hi"]))
+    print(check_points(points, ("standard", *rates)))
+
+
+def check_points(methods: Mapping[str, Points], rates: Sequence[str]) -> str:
+    """A line that says that no point is above what any policy reaches.
+
+    Args:
+      methods: from `read`, by name.
+      rates: as in `procedure`; each strength of each method is one point for each of them.
+
+    Raises:
+      SystemExit: names the points that are above it after Holm's correction, with their
+        corrected p-values.
+    """
+    places = [
+        (name, rate, i)
+        for name, one in methods.items()
+        for rate in rates
+        for i in range(len(one["kl"]))
     ]
+    p = np.concatenate([p_values(x, rate) for x in methods.values() for rate in rates])
+    told = f"Holm's correction for {len(p)} points, error {ERROR:g} for all together"
+    corrected = holm(p)
+    bugs = []
+    for (name, rate, i), found in zip(places, corrected, strict=True):
+        if found <= ERROR:
+            wins, kl = methods[name][rate][i, 0], methods[name]["kl"][i, 0]
+            bugs.append(
+                f"{name}: a {rate} win rate of {wins:.3f} at {kl:.3f} nats, corrected p = "
+                f"{found:.2g}"
+            )
     if bugs:
         raise SystemExit(
-            "above what any policy reaches (is the KL a sum over tokens, of samples of "
-            "the policy, and do ties count half?):\n  " + "\n  ".join(bugs)
+            f"above what any policy reaches, after {told} (is the KL a sum over tokens, of "
+            "samples of the policy, and do ties count half?):\n  " + "\n  ".join(bugs)
         )
+    return f"no point is above what any policy reaches, after {told}; least p {min(corrected):.2g}"
 
 
 if __name__ == "__main__":
