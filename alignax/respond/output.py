@@ -52,6 +52,9 @@ def response(
 ) -> Response:  # fmt: skip
     """The text of a response, cut in front of the first stop.
 
+    The first stop is the one that ends first. The result is the same whether sampling
+    ended there or went on: of ids behind it, nothing is read.
+
     Args:
       ids: sampled tokens.
       truncated: whether the response ended because of max_new.
@@ -64,7 +67,9 @@ def response(
       min_new: a stop that ends before this number of tokens does not count.
     """
     groups = stop_places.parse(stops, text)
-    before, whole = text.decode(given), text.decode([*given, *ids])
+    stopped = stop_places.end(groups, text, ids, min_new=min_new) if groups else 0
+    ids = ids[: stopped or None]
+    before = text.decode(given)
     begin = len(before)
     if forced:
         begin += _straddled(ids, text, given, begin, forced)
@@ -74,16 +79,17 @@ def response(
             groups, text, given, ids[:n], begin=begin, min_new=min_new
         )
 
-    def written(end: int | None) -> str:
-        return (before if prefill is None else prefill) + whole[begin:end]
-
     n = len(ids)
-    if found := hits(n):
-        while n > 1 and hits(n - 1):
-            n -= 1
-        return Response(written(min(found)), n, "stop")
+    places = hits(n)
+    while n > 1 and places and (fewer := hits(n - 1)):
+        n, places = n - 1, fewer
+    whole = text.decode([*given, *ids[:n]])
+    written = whole[begin : min(places, default=None)]
+    shown = (before if prefill is None else prefill) + written
+    if places or stopped:
+        return Response(shown, n, "stop")
     ended = "eos" if ids and ids[-1] in text.eos_ids else "stop"
-    return Response(written(None), n, "length" if truncated else ended)
+    return Response(shown, n, "length" if truncated else ended)
 
 
 def _plain(text: Tokenizer, words: str) -> str:

@@ -5,6 +5,7 @@ no part of a text: a stop that names some of them sees those, and no others. So 
 at the token and at the same characters, and '\\n</s>' at the token behind a line's end.
 """
 
+import bisect
 import functools
 import re
 from collections.abc import Mapping, Sequence
@@ -94,15 +95,55 @@ def pieces(text: Tokenizer, size: int) -> list[bytes]:
     An id that is a part of a character gets a byte that occurs in no text: a stop string
     across such ids is not found while decoding, only in the finished text.
     """
-    anchor = text.encode("a")  # some tokenizers drop the space that begins a text
-    before = text.decode(anchor)
-
-    def piece(i: int) -> bytes:
-        added = text.decode([*anchor, i]).removeprefix(before)
-        return added.encode().replace("\ufffd".encode(), b"\xff")
-
-    known = [piece(i) for i in range(min(size, text.vocab_size))]
+    known = [_added(text, i) for i in range(min(size, text.vocab_size))]
     return known + [b""] * (size - len(known))
+
+
+def _added(text: Tokenizer, i: int) -> bytes:
+    anchor, before = _anchor(text)
+    added = text.decode([*anchor, i]).removeprefix(before)
+    return added.encode().replace("\ufffd".encode(), b"\xff")
+
+
+_piece = functools.lru_cache(maxsize=1 << 16)(_added)
+
+
+@functools.lru_cache(maxsize=8)
+def _anchor(text: Tokenizer) -> tuple[tuple[int, ...], str]:
+    """Ids in front of a response and their text: some tokenizers drop a first blank."""
+    ids = text.encode("a")
+    return tuple(ids), text.decode(ids)
+
+
+def end(
+    groups: Sequence[Group], text: Tokenizer, ids: Sequence[int], *, min_new: int
+) -> int:
+    """Tokens of a response up to the one at which sampling with `table` ends; 0 if none.
+
+    Args:
+      groups: from `parse`.
+      text: the tokenizer.
+      ids: of the response.
+      min_new: a stop that ends before this number of tokens does not count.
+    """
+    found = len(ids) + 1
+    for marks, patterns in groups:
+        seen, ends = "", []
+        for i in ids:
+            known = 0 <= i < text.vocab_size
+            added = _piece(text, i).decode("latin-1") if known else ""
+            seen += marks.get(i, added)
+            ends.append(len(seen))
+        symbols = set(marks.values())
+        for pattern in patterns:
+            wanted = "".join(
+                c if c in symbols else c.encode().decode("latin-1") for c in pattern
+            )
+            early = ends[min_new - 2] if 2 <= min_new <= len(ends) + 1 else 0
+            at = seen.find(wanted, max(0, early - len(wanted) + 1))
+            if at >= 0:
+                found = min(found, bisect.bisect_left(ends, at + len(wanted)) + 1)
+    return found if max(1, min_new) <= found <= len(ids) else 0
 
 
 def places(
@@ -110,6 +151,8 @@ def places(
     *, begin: int, min_new: int,
 ) -> list[int]:  # fmt: skip
     """Where stops begin in the text of a response: at most one place for each pattern.
+
+    A blank that the tokenizer drops at the beginning of a text is a part of stops.
 
     Args:
       groups: from `parse`.
@@ -122,16 +165,22 @@ def places(
     Returns:
       Characters of the text of given and ids.
     """
+    shown, first = len(text.decode([*given, *ids])), begin
+    if not given:
+        given, before = _anchor(text)
+        first += len(before)
     out = []
     early = [*given, *ids[: max(0, min_new - 1)]]
     for marks, patterns in groups:
         seen, at = _seen(text, [*given, *ids], marks)
-        first = begin + len(_at(given, marks))
+        more = len(seen) - len(at) - shown  # the anchor, and a blank
+        after = first + len(_at(given, marks))
         least = len(_seen(text, early, marks)[0])
         for pattern in patterns:
-            start = max(first, least - len(pattern) + 1)
+            start = max(after, least - len(pattern) + 1)
             if (place := seen.find(pattern, start)) >= 0:
-                out.append(place - sum(mark < place for mark in at))
+                place -= sum(mark < place for mark in at)
+                out.append(max(begin, place - more))
     return out
 
 

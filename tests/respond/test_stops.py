@@ -21,11 +21,11 @@ def load(tmp_path_factory):
     return lambda name: tokenizer.load(tiny.family(name, folder))
 
 
-def first(table, ids):
+def first(table, ids, least=0):
     """Tokens of a response up to the one that stops it; 0 if none does."""
     state = 0
     for n, token in enumerate(ids, 1):
-        if table.flag[state, token]:
+        if table.flag[state, token] and n >= least:
             return n
         state = int(table.next[state, token])
     return 0
@@ -49,6 +49,12 @@ KINDS = {  # stops, ids of a response: (tokens up to the stop, text in front of 
     "text alone beside a special stop": (["ab", "x<pad>"], [97, PAD, 98], (3, "")),
     "not the text in front": ("b<pad>", [97, PAD, 98], (0, "ab")),
     "text of the name alone": (["pad", "<bos>"], [97, PAD, 98], (0, "ab")),
+    "one inside another": (["abc", "b"], [*b"xabcd"], (3, "xa")),
+    "one begins another": (["abc", "ab"], [*b"xabcd"], (3, "x")),
+    "two that end together": (["b", "xab"], [*b"xabcd"], (3, "")),
+    "the longer one is broken off": (["abcd", "bx"], [*b"abcbx"], (5, "abc")),
+    "an id inside a string": (["abc", 98], [*b"xabcd"], (3, "xa")),
+    "a special inside a string": (["a<pad>b", PAD], [120, 97, PAD, 98], (3, "xa")),
     "not in the order": ("<pad>\n", [97, 10, PAD, 98], (0, "a\nb")),
 }
 
@@ -95,6 +101,74 @@ def test_stops_at_random_are_the_same_in_both_places():
         assert output.response(ids, True, BYTES, stops=wanted).tokens == (n or 8)
         found += n > 0
     assert 100 < found < 300
+
+
+def nested(rng, shown):
+    """Stops of a text: parts of it, parts of these, and text that is not in it."""
+    out = []
+    for _ in range(rng.integers(1, 4)):
+        at, size = rng.integers(0, len(shown)), rng.integers(1, 7)
+        out.append(shown[at : at + size])
+        if len(out[-1]) > 2 and rng.random() < 0.6:
+            out.append(out[-1][1:-1])
+        if rng.random() < 0.3:
+            out.append(out[-1] + "~")
+    return out
+
+
+TEXTS = (
+    "Hello world, the answer is fine.\n\nZürich ist schön 😀 and so on",
+    "  two blanks\n###\nUser: What's up? aaabbbabcabab",
+)
+
+
+@pytest.mark.parametrize("family", ["bytes", *FAMILIES])
+def test_both_places_cut_stops_that_nest_at_the_same_character(family, load):
+    """Sampling that ended at a stop, and sampling that went on: one text, one finish."""
+    text, rng = load(family) if family != "bytes" else BYTES, np.random.default_rng(1)
+    found = 0
+    every = stops.pieces(text, text.vocab_size)
+    for trial in range(80):
+        ids = text.encode(TEXTS[trial % 2])
+        ids = ids[rng.integers(0, len(ids) // 2) :][:20]
+        if trial % 3 == 0:
+            rng.shuffle(ids)
+        wanted = nested(rng, " " + text.decode(ids))
+        least = int(rng.integers(0, 4)) if trial % 4 == 0 else 0
+        given = text.encode("So it") if trial % 5 == 0 else []
+        groups = stops.parse(wanted, text)
+        n = first(stops.table(groups, every), ids, least)
+        assert stops.end(groups, text, ids, min_new=least) == n, (wanted, ids)
+        asked = {"stops": wanted, "given": given, "min_new": least}
+        went_on = output.response(ids, True, text, **asked)
+        ended = output.response(ids[:n] if n else ids, not n, text, **asked)
+        assert ended == went_on, (wanted, ids)
+        if n:
+            found += 1
+            assert went_on.finish == "stop"
+            assert (
+                0 < went_on.tokens <= n
+            )  # fewer where tokens are parts of a character
+            tail = text.decode([*given, *ids[:n]])[len(went_on.text) :]
+            front = text.encode("a")  # the blank that begins a text may be dropped
+            blank = text.decode([*front, *ids[:n]])[1:]
+            assert any(tail.startswith(w) or blank.startswith(w) for w in wanted)
+    assert found > 30
+
+
+def test_a_blank_that_a_tokenizer_drops_is_a_part_of_stops(load):
+    """The token has it, and so has the text behind a prefill."""
+    text = load("llama2")
+    ids = text.encode("Hello world")
+    assert text.decode(ids) == "Hello world"
+    for given, wanted, shown in (
+        ([], " Hello", ""), ([], "Hello", ""), ([], " ", ""), ([], "llo", "He"),
+        (text.encode("So"), " Hello", "So"), (text.encode("So"), "Hello", "So "),
+    ):  # fmt: skip
+        got = output.response(ids, True, text, stops=wanted, given=given)
+        assert (got.text, got.finish) == (shown, "stop"), (given, wanted)
+        n = first(table(text, wanted), ids)
+        assert output.response(ids[:n], False, text, stops=wanted, given=given) == got
 
 
 def test_a_special_stop_that_comes_too_early_or_in_the_prefill_does_not_count():
@@ -168,6 +242,29 @@ def test_a_search_is_cut_at_ids(tmp_path, method):
         r["responses"][0] for r in cut
     ]
     assert ["stop"] in [r["finish"] for r in cut]
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_sampling_and_a_search_write_the_same_where_stops_nest(tmp_path, seed):
+    """DeAL without weight is greedy, but what it draws is cut afterwards."""
+
+    def run(name, method="", wanted=(), **changes):
+        c = tiny.to_respond(tmp_path, method, ["Say", "Two?"], **changes)
+        c.generate.temperature, c.generate.max_new = 0.0, 12
+        c.generate.group, c.generate.stops, c.seed = 1, wanted, seed
+        return [
+            [row[k] for k in ("responses", "finish", "tokens")]
+            for row in answered(c, tmp_path / name)
+        ]
+
+    free = [row[0][0] for row in run("free")]
+    shown = [x.replace("\ufffd", "") for x in free]
+    assert max(map(len, shown)) > 3
+    wanted = tuple(w for x in shown if len(x) > 3 for w in (x[1:4], x[2], x[1:] + "~"))
+    plain = run("plain", wanted=wanted)
+    search = {"decoder.lam": 0.0, "decoder.top_k": 2, "decoder.lookahead": 2}
+    assert run("deal", "deal", wanted, **search) == plain
+    assert "stop" in [finish for _, (finish,), _ in plain]
 
 
 def test_a_decoder_that_exchanges_text_refuses_special_stops(tmp_path):
