@@ -108,6 +108,7 @@ GREEDY = {
 }  # searches that draw nothing by the key
 UNJUDGED = {"nudging_words", "pine"}  # searches that need no judge
 ELSEWHERE = {  # hyper-parameters that do nothing here, and what changes them elsewhere
+    ("nudging_words", "gamma"): "gamma=0.0",  # these models say no two words
     ("nudging_words", "nudge_tokenizer"): 'nudge_tokenizer="bytes"',
     ("nudging_words", "repeats"): "repeats=9",
     ("pine", "separator"): '"separator": "and"',
