@@ -37,7 +37,7 @@ HANDED = (
 )
 SUM = "sum"  # name of a weighted sum of losses: see `combine`
 READING = ("raw", "specials")  # keys of every data section: see `dialogues.Reading`
-SEARCH = (*HANDED, "max_new", "judge", "temperature", "eos_ids", "reader")
+SEARCH = (*HANDED, "max_new", "judge", "temperature", "eos_ids", "reader", "stops")
 
 
 class Bound(NamedTuple):

@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Array
 
 from alignax.batch import LM
+from alignax.sampling.automaton import Automaton
 from alignax.sampling.decode import Generated
 from alignax.sampling.prefill import WHOLE, Reader
 from alignax.search import hypotheses
@@ -44,6 +45,7 @@ def search(
     judge: Judge | None = None,
     temperature: float = 1.0,
     eos_ids: Sequence[int] = (),
+    stops: Automaton | None = None,
     n: int = 16,
     select: str = "best",
     lam: float = 1.0,
@@ -62,6 +64,7 @@ def search(
       judge: r, of complete responses.
       temperature: of p.
       eos_ids: end a response.
+      stops: over the vocabulary; they also end a response.
       n: N.
       select: one of SELECTS.
       lam: temperature of 'soft', in units of r.
@@ -81,7 +84,7 @@ def search(
             f"n={n}, lam={lam}, select={select!r}; expected n >= 1, lam > 0 and one of "
             f"{', '.join(SELECTS)}"
         )
-    h = hypotheses.start(prompts, lengths, max_new)
+    h = hypotheses.start(prompts, lengths, max_new, stops)
     h, drawn = hypotheses.extend(
         lm, h, jax.random.fold_in(key, 0), tokens=max_new, group=n,
         temperature=temperature, eos_ids=eos_ids, sampling=sampling, reader=reader,

@@ -22,6 +22,7 @@ from jaxtyping import Array
 
 from alignax.batch import LM
 from alignax.decoders import deal
+from alignax.sampling.automaton import Automaton
 from alignax.sampling.decode import Generated
 from alignax.search import hypotheses
 from alignax.search.hypotheses import Judge
@@ -40,6 +41,7 @@ def search(
     judge: Judge | None = None,
     temperature: float = 1.0,
     eos_ids: Sequence[int] = (),
+    stops: Automaton | None = None,
     beams: int = 5,
     top_k: int = 10,
 ) -> Generated:
@@ -56,6 +58,7 @@ def search(
         with 0 are dropped, unless all have 0.
       temperature: not used: p is the unmodified model.
       eos_ids: end a response.
+      stops: over the vocabulary; they also end a response.
       beams: hypotheses that are kept.
       top_k: candidates of each.
 
@@ -74,5 +77,5 @@ def search(
     return deal.search(
         lm, lms, prompts, lengths, key, max_new=max_new, judge=log_probability,
         temperature=temperature, eos_ids=eos_ids, top_k=top_k, lookahead=0, lam=1.0,
-        beams=beams,
+        beams=beams, stops=stops,
     )  # fmt: skip

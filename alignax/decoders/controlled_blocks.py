@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array
 
 from alignax.batch import LM
+from alignax.sampling.automaton import Automaton
 from alignax.sampling.decode import Generated
 from alignax.sampling.prefill import WHOLE, Reader
 from alignax.search import hypotheses
@@ -40,6 +41,7 @@ def search(
     judge: Judge | None = None,
     temperature: float = 1.0,
     eos_ids: Sequence[int] = (),
+    stops: Automaton | None = None,
     n: int = 16,
     block: int = 32,
     sampling: Mapping[str, Any] | None = None,
@@ -57,6 +59,7 @@ def search(
       judge: V, of responses and of their beginnings.
       temperature: of p.
       eos_ids: end a response, and so a block.
+      stops: over the vocabulary; they also end a response.
       n: K of the paper.
       block: M, tokens of a block; at least max_new is the best of n.
       sampling: further settings of `decode.generate` that do not depend on earlier
@@ -74,7 +77,7 @@ def search(
     del lms
     if n < 1 or block < 1:
         raise ValueError(f"n={n}, block={block}; expected both at least 1")
-    h = hypotheses.start(prompts, lengths, max_new)
+    h = hypotheses.start(prompts, lengths, max_new, stops)
     score = np.zeros(h.ends.shape)
     rounds = drawn = calls = 0
     while not h.done.all():

@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Array
 
 from alignax.batch import LM
+from alignax.sampling.automaton import Automaton
 from alignax.sampling.decode import Generated
 from alignax.search import hypotheses, pruning
 from alignax.search.hypotheses import Hypotheses, Judge
@@ -44,6 +45,7 @@ def search(
     judge: Judge | None = None,
     temperature: float = 1.0,
     eos_ids: Sequence[int] = (),
+    stops: Automaton | None = None,
     top_k: int = 10,
     lookahead: int = 16,
     lam: float = 1.0,
@@ -68,6 +70,7 @@ def search(
       judge: h, of responses and of their beginnings; not used if lam = 0.
       temperature: not used: p is the unmodified model.
       eos_ids: end a response.
+      stops: over the vocabulary; they also end a response.
       top_k: candidates of each beam.
       lookahead: greedy tokens after a candidate; 0 judges the candidate itself.
       lam: nats for one unit of h.
@@ -128,7 +131,7 @@ def search(
         bounds = (lam * lo, lam * hi) if prune else None
         return pruning.settle(logps, candidates, look, beams, self_draft, bounds)
 
-    h = hypotheses.start(prompts, lengths, max_new)
+    h = hypotheses.start(prompts, lengths, max_new, stops)
     b = np.arange(len(h.ends))[:, None]
     final = hypotheses.take(h, np.zeros((len(b), 2 * beams - 1), int))
     final_logp = np.full(final.ends.shape, -np.inf)

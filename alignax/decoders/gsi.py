@@ -25,6 +25,7 @@ from jaxtyping import Array, Float
 from alignax import logprob
 from alignax.batch import LM
 from alignax.models import transformer
+from alignax.sampling.automaton import Automaton
 from alignax.sampling.decode import Generated
 from alignax.search import hypotheses
 from alignax.search.hypotheses import Hypotheses, Judge
@@ -43,6 +44,7 @@ def search(
     judge: Judge | None = None,
     temperature: float = 1.0,
     eos_ids: Sequence[int] = (),
+    stops: Automaton | None = None,
     draft: str = "draft",
     n: int = 16,
     step: int = 64,
@@ -62,6 +64,7 @@ def search(
       judge: r, of responses up to the end of a step.
       temperature: of both models, above 0.
       eos_ids: end a response.
+      stops: over the vocabulary; they also end a response.
       draft: its name.
       n: drafts of a step, and samples of p if they are rejected.
       step: most tokens of a step; part of the shape.
@@ -84,7 +87,7 @@ def search(
             "step >= 1, beta and temperature > 0"
         )
     small, lm = hypotheses.with_draft(lm, lms, draft)
-    h = hypotheses.start(prompts, lengths, max_new)
+    h = hypotheses.start(prompts, lengths, max_new, stops)
     score = np.zeros(h.ends.shape)
     one = np.zeros(h.ends.shape, int)
     stats = dict.fromkeys(

@@ -30,7 +30,8 @@ import numpy as np
 from jaxtyping import Array
 
 from alignax.batch import LM, from_groups
-from alignax.sampling import decode, generation_settings
+from alignax.sampling import automaton, decode, generation_settings
+from alignax.sampling.automaton import Automaton
 from alignax.sampling.decode import Generated
 from alignax.search import hypotheses
 from alignax.text import tokenizer as tokenizers
@@ -76,6 +77,7 @@ def search(
     judge: Any = None,
     temperature: float = 1.0,
     eos_ids: Sequence[int] = (),
+    stops: Automaton | None = None,
     tokenizer: Tokenizer | None = None,
     nudge: str = "nudge",
     nudge_tokenizer: str = "",
@@ -96,6 +98,7 @@ def search(
       judge: not used.
       temperature: not used: both models are greedy.
       eos_ids: end a chunk of either model; the base's do not end the response.
+      stops: over the base's vocabulary; no round begins behind one.
       tokenizer: the base's.
       nudge: name of the nudging model.
       nudge_tokenizer: a path of its tokenizer, with its chat template; '' is the base's.
@@ -137,7 +140,7 @@ def search(
         answer, nudged, ended = _talk(
             Speaker(lm, text, ids, ends[0], chunk, stats),
             Speaker(lms[nudge], other, other.prompt(text.decode(ids)), ends[1], chunk, stats),
-            gamma, max_new, rounds, repeats,
+            gamma, max_new, rounds, repeats, stops,
         )  # fmt: skip
         stats["nudged"] += nudged / max(len(answer), 1) / len(prompts)
         answer = once(answer)
@@ -151,12 +154,19 @@ def search(
 
 
 def _talk(
-    base: Speaker, nudge: Speaker, gamma: float, max_new: int, rounds: int, repeats: int
+    base: Speaker,
+    nudge: Speaker,
+    gamma: float,
+    max_new: int,
+    rounds: int,
+    repeats: int,
+    stops: Automaton | None,
 ) -> tuple[str, int, bool]:
     """(the response, characters of the nudging model, whether that model ended it)."""
     answer, nudged, before, same = "", 0, "", 0
     for _ in range(rounds):
-        if len(base.tokens.encode(answer)) >= max_new:
+        ids = base.tokens.encode(answer)
+        if len(ids) >= max_new or (stops and automaton.stopped(stops, ids)):
             break
         base.stats["rounds"] += 1
         said = continuation(nudge, answer)

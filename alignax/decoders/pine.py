@@ -24,6 +24,7 @@ from jaxtyping import Array
 from alignax.batch import LM
 from alignax.models import pine
 from alignax.sampling import decode
+from alignax.sampling.automaton import Automaton
 from alignax.sampling.decode import Generated
 from alignax.sampling.prefill import Reader
 from alignax.search import hypotheses
@@ -46,6 +47,7 @@ def search(
     judge: Judge | None = None,
     temperature: float = 1.0,
     eos_ids: Sequence[int] = (),
+    stops: Automaton | None = None,
     tokenizer: Tokenizer | None = None,
     separator: str = SEPARATOR,
     group: int = 1,
@@ -63,6 +65,7 @@ def search(
       judge: not used.
       temperature: of `generate`; 0 is greedy.
       eos_ids: end a response.
+      stops: over the vocabulary; they also end a response.
       tokenizer: encodes the text between separators, each piece on its own.
       separator: before, between and after the documents; not a part of the input.
       group: G, responses to each prompt.
@@ -87,7 +90,7 @@ def search(
         )
     out = decode.generate(
         lm, prompts, lengths, key, max_new=max_new, group=group,
-        temperature=temperature, eos_ids=eos_ids,
+        temperature=temperature, eos_ids=eos_ids, stops=stops,
         reader=reader(tokenizer, prompts, lengths, separator), **(sampling or {}),
     )  # fmt: skip
     stats = {"tokens_sampled": out.batch.mask.sum(), "judge_calls": 0, **out.stats}

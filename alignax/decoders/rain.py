@@ -27,6 +27,7 @@ from jaxtyping import Array
 
 from alignax.batch import LM
 from alignax.models import transformer
+from alignax.sampling.automaton import Automaton
 from alignax.sampling.decode import Generated
 from alignax.search import hypotheses, tree_search
 from alignax.search.hypotheses import Hypotheses, Judge
@@ -51,6 +52,7 @@ def search(
     judge: Judge | None = None,
     temperature: float = 1.0,
     eos_ids: Sequence[int] = (),
+    stops: Automaton | None = None,
     embed: Callable[..., Any] | None = None,
     clause_ids: Sequence[int] = (),
     sizes: Sequence[int] = (1, 2, 4, 10),
@@ -81,6 +83,7 @@ def search(
       judge: evaluation in [-1, 1] of a response or its beginning; once per text.
       temperature: of rollouts.
       eos_ids: end a response.
+      stops: over the vocabulary; they also end a response.
       embed: batch [1, K, T] -> [1, K, D]: of the tokens where the mask is True.
       clause_ids: end a rollout; a text that ends in one has no rollout.
       sizes: tokens of a set at depth 0, 1, ..; the last one at all greater depths.
@@ -120,7 +123,7 @@ def search(
         share, most, spread,
     )  # fmt: skip
     stats = dict.fromkeys(("tokens_sampled", "judge_calls", "simulations"), 0)
-    every = hypotheses.start(prompts, lengths, max_new)
+    every = hypotheses.start(prompts, lengths, max_new, stops)
     responses = []
     for b in range(len(every.ends)):
         empty = hypotheses.prompt(every, b)
@@ -143,8 +146,9 @@ def _response(empty: Hypotheses, text: Text, eos_ids) -> Hypotheses:
     """The response `text` [1, 1], without its log-probabilities."""
     tokens, first = empty.tokens.copy(), int(empty.starts[0, 0])
     tokens[0, 0, first : first + len(text)] = text
-    ended = np.array([[bool(text) and text[-1] in eos_ids]])
-    return empty._replace(tokens=tokens, ends=empty.starts + len(text), ended=ended)
+    h = hypotheses.until_stop(empty, tokens, empty.starts + len(text))
+    by_eos = np.array([[bool(text) and text[-1] in eos_ids]])
+    return h._replace(ended=h.ended | by_eos)
 
 
 def _world(
@@ -204,7 +208,7 @@ def _world(
         return next((x for x in found if x[0] not in known), None)
 
     def over(text):
-        return len(text) >= empty.max_new or (bool(text) and text[-1] in eos_ids)
+        return bool(_response(empty, text, eos_ids).done[0, 0])
 
     def evaluate(text):
         whole = text

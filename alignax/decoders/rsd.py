@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array
 
 from alignax.batch import LM
+from alignax.sampling.automaton import Automaton
 from alignax.sampling.decode import Generated
 from alignax.search import hypotheses
 from alignax.search.hypotheses import Judge
@@ -37,6 +38,7 @@ def search(
     judge: Judge | None = None,
     temperature: float = 1.0,
     eos_ids: Sequence[int] = (),
+    stops: Automaton | None = None,
     draft: str = "draft",
     step: int = 64,
     step_ids: Sequence[int] = (),
@@ -54,6 +56,7 @@ def search(
       judge: r, of responses up to the end of a step.
       temperature: of both models.
       eos_ids: end a response.
+      stops: over the vocabulary; they also end a response.
       draft: its name.
       step: most tokens of a step; part of the shape.
       step_ids: end a step.
@@ -71,7 +74,7 @@ def search(
     if step < 1:
         raise ValueError(f"step={step}, expected at least 1")
     models = hypotheses.with_draft(lm, lms, draft)
-    h = hypotheses.start(prompts, lengths, max_new)
+    h = hypotheses.start(prompts, lengths, max_new, stops)
     one = np.zeros(h.ends.shape, int)
     drawn, kept, steps, rounds = [0, 0], 0, 0, 0
 

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array
 
 from alignax.batch import LM
+from alignax.sampling.automaton import Automaton
 from alignax.sampling.decode import Generated
 from alignax.sampling.prefill import WHOLE, Reader
 from alignax.search import hypotheses
@@ -37,6 +38,7 @@ def search(
     judge: Judge | None = None,
     temperature: float = 1.0,
     eos_ids: Sequence[int] = (),
+    stops: Automaton | None = None,
     n: int = 32,
     every: int = 32,
     reject: float = 0.5,
@@ -57,6 +59,7 @@ def search(
       judge: r, of complete responses and of their beginnings.
       temperature: of p.
       eos_ids: end a response.
+      stops: over the vocabulary; they also end a response.
       n: responses to start with; the number of rows shrinks by powers of two.
       every: tokens between two judgements.
       reject: share that is rejected at each.
@@ -85,7 +88,7 @@ def search(
             temperature=temperature, eos_ids=eos_ids, **how,
         )  # fmt: skip
 
-    h, drawn = grow(hypotheses.start(prompts, lengths, max_new), 0, group=n)
+    h, drawn = grow(hypotheses.start(prompts, lengths, max_new, stops), 0, group=n)
     part, mine = h, np.ones(h.ends.shape, bool)  # rows of the last step
     index = np.broadcast_to(np.arange(n), mine.shape)
     alive = mine.copy()  # not rejected

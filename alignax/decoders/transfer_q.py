@@ -34,6 +34,7 @@ import numpy as np
 from jaxtyping import Array
 
 from alignax.batch import LM
+from alignax.sampling.automaton import Automaton
 from alignax.sampling.decode import Generated, generate
 from alignax.sampling.guide_models import find
 from alignax.search import hypotheses
@@ -58,6 +59,7 @@ def search(
     judge: Judge | None = None,
     temperature: float = 1.0,
     eos_ids: Sequence[int] = (),
+    stops: Automaton | None = None,
     variant: str = "direct",
     reference: str = "ref",
     candidates: int = 10,
@@ -82,6 +84,7 @@ def search(
       judge: r, of responses that are complete or cut at the horizon.
       temperature: of π_BL, before the tilt; 0 is greedy, as 'released' always is.
       eos_ids: end a response.
+      stops: over the vocabulary; they also end a response.
       variant: one of VARIANTS.
       reference: name of the model that the baseline was tuned from.
       candidates: k.
@@ -121,7 +124,7 @@ def search(
         rollouts, horizon = 1, horizon or RELEASED_HORIZON
     horizon = min(horizon or max_new, max_new)
     roll_key, draw_key = jax.random.split(key)
-    h = hypotheses.start(prompts, lengths, max_new)
+    h = hypotheses.start(prompts, lengths, max_new, stops)
     sampled_logps = np.zeros(h.tokens.shape, np.float32)
     stats = {"tokens_sampled": 0, "judge_calls": 0}
     for step in range(max_new):

@@ -119,8 +119,8 @@ def build(
         if "sampling" in takes:  # the sampling loop checks these settings
             own = {k: asked.pop(k) for k in {*asked} - {*takes, *WHOLE}}
             handed["sampling"] = {**(search.hyper["sampling"] or {}), **own} or None
-        takes |= {"stops"}  # cut from the finished text
-        wrong = sorted({*asked} - takes)
+        known = takes | {"stops"}  # if not taken, cut from the finished text
+        wrong = sorted({*asked} - known)
         whole = getattr(inspect.getmodule(search.function), "AT_ONCE", False)
         refused = ("draft",) if whole else ("draft", "forced")
         wrong += [k for k in refused if generate[k]]
@@ -148,7 +148,8 @@ def build(
                 return function(lm, tokens, lengths, key, **mine)
             return speculate(lm, draft, tokens, lengths, key, eos_ids=eos_ids, **mine)
         own = jax.random.fold_in(key, min(places))
-        mine.pop("stops", None)
+        if "stops" not in takes:
+            mine.pop("stops", None)
         if "forced" in mine:
             forced = {"forced": mine.pop("forced")}
             handed["sampling"] = {**(handed["sampling"] or {}), **forced}

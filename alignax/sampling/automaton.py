@@ -128,6 +128,16 @@ def _aho_corasick(patterns: list[list[int]], alphabet: int):
     return delta, final
 
 
+def stopped(automaton: Automaton, ids: Sequence[int]) -> bool:
+    """Whether a response of these ids completes a stop, on the host."""
+    state = 0
+    for i in ids:
+        if automaton.flag[state, i]:
+            return True
+        state = int(automaton.next[state, i])
+    return False
+
+
 def states(
     automaton: Automaton,
     tokens: Int[np.ndarray, "*N T"],

@@ -18,6 +18,7 @@ from alignax import logprob
 from alignax.batch import LM, Batch
 from alignax.models import transformer
 from alignax.sampling import generation_settings, guide_models
+from alignax.sampling.automaton import Automaton
 from alignax.sampling.decode import Generated, generate
 from alignax.sampling.prefill import WHOLE, Reader
 
@@ -32,11 +33,14 @@ class Hypotheses(NamedTuple):
     tokens: np.ndarray  # [B, G, T] prompt, response so far, zeros
     starts: np.ndarray  # [B, G] where the response begins
     ends: np.ndarray  # [B, G] where its next token goes
-    ended: np.ndarray  # [B, G] by EOS
+    ended: np.ndarray  # [B, G] by EOS or a stop
     max_new: int
     raw: np.ndarray  # [B, G, T] nats, under the policy; 0 outside the response
     sampled_logps: np.ndarray  # [B, G, T] nats, of the sampling distribution
     row: np.ndarray  # [B, G] place of the prompt among those that the search was given
+    stop_state: np.ndarray  # [B, G] of `stops`, behind the response so far
+    stops: Automaton | None = None  # a response ends with the token that completes one
+    loop_stops: Automaton | None = None  # the same on the device, for the sampling loop
 
     @property
     def sizes(self) -> np.ndarray:
@@ -49,8 +53,14 @@ class Hypotheses(NamedTuple):
         return self.ended | (self.sizes >= self.max_new)
 
 
-def start(prompts, lengths, max_new: int) -> Hypotheses:
+def start(prompts, lengths, max_new: int, stops: Automaton | None = None) -> Hypotheses:
     """One empty response [B, 1] to every prompt.
+
+    Args:
+      prompts: ids [B, P], right-padded.
+      lengths: real tokens of each prompt, [B].
+      max_new: most tokens of a response.
+      stops: over the vocabulary; they also end a response.
 
     Raises:
       ValueError: max_new below 1, or a length out of range.
@@ -66,7 +76,11 @@ def start(prompts, lengths, max_new: int) -> Hypotheses:
     zeros = np.zeros(tokens.shape, np.float32)
     no = np.zeros((b, 1), bool)
     row = np.arange(b, dtype=np.int32)[:, None]
-    return Hypotheses(tokens, at, at.copy(), no, max_new, zeros, zeros.copy(), row)
+    return Hypotheses(
+        tokens, at, at.copy(), no, max_new, zeros, zeros.copy(), row,
+        np.zeros((b, 1), np.int32), jax.tree.map(np.asarray, stops),
+        jax.tree.map(jnp.asarray, stops),
+    )  # fmt: skip
 
 
 def rows_of(h: Hypotheses, change: Callable[[np.ndarray], np.ndarray]) -> Hypotheses:
@@ -89,7 +103,7 @@ def prompt(h: Hypotheses, b: int) -> Hypotheses:
 def concatenate(parts: Sequence[Hypotheses], axis: int = 1) -> Hypotheses:
     """More hypotheses of the same prompts (axis = 1), or of more prompts (axis = 0)."""
     fields: list[Any] = [
-        np.concatenate(x, axis) if np.ndim(x[0]) else x[0]
+        np.concatenate(x, axis) if isinstance(x[0], np.ndarray) else x[0]
         for x in zip(*parts, strict=True)
     ]
     return Hypotheses(*fields)
@@ -127,7 +141,42 @@ def append(h: Hypotheses, tokens, logps, eos_ids: Sequence[int], where) -> Hypot
     raw[at] = logps[b, g]
     ends[b, g] += 1
     ended[b, g] = np.isin(tokens[b, g], eos_ids)
-    return h._replace(tokens=words, raw=raw, ends=ends, ended=ended)
+    state = h.stop_state
+    if h.stops is not None:
+        state, old = state.copy(), state[b, g]
+        ended[b, g] |= h.stops.flag[old, tokens[b, g]]
+        state[b, g] = h.stops.next[old, tokens[b, g]]
+    return h._replace(tokens=words, raw=raw, ends=ends, ended=ended, stop_state=state)
+
+
+def until_stop(
+    h: Hypotheses, words: np.ndarray, ends: np.ndarray, min_new: int = 0
+) -> Hypotheses:
+    """`h` with its new tokens, which end with the one that completes a stop.
+
+    Args:
+      h: [B, G] before these tokens.
+      words: [B, G, T] with them.
+      ends: [B, G] behind them.
+      min_new: a stop that ends before this number of tokens does not count.
+
+    Returns:
+      `h` of which tokens, ends, ended and stop_state are new.
+    """
+    if h.stops is None:
+        return h._replace(tokens=words, ends=ends)
+    table, flag = h.stops
+    state, stopped, ends = h.stop_state.copy(), np.zeros(ends.shape, bool), ends.copy()
+    for t in range(int(h.ends.min(initial=0)), int(ends.max(initial=0))):
+        here = (t >= h.ends) & (t < ends) & ~stopped
+        token = np.where(here, words[..., t], 0)
+        hit = here & flag[state, token] & (t + 1 - h.starts >= min_new)
+        state = np.where(here, table[state, token], state)
+        ends, stopped = np.where(hit, t + 1, ends), stopped | hit
+    words = np.where(np.arange(words.shape[2]) < ends[..., None], words, 0)
+    return h._replace(
+        tokens=words, ends=ends, ended=h.ended | stopped, stop_state=state
+    )
 
 
 def bucket(longest: int, t: int) -> int:
@@ -152,6 +201,9 @@ def extend(
     reader: Reader = WHOLE,
 ) -> tuple[Hypotheses, int]:
     """Draws up to `tokens` more of every response, `group` times.
+
+    The sampling loop ends where new tokens complete a stop of `h`. A stop that began in
+    earlier tokens is found behind the loop, and what was drawn after it is dropped.
 
     Args:
       lm: the model.
@@ -183,6 +235,10 @@ def extend(
             f"when it is continued, expected only {', '.join(STATELESS)}"
         )
     b, g, t = h.tokens.shape
+    if (found := h.loop_stops) is not None:
+        if found.next.shape[1] > (size := lm.config.vocab_size):  # of a draft
+            found = Automaton(*(x[:, :size] for x in found))
+        settings.setdefault("stops", found)
     tokens = min(tokens, h.max_new)
     going = ~h.done if active is None else ~h.done & active
     wide = rows_of(h, lambda x: np.repeat(x, group, 1))
@@ -216,11 +272,14 @@ def extend(
     last = np.take_along_axis(words, ends[..., None] - 1, 2)[..., 0]
     paused = np.isin(last, until) & ~np.isin(last, eos_ids)
     stopped = ~np.asarray(out.truncated).reshape(going.shape) & ~paused
-    return Hypotheses(
-        words, wide.starts, ends, np.where(going, stopped, wide.ended), h.max_new,
-        merge(wide.raw, out.raw_logps), merge(wide.sampled_logps, batch.old_logps),
-        wide.row,
-    ), int(fresh.sum())  # fmt: skip
+    drawn = int(fresh.sum())
+    new = until_stop(wide, words, ends, int(settings.get("min_new") or 0))
+    fresh &= at < new.ends[..., None]
+    return new._replace(
+        ended=np.where(going, stopped | new.ended, wide.ended),
+        raw=merge(wide.raw, out.raw_logps),
+        sampled_logps=merge(wide.sampled_logps, batch.old_logps),
+    ), drawn  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames="k")

@@ -24,7 +24,7 @@ from alignax.batch import LM
 from alignax.configs import generate
 from alignax.models import transformer
 from alignax.models.transformer import ModelConfig
-from alignax.sampling import guides
+from alignax.sampling import automaton, guides
 from alignax.text import tokenizer
 from alignax.text.encoder import FunctionEncoder
 
@@ -121,6 +121,12 @@ ELSEWHERE = {  # hyper-parameters that do nothing here, and what changes them el
     ("rain", "share"): "share",
     ("rain", "spread"): "spread",
     ("rain", "uniform"): "_mix(",
+}
+AFTER_STOPS = {  # what a search draws behind a stop decides too, if it goes on
+    "conditional_beam": "log p of all tokens",
+    "gsi": "log p of a whole step",
+    "rain": "the embeddings of texts",
+    "speculative_rejection": "who is rejected",
 }
 LONG = {  # guides that know where the response began: here they are far from its end
     "safe_decoding": {"first": 100},
@@ -387,12 +393,12 @@ class Judge:
         return (WEIGHTS[tokens] * mask).sum(-1) / np.maximum(mask.sum(-1), 1)
 
 
-def search(name, prompts=PROMPTS, lengths=LENGTHS, seed=0, **changes):
+def search(name, prompts=PROMPTS, lengths=LENGTHS, seed=0, judge=None, **changes):
     """A run of a search, on the host."""
     function = FOUND[name].function
     takes = inspect.signature(function).parameters
     handed = {
-        "judge": Judge(), "eos_ids": EOS, "temperature": 1.0, "tokenizer": TEXT,
+        "judge": judge or Judge(), "eos_ids": EOS, "temperature": 1.0, "tokenizer": TEXT,
     }  # fmt: skip
     handed = {k: v for k, v in handed.items() if k in takes}
     out = function(
@@ -488,6 +494,58 @@ def test_a_response_does_not_depend_on_the_other_prompt(name):
         np.testing.assert_allclose(
             out.raw_logps[0], plain(name).raw_logps[0], atol=1e-5
         )
+
+
+def completed(ids, sequences):
+    """Tokens up to the first that completes a sequence, or all, and whether one does."""
+    for n in range(1, len(ids) + 1):
+        if any(tuple(ids[n - len(x) : n]) == x for x in sequences if len(x) <= n):
+            return n, True
+    return len(ids), False
+
+
+def cut(batch, sequences):
+    """The responses of a Batch as tuples, each up to the stop that is completed first."""
+    rows = zip(np.asarray(batch.tokens), np.asarray(batch.mask), strict=True)
+    found = [[t[m].tolist() for t, m in zip(*row, strict=True)] for row in rows]
+    return [
+        [tuple(ids[: completed(ids, sequences)[0]]) for ids in row] for row in found
+    ]
+
+
+@each_search
+def test_a_search_ends_where_a_stop_completes(name):
+    """The same text as that of a search that goes on, whose judge reads what is kept."""
+    free = cut(plain(name).batch, ())
+    sequences = {row[0][1:3] for row in free if len(row[0]) > 2} or {free[0][0][:1]}
+    sequences = {x for x in sequences if EOS[0] not in x} or {free[0][0][:1]}
+
+    class Kept(Judge):
+        def __call__(self, batch):
+            mask = np.array(batch.mask)
+            for place in np.ndindex(mask.shape[:2]):
+                at = np.flatnonzero(mask[place])
+                ids = np.asarray(batch.tokens)[place][at].tolist()
+                mask[place][at[completed(ids, sequences)[0] :]] = False
+            return super().__call__(batch._replace(mask=mask))
+
+    table = automaton.stop_sequences(sorted(sequences), V)
+    got, want = search(name, judge=Kept(), stops=table), search(name, judge=Kept())
+    responses = cut(got.batch, ())
+    assert any(completed(ids, sequences)[1] for row in responses for ids in row)
+    if name not in AFTER_STOPS:
+        assert cut(got.batch, sequences) == cut(want.batch, sequences)
+        fewer = want.stats["tokens_sampled"] - got.stats["tokens_sampled"]
+        # the stop is in the last block of the one, and ends a round of the other
+        assert fewer > 0 or name in ("controlled_blocks", "nudging_words")
+    if name == "nudging_words":  # the round of a stop is completed
+        return
+    assert responses == cut(got.batch, sequences)
+    for row, truncated in zip(responses, got.truncated, strict=True):
+        for ids, more in zip(row, truncated, strict=True):
+            assert more == (not completed(ids, sequences)[1] and ids[-1] not in EOS)
+    logps = logprob.score(model("target"), jax.tree.map(jnp.asarray, got.batch)).logps
+    np.testing.assert_allclose(got.raw_logps, logps, atol=1e-4)
 
 
 @each_search
