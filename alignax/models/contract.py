@@ -56,10 +56,10 @@ def _contract_backward(equation, dtype, operands, g):
     left, right = inputs.split(",")
     # one rounding for both products; a float32 parameter gets its gradient in float32
     g = g.astype(a.dtype)
-    return (
-        contract(f"{out},{right}->{left}", g, b, a.dtype),
-        contract(f"{left},{out}->{right}", a, g, b.dtype),
-    )
+    da = contract(f"{out},{right}->{left}", g, b, a.dtype)
+    if not jnp.issubdtype(b.dtype, jnp.floating):  # int8 weights have no gradient
+        return da, None
+    return da, contract(f"{left},{out}->{right}", a, g, b.dtype)
 
 
 contract.defvjp(_contract_forward, _contract_backward)

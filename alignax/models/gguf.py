@@ -6,13 +6,17 @@ the factor instead of its offset from 1. Llama 3's RoPE scaling is stored as the
 divisors of the frequencies instead of its parameters. Metadata of the architecture that is not known is an error.
 """
 
+import math
+import mmap
+import os
 import pathlib
+import struct
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from alignax.models import families, gguf_header, sizes
+from alignax.models import families, sizes
 from alignax.models.json_object import one_line
 from alignax.models.stored import Tensor, read_at
 
@@ -42,6 +46,11 @@ _NEUTRAL = {  # metadata that is not read -> the value that changes nothing
 
 # (factor, low, high, length) of Llama 3.1 and 3.2: llama.cpp keeps only what they result in
 _LLAMA3_RULES = ((8.0, 1.0, 4.0, 8192.0), (32.0, 1.0, 4.0, 8192.0))
+
+# of a header: bytes of a value by its type, two other types, and most axes of a tensor
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes
+_STRING, _ARRAY = 8, 9
+_DIMENSIONS = 4  # most axes of a tensor
 
 NAMES = {  # path in our tree -> name in a .gguf file
     "embed": "token_embd.weight",
@@ -84,7 +93,7 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ImportError(
             f"reading {path} needs the gguf package: pip install gguf"
         ) from e
-    gguf_header.check(path)
+    check_header(path)
     try:
         file = gguf.GGUFReader(path)
         meta = {
@@ -284,3 +293,76 @@ def _llama3_scaling(
         f"tensor rope_freqs.weight in {path} is not Llama 3.1's or 3.2's: "
         "other frequency scalings are not supported"
     )
+
+
+def check_header(path: pathlib.Path) -> None:
+    """Checks that every length which the header of a file states fits into it.
+
+    The library that reads these files trusts them: an array of 2^60 entries would be read
+    for ever.
+
+    Raises:
+      ValueError: a length does not fit; the file is named.
+    """
+    try:
+        if not os.path.getsize(path):
+            raise ValueError("it is empty")
+        with (
+            path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
+            _walk(data, len(data))
+    except (struct.error, ValueError) as error:
+        raise ValueError(f"{path} is damaged or not GGUF: {error}") from error
+
+
+def _walk(data: mmap.mmap, size: int) -> None:
+    magic, version, tensors, fields = struct.unpack_from("<4sIQQ", data, 0)
+    if magic != b"GGUF" or version not in (2, 3):
+        raise ValueError(f"it begins with {magic!r} and version {version}")
+    at = 24
+    for _ in range(_fits(fields, 13, size - at, "fields")):
+        at = _string(data, at, size)
+        (kind,) = struct.unpack_from("<I", data, at)
+        at = _value(data, at + 4, size, kind)
+    for _ in range(_fits(tensors, 24, size - at, "tensors")):
+        at = _string(data, at, size)
+        (axes,) = struct.unpack_from("<I", data, at)
+        if axes > _DIMENSIONS:
+            raise ValueError(f"a tensor has {axes} axes")
+        *shape, _, place = struct.unpack_from(f"<{axes}QIQ", data, at + 4)
+        at += 16 + 8 * axes
+        _fits(math.prod(shape), 1 / 8, size, "numbers of a tensor")  # a bit at least
+        _fits(place, 1, size, "bytes before a tensor")
+
+
+def _value(data: mmap.mmap, at: int, size: int, kind: int) -> int:
+    """The place behind a value."""
+    if kind == _STRING:
+        return _string(data, at, size)
+    if kind != _ARRAY:
+        return at + _size_of(kind)
+    inner, many = struct.unpack_from("<IQ", data, at)
+    at += 12
+    if inner == _STRING:
+        for _ in range(_fits(many, 8, size - at, "texts of an array")):
+            at = _string(data, at, size)
+        return at
+    return at + _fits(many, _size_of(inner), size - at, "values of an array") * _size_of(inner)  # fmt: skip
+
+
+def _string(data: mmap.mmap, at: int, size: int) -> int:
+    (length,) = struct.unpack_from("<Q", data, at)
+    return at + 8 + _fits(length, 1, size - at - 8, "bytes of a text")
+
+
+def _size_of(kind: int) -> int:
+    if kind not in _SIZES:
+        raise ValueError(f"a field has the unknown type {kind}")
+    return _SIZES[kind]
+
+
+def _fits(many: int, each: float, left: int, what: str) -> int:
+    if many * each > left:
+        raise ValueError(f"it states {many} {what}, and {max(left, 0)} bytes are left")
+    return many

@@ -31,6 +31,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from alignax.batch import LM, Params
+from alignax.models import int8
 
 # L ... r, L r ... and L ...: small, on every device (gain: of `attach`)
 PARAM_RULES = ((r"/(a|b|magnitude|gain)$", P()),)
@@ -152,7 +153,7 @@ def init(base: LM, lora: Lora, key) -> Params:
     layers = base.config.num_layers
     out: Params = {"blocks": {}}
     for i, name in enumerate(sorted(lora.targets)):
-        kernel, inputs = _kernel(base, name)
+        kernel, inputs = _kernel(base, name, whole=lora.dora)
         ranks = lora.ranks_of(name, layers)
         node = _draw(kernel, inputs, ranks, jax.random.fold_in(key, i), name)
         if lora.dora:
@@ -172,7 +173,7 @@ def init(base: LM, lora: Lora, key) -> Params:
             bias = jnp.where(some.reshape(-1, *[1] * (bias.ndim - 1)), bias, 0.0)
         out["blocks"].setdefault(part, {}).setdefault(name, {})["bias"] = bias
     for name in set(lora.saved) & set(TABLES):
-        out[name] = base.params[name].astype(jnp.float32)
+        out[name] = int8.table(base.params, name).astype(jnp.float32)
     if "value_head" in base.params:
         out["value_head"] = base.params["value_head"]
     return out
@@ -197,7 +198,11 @@ def attach(base: LM, adapters: Params, lora: Lora) -> LM:
 
 
 def merge(base: LM, adapters: Params, lora: Lora) -> LM:
-    """The adapters merged into the weights, computed in float32, in the base's dtypes."""
+    """The adapters merged into the weights, computed in float32, in the base's dtypes.
+
+    Those of a base in int8 are merged into the weights that it stands for.
+    """
+    base = LM(base.config, int8.dequantize(base.params))
 
     def merged(kernel, inputs, node, ranks, scales):
         whole = _sum(kernel, inputs, node, ranks, scales)
@@ -211,7 +216,7 @@ def merge(base: LM, adapters: Params, lora: Lora) -> LM:
 
 def table(base: LM, name: str, node: Params | None, lora: Lora):
     """The embedding [V, D] or the head [D, V] of a model with adapters, float32."""
-    kernel, inputs = _kernel(base, name)
+    kernel, inputs = _kernel(base, name, whole=True)
     if node is None:
         return kernel[0].astype(jnp.float32)
     node = jax.tree.map(lambda x: jnp.asarray(x)[None], node)
@@ -249,7 +254,7 @@ def _put(base: LM, adapters: Params, lora: Lora, one, replaced) -> LM:
     tree = {k: v for k, v in adapters.items() if k not in TABLES}
     tree = jax.tree.map(lambda x: x, tree)  # dictionaries of its own
     for name, node in targets_of(adapters):
-        kernel, inputs = _kernel(base, name)
+        kernel, inputs = _kernel(base, name, whole=lora.dora)
         how = lora.ranks_of(name, layers), lora.scales_of(name, layers)
         if name in TABLES:
             whole = table(base, name, node, lora)
@@ -268,6 +273,9 @@ def _put(base: LM, adapters: Params, lora: Lora, one, replaced) -> LM:
                 node["bias"] = jnp.where(some > 0, node["bias"], bias)
     tree |= {k: adapters[k] for k in TABLES if k in adapters and k not in tree}
     params = _update(base.params, tree, replaced)
+    for name in TABLES:  # what takes the place of int8 has no scale
+        if name in tree:
+            params.pop(f"{name}_scale", None)
     config = dataclasses.replace(
         base.config, tied=base.config.tied and "head" not in params,
         value_head="value_head" in params,
@@ -346,14 +354,21 @@ def _stacked(kernel, inputs: int):
     return kernel.reshape(kernel.shape[0], math.prod(kernel.shape[1 : inputs + 1]), -1)
 
 
-def _kernel(base: LM, target: str) -> tuple[Any, int]:
-    """The matrix of a target with an axis L, and its number of input axes."""
+def _kernel(base: LM, target: str, *, whole: bool) -> tuple[Any, int]:
+    """The matrix of a target with an axis L, and its number of input axes.
+
+    Args:
+      base: the model.
+      target: a projection or a table.
+      whole: multiplied with its scales if it is in int8; otherwise for its shape alone.
+    """
     if target in TARGETS:
         part, inputs = TARGETS[target]
-        return base.params["blocks"][part][target]["kernel"], inputs
-    if target == "head" and "head" not in base.params:
-        return base.params["embed"].T[None], 1
-    return base.params[target][None], 1
+        node = base.params["blocks"][part][target]
+        return int8.kernel(target, node) if whole else node["kernel"], inputs
+    name = "embed" if target == "head" and "head" not in base.params else target
+    matrix = int8.table(base.params, name) if whole else base.params[name]
+    return (matrix if name == target else matrix.T)[None], 1
 
 
 def _biases(base: LM, lora: Lora) -> Iterator[tuple[str, str, Any]]:

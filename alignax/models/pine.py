@@ -247,9 +247,7 @@ def read(
     if not all(c.rope_layers):
         raise ValueError("PINE needs a model whose layers all have RoPE")
     rope.check_length(c.rope_scaling, len(layout.segment), c.max_length)
-    x = lm.params["embed"][tokens].astype(c.dtype)
-    if c.embed_scale:
-        x = x * jnp.asarray(c.width**0.5, x.dtype)
+    x = transformer.embedded(lm, tokens)
     blocks: Any = transformer.unstack(lm).params["blocks"]
     filled = []
     for params, *kv in zip(blocks, *cache, strict=True):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alignax.batch import LM
-from alignax.models import families
+from alignax.models import families, int8
 from alignax.models.transformer import tree_shapes
 from alignax.records.files import expanded
 
@@ -39,7 +39,8 @@ def save(
     need the tokenizer's pad_token_id for batches of more than one row).
 
     Args:
-      lm: parameters in float32 or bfloat16, written as they are.
+      lm: parameters in float32 or bfloat16, written as they are. Matrices in int8 are
+        written as what they stand for, in the dtype of the norms.
       path: the directory to make; its parents are made too.
       tokenizer: a directory whose tokenizer files are copied.
       files: {name: content} of further files, e.g. from `text.tokenizer_files`.
@@ -59,6 +60,7 @@ def save(
             lm.config,
             {**lm.params, "blocks": jax.tree.map(lambda *x: np.stack(x), *blocks)},
         )
+    lm = LM(lm.config, int8.dequantize(lm.params))
     dtype = _check_params(lm)
     config = families.to_hf(lm.config)
     config |= {"dtype": dtype, "torch_dtype": dtype}

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from alignax.models import lora, transformer
+from alignax.models import int8, lora, transformer
 
 # ns_coeffs are constants in the state of Muon
 PARAM_RULES = (*transformer.PARAM_RULES, *lora.PARAM_RULES, ("ns_coeffs$", P()))
@@ -146,6 +146,15 @@ def placed(params, mesh: Mesh):
         for i, x in zip(others, place([leaves[i] for i in others]), strict=True):
             leaves[i] = x
     return jax.tree.unflatten(tree, leaves)
+
+
+def quantized(params, mesh: Mesh):
+    """A frozen tree on the mesh in int8, from one that is anywhere; see `int8.quantize`.
+
+    Both are on the devices at the end of it.
+    """
+    shapes = jax.eval_shape(int8.quantize, params)
+    return jax.jit(int8.quantize, out_shardings=shardings(shapes, mesh))(params)
 
 
 def is_placed(params, mesh: Mesh) -> bool:

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from alignax.batch import LM, Params
-from alignax.models import kernels, rope
+from alignax.models import int8, kernels, rope
 from alignax.models.attention import Attend, attention, same_segment, with_tiles
 from alignax.models.contract import KEPT, contract, keep
 from alignax.models.rope import rotary, rotate
@@ -36,6 +36,11 @@ PARAM_RULES = (  # path regex -> spec; first match wins; no match is an error
     (r"(gate|up)/bias$", P(None, "model")),  # L F
     (r"(o|down)/bias$", P()),  # L D
     (r"head$", P("fsdp", "model")),  # D V, untied
+    # scales of int8 weights, one for an output channel
+    (r"(q|k|v)/scale$", P(None, "model", None)),  # L H K
+    (r"(gate|up)/scale$", P(None, "model")),  # L F
+    (r"(o|down)/scale$", P()),  # L D
+    (r"(embed|head)_scale$", P("model")),  # V
     (r"value_head/", P()),
     (r"norm/scale$", P()),
 )
@@ -179,7 +184,11 @@ class Project(nn.Module):
     def __call__(self, x):
         init = nn.initializers.normal(self.fan_in**-0.5)
         kernel = self.param("kernel", init, self.shape)
-        y = contract(self.equation, x, kernel, x.dtype)
+        if self.has_variable("params", "scale"):  # of an int8 kernel
+            y = contract(self.equation, x, kernel, jnp.float32)
+            y = (y * self.get_variable("params", "scale")).astype(x.dtype)
+        else:
+            y = contract(self.equation, x, kernel, x.dtype)
         if self.has_variable("params", "a"):  # from lora.attach
             y = y + self.low_rank(x)
         if self.has_variable("params", "gain"):  # of DoRA, on the output axes
@@ -435,9 +444,7 @@ def hidden(
         attend = Attend((attend,), same_segment)
     if attend is not None and cache is None:
         attend = with_tiles(attend, positions, c)
-    x = look_up(params["embed"], tokens).astype(c.dtype)
-    if c.embed_scale:
-        x = x * jnp.asarray(c.width**0.5, x.dtype)
+    x = embedded(lm, tokens)
     ropes = (
         rotary(positions, c.head_dim, c.rope_theta, c.rope_scaling),
         rotary(positions, c.head_dim, c.rope_theta_local, None)
@@ -479,10 +486,21 @@ def hidden(
     return cast(Array, norm.apply({"params": params["norm"]}, x)), cache
 
 
+def embedded(lm: LM, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
+    """The embeddings of ids, as the first layer reads them."""
+    c, table = lm.config, lm.params["embed"]
+    if "embed_scale" in lm.params:  # int8
+        rows = table[tokens].astype(jnp.float32)
+        x = (rows * lm.params["embed_scale"][tokens][..., None]).astype(c.dtype)
+    else:
+        x = look_up(table, tokens).astype(c.dtype)
+    return x * jnp.asarray(c.width**0.5, x.dtype) if c.embed_scale else x
+
+
 @jax.custom_vjp
 def look_up(
-    table: Float[Array, "V D"], ids: Int[Array, "N T"]
-) -> Float[Array, "N T D"]:
+    table: Float[Array, "V D"], ids: Int[Array, "..."]
+) -> Float[Array, "... D"]:
     """Rows of a table. Its gradient is added up in float32, whatever its dtype.
 
     In bfloat16 a sum over many tokens would stop at 256 times what is added to it.
@@ -503,11 +521,22 @@ def _look_up_backward(kept, g):
 look_up.defvjp(_look_up, _look_up_backward)
 
 
+_HEADS = {
+    True: ("embed", 0),
+    False: ("head", 1),
+}  # tied -> the leaf, and its axis of ids
+
+
 def head(lm: LM) -> tuple[Array, int]:
-    """The output matrix as stored, and which of its axes is the vocabulary."""
-    if lm.config.tied:
-        return lm.params["embed"], 0
-    return lm.params["head"], 1
+    """The output matrix as stored, and which of its axes is the vocabulary.
+
+    Of int8 weights it is their product with the scales, in the dtype of the computation.
+    """
+    name, axis = _HEADS[lm.config.tied]
+    weight = int8.table(lm.params, name)
+    if f"{name}_scale" in lm.params:
+        weight = weight.astype(lm.config.dtype)
+    return weight, axis
 
 
 def softcap(logits: Array, cap: float | None) -> Array:
@@ -537,12 +566,14 @@ def unembed(
       h: hidden states.
       whole: of every row of the table, also of those that `limit_ids` leaves out.
     """
-    weight, axis = head(lm)
+    name, axis = _HEADS[lm.config.tied]
     logits = jax.lax.dot_general(
-        h, weight.astype(h.dtype),
+        h, lm.params[name].astype(h.dtype),
         (((h.ndim - 1,), (1 - axis,)), ((), ())),
         precision="highest", preferred_element_type=jnp.float32,
     )  # fmt: skip
+    if f"{name}_scale" in lm.params:  # of int8 weights, exact after the product
+        logits = logits * lm.params[f"{name}_scale"]
     logits = softcap(logits, lm.config.final_softcap)
     return logits if whole else logits[..., : lm.config.vocab_size]
 

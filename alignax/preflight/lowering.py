@@ -286,7 +286,9 @@ def of_host(plan: Plan, own: Sequence[Any]) -> OfHost:
     def share(x) -> int:
         places = x.sharding.devices_indices_map(x.shape)
         parts = len({str(places[d]) for d in own})
-        return parts * math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        # what is quantised is read in float32 at most
+        width = 4 if x.dtype == jnp.int8 else x.dtype.itemsize
+        return parts * math.prod(x.sharding.shard_shape(x.shape)) * width
 
     weights = jax.tree.leaves(
         (plan.policy.params, [lm.params for lm in plan.lms.values()])

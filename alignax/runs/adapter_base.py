@@ -19,20 +19,19 @@ NAME = "base.json"
 NEEDS = {"path": str, "from_here": str, "checksum": str}
 
 
-def note(workdir, path: str, params: Params) -> None:
+def note(workdir, path: str, checksum: str) -> None:
     """Writes base.json; a resumed run checks it instead.
 
     Args:
       workdir: of the run; it exists.
       path: of the base's weights; '' if they were drawn from the run's seed.
-      params: of the base, in the dtype of the run.
+      checksum: of the base's parameters, in the dtype of the run and not quantised, from
+        `checkpoint.fingerprint`. Every host takes it: it may be a program of all devices.
 
     Raises:
       ValueError: the base is not the one that the run began with.
     """
     folder = checkpoint.absolute(workdir)
-    # on every host: it may be a program of all devices
-    checksum = checkpoint.fingerprint(params)
     if (folder / NAME).exists():
         _compare(folder, checksum)
     elif jax.process_index() == 0:

@@ -4,7 +4,8 @@ import logging
 import pathlib
 from typing import Any
 
-from alignax.models import gguf_header, sizes
+from alignax.models import sizes
+from alignax.models.gguf import check_header
 from alignax.models.json_object import one_line
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], str | None]:
         import gguf
     except ImportError as e:
         raise ImportError("a .gguf file needs a package: pip install gguf") from e
-    gguf_header.check(path)
+    check_header(path)
     names = ["model", "pre", "tokens", "merges", "token_type", "add_bos_token"]
     names += [f"{kind}_token_id" for kind in ("bos", "eos", "eot", "eom", "padding")]
     try:

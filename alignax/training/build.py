@@ -100,6 +100,8 @@ def build(config, workdir: str, model: ModelPath | None = None) -> Run:
     if text.pad_id >= whole.config.vocab_size:  # nothing is ever read from it
         text = dataclasses.replace(text, pad_id=text.eos_id)
     check_context(config, plugins.evals, whole.config.max_length)
+    # of the weights as they are read, before they are quantised
+    checksum = checkpoint.fingerprint(whole.params) if config.lora.rank else ""
     policy, assemble, lms, moving, rate, tx = pieces(config, whole, mesh, text=text)
     del whole  # with adapters, its weights are on the mesh now
     readers = [policy, *(lm for lm in lms.values() if not lm.config.tokenizer)]
@@ -115,7 +117,7 @@ def build(config, workdir: str, model: ModelPath | None = None) -> Run:
     # Last, so that a config that cannot run leaves nothing behind.
     folder = workdirs.prepare(workdir, config)
     if config.lora.rank:
-        adapter_base.note(folder, config.model.path, lms["base"].params)
+        adapter_base.note(folder, config.model.path, checksum)
     say = functools.partial(print, flush=True) if jax.process_index() == 0 else _quiet
     run = Run(
         config, epath.Path(folder).name, folder, mesh, text, policy, assemble, lms, moving,
@@ -334,7 +336,9 @@ def pieces(
 
     if adapters:
         key = jax.random.key(config.seed)
-        policy = LM(model, lora.init(policy, adapters, key))
+        # the base of int8 is other weights, whose norms and tables adapters begin with
+        start = lms["base"] if config.model.frozen_dtype else policy
+        policy = LM(model, lora.init(start, adapters, key))
     return Pieces(policy, assemble, lms, tuple(moving), rate, tx)
 
 
@@ -383,7 +387,7 @@ def place_lms(
 
     readers = checks.readers_of_ids(config)
     if loading.lora_settings(config):
-        base = LM(policy.config, sharding.placed(policy.params, mesh))
+        base = LM(policy.config, loading.frozen(config, policy.params, mesh))
         on_mesh["init"] = lms["base"] = base
     for name, path in config.lms.items():
         if path == "average":
@@ -405,10 +409,11 @@ def place_lms(
         changes = {**loading.computed(config), "remat": "none", "tokenizer": own}
         lm = LM(dataclasses.replace(lm.config, **changes), lm.params)
         if path in on_mesh:  # one copy of the same weights is enough
-            params = {k: on_mesh[path].params[k] for k in lm.params}
+            head = "value_head" in lm.params
+            there = on_mesh[path].params.items()
+            params = {k: v for k, v in there if head or k != "value_head"}
         else:
-            params = loading.cast(lm.params, config.model.param_dtype)
-            params = sharding.placed(params, mesh)
+            params = loading.frozen(config, lm.params, mesh)
         lms[name] = on_mesh[path] = LM(lm.config, params)
     return lms, moving
 

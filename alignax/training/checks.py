@@ -143,6 +143,10 @@ def check_model(config, plugins: Plugins) -> None:
             raise ValueError(
                 f"config.model.{key} is {m[key]!r}, expected one of {', '.join(DTYPES)}"
             )
+    if m.frozen_dtype not in (known := ("", *loading.FROZEN_DTYPES)):
+        raise ValueError(
+            f"config.model.frozen_dtype is {m.frozen_dtype!r}, expected one of {known}"
+        )
     loading.lora_settings(config)
     unused = [
         k for k in ("dora", "layers", "ranks", "alphas", "saved") if config.lora.get(k)

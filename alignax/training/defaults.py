@@ -57,6 +57,9 @@ def get_config() -> ConfigDict:
     c.model.value_head = False
     c.model.dtype = "float32"  # of the computation
     c.model.param_dtype = "float32"  # in bfloat16 steps are rounded stochastically
+    # Of frozen weights: c.lms, and the base of adapters. '' = param_dtype | float32 |
+    # bfloat16 | int8, with a scale for every output channel (models/int8.py)
+    c.model.frozen_dtype = ""
     # What the backward pass computes again, to need less memory: none | elementwise (all but
     # matrix products and attention; attn_kernel='cudnn' is computed again) | dots (all but
     # matrix products) | block (everything)

@@ -75,12 +75,28 @@ def explain(config) -> str:
     # micro-batches are added up in float32
     gradient = _cast(trained, "float32") if config.accumulate > 1 else trained
     lines.append(
-        f"per device: {_size(_cast(shapes, config.model.param_dtype), mesh)} a copy; "
-        f"{1 + len(others)} copies ({'base' if adapters else 'policy'}, frozen LMs), "
+        f"per device: {_copies(config, shapes, len(others), mesh)}, "
         f"{kept}{_size(gradient, mesh)} of gradient, {_size(state, mesh)} of "
         f"{config.optim.name} state"
     )
     return "\n".join(lines)
+
+
+def _copies(config, shapes, others: int, mesh: Mesh) -> str:
+    """What the policy, or the base of adapters, and the other frozen LMs take."""
+    whole = _size(_cast(shapes, config.model.param_dtype), mesh)
+    adapters = bool(config.lora.rank)
+    if not (dtype := config.model.frozen_dtype):
+        first = "base" if adapters else "policy"
+        return f"{whole} a copy; {1 + others} copies ({first}, frozen LMs)"
+    frozen = jax.eval_shape(
+        lambda x: loading.as_frozen(loading.cast(x, config.model.param_dtype), dtype),
+        shapes,
+    )
+    small = f"{_size(frozen, mesh)} a frozen copy in {dtype}"
+    if adapters:
+        return f"{small}; {1 + others} copies (base, frozen LMs)"
+    return f"{whole} of the policy, {small}; {others} copies (frozen LMs)"
 
 
 def _cast(tree, dtype: str):

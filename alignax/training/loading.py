@@ -10,13 +10,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from alignax.batch import LM, Params
-from alignax.models import load, lora, peft, sharding, transformer
+from alignax.models import int8, load, lora, peft, sharding, transformer
 from alignax.models import sizes as model_sizes
 from alignax.models.transformer import ModelConfig
 from alignax.runs import adapter_base, checkpoint, model_paths
 from alignax.runs.model_paths import ModelPath
 from alignax.text import tokenizer, tokenizer_files, truncation
 from alignax.text.dialogues import SYSTEMS, Reading
+
+FROZEN_DTYPES = (*load.DTYPES, "int8")  # what config.model.frozen_dtype may be
 
 
 def make_policy(
@@ -66,6 +68,24 @@ def make_policy(
 def cast(params: Params, dtype: str) -> Params:
     """Parameters in a dtype; what has it already is not copied."""
     return jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
+
+
+def frozen(config, params: Params, mesh: Mesh) -> Params:
+    """Frozen parameters on a mesh, in config.model.frozen_dtype; '' is param_dtype.
+
+    In int8 are weights that were rounded to param_dtype before.
+    """
+    m = config.model
+    if m.frozen_dtype == "int8":
+        return sharding.quantized(cast(params, m.param_dtype), mesh)
+    return sharding.placed(cast(params, m.frozen_dtype or m.param_dtype), mesh)
+
+
+def as_frozen(params: Params, dtype: str) -> Params:
+    """Parameters in one of FROZEN_DTYPES, wherever they are; '' keeps their dtype."""
+    if dtype == "int8":
+        return int8.quantize(params)
+    return cast(params, dtype) if dtype else params
 
 
 def computed(config) -> dict[str, str]:
@@ -267,6 +287,9 @@ def merged(found: ModelPath, adapters: LM) -> LM:
     dtype = config["model"]["param_dtype"]
     params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
     adapter_base.check(found.folder, found.base.path if found.base else "", params)
+    # what the adapters were trained on; runs of earlier versions lack the key
+    params = as_frozen(params, config["model"].get("frozen_dtype", ""))
+    params = cast(int8.dequantize(params, dtype), dtype)
     base = LM(adapters.config, params)
     return lora.merge(base, adapters.params, as_lora(config["lora"]))
 

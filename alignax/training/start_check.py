@@ -1,7 +1,7 @@
 """What must hold before and at the first step; a run that fails one of these stops.
 
 A cached log-probability is that of the reference. Where the reference is the initial
-policy, the two agree exactly, and the jitted training step agrees with them.
+policy in the same dtype, the two agree exactly, and the jitted training step agrees with them.
 """
 
 import functools
@@ -19,7 +19,8 @@ from alignax.training import on_policy, parallel
 def start_check(config, run, state, batch, writer) -> bool:
     """What must hold before step 0: a cache is the reference's, and it the policy.
 
-    The latter where the reference is the initial policy, and exactly.
+    The latter where the reference is the initial policy, and exactly. Of a reference in
+    another dtype (model.frozen_dtype) the difference is reported.
 
     Returns:
       Whether policy and reference are the same.
@@ -58,9 +59,17 @@ def start_check(config, run, state, batch, writer) -> bool:
         masked.mean(run.loss(policy, batch, **given)[0], masked.prompts(batch))
     )
     writer.write(0, {"start/loss": value, "start/log_ratio": largest})
-    run.say(
-        f"step 0: policy = reference: largest log-ratio {largest:g}, loss {value:.7f}"
+    # beside adapters the reference is the policy's own base
+    exact = config.lora.rank or config.model.frozen_dtype in (
+        "",
+        config.model.param_dtype,
     )
+    whose = "=" if exact else f"and {config.model.frozen_dtype}"
+    run.say(
+        f"step 0: policy {whose} reference: largest log-ratio {largest:g}, loss {value:.7f}"
+    )
+    if not exact:
+        return False
     if largest != 0:
         raise RuntimeError(
             f"policy and reference differ by {largest:g} nats on one token before the first step"

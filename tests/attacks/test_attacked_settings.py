@@ -191,6 +191,7 @@ REFUSALS = [
     ({"lora.dora": True}, r"lora\.dora is set, but lora\.rank is 0"),
     ({"optim": {"lr": 0.1}}, r"config\.optim\.\w+ is missing"),
     ({"model.param_dtype": "float16"}, r"model\.param_dtype is 'float16'"),
+    ({"model.frozen_dtype": "int4"}, r"model\.frozen_dtype is 'int4'"),
     ({"loss": {"name": "reward_model"}}, "needs config.model.value_head=True"),
     ({**ROLL, "shaping": {"gae": {}}}, "a critic needs config.model.value_head"),
     ({"lora.rank": 2, "lms": {"base": "init"}}, "lms.base is the base"),

@@ -13,7 +13,7 @@ from etils import epath
 from alignax.batch import LM
 from alignax.models import save, transformer
 from alignax.records import fetch
-from alignax.runs import adapter_base, model_paths, workdirs
+from alignax.runs import adapter_base, checkpoint, model_paths, workdirs
 from alignax.runs.model_paths import resolve
 from alignax.training import build, loading
 
@@ -118,7 +118,9 @@ def test_an_average_in_front_of_a_stage_or_of_a_base(tmp_path):
     model, run = tmp_path / "a" / "model", tmp_path / "a" / "run"
     for folder in (model / "checkpoints", run):
         folder.mkdir(parents=True)
-    adapter_base.note(run, f"average:{model}", {"x": jnp.zeros(1)})
+    adapter_base.note(
+        run, f"average:{model}", checkpoint.fingerprint({"x": jnp.zeros(1)})
+    )
     assert adapter_base.find(run, f"average:{model}") == f"average:{model}"
     (tmp_path / "a").rename(tmp_path / "b")
     moved = tmp_path / "b"
@@ -159,8 +161,10 @@ def test_the_base_of_adapters_may_be_a_name_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(fetch, "model", lambda name: {"hf:me/model": there}[name])
     folder = run(tmp_path / "run", **{"model.path": "hf:me/model", "lora.rank": 2})
     lm = loading.load_lm(there)
-    adapter_base.note(folder, "hf:me/model", lm.params)
+    adapter_base.note(folder, "hf:me/model", checkpoint.fingerprint(lm.params))
     known = json.loads((tmp_path / "run" / "base.json").read_text())
     assert (known["path"], known["from_here"]) == ("hf:me/model", "")
     assert resolve(folder).base == resolve(there)
-    adapter_base.note(folder, "hf:me/model", lm.params)  # the same base: it resumes
+    adapter_base.note(
+        folder, "hf:me/model", checkpoint.fingerprint(lm.params)
+    )  # the same base: it resumes
