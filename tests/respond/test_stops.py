@@ -244,7 +244,7 @@ def test_a_search_is_cut_at_ids(tmp_path, method):
     assert ["stop"] in [r["finish"] for r in cut]
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, 2])
 def test_sampling_and_a_search_write_the_same_where_stops_nest(tmp_path, seed):
     """DeAL without weight is greedy, but what it draws is cut afterwards."""
 
