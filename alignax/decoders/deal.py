@@ -150,8 +150,7 @@ def search(
         final_logp[at, index[at, w]] = logp[at, w]
         logp[now | (np.isfinite(final_logp).sum(1, keepdims=True) >= beams)] = -np.inf
     score = final_logp + weigh(final, np.isfinite(final_logp))
-    index = score.argmax(1)[:, None]
-    best = np.take_along_axis(score, index, 1)
+    best, index = score.max(1, keepdims=True), score.argmax(1)[:, None]
     return hypotheses.generated(
         hypotheses.take(final, index), best, stats, certain=True
     )
