@@ -19,7 +19,7 @@ from alignax import logprob
 from alignax.batch import LM, Example, Message, from_groups
 from alignax.models import save as model_files
 from alignax.models import sharding, transformer
-from alignax.records.files import expanded
+from alignax.models.stored import expanded
 from alignax.respond import output, responder, starts
 from alignax.runs import model_paths
 from alignax.sampling import decode, drafts, generation_settings, grammars

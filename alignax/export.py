@@ -23,8 +23,8 @@ from alignax import api
 from alignax.batch import LM, Params
 from alignax.models import json_object, load, lora, peft, transformer
 from alignax.models import save as model_files
+from alignax.models.stored import expanded
 from alignax.records import fetch
-from alignax.records.files import expanded
 from alignax.reports import metrics, model_card
 from alignax.runs import checkpoint, model_paths
 from alignax.runs.model_paths import ModelPath

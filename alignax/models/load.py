@@ -20,9 +20,8 @@ from jax.sharding import Mesh, NamedSharding
 from alignax.batch import LM
 from alignax.models import families, gguf, json_object, sharding
 from alignax.models.sizes import brief
-from alignax.models.stored import Tensor, aligned, check_dtype, safetensors
+from alignax.models.stored import Tensor, aligned, check_dtype, expanded, safetensors
 from alignax.models.transformer import ModelConfig, tree_shapes
-from alignax.records.files import expanded
 
 DTYPES = ("float32", "bfloat16")
 

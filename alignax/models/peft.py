@@ -28,12 +28,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from alignax.batch import LM, Params
-from alignax.models import families, json_object, lora, sizes
+from alignax.models import families, int8, json_object, lora, sizes
 from alignax.models.lora import TABLES, TARGETS, Lora
 from alignax.models.save import at_once, check_target
-from alignax.models.stored import safetensors
+from alignax.models.stored import expanded, safetensors
 from alignax.models.transformer import ModelConfig, tree_shapes
-from alignax.records.files import expanded
 
 PREFIX = "base_model.model."
 # FREE: settings that are read here, or that do not change what trained adapters compute.
@@ -611,7 +610,7 @@ def _tables(made: Lora, file: File) -> Params:
     if not changed or (changed == {embed} and embed in file.tensors.rows):
         return {"embed": own["embed"]}
     if "head" not in own:
-        own["head"] = np.array(file.base.params["embed"], np.float32).T
+        own["head"] = np.array(int8.table(file.base.params, "embed"), np.float32).T
     return own
 
 
@@ -638,7 +637,7 @@ def _starts(file: File) -> dict[str, np.ndarray]:
         value = _ours(file, *pair, table, shape)
         known = file.base.params.get(table)
         tied = table == "head" and known is None
-        known = file.base.params["embed"] if known is None else known
+        known = int8.table(file.base.params, "embed") if known is None else known
         known = np.asarray(known.T if tied else known)
         if not np.array_equal(value.astype(known.dtype), known):
             out[table] = value

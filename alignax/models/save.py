@@ -15,8 +15,8 @@ import numpy as np
 
 from alignax.batch import LM
 from alignax.models import families, int8
+from alignax.models.stored import expanded
 from alignax.models.transformer import tree_shapes
-from alignax.records.files import expanded
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",

@@ -57,6 +57,18 @@ class Tensor(NamedTuple):
             yield a, self.rows(a, min(a + many, last))
 
 
+def expanded(path: str | os.PathLike[str]) -> pathlib.Path:
+    """A local path whose '~' is the home folder.
+
+    Raises:
+      FileNotFoundError: there is no such user, or the user has no home folder.
+    """
+    try:
+        return pathlib.Path(path).expanduser()
+    except RuntimeError:
+        raise FileNotFoundError(f"{path}: there is no home folder for its ~") from None
+
+
 def read_at(path: pathlib.Path, offset: int, many: int) -> np.ndarray:
     """`many` bytes of a file, from byte `offset` on: uint8[many].
 

@@ -56,25 +56,18 @@ def cache() -> pathlib.Path:
     return pathlib.Path(home, "alignax")
 
 
-def expanded(path: str | os.PathLike[str]) -> pathlib.Path:
-    """A path whose '~' is the home folder.
-
-    Raises:
-      FileNotFoundError: there is no such user, or the user has no home folder.
-    """
-    try:
-        return pathlib.Path(path).expanduser()
-    except RuntimeError:
-        raise FileNotFoundError(f"{path}: there is no home folder for its ~") from None
-
-
 def existing(path: str | pathlib.Path) -> pathlib.Path:
     """`path`, if it is a file.
 
     Raises:
       FileNotFoundError: names the path and the files beside it.
     """
-    path = expanded(path)
+    try:
+        path = pathlib.Path(path).expanduser()
+    except RuntimeError:
+        raise FileNotFoundError(
+            f"no data file {path}: there is no home folder for its ~"
+        ) from None
     if path.is_file():
         return path
     beside = sorted(p.name for p in path.parent.glob("*") if p.is_file())

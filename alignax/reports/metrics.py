@@ -22,6 +22,7 @@ import numpy as np
 from etils import epath
 
 from alignax.batch import Metrics
+from alignax.models.stored import expanded
 from alignax.reports import trackers
 
 log = logging.getLogger(__name__)
@@ -318,7 +319,9 @@ def read(workdir: Any) -> list[dict[str, float]]:
     Raises:
       FileNotFoundError: the workdir has no metrics.jsonl.
     """
-    path = epath.Path(workdir).expanduser() / "metrics.jsonl"
+    if "://" not in str(workdir):
+        workdir = expanded(workdir)
+    path = epath.Path(workdir) / "metrics.jsonl"
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: has this run written metrics?")
     return [{k: float(v) for k, v in row.items()} for row in _read(path)]

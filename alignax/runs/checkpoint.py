@@ -27,8 +27,8 @@ from jax.sharding import Mesh, NamedSharding
 import alignax
 from alignax.batch import LM, Params
 from alignax.models.sharding import path_string, spec
+from alignax.models.stored import expanded
 from alignax.models.transformer import ModelConfig
-from alignax.records.files import expanded
 
 # Raised when a checkpoint gets something that an earlier version cannot read.
 FORMAT = 1

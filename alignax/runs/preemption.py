@@ -66,7 +66,7 @@ class preemption:
 
     def __enter__(self):
         _current.append(self)
-        self._flag = threading.Event()
+        self._flag, self._interrupted = threading.Event(), False
         self._calls = itertools.count(1)
         self.name = "SIGTERM"  # of the signal
         self._old: dict[int, Any] = {}
@@ -105,9 +105,17 @@ class preemption:
     def _stop(self, number: int, frame: Any) -> None:
         self.name = signal.Signals(number).name
         self._flag.set()
-        if number == signal.SIGINT:
-            signal.signal(number, self._old[number])
+        if number != signal.SIGINT:
+            return
+        # the handler stays: a function of the user's own is called between two signals, and
+        # what is another one after it is put back
+        if not self._interrupted:
+            self._interrupted = True
             print("\nsaving; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+        elif callable(old := self._old[number]):
+            old(number, frame)
+        else:
+            raise KeyboardInterrupt
 
     def __call__(self, step: int | None = None) -> bool:
         """Whether to stop at `step`; without steps, at this call."""

@@ -18,7 +18,6 @@ of the last step: Willard & Louf 2023, https://arxiv.org/abs/2307.09702
 import functools
 import hashlib
 import json
-import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ import numpy as np
 from jaxtyping import Int
 
 from alignax import plugin
+from alignax.models.stored import expanded
 from alignax.sampling.automaton import Automaton
 from alignax.text import patterns
 
@@ -42,7 +42,7 @@ class Grammar(NamedTuple):
     build: Callable[
         [Sequence[bytes], Sequence[int]], Automaton
     ]  # of pieces and EOS ids
-    identity: str  # differs if other texts are in the grammar
+    identity: str  # differs if other texts are in the grammar; of a function, its name
 
 
 def load(text: str, name: str = "grammar") -> Grammar:
@@ -73,13 +73,16 @@ def load(text: str, name: str = "grammar") -> Grammar:
 def _from_file(path: str, name: str) -> str:
     """The regular expression of the JSON schema in a file."""
     try:
-        schema = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name}: {path} is not JSON: {error}") from None
-    try:
+        schema = json.loads(expanded(path).read_text(encoding="utf-8"))
         return json_schema(schema)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name}: {path} is not JSON: {error}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name}: {path}: {error}") from None
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{name}: cannot read {path or 'a file without a name'}: {error}"
+        ) from None
 
 
 def regex(
@@ -124,9 +127,10 @@ def regex(
     # a state lives if EOS may follow, or a token that leads to one that lives
     leads = np.zeros((len(delta), len(delta)), bool)
     leads[np.arange(len(delta))[:, None], following] = True
-    live = final.copy()
-    for _ in delta:
-        live |= (leads & live).any(1)
+    live, before = final.copy(), -1
+    while before != live.sum():
+        before = live.sum()
+        live |= leads[:, live].any(1)
     if not live[0]:
         raise ValueError(
             f"{name}: no text of the tokenizer's tokens matches {pattern!r}"
@@ -319,6 +323,16 @@ def json_schema(schema: Any) -> str:
     return _value(schema, schema, ())
 
 
+_OF_TYPE = {  # keys of a schema that mean something for one type alone
+    "string": ("minLength", "maxLength"), "array": ("items", "minItems", "maxItems"),
+    "object": ("properties", "required", "additionalProperties"),
+}  # fmt: skip
+_IS = {
+    "string": str, "integer": int, "number": int | float, "boolean": bool,
+    "null": type(None), "array": list, "object": dict,
+}  # fmt: skip
+
+
 def _value(schema: Any, root: Any, inside: tuple[str, ...]) -> str:
     """The regular expression of a schema within `root`, inside of these references."""
     if not isinstance(schema, Mapping):
@@ -334,35 +348,62 @@ def _value(schema: Any, root: Any, inside: tuple[str, ...]) -> str:
         return _value(_resolved(where, root), root, (*inside, where))
     if "anyOf" in asked:
         _only(asked, ("anyOf",))
-        return _either([_value(x, root, inside) for x in asked["anyOf"]])
-    for key in ("enum", "const"):
-        if key in asked:
-            _only(asked, (key, "type"))
-            values = asked[key] if key == "enum" else [asked[key]]
-            return _either(
-                [re.escape(json.dumps(v, ensure_ascii=False)) for v in values]
-            )
-    kind = asked.get("type", "object" if "properties" in asked else None)
-    if isinstance(kind, list):
-        return _either([_value({**asked, "type": one}, root, inside) for one in kind])
-    if kind in _ATOMS:
-        _only(asked, ("type",))
-        return _ATOMS[kind]
-    if kind == "string":
-        _only(asked, ("type", "minLength", "maxLength"))
-        return f'"{_STRING}{_times(asked, "minLength", "maxLength")}"'
-    if kind == "array":
-        return _array(asked, lambda x: _value(x, root, inside))
-    if kind == "object":
-        return _object(asked, lambda x: _value(x, root, inside))
-    raise ValueError(
-        f"the type {kind!r} is not supported; expected one of "
-        f"{[*_ATOMS, 'string', 'array', 'object']}"
-    )
+        return _either([_value(x, root, inside) for x in _list(asked, "anyOf")])
+    kinds = asked.get("type", "object" if "properties" in asked else None)
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    if "enum" in asked or "const" in asked:
+        return _constants(asked, kinds)
+    known = [*_ATOMS, *_OF_TYPE]
+    if wrong := [k for k in kinds if not isinstance(k, str) or k not in known]:
+        raise ValueError(
+            f"the type {wrong[0]!r} is not supported; expected one of {known}"
+        )
+    _only(asked, ("type", *(key for k in kinds for key in _OF_TYPE.get(k, ()))))
+    ways = []
+    for kind in kinds:
+        if kind in _ATOMS:
+            ways.append(_ATOMS[kind])
+        elif kind == "string":
+            ways.append(f'"{_STRING}{_times(asked, "minLength", "maxLength")}"')
+        elif kind == "array":
+            ways.append(_array(asked, lambda x: _value(x, root, inside)))
+        else:
+            ways.append(_object(asked, lambda x: _value(x, root, inside)))
+    return ways[0] if len(ways) == 1 else _either(ways)
+
+
+def _constants(schema: Mapping[str, Any], kinds: list[Any]) -> str:
+    """The values of `enum` or `const` that have one of the types."""
+    key = "enum" if "enum" in schema else "const"
+    _only(schema, (key, "type"))
+    values = _list(schema, "enum") if key == "enum" else [schema["const"]]
+
+    def fits(value):
+        asked = [k for k in kinds if k is not None]
+        found = [
+            isinstance(value, _IS.get(k, ()))
+            and (k == "boolean") >= isinstance(value, bool)
+            for k in asked
+        ]
+        return not asked or any(found)
+
+    def text(value):
+        try:
+            return json.dumps(value, ensure_ascii=False, allow_nan=False)
+        except ValueError:
+            raise ValueError(f"{key} has {value!r}, which is no JSON") from None
+
+    return _either([re.escape(text(v)) for v in values if fits(v)])
+
+
+def _list(schema: Mapping[str, Any], key: str) -> list[Any]:
+    found = schema.get(key, [])
+    if not isinstance(found, list):
+        raise ValueError(f"`{key}` is {found!r}, expected a list")
+    return found
 
 
 def _array(schema: Mapping[str, Any], of: Callable[[Any], str]) -> str:
-    _only(schema, ("type", "items", "minItems", "maxItems"))
     if "items" not in schema:
         raise ValueError("an array needs `items`")
     item = of(schema["items"])
@@ -375,9 +416,8 @@ def _array(schema: Mapping[str, Any], of: Callable[[Any], str]) -> str:
 
 
 def _object(schema: Mapping[str, Any], of: Callable[[Any], str]) -> str:
-    _only(schema, ("type", "properties", "required", "additionalProperties"))
-    properties, required = schema.get("properties", {}), schema.get("required", ())
-    if not properties:
+    properties, required = schema.get("properties", {}), _list(schema, "required")
+    if not isinstance(properties, Mapping) or not properties:
         raise ValueError("an object needs `properties`")
     if unknown := [k for k in required if k not in properties]:
         raise ValueError(f"`required` has {unknown[0]!r}, which is not in `properties`")
@@ -425,7 +465,7 @@ def _range(schema: Mapping[str, Any], low: str, high: str) -> tuple[int, int | N
 
 def _resolved(where: Any, root: Any) -> Any:
     """The part of a schema that a reference names, as '#/$defs/name'."""
-    if not isinstance(where, str) or not where.startswith("#"):
+    if not isinstance(where, str) or not (where == "#" or where.startswith("#/")):
         raise ValueError(f"$ref {where!r} is not within the schema")
     found = root
     for key in where[1:].split("/")[1:]:

@@ -20,7 +20,7 @@ def start_check(config, run, state, batch, writer) -> bool:
     """What must hold before step 0: a cache is the reference's, and it the policy.
 
     The latter where the reference is the initial policy, and exactly. Of a reference in
-    another dtype (model.frozen_dtype) the difference is reported.
+    another dtype (model.frozen_dtype), or in int8, the difference is reported.
 
     Returns:
       Whether policy and reference are the same.
@@ -59,11 +59,11 @@ def start_check(config, run, state, batch, writer) -> bool:
         masked.mean(run.loss(policy, batch, **given)[0], masked.prompts(batch))
     )
     writer.write(0, {"start/loss": value, "start/log_ratio": largest})
-    # beside adapters the reference is the policy's own base
-    exact = config.lora.rank or config.model.frozen_dtype in (
-        "",
-        config.model.param_dtype,
-    )
+    # Beside adapters the reference is the policy's own base. In int8 the compiler may round
+    # the product with a scale together with the adapters' sum, or apart.
+    frozen = config.model.frozen_dtype
+    exact = frozen in ("", config.model.param_dtype)
+    exact |= bool(config.lora.rank) and frozen != "int8"
     whose = "=" if exact else f"and {config.model.frozen_dtype}"
     run.say(
         f"step 0: policy {whose} reference: largest log-ratio {largest:g}, loss {value:.7f}"

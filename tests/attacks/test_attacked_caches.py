@@ -138,6 +138,6 @@ def test_without_a_home_token_ids_stay_in_memory(homeless, monkeypatch, caplog):
 
 def test_a_home_of_nobody_is_named():
     with pytest.raises(
-        FileNotFoundError, match=r"~nobody-here/x\.jsonl: there is no home"
+        FileNotFoundError, match=r"no data file ~nobody-here/x\.jsonl: there is no home"
     ):
         files.existing("~nobody-here/x.jsonl")

@@ -6,11 +6,13 @@ A start that fails leaves nothing that owns the folder, and takes nothing from i
 import json
 import os
 import signal
+import time
 
 import pytest
 import tiny
 
 from alignax.respond import respond
+from alignax.reward_functions import process
 from alignax.runs import checkpoint, watchdog, workdirs
 from alignax.runs.preemption import preemption
 from alignax.training import loop, stages
@@ -224,3 +226,21 @@ def test_a_signal_that_is_ignored_stays_ignored(number):
         assert signal.getsignal(number) is signal.SIG_IGN
     finally:
         signal.signal(number, old)
+
+
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_DFL])
+def test_a_second_ctrl_c_inside_a_reward_stops_at_once(monkeypatch, caplog, handler):
+    old = signal.signal(signal.SIGINT, handler)
+    try:
+        with preemption() as stop:
+            with process.kept("my.reward"):
+                os.kill(os.getpid(), signal.SIGINT)
+            assert stop()
+            assert stop.name == "SIGINT"
+            with pytest.raises(KeyboardInterrupt), process.kept("my.reward"):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, old)
+    assert "my.reward changes" not in caplog.text

@@ -59,6 +59,12 @@ def test_a_response_can_always_go_on_to_its_end(pattern):
             state, left = grammar.next[state, v], left + 1
 
 
+def test_what_no_token_goes_on_from_is_not_begun():
+    """There is no token 'b': after 'a' only 'bc' could follow, which does not fit."""
+    grammar = grammars.regex("ab|c", [b"a", b"bc", b"c", b""], [3])
+    assert grammar.flag[0].tolist() == [False, False, True, False]
+
+
 def test_states_are_the_fewest():
     """(a|b)*a(a|b){n} needs 2**(n + 1) states, and one that is dead."""
     for n in range(5):
@@ -187,6 +193,13 @@ def test_what_the_schema_rejects_is_not(x):
 @pytest.mark.parametrize(("schema", "words"), [
     ({"type": "object"}, "needs `properties`"), ({"type": "array"}, "needs `items`"),
     ({"oneOf": [{"type": "null"}]}, "None is not supported"), ({"type": "any"}, "'any'"),
+    ({"type": "object", "properties": ["a"]}, "needs `properties`"), ({"enum": 5}, "`enum` is 5"),
+    ({"anyOf": 5}, "`anyOf` is 5"), ({"type": {"a": 1}}, "type {'a': 1} is not"),
+    ({"properties": {"a": {"type": "null"}}, "required": True}, "`required` is True"),
+    ({"properties": {"a": {"type": "null"}}, "required": "a"}, "`required` is 'a'"),
+    ({"type": "integer", "enum": ["a", True]}, "at least one value"), ({"type": [[]]}, "type"),
+    ({"enum": [float("nan")]}, "no JSON"), ({"$ref": "#foo"}, "not within the schema"),
+    ({"type": ["null", "boolean"], "minLength": 2}, "'minLength' is not supported"),
     ({"type": "string", "pattern": "a"}, "'pattern' is not supported"),
     ({"type": "integer", "minimum": 0}, "'minimum' is not supported"),
     ({"type": "string", "minLength": 3, "maxLength": 2}, "minLength=3 is above"),
@@ -201,7 +214,33 @@ def test_schemas_that_are_not_supported_are_refused_by_name(schema, words):
         grammars.json_schema(schema)
 
 
-def test_a_schema_of_a_file_is_named_and_its_content_is_its_identity(tmp_path):
+def test_keys_of_a_type_among_several_and_types_of_constants():
+    pattern = grammars.json_schema({"type": ["string", "null"], "minLength": 2})
+    assert [bool(re.fullmatch(pattern, x)) for x in ('"ab"', '"a"', "null")] == [
+        True,
+        False,
+        True,
+    ]
+    values = ["a", 1, 1.5, True, None, [1], {"b": 2}]
+    of = {
+        "string": "a",
+        "number": 1.5,
+        "boolean": True,
+        "null": None,
+        "array": [1],
+        "object": {"b": 2},
+    }
+    for kind, value in of.items():
+        pattern = grammars.json_schema({"type": kind, "enum": values})
+        found = [v for v in values if re.fullmatch(pattern, json.dumps(v))]
+        assert found == ([1, 1.5] if kind == "number" else [value])
+    integers = grammars.json_schema({"type": "integer", "enum": values})
+    assert [v for v in values if re.fullmatch(integers, json.dumps(v))] == [1]
+
+
+def test_a_schema_of_a_file_is_named_and_its_content_is_its_identity(
+    tmp_path, monkeypatch
+):
     path = tmp_path / "answer.json"
     path.write_text('{"type": "boolean"}')
     first = grammars.load(f"json_schema:{path}")
@@ -223,8 +262,13 @@ def test_a_schema_of_a_file_is_named_and_its_content_is_its_identity(tmp_path):
         grammars.load("regex:(?=a)", "generate.grammar")
     with pytest.raises(ValueError, match=r"generate.grammar is 'none.such'"):
         grammars.load("none.such", "generate.grammar")
-    with pytest.raises(OSError, match="absent"):
-        grammars.load(f"json_schema:{tmp_path}/absent.json")
+    for missing in ("absent.json", ""):
+        where = f"{tmp_path}/{missing}" if missing else ""
+        with pytest.raises(OSError, match=f"grammar: cannot read .*{missing}"):
+            grammars.load(f"json_schema:{where}", "generate.grammar")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path.write_text('{"type": "null"}')
+    assert grammars.load("json_schema:~/answer.json").build([b"null", b""], [1])
 
 
 def test_samples_have_the_models_distribution_over_what_is_allowed(tiny_lm):
