@@ -11,6 +11,10 @@ A quantised tree is that of `transformer.init` with int8 matrices and further le
 beside `embed` [V, D] and `head` [D, V]. Norms, biases and a value head stay as they are. Nothing
 is differentiated with respect to such a tree.
 
+Decoding applies the scale of the head after the product, in float32. The kernel of sequence
+log-probabilities reads the head as q s, rounded to the dtype of the computation: in bfloat16
+the two differ by that rounding.
+
 Measured on SmolLM2-135M-Instruct and 16 pairs of HH-RLHF, cut to 256 tokens (1187 tokens of
 32 responses, computed in float32): 135.4 MB instead of 269.0 in bfloat16, .503 of it. The
 log-probability of a token changes by .070 nats on average (median .044; with parameters in
