@@ -7,6 +7,7 @@ Compiling, not computing, is what the suite waits for. So XLA optimises little h
 import importlib.metadata
 import os
 import pathlib
+import signal
 
 FLAGS = [
     "--xla_force_host_platform_device_count=8",
@@ -55,6 +56,15 @@ def patient(monkeypatch):
     from alignax.runs import preemption
 
     monkeypatch.setattr(preemption, "PATIENCE", 3600.0)
+
+
+@pytest.fixture
+def signal_handlers():
+    """What SIGTERM and SIGINT do is put back after the test."""
+    kept = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ import pytest
 
 from alignax import sweep
 
+pytestmark = pytest.mark.usefixtures("signal_handlers")
+
 ROOT = pathlib.Path(__file__).parents[1]
 PATH = ROOT / "alignax" / "sweep.py"
 
@@ -52,14 +54,6 @@ def go(tmp_path, launcher, *more, codes=None):
     (tmp_path / "codes").write_text(json.dumps(codes or {}))
     words = ["c.py", str(tmp_path / "s"), "--launcher", launcher, *more]
     return sweep.main(words)
-
-
-@pytest.fixture(autouse=True)
-def handlers():
-    kept = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
 
 
 def starts(tmp_path, run):

@@ -57,8 +57,9 @@ def search(
 ) -> Generated:
     """Heuristic search. *Exact*: `prune` and `self_draft` change no token of the output.
 
-    With lam = 0 it is beam search, which asks no judge; with one beam, greedy decoding. The response need not have the best
-    score of all responses: the beam is narrow, and h of a look-ahead an estimate.
+    With lam = 0 it is beam search, which asks no judge; with one beam, greedy decoding. The
+    response need not have the best score of all responses: the beam is narrow, and h of a
+    look-ahead an estimate.
 
     Args:
       lm: p, also of the look-ahead.

@@ -229,18 +229,17 @@ def test_a_signal_that_is_ignored_stays_ignored(number):
 
 
 @pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_DFL])
-def test_a_second_ctrl_c_inside_a_reward_stops_at_once(monkeypatch, caplog, handler):
-    old = signal.signal(signal.SIGINT, handler)
-    try:
-        with preemption() as stop:
-            with process.kept("my.reward"):
-                os.kill(os.getpid(), signal.SIGINT)
-            assert stop()
-            assert stop.name == "SIGINT"
-            with pytest.raises(KeyboardInterrupt), process.kept("my.reward"):
-                os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(1)
-        assert signal.getsignal(signal.SIGINT) is handler
-    finally:
-        signal.signal(signal.SIGINT, old)
+def test_a_second_ctrl_c_inside_a_reward_stops_at_once(
+    signal_handlers, caplog, handler
+):
+    signal.signal(signal.SIGINT, handler)
+    with preemption() as stop:
+        with process.kept("my.reward"):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stop()
+        assert stop.name == "SIGINT"
+        with pytest.raises(KeyboardInterrupt), process.kept("my.reward"):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert signal.getsignal(signal.SIGINT) is handler
     assert "my.reward changes" not in caplog.text

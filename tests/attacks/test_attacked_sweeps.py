@@ -1,24 +1,17 @@
 """What a sweep cannot do is said in one line, before its runs where that is known then."""
 
 import json
-import signal
 
 import pytest
 
 from alignax import sweep
 
+pytestmark = pytest.mark.usefixtures("signal_handlers")
+
 LAUNCHER = """#!/bin/sh
 mkdir -p "$2"
 echo '{"step": 1, "train/loss": 0.5}' > "$2/metrics.jsonl"
 """
-
-
-@pytest.fixture(autouse=True)
-def handlers():
-    kept = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture
