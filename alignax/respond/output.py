@@ -154,7 +154,7 @@ def begin(
       write: whether this process writes.
 
     Raises:
-      ValueError: the file is damaged, or belongs to other prompts, weights, another
+      ValueError: the file is damaged, or belongs to other prompts, weights, grammar,
         tokenizer or reward; the message has the differences.
     """
     prompts = [
