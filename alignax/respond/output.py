@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -140,7 +141,8 @@ def answers(
 
 def begin(
     path: epath.Path, examples: Sequence[Example], lms: Mapping[str, LM],
-    text: Tokenizer, *, reward: str = "", grammar: str = "", write: bool,
+    text: Tokenizer, *, reward: str = "", grammar: str = "",
+    settings: Mapping[str, np.ndarray] = MappingProxyType({}), write: bool,
 ) -> set[str]:  # fmt: skip
     """Ids of the prompts that a file already answers; drops an incomplete last line.
 
@@ -151,6 +153,7 @@ def begin(
       text: the tokenizer.
       reward: what the scores depend on, from `rewards.identity`; '' without a reward.
       grammar: of the responses, its identity; '' without one.
+      settings: that prompts have for themselves.
       write: whether this process writes.
 
     Raises:
@@ -169,6 +172,10 @@ def begin(
         for name, lm in lms.items()
     }
     here |= {"grammar": grammar} if grammar else {}
+    if settings:
+        values = {k: v.tolist() for k, v in sorted(settings.items())}
+        digest = hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+        here["settings of rows"] = digest
     if reward:
         here["reward"] = hashlib.sha256(reward.encode()).hexdigest()[:16]
     beside = path.with_suffix(".json")

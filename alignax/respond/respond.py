@@ -1,16 +1,19 @@
 """Responses to a file of prompts: `config.prompts` -> WORKDIR/responses.jsonl.
 
-  prompts -> ids, never cut -> batches of similar length -> generate | speculate | search
+  prompts -> ids, never cut -> continuous batching      (sampling/continuous.py), or for
+             searches and drafts batches of similar length
           -> one line per prompt, appended after each batch               (output.py)
 
-The batches and their random keys depend on the prompts and the config alone. So a run that
-was killed can be resumed, and ends with the same file as a run that was not.
+What a response is depends on the prompts and the config alone. So a run that was killed can
+be resumed, and ends with the same file as a run that was not.
 """
 
 import contextlib
+import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +26,7 @@ from alignax.batch import Example, Message
 from alignax.models import sharding
 from alignax.records import messages
 from alignax.reports.progress import progress
-from alignax.respond import output, responder
+from alignax.respond import output, responder, row_settings
 from alignax.respond import starts as beginnings
 from alignax.respond.starts import Start
 from alignax.reward_functions import time_limit
@@ -49,6 +52,7 @@ class Prompts(NamedTuple):
     starts: list[Start]  # their ids, and those that their responses begin with
     batches: list[list[int]]  # indices into `examples`, the longest prompts first
     shared: int  # tokens of the shared prefix to prefill once; 0 if it is too short
+    own: Mapping[str, np.ndarray] = MappingProxyType({})  # see `row_settings`, [M]
 
     @property
     def ids(self) -> list[list[int]]:
@@ -61,7 +65,9 @@ def respond(config, workdir: str, stop: Callable[[], bool] = lambda: False) -> b
     A line has `id`, `prompt`, `responses` (G texts: with the prefill, without the stop
     string), and for each of them `logps` (nats, under the policy at temperature 1),
     `law_logps` (nats, under the distribution that was sampled; null for a search that has
-    none), `tokens`, `finish` ('eos', 'stop' or 'length') and, with a reward, `scores`.
+    none), `tokens`, `finish` ('eos', 'stop' or 'length') and, with a reward, `scores`. With
+    config.generate.token_logps it also has `token_ids`, `token_logps` and `token_law_logps`,
+    a list for each response.
     `data.jsonl` reads the lines as groups. Until the run ends, the lines are in the order
     of the batches; then they are sorted into the order of the prompts.
 
@@ -126,7 +132,7 @@ def check(config, model: ModelPath | None = None) -> Prompts:
             "a config with prompts takes neither evals nor rollouts: use another run"
         )
     checks.check_sections(config)
-    responder.bind(config)
+    row_settings.check(config, responder.bind(config))
     if "target" in config.lms:
         raise ValueError(
             "lms.target: that name is reserved for the model that responds"
@@ -144,11 +150,13 @@ def check(config, model: ModelPath | None = None) -> Prompts:
         raise ValueError(f"{len(skipped)} prompts are malformed; first {skipped[0]}")
     text = loading.load_tokenizer(config, loading.tokenizer_path(config, model))
     text = text.for_data(examples)
-    return tokenized(
+    prompts = tokenized(
         examples, text, batch_size=config.batch_size, check=responder.checker(config, text),
         room=config.length - config.generate.max_new, prefill=config.generate.prefill,
         forced=config.generate.forced,
     )  # fmt: skip
+    place = functools.partial(_place, examples)
+    return prompts._replace(own=row_settings.read(config, examples, place))
 
 
 def tokenized(
@@ -235,7 +243,14 @@ def _respond(
     reward = rewards.load(spec) if spec else None
     first = now.starts[0]
     make = responder.build(
-        config, run, lm, reward, now.starts, first.prompt[: now.shared], now.examples
+        config,
+        run,
+        lm,
+        reward,
+        now.starts,
+        first.prompt[: now.shared],
+        now.examples,
+        now.own,
     )
     score = parallel.scorer(run.mesh)
     mine, grammar = jax.process_index() == 0, config.generate.grammar
@@ -243,6 +258,7 @@ def _respond(
         path, now.examples, {"policy": lm, **run.lms}, run.tokenizer,
         reward=rewards.identity(reward) if reward else "", write=mine,
         grammar=grammar and grammars.load(grammar, "generate.grammar").identity,
+        settings=now.own,
     )  # fmt: skip
     total, tokens, start = len(now.starts), 0, time.monotonic()
     run.say(
@@ -253,10 +269,7 @@ def _respond(
     lines: list[dict[str, Any]] = []
     stats: dict[str, list[float]] = {}
     with progress(total, start=len(done), name=run.name) as show:
-        for places in now.batches:
-            if all(now.examples[i].id in done for i in places):
-                continue
-            out = make(*padded(now, places))
+        for places, out in drawn(now, make, done, stop):
             check_numbers(out, [_place(now.examples, i) for i in places])
             for name, value in out.stats.items():
                 if np.ndim(value) == 0 and name != "ended":  # `finish` has more detail
@@ -273,12 +286,28 @@ def _respond(
             show(len(done), {"train/tokens_per_second": rate})
             if len(done) < total and stop():
                 return False
+    if len(done) < total:  # stopped while none was finished
+        return False
     if mine:  # also the lines of a killed run, in the order of its batches
         output.arrange(path, [e.id for e in now.examples])
     if lines:
         run.say(output.summary(lines, stats, time.monotonic() - start))
     run.say(f"{total} prompts are answered in {path}")
     return True
+
+
+def drawn(
+    now: Prompts, make: responder.Responder, done: set[str], stop: Callable[[], bool]
+) -> Iterator[tuple[list[int], Any]]:
+    """(prompts, Generated) of those without a response; `done` may grow meanwhile."""
+    if make.stream is not None:
+        every = [i for places in now.batches for i in places]
+        left = [i for i in every if now.examples[i].id not in done]
+        yield from make.stream(left, stop)
+        return
+    for places in now.batches:
+        if not all(now.examples[i].id in done for i in places):
+            yield places, make.batch(*padded(now, places))
 
 
 def check_numbers(out: Any, places: Sequence[str]) -> None:
@@ -323,14 +352,26 @@ def rows(
             examples=now.examples, prefill=rules.prefill,
         ).tolist()  # fmt: skip
 
+    def each(x, b: int) -> list[np.ndarray]:
+        """What belongs to the tokens of the text, of every response to a prompt."""
+        return [x[b, g][batch.mask[b, g]][: a.tokens] for g, a in enumerate(answers[b])]
+
     def sums(logps, b: int) -> list[float | None]:
         if logps is None:
             return [None] * len(answers[b])
-        kept = [
-            logps[b, g][batch.mask[b, g]][: a.tokens] for g, a in enumerate(answers[b])
-        ]
-        found = [float(np.sum(k, dtype=np.float64)) for k in kept]
+        found = [float(np.sum(k, dtype=np.float64)) for k in each(logps, b)]
         return [x if math.isfinite(x) else None for x in found]
+
+    def by_token(b: int) -> dict[str, Any]:
+        if not config.generate.token_logps:
+            return {}
+        found = {"token_ids": [x.tolist() for x in each(batch.tokens, b)]}
+        for name, logps in (("logps", out.raw_logps), ("law_logps", batch.old_logps)):
+            none = [None] * len(answers[b])
+            found[f"token_{name}"] = none if logps is None else [
+                [float(v) if math.isfinite(v) else None for v in x] for x in each(logps, b)
+            ]  # fmt: skip
+        return found
 
     for b, place in enumerate(places):
         example = now.examples[place]
@@ -343,4 +384,5 @@ def rows(
             "law_logps": sums(batch.old_logps, b),
             "tokens": [a.tokens for a in answers[b]],
             "finish": [a.finish for a in answers[b]],
+            **by_token(b),
         } | ({} if scores is None else {"scores": scores[b]})

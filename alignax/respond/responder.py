@@ -1,19 +1,28 @@
-"""Builds, from a config, the function that responds to a batch of prompts."""
+"""Builds, from a config, what responds to prompts."""
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from alignax import logprob, plugin, rewards
 from alignax.batch import LM, Batch, Example
-from alignax.models import transformer
+from alignax.models import sharding, transformer
 from alignax.respond import output, starts
 from alignax.respond.starts import Start
-from alignax.sampling import drafts, generation_settings, grammars, prefill, stops
+from alignax.sampling import (
+    continuous,
+    drafts,
+    generation_settings,
+    grammars,
+    prefill,
+    stops,
+)
 from alignax.sampling.speculate import speculate
 from alignax.text.tokenizer import Tokenizer
 from alignax.training import parallel
@@ -80,11 +89,26 @@ def settings(config, text: Tokenizer, size: int) -> dict[str, Any]:
     return {"max_new": generate.max_new, "temperature": generate.temperature, **used}
 
 
+class Responder(NamedTuple):
+    """What responds to prompts; results are on the host.
+
+    Attributes:
+      batch: (tokens [B, P], lengths, indices of the prompts) -> Generated.
+      stream: (indices, stop) -> pairs (indices, Generated) as prompts are finished, by
+        `continuous.generate`; None where a search or a draft responds, or several
+        processes, which have to do the same at the same time.
+    """
+
+    batch: Callable[..., Any]
+    stream: Callable[..., Iterator[tuple[list[int], Any]]] | None
+
+
 def build(
     config, run: Run, lm: LM, reward: plugin.Bound | None, begun: Sequence[Start],
     shared: Sequence[int] = (), examples: Sequence[Example] = (),
-) -> Callable[..., Any]:  # fmt: skip
-    """Builds (tokens [B, P], lengths, indices of the prompts) -> Generated, on the host.
+    settings_of: Mapping[str, np.ndarray] = MappingProxyType({}),
+) -> Responder:  # fmt: skip
+    """Builds what responds to prompts.
 
     A decoder gets the model that responds as 'target' among its LMs. The prefix `shared` of
     all prompts is prefilled once by the sampling loop; guides, drafts and searches without
@@ -113,24 +137,7 @@ def build(
         asked["guide"] = decoder(lms)
     function: Callable[..., Any] = parallel.generator(text, run.mesh)
     if search is not None:
-        handed: dict[str, Any] = {"tokenizer": text, "judge": None, "eos_ids": eos_ids}
-        check_special_stops(search, generate, text)
-        handed = {k: v for k, v in handed.items() if k in takes}
-        if "sampling" in takes:  # the sampling loop checks these settings
-            own = {k: asked.pop(k) for k in {*asked} - {*takes, *WHOLE}}
-            handed["sampling"] = {**(search.hyper["sampling"] or {}), **own} or None
-        known = takes | {"stops"}  # if not taken, cut from the finished text
-        wrong = sorted({*asked} - known)
-        whole = getattr(inspect.getmodule(search.function), "AT_ONCE", False)
-        refused = ("draft",) if whole else ("draft", "forced")
-        wrong += [k for k in refused if generate[k]]
-        if wrong:
-            raise ValueError(f"decoder {search.name} takes no generate.{wrong[0]}")
-        if twice := sorted({*asked} & {*search.hyper} - {*plugin.SEARCH, "group"}):
-            raise ValueError(
-                f"generate.{twice[0]} and decoder.{twice[0]} are both set: decoder "
-                f"{search.name} has this setting itself, set decoder.{twice[0]} alone"
-            )
+        handed = _handed(search, asked, takes, generate, text, eos_ids)
     elif generate.draft:
         draft = drafter(generate.draft, lms)
         asked |= {
@@ -140,10 +147,15 @@ def build(
     if (search or generate.draft) and jax.process_count() > 1:
         raise ValueError("searches and drafts need a single process, here are several")
 
+    def each(places: Sequence[int]) -> dict[str, Any]:
+        """What each prompt has for itself; a response is the same in any batch."""
+        mine = starts.arrays([begun[i] for i in places], begun)
+        mine |= {k: v[list(places)] for k, v in settings_of.items()}
+        return mine if search else mine | {"seeds": np.array(places)}
+
     def make(tokens, lengths, places):
-        mine = asked | starts.arrays([begun[i] for i in places], begun)
-        if search is None:  # a response is the same in any batch
-            mine["seeds"] = np.array(places)
+        mine = asked | each(places)
+        if search is None:
             if not generate.draft:
                 return function(lm, tokens, lengths, key, **mine)
             return speculate(lm, draft, tokens, lengths, key, eos_ids=eos_ids, **mine)
@@ -161,7 +173,62 @@ def build(
             handed["judge"] = judge(reward, run, rules(generate), examples, places)
         return search(lm, lms, tokens, lengths, own, **mine, **handed)
 
-    return lambda *batch: jax.device_get(make(*batch))
+    stream = None
+    if search is None and not generate.draft and jax.process_count() == 1:
+        many = min(config.batch_size, len(begun))
+        stream = functools.partial(
+            _stream, lm, begun, key, each, len(shared), many, config.length, run.mesh,
+            asked | {"eos_ids": eos_ids},
+        )  # fmt: skip
+    return Responder(lambda *batch: jax.device_get(make(*batch)), stream)
+
+
+def _handed(
+    search: plugin.Bound, asked: dict[str, Any], takes: set[str], generate: Any,
+    text: Tokenizer, eos_ids: Sequence[int],
+) -> dict[str, Any]:  # fmt: skip
+    """What a search gets besides settings; those that its samples have leave `asked`.
+
+    Raises:
+      ValueError: a setting that the search does not take, or that is given twice.
+    """
+    check_special_stops(search, generate, text)
+    handed: dict[str, Any] = {"tokenizer": text, "judge": None, "eos_ids": eos_ids}
+    handed = {k: v for k, v in handed.items() if k in takes}
+    if "sampling" in takes:  # the sampling loop checks these settings
+        own = {k: asked.pop(k) for k in {*asked} - {*takes, *WHOLE}}
+        handed["sampling"] = {**(search.hyper["sampling"] or {}), **own} or None
+    known = takes | {"stops"}  # if not taken, cut from the finished text
+    wrong = sorted({*asked} - known)
+    whole = getattr(inspect.getmodule(search.function), "AT_ONCE", False)
+    refused = ("draft",) if whole else ("draft", "forced")
+    wrong += [k for k in refused if generate[k]]
+    if wrong:
+        raise ValueError(f"decoder {search.name} takes no generate.{wrong[0]}")
+    if twice := sorted({*asked} & {*search.hyper} - {*plugin.SEARCH, "group"}):
+        raise ValueError(
+            f"generate.{twice[0]} and decoder.{twice[0]} are both set: decoder "
+            f"{search.name} has this setting itself, set decoder.{twice[0]} alone"
+        )
+    return handed
+
+
+def _stream(
+    lm: LM, begun: Sequence[Start], key: Any, own: Callable[..., dict[str, Any]],
+    shared: int, many: int, length: int, mesh: Any, asked: dict[str, Any],
+    places: Sequence[int], stop: Callable[[], bool],
+) -> Iterator[tuple[list[int], Any]]:  # fmt: skip
+    """The responses to the prompts at `places`, `many` prompts at a time."""
+    rows, spec = many * asked.get("group", 1), None
+    if mesh.size > 1 and rows % sharding.num_shards(mesh) == 0:
+        spec = NamedSharding(mesh, sharding.BATCH)
+    drawn = continuous.generate(
+        lm, [begun[i].prompt for i in places], key, rows=rows, chunk=many,
+        own=lambda batch: own([places[i] for i in batch]), longest=length,
+        shared=shared if "reader" in asked else 0, halt=stop, rows_on=spec, **asked,
+    )  # fmt: skip
+    for batch, out in drawn:
+        yield [places[i] for i in batch], out
 
 
 def check_tokenizers(decoder: plugin.Bound, lms: dict[str, LM]) -> None:

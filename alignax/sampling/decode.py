@@ -165,12 +165,17 @@ def start_rows(
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(row)
     else:
         own = jnp.repeat(request.seeds, group, axis=0)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, own)
-        keys = jax.vmap(jax.random.fold_in)(keys, row % group)
+        keys = keys_of(key, own, row % group)
     real = jnp.arange(prompts.shape[1]) < lengths[:, None]
     tokens = jnp.pad(jnp.where(real, prompts, 0), ((0, 0), (0, max_new)))
     rules, start = response_state.begin(request.rules, prompts, lengths, size)
     return Rows(lengths, tokens, keys, rules, start)
+
+
+def keys_of(key: Array, seeds: Array, places: Int[Array, " N"]) -> Array:
+    """The keys of rows [N], by their seeds [N] and their places in a group."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, seeds)
+    return jax.vmap(jax.random.fold_in)(keys, places)
 
 
 def read(lm: LM, h: Array, rules: Rules) -> tuple[Array, Array]:
@@ -208,7 +213,7 @@ def repeat(tree: Any, group: int) -> Any:
     return jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), tree)
 
 
-class _Setup(NamedTuple):
+class Setup(NamedTuple):
     """What no step changes."""
 
     lm: LM  # unstacked
@@ -222,7 +227,7 @@ class _Setup(NamedTuple):
     row: Array  # [N] 0 .. N - 1
 
 
-class _State(NamedTuple):
+class State(NamedTuple):
     step: Array
     tokens: Array  # [N, T]
     ends: Array  # [N] where the next token goes
@@ -254,30 +259,17 @@ def _generate(
     lm, request, key, guide, reader, *, max_new, group, greedy, kind, candidates
 ):
     """One token of every row per step, until all are done: (Generated, failed [N])."""
-    prompts, lengths = request.prompts, request.lengths
-    n, t = len(prompts) * group, prompts.shape[1] + max_new
     lm, guide = transformer.unstack((lm, guide))
     read_prompts, read_on = reader
-    h, filled = read_prompts(lm, prompts, lengths, t)
-    guide_state = repeat(guide[0](prompts, lengths, t), group) if kind else None
-    rows = start_rows(request, key, lm.config.vocab_size, max_new, group)
-    rules = rows.rules
-    if greedy:
-        w = rules.processors._replace(temperature=jnp.float32(1.0))
-        rules = rules._replace(processors=w)
-    setup = _Setup(
-        lm, read_on, guide, kind, candidates, greedy, rules, rows.keys, jnp.arange(n)
-    )
-    no = jnp.zeros(n, bool)
-    zeros = jnp.zeros((n, t), jnp.float32)
-    start = _State(
-        jnp.int32(0), rows.tokens, rows.lengths, no, no, repeat(h, group),
-        repeat(filled, group), zeros, zeros, rows.response, guide_state,
-        no if kind or rules.masks else None,
+    width = request.prompts.shape[1] + max_new
+    rows, start = begin(lm, request, key, guide, read_prompts, width, group, kind)
+    setup = Setup(
+        lm, read_on, guide, kind, candidates, greedy, for_draws(rows.rules, greedy),
+        rows.keys, jnp.arange(len(rows.keys)),
     )  # fmt: skip
     s = jax.lax.while_loop(
         lambda s: (s.step < max_new) & ~s.done.all(),
-        functools.partial(_step, setup), start,
+        functools.partial(step, setup), start,
     )  # fmt: skip
     out = result(
         s.tokens, rows.lengths, s.ends, s.ended, s.raw, s.sampled_logps, group,
@@ -286,7 +278,35 @@ def _generate(
     return out, s.failed
 
 
-def _step(setup: _Setup, s: _State) -> _State:
+def begin(
+    lm: LM, request: generation_settings.Request, key: Array, guide: Any,
+    read_prompts: Callable[..., Any], width: int, group: int, kind: str | None,
+) -> tuple[Rows, State]:  # fmt: skip
+    """The prefill: rows of `width` tokens, and their state before the first token."""
+    prompts, lengths = request.prompts, request.lengths
+    n = len(prompts) * group
+    h, filled = read_prompts(lm, prompts, lengths, width)
+    guide_state = repeat(guide[0](prompts, lengths, width), group) if kind else None
+    more = width - prompts.shape[1]
+    rows = start_rows(request, key, lm.config.vocab_size, more, group)
+    no = jnp.zeros(n, bool)
+    zeros = jnp.zeros((n, width), jnp.float32)
+    return rows, State(
+        jnp.int32(0), rows.tokens, rows.lengths, no, no, repeat(h, group),
+        repeat(filled, group), zeros, zeros, rows.response, guide_state,
+        no if kind or rows.rules.masks else None,
+    )  # fmt: skip
+
+
+def for_draws(rules: Rules, greedy: bool) -> Rules:
+    """The rules of a loop; if all rows are greedy, logits are not divided."""
+    if not greedy:
+        return rules
+    w = rules.processors._replace(temperature=jnp.float32(1.0))
+    return rules._replace(processors=w)
+
+
+def step(setup: Setup, s: State) -> State:
     """Draws a token of every row, writes it, and reads it."""
     x = _draw(setup, s)
     # A finished row writes nowhere: index T is out of bounds and dropped.
@@ -307,13 +327,13 @@ def _step(setup: _Setup, s: _State) -> _State:
     done |= s.done
     if x.failed is not None:
         done |= x.failed
-    return _State(
+    return State(
         s.step + 1, tokens, s.ends + ~s.done, done, ended, h, cache, raw,
         sampled_logps, response, x.guide, x.failed,
     )  # fmt: skip
 
 
-def _draw(setup: _Setup, s: _State) -> _Drawn:
+def _draw(setup: Setup, s: State) -> _Drawn:
     """The next token: the model, processors, guide, forced tokens, and the draw."""
     rules, row = setup.rules, setup.row
     logps, logits = (x[:, 0] for x in read(setup.lm, s.h, rules))
@@ -329,7 +349,7 @@ def _draw(setup: _Setup, s: _State) -> _Drawn:
         token = jnp.argmax(logits, -1)
         sampled_logps = jnp.zeros_like(logps)
     else:
-        keys = jax.vmap(jax.random.fold_in, (0, None))(setup.keys, s.step)
+        keys = jax.vmap(jax.random.fold_in)(setup.keys, s.response.new)
         token, sampled_logps = response_state.draw(
             keys, logits, rules.processors.temperature
         )
@@ -339,7 +359,7 @@ def _draw(setup: _Setup, s: _State) -> _Drawn:
     )  # fmt: skip
 
 
-def _tilt(setup: _Setup, s: _State, logits: Array) -> tuple[Array, Any]:
+def _tilt(setup: Setup, s: State, logits: Array) -> tuple[Array, Any]:
     """Logits [N, V] tilted by the guide, and its state after the last token."""
     assert setup.guide is not None
     last = s.tokens[setup.row, s.ends - 1]

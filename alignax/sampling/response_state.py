@@ -4,7 +4,7 @@ One set of rules for `decode`, which emits one token at a time, and for `specula
 emits several and rejects some of them.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,30 @@ class Rules(NamedTuple):
         """Whether they could leave a row no token to draw."""
         given = (self.processors.bias, self.min_new, self.grammar)
         return any(x is not None for x in given)
+
+
+def apart(rules: Rules) -> tuple[Rules, Rules]:
+    """(settings that all rows share, settings of each row); None in place of the others."""
+    w, no = cast(Any, rules.processors), cast(Any, None)
+    each = w.temperature.ndim > 0
+    biased = w.bias is not None and w.bias.ndim > 1
+    shared = Processors(no if each else w.temperature, bias=None if biased else w.bias)
+    own = w._replace(
+        temperature=w.temperature if each else None, bias=w.bias if biased else None
+    )
+    row = rules._replace(processors=own, eos=no, stops=None, grammar=None)
+    common = Rules(shared, rules.eos, stops=rules.stops, grammar=rules.grammar)
+    return common, row
+
+
+def joined(shared: Rules, own: Rules) -> Rules:
+    """The rules that `apart` took apart, with the same or with other rows."""
+
+    def pick(shared: Any, own: Any) -> Any:
+        return shared if own is None else own
+
+    w = Processors(*map(pick, shared.processors, own.processors))
+    return Rules(w, *map(pick, shared[1:], own[1:]))
 
 
 class ResponseState(NamedTuple):

@@ -164,6 +164,10 @@ def get_config() -> ConfigDict:
     # texts (special tokens too) or ids, in front of which a response is cut
     c.generate.stops = ()
     c.generate.grammar = ""  # of the response without its prefill; as rollout.grammar
+    c.generate.per_row = ()  # settings that rows of c.prompts bring: see respond/row_settings
+    c.generate.token_logps = (
+        False  # log-probabilities of every token in responses.jsonl
+    )
     c.generate.prefill = ""  # how every response begins: given, not sampled
     c.generate.forced = ""  # likewise, but scored
     c.generate.candidates = 16  # tokens that a scalar guide judges

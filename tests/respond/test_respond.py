@@ -14,9 +14,9 @@ from alignax import plugin
 from alignax.configs import generate, value_mean
 from alignax.data import prompts as prompt_data
 from alignax.respond import output, respond, responder
-from alignax.sampling import automaton, decode, prefill, stops
+from alignax.sampling import automaton, continuous, decode, prefill, stops
 from alignax.text import tokenizer
-from alignax.training import loading, parallel
+from alignax.training import loading
 
 LINES = tiny.PROMPTS
 TEXT = tokenizer.load("bytes")
@@ -74,7 +74,7 @@ def test_a_killed_run_ends_with_the_file_that_it_would_have_made(
     folder = tmp_path / "killed"
     done = respond.respond(config(), str(folder), lambda: calls.append(1) or True)
     assert not done
-    assert len(calls) == 1
+    assert calls
     path = folder / respond.NAME
     first = path.read_bytes().splitlines(keepends=True)
     assert len(first) == 2
@@ -176,11 +176,12 @@ def test_a_draft_changes_no_greedy_token(config, tmp_path, draft):
 def test_a_guide_and_the_settings_reach_the_engine(config, tmp_path, monkeypatch):
     seen = []
 
-    def generate_(lm, prompts, lengths, key, **settings):
-        seen.append(settings)
-        return decode.generate(lm, prompts, lengths, key, **settings)
+    def generate_(lm, prompts, key, *, own, **settings):
+        seen.append(settings | own([0, 1]))
+        return generate(lm, prompts, key, own=own, **settings)
 
-    monkeypatch.setattr(parallel, "generator", lambda text, mesh: generate_)
+    generate = continuous.generate
+    monkeypatch.setattr(continuous, "generate", generate_)
     c = config("proxy", **{
         "generate.top_k": 3, "generate.temperature": 0.5, "generate.prefill": "Ok",
         "generate.stops": ("\n",), "generate.logit_bias": ((5, 1.0),),
@@ -350,11 +351,15 @@ def test_what_all_prompts_begin_with_is_read_once(
 
     want = run("whole", 1000)
     assert made == []
-    used, generate = [], decode._generate
+    used, generate, many = [], decode._generate, continuous._admit
     whole = prefill.traced(prefill.WHOLE)
     monkeypatch.setattr(
         decode, "_generate",
         lambda *a, **k: used.append(a[4] != whole) or generate(*a, **k),
+    )  # fmt: skip
+    monkeypatch.setattr(
+        continuous, "_admit",
+        lambda *a, **k: used.append(a[1].reader != whole) or many(*a, **k),
     )  # fmt: skip
     got = run("shared", 30)
     shares = variant != "deal"  # which draws nothing
