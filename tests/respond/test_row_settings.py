@@ -20,7 +20,7 @@ def config(folder, rows=ROWS, **changes):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     changes = {"generate.per_row": ("temperature", "max_new"), **changes}
     c = tiny.to_respond(folder, **changes)
-    c.prompts = {"name": "jsonl", "path": str(path), "kind": "prompts", "split": "all"}
+    c.prompts = {"name": "prompts", "path": str(path), "size": 0}
     return c
 
 
