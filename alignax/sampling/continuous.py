@@ -159,11 +159,13 @@ def generate(
             reader=reader, **each,
         )  # fmt: skip
 
+    more = max_new + (first["prefill"].shape[1] if "prefill" in first else 0)
     classes: dict[int, list[int]] = {}  # by the width that a prompt is padded to
     for i, prompt in enumerate(prompts):
-        classes.setdefault(shared + padded(len(prompt) - shared), []).append(i)
-    more = max_new + (first["prefill"].shape[1] if "prefill" in first else 0)
-    slots = {w: min(_power(w + more), max(longest, w + more)) for w in classes}
+        size = len(prompt)
+        width = min(shared + padded(size - shared), longest - more)
+        classes.setdefault(max(size, width), []).append(i)
+    slots = {w: max(w + more, min(_power(w + more), longest)) for w in classes}
     for width in sorted({*slots.values()}, reverse=True):
         mine = {
             w: classes[w] for w in sorted(classes, reverse=True) if slots[w] == width

@@ -189,6 +189,17 @@ def test_rows_may_lie_on_several_devices(lm, prompts):
     assert_same(answers(placed, prompts, rows_on=on), answers(lm, prompts))
 
 
+def test_rows_are_no_longer_than_asked(lm, prompts):
+    """The longest prompt is 30 tokens: it is padded to 31, and not to 32."""
+    shapes = set()
+    for places, out in continuous.generate(
+        lm, prompts, KEY, rows=4, longest=40, max_new=NEW, eos_ids=EOS, group=2
+    ):  # fmt: skip
+        shapes.add(out.batch.tokens.shape[2])
+        assert all(out.batch.lengths[0] <= len(prompts[places[0]]) + NEW)
+    assert shapes == {32, 40}
+
+
 def test_no_prompts_have_no_responses(lm):
     assert answers(lm, []) == {}
 
