@@ -37,8 +37,28 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_disable_most_optimizations", True)
 
 import jax.numpy as jnp  # noqa: E402
+import jaxtyping  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+
+
+def modules_with_shapes() -> list[str]:
+    """The modules of alignax that annotate shapes of arrays."""
+    root = pathlib.Path(__file__).parents[1]
+    found = []
+    for path in sorted((root / "alignax").rglob("*.py")):
+        if "from jaxtyping import" in path.read_text():
+            parts = path.relative_to(root).with_suffix("").parts
+            found.append(".".join(p for p in parts if p != "__init__"))
+    return found
+
+
+# Annotations are checked where they state shapes. Elsewhere mypy has checked them, and each
+# function, also one within a function at each call, would take milliseconds to decorate.
+jaxtyping.install_import_hook(
+    modules_with_shapes(),
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+)
 
 from alignax.batch import LM, Batch, from_groups  # noqa: E402
 from alignax.models import transformer  # noqa: E402

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from oracles import losses as oracle
@@ -26,6 +27,11 @@ def reduce(batch, mode, x, **kwargs):
     per_prompt = (masked.token_weights(batch, mode, **kwargs) * x).sum((1, 2))
     keep = masked.prompts(batch)
     return float(jnp.where(keep, per_prompt, 0).sum() / keep.sum())
+
+
+def test_an_array_of_another_shape_than_annotated_is_refused_under_pytest():
+    with pytest.raises(jaxtyping.TypeCheckError, match="B G T"):
+        masked.reduce_tokens(jnp.zeros((3, 2)), ragged(), "token")
 
 
 def test_prompts_are_those_with_a_valid_response():
