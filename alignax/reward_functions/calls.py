@@ -394,34 +394,44 @@ def _numbers(
     members: Mapping[str, Any] = {}
     if isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], dict):
         out, members = out
-    want: tuple[int, ...] = shape
-    expected = f"numbers [B, G] = {shape}"
-    if form.kind == "completions":
-        want = (math.prod(shape),)
-        expected = f"a list of {want[0]} numbers"
-
-    def shaped(x: Any, what: str) -> np.ndarray:
-        items = _objects(x, len(want))
-        if items.shape != want:
-            kind = "" if hasattr(x, "__array__") else f" (a {type(x).__name__})"
-            raise _Shape(
-                f"reward {reward.name} gave {what}shape {items.shape}{kind}, expected "
-                f"{expected}, for responses the first of which is {given.texts[0][0]!r}"
-            )
-        return items.reshape(shape)
-
+    shaped = functools.partial(_shaped, reward, form, shape=shape, given=given)
     values, failures = np.zeros(shape), {}
-    for at, item in np.ndenumerate(shaped(out, "")):
+    for at, item in np.ndenumerate(shaped(out, what="")):
         number = _number(item)
         if not isinstance(number, Failure):
             values[at] = number
         elif given.valid[at]:
             failures[at] = number
     own = {
-        str(k): np.asarray(shaped(v, f"member {k!r} of "), np.float64)
+        str(k): np.asarray(shaped(v, what=f"member {k!r} of "), np.float64)
         for k, v in members.items()
     }
     return Found(values, failures, own)
+
+
+def _shaped(
+    reward: Bound,
+    form: Signature,
+    x: Any,
+    *,
+    what: str,
+    shape: tuple[int, int],
+    given: Responses,
+) -> np.ndarray:
+    """What a reward returned as an array of objects [B, G]; raises _Shape on another."""
+    want: tuple[int, ...] = shape
+    expected = f"numbers [B, G] = {shape}"
+    if form.kind == "completions":
+        want = (math.prod(shape),)
+        expected = f"a list of {want[0]} numbers"
+    items = _objects(x, len(want))
+    if items.shape != want:
+        kind = "" if hasattr(x, "__array__") else f" (a {type(x).__name__})"
+        raise _Shape(
+            f"reward {reward.name} gave {what}shape {items.shape}{kind}, expected "
+            f"{expected}, for responses the first of which is {given.texts[0][0]!r}"
+        )
+    return items.reshape(shape)
 
 
 def _objects(out: Any, depth: int) -> np.ndarray:

@@ -27,13 +27,13 @@ def kept(name: str) -> Iterator[None]:
       name: of what runs in the block, for the message.
     """
     settings: Any = jax.config
-    before, folder = dict(settings.values), _folder()
+    before, folder = settings.values, _folder()
     heard = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         yield
     finally:
-        changed = [k for k, v in before.items() if settings.values[k] is not v]
-        changed = [k for k in changed if settings.values[k] != before[k]]
+        after = settings.values  # a property that collects all of them at each reading
+        changed = [k for k, v in before.items() if after[k] is not v and after[k] != v]
         for key in changed:
             settings.update(key, before[key])
         if folder and _folder() != folder:
