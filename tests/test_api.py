@@ -293,13 +293,19 @@ def test_what_cannot_be_scored_is_refused(model, prompts, responses, message):
 def test_greedy_responses_are_the_likeliest_tokens(model):
     out = ax.generate(model, ["ab", "c"], max_new=6, temperature=0)
     assert [len(group) for group in out.texts] == [1, 1]
+
+    @jax.jit
+    def logits(ids):
+        h, _ = transformer.hidden(model.lm, ids)
+        return transformer.unembed(model.lm, h)
+
     for prompt, (text,), (finish,) in zip(
         ("ab", "c"), out.texts, out.finish, strict=True
     ):
         ids = [*prompt.encode()]
         for _ in range(6):
-            h, _ = transformer.hidden(model.lm, jnp.array([ids]))
-            ids.append(int(transformer.unembed(model.lm, h)[0, -1].argmax()))
+            row = np.array([ids + [0] * (8 - len(ids))])  # later ids are not seen
+            ids.append(int(logits(row)[0, len(ids) - 1].argmax()))
             if ids[-1] == 257:
                 break
         assert text == model.tokenizer.decode(ids[len(prompt) :])
@@ -357,7 +363,7 @@ def chat(model, tmp_path):
     return path
 
 
-@pytest.mark.parametrize("way", ["generate", "ngram", "layers:1"])
+@pytest.mark.parametrize("way", ["generate", "ngram"])
 def test_special_tokens_and_ids_are_stops(model, way):
     def ask(**asked):
         asked |= {"max_new": 6, "logit_bias": {PAD: 1000.0}}

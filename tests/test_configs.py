@@ -168,9 +168,10 @@ def test_smoke_is_two_steps_that_need_no_file_and_no_network(name):
         assert math.prod(config.mesh) == 1
 
 
-@names
-def test_the_rows_of_its_data_are_those_that_it_reads(name, tmp_path, monkeypatch):
-    monkeypatch.setenv("ALIGNAX_CACHE", str(tmp_path / "cache"))
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """A folder with a small file of every kind."""
+    folder = tmp_path_factory.mktemp("rows")
     turns = [f"\n\nHuman: Q{i}\n\nAssistant: " for i in range(40)]
     hh = [{"chosen": t + "good", "rejected": t + "bad"} for t in turns]
     groups = [
@@ -182,9 +183,15 @@ def test_the_rows_of_its_data_are_those_that_it_reads(name, tmp_path, monkeypatc
     ]
     gsm8k = [{"question": f"Q{i}", "answer": f"So.\n#### {i}"} for i in range(40)]
     named = {"hh": hh, "groups": groups, "pairs": pairs, "gsm8k": gsm8k}
-    for file, rows in named.items():
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (tmp_path / f"{file}.jsonl").write_text(text)
+    for file, lines in named.items():
+        text = "".join(json.dumps(row) + "\n" for row in lines)
+        (folder / f"{file}.jsonl").write_text(text)
+    return folder
+
+
+@names
+def test_the_rows_of_its_data_are_those_that_it_reads(name, rows, monkeypatch):
+    monkeypatch.setenv("ALIGNAX_CACHE", str(rows / "cache"))
     for arg in ("", "smoke"):
         for config in stages(load(name, arg)):
             if not config.num_steps:
@@ -198,7 +205,9 @@ def test_the_rows_of_its_data_are_those_that_it_reads(name, tmp_path, monkeypatc
                     section.name, "groups" if scored else "pairs"
                 )
                 if "path" in section:
-                    section.path = str(tmp_path / f"{file}.jsonl")
+                    section.path = str(rows / f"{file}.jsonl")
+                elif "size" in section:
+                    section.size = min(section.size, 40)
             plugins = checks.check(config)
             assert build.training_examples(config, plugins.loss, TK)
             if plugins.evals:
@@ -274,65 +283,86 @@ def test_there_are_losses_on_lists():
     assert {"rrhf", "pro", "plackett_luce", "aft", "d2o"} <= set(LISTS)
 
 
+def work(config):
+    """What a step is compiled from, but for the equation of the loss."""
+    loss = plugin.load_loss(config)
+    return repr(
+        (
+            config.model.to_dict(), config.mesh, config.accumulate, config.batch_size,
+            config.length, config.optim.name, config.optim.clip, [*config.lms],
+            loss.needs, [*loss.ema], loss.coupled, bool(config.rollout.reward),
+            config.loss.name == "sft", config.reweight.to_dict(), config.tokenizer,
+        )
+    )  # fmt: skip
+
+
+def traced():
+    """A config for each kind of work; the contract of losses has compiled all equations."""
+    found = {}
+    for path in FILES:
+        for arg in ("", "smoke"):
+            for i, config in enumerate(stages(load(path.stem, arg))):
+                if config.model.sizes:
+                    found.setdefault(work(config), (path.stem, arg, i))
+    return list(found.values())
+
+
 @names
-@variants
-def test_step_traces(name, arg):
+def test_smoke_has_sizes(name):
+    assert all(config.model.sizes for config in stages(load(name, "smoke")))
+
+
+@pytest.mark.parametrize("name, arg, stage", traced())
+def test_step_traces(name, arg, stage):
     """Shapes of a whole step at the config's own sizes; nothing is compiled or held."""
-    for config in stages(load(name, arg)):
-        if not config.model.sizes:
-            assert not arg, ":smoke has no sizes"
-            continue
-        shape = config.mesh if math.prod(config.mesh) <= 8 else (1, 8, 1)
-        mesh = sharding.make_mesh(shape)
-        ids = tokenizer.load(config.tokenizer).vocab_size if config.tokenizer else 0
-        model = loading.model_config(config, ids)
-        changes = dict(
-            dtype=config.model.dtype, remat=config.model.remat,
-            value_head=config.model.value_head,
+    config = stages(load(name, arg))[stage]
+    shape = config.mesh if math.prod(config.mesh) <= 8 else (1, 8, 1)
+    mesh = sharding.make_mesh(shape)
+    ids = tokenizer.load(config.tokenizer).vocab_size if config.tokenizer else 0
+    model = loading.model_config(config, ids)
+    changes = dict(
+        dtype=config.model.dtype, remat=config.model.remat,
+        value_head=config.model.value_head,
+    )  # fmt: skip
+    model = type(model)(**{**model.__dict__, **changes})
+    loss = plugin.load_loss(config)
+    tx = optim.make_tx(1e-3, name=config.optim.name, clip=config.optim.clip)
+    run = step.make_train_step(model, tx, loss, mesh, accumulate=config.accumulate)
+
+    def place(tree):
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            tree, sharding.shardings(tree, mesh),
         )  # fmt: skip
-        model = type(model)(**{**model.__dict__, **changes})
-        loss = plugin.load_loss(config)
-        tx = optim.make_tx(1e-3, name=config.optim.name, clip=config.optim.clip)
-        run = step.make_train_step(model, tx, loss, mesh, accumulate=config.accumulate)
 
-        def place(tree, mesh=mesh):
-            return jax.tree.map(
-                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-                tree, sharding.shardings(tree, mesh),
-            )  # fmt: skip
+    params = jax.eval_shape(
+        functools.partial(transformer.init, model), jax.random.key(0)
+    )
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    ema = {k: jax.ShapeDtypeStruct((), jnp.float32) for k in loss.ema}
+    state = place(loop.TrainState(number, params, jax.eval_shape(tx.init, params), ema))
+    group = 1 if config.loss.name == "sft" else 2
+    row = (config.batch_size, group)
 
-        params = jax.eval_shape(
-            functools.partial(transformer.init, model), jax.random.key(0)
+    def array(shape, dtype):
+        spec = jax.NamedSharding(mesh, sharding.BATCH)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=spec)
+
+    batch = Batch(
+        array((*row, config.length), jnp.int32), array((*row, config.length), bool),
+        array(row, jnp.int32), array(row, jnp.float32), array(row, bool),
+    )  # fmt: skip
+    if config.rollout.reward:
+        tokens = array((*row, config.length), jnp.float32)
+        brought = {k: tokens for k in ("old_values", "returns") if k in loss.needs}
+        batch = batch._replace(
+            old_logps=tokens, advantages=tokens, extra=brought or None
         )
-        number = jax.ShapeDtypeStruct((), jnp.int32)
-        ema = {k: jax.ShapeDtypeStruct((), jnp.float32) for k in loss.ema}
-        state = place(
-            loop.TrainState(number, params, jax.eval_shape(tx.init, params), ema)
-        )
-        group = 1 if config.loss.name == "sft" else 2
-        row = (config.batch_size, group)
-
-        def array(shape, dtype, mesh=mesh):
-            spec = jax.NamedSharding(mesh, sharding.BATCH)
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=spec)
-
-        batch = Batch(
-            array((*row, config.length), jnp.int32), array((*row, config.length), bool),
-            array(row, jnp.int32), array(row, jnp.float32), array(row, bool),
-        )  # fmt: skip
-        if config.rollout.reward:
-            tokens = array((*row, config.length), jnp.float32)
-            brought = {k: tokens for k in ("old_values", "returns") if k in loss.needs}
-            batch = batch._replace(
-                old_logps=tokens, advantages=tokens, extra=brought or None
-            )
-        lms = {k: LM(model, state.params) for k in config.lms}
-        batch = jax.eval_shape(run.fill, state.average, lms, batch)
-        after, metrics = jax.eval_shape(
-            run.program(state), state, lms, batch, run.hyper
-        )
-        assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
-        assert metrics["loss"].shape == ()
+    lms = {k: LM(model, state.params) for k in config.lms}
+    batch = jax.eval_shape(run.fill, state.average, lms, batch)
+    after, metrics = jax.eval_shape(run.program(state), state, lms, batch, run.hyper)
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+    assert metrics["loss"].shape == ()
 
 
 # -- the defaults

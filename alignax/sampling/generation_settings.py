@@ -168,13 +168,19 @@ def prefilled(
     sizes = np.full(b, many) if prefill_lengths is None else np.asarray(prefill_lengths)
     if sizes.shape != (b,) or (sizes < 0).any() or (sizes > many).any():
         raise ValueError(f"prefill_lengths is {sizes}, expected [B={b}] in 0..{many}")
+    return _behind(prompts, lengths, prefill, sizes)
+
+
+@jax.jit
+def _behind(prompts, lengths, prefill, sizes) -> tuple[jax.Array, jax.Array]:
+    b, many = prefill.shape
     t = prompts.shape[1] + many
     at = jnp.arange(many)
     at = jnp.where(at < sizes[:, None], lengths[:, None] + at, t)
     wide = jnp.pad(prompts, ((0, 0), (0, many)))
     row = jnp.arange(b)[:, None]
-    wide = wide.at[row, at].set(jnp.asarray(prefill, prompts.dtype), mode="drop")
-    return wide, lengths + jnp.asarray(sizes, lengths.dtype)
+    wide = wide.at[row, at].set(prefill.astype(prompts.dtype), mode="drop")
+    return wide, lengths + sizes.astype(lengths.dtype)
 
 
 def per_row(name: str, value, b: int, group: int, low, high, dtype) -> jax.Array:

@@ -75,6 +75,17 @@ def test_perplexity_is_exp_of_the_mean_over_scored_tokens(tiny_config):
     assert got["log_prob/lo"] <= got["log_prob"] <= got["log_prob/hi"]
 
 
+@jax.jit
+def _logits(lm, row):
+    return transformer.unembed(lm, transformer.hidden(lm, row)[0])[0]
+
+
+def logits(lm, ids):
+    """[len(ids), V]; padded to one length, which no id in front of the padding sees."""
+    row = np.array([ids + [0] * (8 - len(ids))])
+    return np.asarray(_logits(lm, row), np.float64)[: len(ids)]
+
+
 def test_perplexity_of_a_real_model_against_float64(make_lm, tiny_config):
     lm = make_lm(dataclasses.replace(tiny_config, vocab_size=TK.vocab_size))
     data = examples(("ab", "cde"), ("f", "gh"), ("ijk", "l"))
@@ -87,8 +98,7 @@ def test_perplexity_of_a_real_model_against_float64(make_lm, tiny_config):
     total, count = 0.0, 0
     for e in data:
         prompt, ids = TK.prompt(e), TK.tokenize(e).responses[0]
-        h, _ = transformer.hidden(lm, jnp.asarray([prompt + ids]))
-        z = np.asarray(transformer.unembed(lm, h)[0], np.float64)
+        z = logits(lm, prompt + ids)
         for t, y in enumerate(ids, len(prompt)):
             row = z[t - 1]
             total += row[y] - row.max() - np.log(np.exp(row - row.max()).sum())
@@ -355,8 +365,7 @@ def test_kl_is_unbiased_for_one_token(two_models):
     got = real(lm, base, data, reward="checksum", max_new=1)
     logps = []
     for model in (lm, base):
-        h, _ = transformer.hidden(model, jnp.asarray([TK.prompt(data[0])]))
-        z = np.asarray(transformer.unembed(model, h)[0, -1], np.float64)
+        z = logits(model, TK.prompt(data[0]))[-1]
         logps.append(z - z.max() - np.log(np.exp(z - z.max()).sum()))
     p = np.exp(logps[0])
     kl = float((p * (logps[0] - logps[1])).sum())

@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -78,8 +77,13 @@ def evaluate(lm, ref, **settings):
 def distribution(lm):
     """[V] of the one token after each prompt."""
     rows = [TK.prompt(e) for e in PROMPTS]
-    h, _ = transformer.hidden(lm, jnp.array(rows))
-    logits = np.asarray(transformer.unembed(lm, h[:, -1:]), np.float64)[:, 0]
+
+    @jax.jit
+    def last_logits(lm, rows):
+        h, _ = transformer.hidden(lm, rows)
+        return transformer.unembed(lm, h[:, -1:])[:, 0]
+
+    logits = np.asarray(last_logits(lm, np.array(rows)), np.float64)
     p = np.exp(logits - logits.max(-1, keepdims=True))
     return p / p.sum(-1, keepdims=True)
 

@@ -214,8 +214,14 @@ def answered(c, folder):
     return [json.loads(x) for x in (folder / respond.NAME).read_text().splitlines()]
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("stop", ["<pad>", PAD, "<pad><pad>"])
+# every way with one stop, and every stop where a token is sampled or drafted
+STOPPED = [
+    *((way, "<pad>") for way in WAYS), ("sampled", PAD), ("sampled", "<pad><pad>"),
+    ("drafted", "<pad><pad>"), ("best_of_n", PAD),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("way, stop", STOPPED)
 def test_every_way_to_respond_stops_at_a_special_token(tmp_path, way, stop):
     changes = dict(WAYS[way])
     method = changes.pop("method", "")
