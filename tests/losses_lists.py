@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from losses_compiled import graded
 from oracles import losses as oracle
 
 from alignax.batch import Batch, Scores, from_groups
@@ -26,36 +27,35 @@ def group(
     batch = from_groups(
         [[1]], [[[2] * n for n in lengths]], length=length, feedback=[feedback]
     )
-    batch = jax.tree.map(jnp.asarray, batch)
-    last = jnp.arange(length) == batch.lengths[..., None] - 1
+    last = np.arange(length) == batch.lengths[..., None] - 1
+
+    xp = jnp if any(isinstance(x, jax.Array) for x in scores) else np
 
     def spread(means):
-        means = jnp.stack([jnp.float32(x) for x in means])
-        return jnp.where(batch.mask, means[None, :, None], 0)
+        means = xp.stack([xp.float32(x) for x in means])
+        return xp.where(batch.mask, means[None, :, None], xp.float32(0))
 
-    values = jnp.where(last, spread(scores), 1e3)
+    values = xp.where(last, spread(scores), xp.float32(1e3))
     ref_logps = spread(ref or [0.0] * len(scores))
     batch = batch._replace(ref_logps=ref_logps)
     if valid is not None:
-        batch = batch._replace(valid=jnp.asarray([valid]))
-    return Scores(spread(scores), values=values), batch
+        batch = batch._replace(valid=np.array([valid]))
+    return jax.tree.map(jnp.asarray, (Scores(spread(scores), values=values), batch))
 
 
 def cost(loss, scores, feedback, *, lengths=None, ref=None, valid=None, **hyper):
     """What the loss of that prompt is."""
     policy, batch = group(scores, feedback, lengths=lengths, ref=ref, valid=valid)
-    return float(loss(policy, batch, **hyper)[0][0])
+    return float(graded(loss, policy, batch, **hyper)[0][0])
 
 
 def slopes(loss, scores, feedback, *, lengths=None, ref=None, valid=None, **hyper):
     """Its derivatives by the scores."""
-
-    def value(scores):
-        policy, batch = group(scores, feedback, lengths=lengths, ref=ref, valid=valid)
-        return loss(policy, batch, **hyper)[0][0]
-
-    grads = jax.grad(value)([jnp.float32(x) for x in scores])
-    return np.array([float(x) for x in grads])
+    policy, batch = group(scores, feedback, lengths=lengths, ref=ref, valid=valid)
+    grads = graded(loss, policy, batch, **hyper)[1]
+    last = np.arange(batch.mask.shape[-1]) == np.asarray(batch.lengths)[..., None] - 1
+    each = np.where(batch.mask, grads.logps, 0) + np.where(last, grads.values, 0)
+    return each[0].sum(-1)
 
 
 def random_groups(make_batch, *, labels=False, b=6, g=4) -> tuple[Scores, Batch]:

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from losses_compiled import graded
 from oracles import losses as oracle
 
 from alignax.batch import Batch, Scores, from_pairs
@@ -19,32 +20,30 @@ def pair(chosen=0.0, rejected=0.0, *, lengths=(2, 2), ref=(-3.0, -4.0)):
     batch = from_pairs(
         [[1]], [[2] * lengths[0]], [[3] * lengths[1]], length=max(lengths) + 2
     )
-    batch = jax.tree.map(jnp.asarray, batch)
+    traced = any(isinstance(x, jax.Array) for x in (chosen, rejected, *ref))
+    xp = jnp if traced else np
 
     def spread(totals):
-        each = [jnp.float32(x) / n for x, n in zip(totals, lengths, strict=True)]
-        return jnp.where(batch.mask, jnp.stack(each)[None, :, None], 0)
+        each = [xp.float32(x) / n for x, n in zip(totals, lengths, strict=True)]
+        return xp.where(batch.mask, xp.stack(each)[None, :, None], xp.float32(0))
 
     ref_logps = spread(ref)
     scores = Scores(ref_logps + spread((chosen, rejected)))
-    return scores, batch._replace(ref_logps=ref_logps)
+    return jax.tree.map(jnp.asarray, (scores, batch._replace(ref_logps=ref_logps)))
 
 
 def cost(loss, chosen=0.0, rejected=0.0, *, lengths=(2, 2), ref=(-3.0, -4.0), **hyper):
     """What the loss of that pair is."""
     scores, batch = pair(chosen, rejected, lengths=lengths, ref=ref)
-    return float(loss(scores, batch, **hyper)[0][0])
+    return float(graded(loss, scores, batch, **hyper)[0][0])
 
 
 def slopes(loss, chosen, rejected, *, lengths=(2, 2), ref=(-3.0, -4.0), **hyper):
     """Its derivatives by the two log-ratios."""
-
-    def value(chosen, rejected):
-        scores, batch = pair(chosen, rejected, lengths=lengths, ref=ref)
-        return loss(scores, batch, **hyper)[0][0]
-
-    grads = jax.grad(value, argnums=(0, 1))(jnp.float32(chosen), jnp.float32(rejected))
-    return tuple(float(x) for x in grads)
+    scores, batch = pair(chosen, rejected, lengths=lengths, ref=ref)
+    grads = graded(loss, scores, batch, **hyper)[1].logps
+    each = np.where(batch.mask, grads, 0)[0].sum(-1) / lengths
+    return tuple(each.tolist())
 
 
 def random_pairs(make_batch, b=6, *, away=0.5) -> tuple[Scores, Batch]:
@@ -54,11 +53,11 @@ def random_pairs(make_batch, b=6, *, away=0.5) -> tuple[Scores, Batch]:
 
     def column(low, high):
         x = rng.uniform(low, high, batch.mask.shape).astype(np.float32)
-        return jnp.where(batch.mask, x, 0)
+        return np.where(batch.mask, x, np.float32(0))
 
     ref_logps = column(-4, -0.5)
     scores = Scores(ref_logps + column(-away, away))
-    return scores, batch._replace(ref_logps=ref_logps)
+    return jax.tree.map(jnp.asarray, (scores, batch._replace(ref_logps=ref_logps)))
 
 
 def assert_oracle(loss, want, make_batch, **hyper):

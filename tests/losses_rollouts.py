@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from losses_compiled import graded
 from oracles import losses as oracle
 
 from alignax.batch import Batch, Scores, from_groups
@@ -26,28 +27,29 @@ def group(
     """
     lengths = [len(row) for row in log_rho]
     batch = from_groups([[1]], [[[2] * n for n in lengths]], length=max(lengths) + 2)
-    batch = jax.tree.map(jnp.asarray, batch)
 
     def fill(rows):
         out = np.zeros(batch.mask.shape, np.float32)
         for g, row in enumerate(rows or []):
-            out[0, g, np.asarray(batch.mask)[0, g]] = row
-        return jnp.asarray(out)
+            out[0, g, batch.mask[0, g]] = row
+        return out
 
-    rho, old = fill(log_rho), jnp.where(batch.mask, OLD, 0.0)
+    rho, old = fill(log_rho), np.where(batch.mask, np.float32(OLD), np.float32(0))
     batch = batch._replace(
         old_logps=old, advantages=fill(advantages), ref_logps=old + rho - fill(log_ref),
         extra={"old_values": fill(old_values), "returns": fill(returns)},
     )  # fmt: skip
     if valid is not None:
-        batch = batch._replace(valid=jnp.asarray([valid]))
-    return Scores(old + rho, state_values=fill(values)), batch
+        batch = batch._replace(valid=np.array([valid]))
+    policy = Scores(old + rho, state_values=fill(values))
+    return jax.tree.map(jnp.asarray, (policy, batch))
 
 
 def cost(loss, log_rho, advantages, **more):
     """What the loss of that prompt is; arguments of `group` apart from the loss's own."""
     columns, hyper = _apart(more)
-    return float(loss(*group(log_rho, advantages, **columns), **hyper)[0][0])
+    policy, batch = group(log_rho, advantages, **columns)
+    return float(graded(loss, policy, batch, **hyper)[0][0])
 
 
 def slopes(loss, log_rho, advantages, *, field="logps", **more):
@@ -67,10 +69,7 @@ def _apart(more):
 def gradient(loss, policy, batch, *, field="logps", **hyper):
     """[B, G, T] of the sum over prompts, by a field of the scores."""
 
-    def total(x):
-        return loss(policy._replace(**{field: x}), batch, **hyper)[0].sum()
-
-    return np.asarray(jax.grad(total)(getattr(policy, field)))
+    return getattr(graded(loss, policy, batch, **hyper)[1], field)
 
 
 def random_rollout(make_batch, *, spread=0.6, b=5, g=3) -> tuple[Scores, Batch]:

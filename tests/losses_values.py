@@ -5,6 +5,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from losses_compiled import graded
 
 from alignax.batch import Scores, from_groups
 
@@ -16,29 +17,26 @@ def prompt(values, feedback, *, valid=None):
     ids = [[[2] * len(row) for row in values]]
     length = max(map(len, values)) + 2
     batch = from_groups([[1]], ids, length=length, feedback=[feedback])
-    batch = jax.tree.map(jnp.asarray, batch)
     filled = np.zeros(batch.mask.shape, np.float32)
     for g, row in enumerate(values):
         filled[0, g, 1 : 1 + len(row)] = row
     if valid is not None:
-        batch = batch._replace(valid=jnp.asarray([valid]))
-    values = jnp.asarray(filled)
-    return Scores(jnp.zeros_like(values), values=values), batch
+        batch = batch._replace(valid=np.array([valid]))
+    policy = Scores(np.zeros_like(filled), values=filled)
+    return jax.tree.map(jnp.asarray, (policy, batch))
 
 
 def cost(loss, values, feedback, *, valid=None, **hyper):
     """What the loss of that prompt is."""
-    return float(loss(*prompt(values, feedback, valid=valid), **hyper)[0][0])
+    policy, batch = prompt(values, feedback, valid=valid)
+    return float(graded(loss, policy, batch, **hyper)[0][0])
 
 
 def slopes(loss, values, feedback, *, valid=None, **hyper):
     """Its derivatives by the values of scored tokens, response after response."""
     policy, batch = prompt(values, feedback, valid=valid)
-
-    def total(x):
-        return loss(policy._replace(values=x), batch, **hyper)[0].sum()
-
-    return np.asarray(jax.grad(total)(policy.values))[np.asarray(batch.mask)]
+    grads = graded(loss, policy, batch, **hyper)[1].values
+    return grads[np.asarray(batch.mask)]
 
 
 class World:

@@ -419,7 +419,7 @@ def test_a_key_that_nobody_reads_is_noticed():
     assert "optim.no_such_key" not in read_somewhere()
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_quickstart_smoke_runs_from_end_to_end(tmp_path):
     result = tiny.main("--config", "configs/quickstart.py:smoke", "--workdir", tmp_path)
     assert result.returncode == 0, result.stderr
