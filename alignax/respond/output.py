@@ -112,8 +112,9 @@ def _straddled(
 
 
 def answers(
-    batch: Batch, truncated: np.ndarray, text: Tokenizer, rules: Rules
-) -> list[list[Response]]:
+    batch: Batch, truncated: np.ndarray, text: Tokenizer, rules: Rules,
+    min_new: Sequence[int] | None = None,
+) -> list[list[Response]]:  # fmt: skip
     """B lists of G responses, as they are written to the file and scored.
 
     Args:
@@ -121,6 +122,7 @@ def answers(
       truncated: [B, G], whether a response ended because of max_new.
       text: their tokenizer.
       rules: what their text is.
+      min_new: of each prompt, where it is not that of the rules.
     """
     prefill = _plain(text, rules.prefill)
     begun = bool(rules.prefill or rules.forced)
@@ -132,7 +134,8 @@ def answers(
         given = ids[max(0, first - CONTEXT) : first].tolist() if begun else []
         return response(
             ids[mask].tolist(), bool(truncated[b, g]), text, given=given, prefill=prefill,
-            forced=rules.forced, stops=rules.stops, min_new=rules.min_new,
+            forced=rules.forced, stops=rules.stops,
+            min_new=rules.min_new if min_new is None else min_new[b],
         )  # fmt: skip
 
     groups = range(batch.mask.shape[1])

@@ -69,12 +69,13 @@ def respond(config, workdir: str, stop: Callable[[], bool] = lambda: False) -> b
     config.generate.token_logps it also has `token_ids`, `token_logps` and `token_law_logps`,
     a list for each response.
     `data.jsonl` reads the lines as groups. Until the run ends, the lines are in the order
-    of the batches; then they are sorted into the order of the prompts.
+    in which prompts are finished; then they are sorted into the order of the prompts.
 
     Args:
       config: with `prompts`, and with `generate` and `decoder` for how to respond.
       workdir: the same command on the same folder resumes the run.
-      stop: called after every batch; True stops the run.
+      stop: called after every batch, or every few steps; True stops the run with the
+        responses that are finished.
 
     Returns:
       Whether every prompt is answered.
@@ -132,7 +133,13 @@ def check(config, model: ModelPath | None = None) -> Prompts:
             "a config with prompts takes neither evals nor rollouts: use another run"
         )
     checks.check_sections(config)
-    row_settings.check(config, responder.bind(config))
+    decoder = responder.bind(config)
+    row_settings.check(config, decoder)
+    if config.generate.guide_prompt and (decoder is None or decoder.role == "search"):
+        raise ValueError(
+            "config.generate.guide_prompt is what a guide reads: config.decoder.name is "
+            f"{config.decoder.name!r}, expected a decoder with a `guide`"
+        )
     if "target" in config.lms:
         raise ValueError(
             "lms.target: that name is reserved for the model that responds"
@@ -153,10 +160,13 @@ def check(config, model: ModelPath | None = None) -> Prompts:
     prompts = tokenized(
         examples, text, batch_size=config.batch_size, check=responder.checker(config, text),
         room=config.length - config.generate.max_new, prefill=config.generate.prefill,
-        forced=config.generate.forced,
+        forced=config.generate.forced, guide=config.generate.guide_prompt,
     )  # fmt: skip
-    place = functools.partial(_place, examples)
-    return prompts._replace(own=row_settings.read(config, examples, place))
+    own = row_settings.read(
+        config, examples, [len(s.forced) for s in prompts.starts],
+        functools.partial(_place, examples),
+    )  # fmt: skip
+    return prompts._replace(own=own)
 
 
 def tokenized(
@@ -168,6 +178,7 @@ def tokenized(
     check: Callable[[list[int]], Any] = lambda ids: None,
     prefill: str = "",
     forced: str = "",
+    guide: str = "",
 ) -> Prompts:
     """Prompts as ids, none of them cut.
 
@@ -179,6 +190,7 @@ def tokenized(
       check: called with the ids of each prompt and its prefill; raises ValueError.
       prefill: how all responses begin.
       forced: how they go on; scored.
+      guide: what a guide reads instead, see `starts.guide_prompt`; '' is the prompt.
 
     Raises:
       ValueError: prompts that are empty, that the template refuses or that do not pass
@@ -194,6 +206,9 @@ def tokenized(
             if _is_blank(e.prompt):
                 raise ValueError("the prompt is empty")
             starts.append(beginnings.start(text, e, prefill, forced))
+            if guide:
+                other = beginnings.guide_prompt(text, e, guide, prefill)
+                starts[-1] = starts[-1]._replace(guide=other)
             check(starts[-1].prompt + starts[-1].prefill)
         except ValueError as error:
             wrong.append(f"{_place(examples, i)}: {error}")
@@ -203,13 +218,10 @@ def tokenized(
     if not starts:
         raise ValueError("config.prompts has no prompt")
     sizes = np.array([len(s.prompt) + len(s.prefill) for s in starts])
-    if (sizes > room).any():
-        which = [_place(examples, int(i)) for i in np.flatnonzero(sizes > room)]
-        raise ValueError(
-            f"{len(which)} of {len(sizes)} prompts have more than the {room} tokens that "
-            f"config.length leaves before generate.max_new, with the prefill; the longest "
-            f"has {sizes.max()}; first {which[0]}"
-        )
+    _check_room(examples, "prompts", sizes, room)
+    _check_room(
+        examples, "guide prompts", np.array([len(s.guide) for s in starts]), room
+    )
     ids = [s.prompt for s in starts]
     # the longest first: if memory runs out, then in the first batch
     order = np.argsort(-sizes, kind="stable")
@@ -218,6 +230,20 @@ def tokenized(
     same = common(ids) if len(ids) > 1 else 0
     worth = same >= SHARED and 2 * same >= sizes.max()
     return Prompts(examples, starts, batches, same if worth else 0)
+
+
+def _check_room(
+    examples: Sequence[Example], what: str, sizes: Int[np.ndarray, " M"], room: int
+) -> None:
+    """Raises ValueError where some of the prompts have more than `room` tokens."""
+    if not (sizes > room).any():
+        return
+    which = [_place(examples, int(i)) for i in np.flatnonzero(sizes > room)]
+    raise ValueError(
+        f"{len(which)} of {len(sizes)} {what} have more than the {room} tokens that "
+        "config.length leaves before generate.max_new, with the prefill; the longest has "
+        f"{sizes.max()}; first {which[0]}"
+    )
 
 
 def _is_blank(prompt: str | Sequence[Message]) -> bool:
@@ -253,12 +279,15 @@ def _respond(
         now.own,
     )
     score = parallel.scorer(run.mesh)
+    settings = dict(now.own)
+    if guided := [s.guide for s in now.starts if s.guide]:
+        settings["guide_prompt"] = np.concatenate(guided)
     mine, grammar = jax.process_index() == 0, config.generate.grammar
     done = output.begin(
         path, now.examples, {"policy": lm, **run.lms}, run.tokenizer,
         reward=rewards.identity(reward) if reward else "", write=mine,
         grammar=grammar and grammars.load(grammar, "generate.grammar").identity,
-        settings=now.own,
+        settings=settings,
     )  # fmt: skip
     total, tokens, start = len(now.starts), 0, time.monotonic()
     run.say(
@@ -268,11 +297,13 @@ def _respond(
     )
     lines: list[dict[str, Any]] = []
     stats: dict[str, list[float]] = {}
+    # `finish` says more than the first; steps of one run are no mean over batches
+    skipped = ("ended", *(("steps",) if make.stream is not None else ()))
     with progress(total, start=len(done), name=run.name) as show:
         for places, out in drawn(now, make, done, stop):
             check_numbers(out, [_place(now.examples, i) for i in places])
             for name, value in out.stats.items():
-                if np.ndim(value) == 0 and name != "ended":  # `finish` has more detail
+                if np.ndim(value) == 0 and name not in skipped:
                     stats.setdefault(name, []).append(float(value))
             found = list(rows(config, run, now, places, out, reward, score))
             tokens += sum(sum(row["tokens"]) for row in found)
@@ -284,9 +315,9 @@ def _respond(
             done |= {row["id"] for row in found}
             rate = tokens / (time.monotonic() - start)
             show(len(done), {"train/tokens_per_second": rate})
-            if len(done) < total and stop():
+            if make.stream is None and len(done) < total and stop():
                 return False
-    if len(done) < total:  # stopped while none was finished
+    if len(done) < total:
         return False
     if mine:  # also the lines of a killed run, in the order of its batches
         output.arrange(path, [e.id for e in now.examples])
@@ -302,8 +333,9 @@ def drawn(
     """(prompts, Generated) of those without a response; `done` may grow meanwhile."""
     if make.stream is not None:
         every = [i for places in now.batches for i in places]
-        left = [i for i in every if now.examples[i].id not in done]
-        yield from make.stream(left, stop)
+        known = {i for i in every if now.examples[i].id in done}
+        place = functools.partial(_place, now.examples)
+        yield from make.stream(skip=known, halt=stop, name=place)
         return
     for places in now.batches:
         if not all(now.examples[i].id in done for i in places):
@@ -341,11 +373,12 @@ def rows(
     text, batch = run.tokenizer, out.batch
     # also for the copies that fill the batch: no new shape
     rules = responder.rules(config.generate)
-    answers = output.answers(batch, out.truncated, text, rules)
+    rows = [*places, *[places[0]] * (len(batch.tokens) - len(places))]
+    least = now.own["min_new"][rows].tolist() if "min_new" in now.own else None
+    answers = output.answers(batch, out.truncated, text, rules, least)
     scores = None
     if reward is not None:
         texts = [[a.text for a in group] for group in answers]
-        rows = [*places, *[places[0]] * (len(texts) - len(places))]
         judged = batch._replace(extra={"row": np.array(rows, np.int32)})
         scores = rewards.call(
             reward, judged, texts, run.lms, tokenizer=text, score=score,

@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 
 from alignax import logprob, plugin, rewards
 from alignax.batch import LM, Batch, Example
-from alignax.models import sharding, transformer
+from alignax.models import transformer
 from alignax.respond import output, starts
 from alignax.respond.starts import Start
 from alignax.sampling import (
@@ -94,9 +93,9 @@ class Responder(NamedTuple):
 
     Attributes:
       batch: (tokens [B, P], lengths, indices of the prompts) -> Generated.
-      stream: (indices, stop) -> pairs (indices, Generated) as prompts are finished, by
-        `continuous.generate`; None where a search or a draft responds, or several
-        processes, which have to do the same at the same time.
+      stream: (skip, halt, name) -> pairs (indices, Generated) as prompts are finished:
+        `continuous.generate` with its other arguments bound; None where a search or a draft
+        responds, or several processes, which have to do the same at the same time.
     """
 
     batch: Callable[..., Any]
@@ -177,9 +176,12 @@ def build(
     if search is None and not generate.draft and jax.process_count() == 1:
         many = min(config.batch_size, len(begun))
         stream = functools.partial(
-            _stream, lm, begun, key, each, len(shared), many, config.length, run.mesh,
-            asked | {"eos_ids": eos_ids},
+            continuous.generate, lm, [s.prompt for s in begun], key, own=each,
+            rows=many * generate.group, chunk=1 if reward is None else many,
+            longest=config.length, shared=len(shared) if "reader" in asked else 0,
+            mesh=run.mesh if run.mesh.size > 1 else None, eos_ids=eos_ids, **asked,
         )  # fmt: skip
+
     return Responder(lambda *batch: jax.device_get(make(*batch)), stream)
 
 
@@ -211,24 +213,6 @@ def _handed(
             f"{search.name} has this setting itself, set decoder.{twice[0]} alone"
         )
     return handed
-
-
-def _stream(
-    lm: LM, begun: Sequence[Start], key: Any, own: Callable[..., dict[str, Any]],
-    shared: int, many: int, length: int, mesh: Any, asked: dict[str, Any],
-    places: Sequence[int], stop: Callable[[], bool],
-) -> Iterator[tuple[list[int], Any]]:  # fmt: skip
-    """The responses to the prompts at `places`, `many` prompts at a time."""
-    rows, spec = many * asked.get("group", 1), None
-    if mesh.size > 1 and rows % sharding.num_shards(mesh) == 0:
-        spec = NamedSharding(mesh, sharding.BATCH)
-    drawn = continuous.generate(
-        lm, [begun[i].prompt for i in places], key, rows=rows, chunk=many,
-        own=lambda batch: own([places[i] for i in batch]), longest=length,
-        shared=shared if "reader" in asked else 0, halt=stop, rows_on=spec, **asked,
-    )  # fmt: skip
-    for batch, out in drawn:
-        yield [places[i] for i in batch], out
 
 
 def check_tokenizers(decoder: plugin.Bound, lms: dict[str, LM]) -> None:

@@ -40,17 +40,22 @@ def check(config, decoder: plugin.Bound | None) -> None:
 
 
 def read(
-    config, examples: Sequence[Example], place: Callable[[int], str]
+    config,
+    examples: Sequence[Example],
+    forced: Sequence[int],
+    place: Callable[[int], str],
 ) -> dict[str, np.ndarray]:
     """The settings of each prompt as arguments of `decode.generate`, [M] for M prompts.
 
     Args:
       config: a ConfigDict.
       examples: the prompts; their columns are read.
+      forced: tokens of forced text of each.
       place: index -> where a prompt comes from, for messages.
 
     Raises:
-      ValueError: a row without a setting, or with one out of its range.
+      ValueError: a row without a setting, with one out of its range, or with a max_new
+        that is less than its min_new or its forced text.
     """
     found: dict[str, np.ndarray] = {}
     for name in config.generate.per_row:
@@ -76,4 +81,13 @@ def read(
             values.append(value)
         kind = np.int32 if whole else np.float32
         found[ARGUMENTS.get(name, name)] = np.array(values, kind)
+    many = len(examples)
+    most = found.get("limits", np.full(many, config.generate.max_new))
+    least = found.get("min_new", np.full(many, config.generate.min_new))
+    wrong = np.flatnonzero(np.maximum(least, forced) > most).tolist() if found else []
+    for i in wrong[:1]:
+        raise ValueError(
+            f"{place(i)}: max_new is {most[i]}, but min_new is {least[i]} and the "
+            f"forced text has {forced[i]} tokens"
+        )
     return found

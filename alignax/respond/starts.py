@@ -20,6 +20,7 @@ class Start(NamedTuple):
     prompt: list[int]  # at least one id
     prefill: list[int] = []  # given and not scored  # noqa: RUF012
     forced: list[int] = []  # given and scored  # noqa: RUF012
+    guide: list[int] = []  # what a guide reads instead of both; [] reads both  # noqa: RUF012
 
 
 def start(
@@ -55,6 +56,47 @@ def start(
     return Start(begun[:n], begun[n:], scored)
 
 
+def guide_prompt(
+    text: Tokenizer, example: Example, how: str, prefill: str
+) -> list[int]:
+    """Ids that a guide reads in place of a prompt and its prefill.
+
+    Args:
+      text: the tokenizer.
+      example: the prompt.
+      how: 'no_system', the prompt without its system messages; 'column:NAME', the text in a
+        column of the row; 'text:TEXT', this text for every prompt.
+      prefill: how the responses begin.
+
+    Raises:
+      ValueError: another `how`; a prompt without a system message, or a row without that
+        column.
+    """
+    kind, _, rest = how.partition(":")
+    if how == "no_system":
+        given = [] if isinstance(example.prompt, str) else [*example.prompt]
+        other: Any = [m for m in given if m["role"] != "system"]
+        if len(other) == len(given):
+            raise ValueError(
+                "generate.guide_prompt is 'no_system', but the prompt has no system message"
+            )
+    elif kind == "column" and rest:
+        other = example.columns.get(rest)
+        if not isinstance(other, str) or not other.strip():
+            raise ValueError(
+                f"generate.guide_prompt is {how!r}, but the row's {rest!r} is {other!r}, "
+                "expected a text"
+            )
+    elif kind == "text" and rest.strip():
+        other = rest
+    else:
+        raise ValueError(
+            f"generate.guide_prompt is {how!r}, expected 'no_system', 'column:NAME' or "
+            "'text:TEXT'"
+        )
+    return text.prompt(example._replace(prompt=other), prefill)
+
+
 def arrays(starts: Sequence[Start], widest: Sequence[Start]) -> dict[str, Any]:
     """The beginnings as arguments of `decode.generate`.
 
@@ -64,7 +106,7 @@ def arrays(starts: Sequence[Start], widest: Sequence[Start]) -> dict[str, Any]:
 
     Returns:
       'prefill' [B, F], 'prefill_lengths' [B] where they differ, 'forced' [B, F] with -1 on
-      padding; without those that are empty.
+      padding, 'guide_prompts' [B, P], 'guide_lengths' [B]; without those that are empty.
     """
     out: dict[str, Any] = {}
     if width := max(len(s.prefill) for s in widest):
@@ -74,6 +116,9 @@ def arrays(starts: Sequence[Start], widest: Sequence[Start]) -> dict[str, Any]:
             out["prefill_lengths"] = np.array(sizes, np.int32)
     if width := max(len(s.forced) for s in widest):
         out["forced"] = _padded([s.forced for s in starts], width, -1)
+    if width := max(len(s.guide) for s in widest):
+        out["guide_prompts"] = _padded([s.guide for s in starts], width, 0)
+        out["guide_lengths"] = np.array([len(s.guide) for s in starts], np.int32)
     return out
 
 

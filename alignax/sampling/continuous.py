@@ -3,26 +3,30 @@
   prompts, the longest first -> prefill of a few -> free rows of the running batch
   decoding steps until enough rows ended -> their responses -> the next prompts
 
-*Exact*, as `decode.generate`, and a response does not depend on what else is in the batch:
-the programs that compute it follow from the length of its own prompt and the arguments of
-the call, and its random numbers from (key, its seed, its place in the group).
+*Exact*, as `decode.generate`, and a response does not depend on what runs beside it, bit for
+bit: the programs that compute it follow from the arguments of the call, and its random
+numbers from (key, its seed, its place in the group).
 
 Source: Yu et al. 2022 (Orca), https://www.usenix.org/conference/osdi22/presentation/yu
 """
 
+import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.tree_util import Partial
 from jaxtyping import Array
 
 from alignax.batch import LM
-from alignax.models import transformer
+from alignax.models import fallback, sharding, transformer
 from alignax.sampling import decode, generation_settings, guides, response_state
 from alignax.sampling.decode import Generated, State
 from alignax.sampling.guides import Guide
@@ -30,7 +34,9 @@ from alignax.sampling.prefill import WHOLE, Reader, traced
 from alignax.sampling.response_state import Rules
 
 SMALLEST = 64  # tokens: prompts are not padded to less
-TOGETHER = 128  # tokens of a prefill: of shorter prompts there are several in one
+TOGETHER = {
+    "cpu": 128
+}  # tokens of a prefill, which has several prompts; 1024 elsewhere
 STEPS = 32  # between two calls of `halt`
 
 
@@ -50,7 +56,7 @@ class Job(NamedTuple):
     lm: LM  # unstacked
     key: Array
     reader: tuple[Callable, Callable]
-    guide: Any  # init, update, keep
+    guide: Any  # init (where there is a prefill), update, keep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +68,7 @@ class Settings:
     kind: str | None  # of the guide
     candidates: int
     rows: int  # N
-    rows_on: NamedSharding | None
+    mesh: Mesh | None
 
 
 class Item(NamedTuple):
@@ -80,6 +86,7 @@ def generate(
     rows: int,
     max_new: int,
     longest: int,
+    skip: Collection[int] = (),
     chunk: int = 1,
     group: int = 1,
     temperature: Any = 1.0,
@@ -88,15 +95,16 @@ def generate(
     shared: int = 0,
     guide: Guide | None = None,
     candidates: int = 16,
-    rows_on: NamedSharding | None = None,
+    mesh: Mesh | None = None,
     halt: Callable[[], bool] = lambda: False,
+    name: Callable[[int], str] = "prompt {}".format,
     **settings: Any,
 ) -> Iterator[tuple[list[int], Generated]]:
     """The responses of `decode.generate` to any number of prompts, as they are finished.
 
-    Prompts of similar lengths run together, the longest first. A prompt is padded to the
-    next of 64, 128, 256, 384, 512, 768, ... tokens; this, `rows` and `longest` are all that
-    its programs depend on.
+    The longest prompts are first. A prompt is padded to the next of 64, 128, 256, 384, 512,
+    768, ... tokens. Rows that differ by more than a factor of 4 in length do not run
+    together, unless they are fewer than `rows`.
 
     Args:
       lm: the model; its layers are copied once, unless `transformer.unstack` was applied.
@@ -105,23 +113,25 @@ def generate(
       rows: responses that are sampled at the same time, at least `group`.
       max_new: most tokens of a response, EOS included.
       longest: most tokens of a row: of a prompt, its prefill and its response.
+      skip: indices of prompts that have their responses; the others are as without it.
       chunk: prompts of a yielded batch.
       group: G.
       temperature: one for all prompts.
       own: (indices of prompts) -> arguments of `decode.generate` that each has for itself:
-        `seeds` (by default the indices), `prefill`, `forced`, `limits`, ...
+        `seeds` (by default the indices), `prefill`, `limits`, `guide_prompts`, ...
       reader: of `decode.generate`.
       shared: tokens of the prefix that the reader has read, if it has one.
       guide: of kind vector or scalar.
       candidates: of `decode.generate`.
-      rows_on: where the rows of the running batch lie; None leaves it to the devices of
-        the model.
+      mesh: of the model; rows are spread over it if they divide.
       halt: called every few steps; True ends the call with the prompts that are finished.
+      name: what an error calls a prompt.
       **settings: all others of `decode.generate`, for all prompts.
 
     Yields:
-      (indices, Generated on the host) for `chunk` prompts that are finished, at the end of
-      a length class for fewer: then the last ones are copies of the first. T differs.
+      (indices, Generated on the host) for `chunk` prompts that are finished; for fewer where
+      no more will be: then the last ones are copies of the first. T may differ. stats has
+      'steps', which the call has taken so far, and 'ended'.
 
     Raises:
       ValueError: as `decode.generate`; fewer rows than a group has.
@@ -131,21 +141,33 @@ def generate(
             f"rows={rows}, group={group}, chunk={chunk}; expected rows >= group, all at "
             "least 1"
         )
+    decode.check_guide(guide, candidates)
     if not prompts:
         return
     reader.check_lm(lm)
+    settings |= {
+        k: jax.tree.map(jnp.asarray, settings[k])  # once, for all programs
+        for k in ("stops", "grammar")
+        if settings.get(k) is not None
+    }
     lm, made = unstacked((lm, None if guide is None else guides.traced(guide)))
-    job = Job(lm, key, traced(reader), made)
+    ready = guide  # with the weights that lie apart
+    if guide is not None:
+        init, update, keep = made
+        ready = guide._replace(init=init, update=update, keep=keep)
+    job = Job(lm, key, traced(reader), None)
     first = own([0])
     greedy = (
         np.ndim(temperature) == 0 and temperature == 0 and "temperature" not in first
     )
     static = Settings(
         group, bool(greedy), None if guide is None else guide.kind,
-        min(candidates, lm.config.vocab_size), rows, rows_on,
+        min(candidates, lm.config.vocab_size), rows, mesh,
     )  # fmt: skip
 
-    def request(places: list[int], width: int) -> generation_settings.Request:
+    def request(
+        places: list[int], width: int
+    ) -> tuple[generation_settings.Request, Any]:
         tokens = np.zeros((len(places), width), np.int32)
         for row, i in zip(tokens, places, strict=True):
             row[: len(prompts[i])] = prompts[i]
@@ -154,26 +176,49 @@ def generate(
             "limits": np.full(len(places), max_new), "seeds": np.array(places),
             "temperature": temperature, **settings, **own(places),
         }  # fmt: skip
-        return generation_settings.parse(
+        where = each.pop("guide_prompts", None), each.pop("guide_lengths", None)
+        asked = generation_settings.parse(
             tokens, sizes, lm.config.vocab_size, max_new=max_new, group=group,
             reader=reader, **each,
         )  # fmt: skip
+        there = generation_settings.on_prompts(
+            ready, *where, len(places), lm.config.vocab_size
+        )
+        return asked, None if there is None else guides.traced(there)
 
     more = max_new + (first["prefill"].shape[1] if "prefill" in first else 0)
-    classes: dict[int, list[int]] = {}  # by the width that a prompt is padded to
-    for i, prompt in enumerate(prompts):
-        size = len(prompt)
-        width = min(shared + padded(size - shared), longest - more)
-        classes.setdefault(max(size, width), []).append(i)
-    slots = {w: max(w + more, min(_power(w + more), longest)) for w in classes}
-    for width in sorted({*slots.values()}, reverse=True):
-        mine = {
-            w: classes[w] for w in sorted(classes, reverse=True) if slots[w] == width
-        }
-        run = _Run(static, job, width, request, mine, halt)
-        yield from run.batches(chunk)
+    widths = []
+    for prompt in prompts:
+        width = min(shared + padded(len(prompt) - shared), longest - more)
+        widths.append(max(len(prompt), width))
+    steps = 0
+    for places in together(np.array(widths) + more, -(-rows // group)):
+        slots = max(widths[i] for i in places) + more
+        mine = [i for i in places if i not in skip]
+        run = _Run(static, job, slots, request, mine, widths, shared, steps)
+        yield from run.batches(chunk, halt, name)
         if run.halted:
             return
+        steps = run.steps
+
+
+def together(sizes: np.ndarray, least: int) -> list[list[int]]:
+    """Which rows run together: indices of sizes within a factor of 4, the largest first.
+
+    Args:
+      sizes: [M] tokens of the rows.
+      least: where there are fewer, smaller ones run with them.
+    """
+    found: list[list[int]] = []
+    for i in np.argsort(-sizes, kind="stable").tolist():
+        small = found and 4 * sizes[i] < sizes[found[-1][0]]
+        if not found or (small and len(found[-1]) >= least):
+            found.append([])
+        found[-1].append(i)
+    if len(found) > 1 and len(found[-1]) < least:
+        last = found.pop()
+        found[-1] += last
+    return found
 
 
 @jax.jit
@@ -191,94 +236,89 @@ def padded(size: int) -> int:
 
 def _power(size: int) -> int:
     """The next power of two."""
-    return 1 << (size - 1).bit_length()
+    return 1 << (int(size) - 1).bit_length()
 
 
 class _Run:
-    """The prompts whose rows have one number of slots."""
+    """The prompts that run together."""
 
     def __init__(
         self, static: Settings, job: Job, slots: int, request: Callable[..., Any],
-        classes: dict[int, list[int]], halt: Callable[[], bool],
+        places: list[int], widths: list[int], shared: int, steps: int,
     ):  # fmt: skip
         self.static, self.job, self.slots = static, job, slots
-        self.request, self.halt, self.halted = request, halt, False
-        self.queue = [
-            (width, [Item(i, g) for i in places for g in range(static.group)])
-            for width, places in classes.items()
-        ]
+        self.request, self.shared = request, shared
+        self.queue = collections.deque((i, widths[i]) for i in places)
         self.owners: list[Item | None] = [None] * static.rows
         self.live: Live | None = None
-        self.rules: Rules | None = (
-            None  # of all rows, but for what they have themselves
-        )
+        self.rules: Rules | None = None  # what all rows share
+        self.guide: Any = None  # its update and keep
         self.found: dict[int, dict[int, Any]] = {}  # prompt -> place -> its response
-        self.steps = 0
+        self.halted, self.steps = False, steps
 
-    def batches(self, chunk: int) -> Iterator[tuple[list[int], Generated]]:
+    def batches(
+        self, chunk: int, halt: Callable[[], bool], name: Callable[[int], str]
+    ) -> Iterator[tuple[list[int], Generated]]:
         """The finished prompts, `chunk` at a time."""
         done: list[int] = []
         while not self.halted and (self.queue or any(self.owners)):
             while self.queue and self.needed() <= self.owners.count(None):
                 self.admit()
-            done += self.decode()
-            self.halted = self.halt()
+            done += self.decode(name)
+            self.halted = halt()
             while len(done) >= chunk:
                 yield done[:chunk], self.take(done[:chunk], chunk)
                 done = done[chunk:]
         if done:
             yield done, self.take(done, chunk)
 
-    def together(self, width: int) -> int:
-        """Prompts of one prefill."""
-        group, rows = self.static.group, self.static.rows
-        return max(1, min(TOGETHER // width, rows // group))
+    def at_once(self, width: int) -> int:
+        """Prompts of one prefill, of this width."""
+        tokens = TOGETHER.get(fallback.platform(), 1024)
+        free = self.static.rows // 4 // self.static.group
+        return max(1, min(tokens // (width - self.shared), free))
+
+    def prompts(self) -> list[int]:
+        """The next prompts of one width, as many as a prefill has."""
+        width = self.queue[0][1]
+        same = itertools.takewhile(lambda x: x[1] == width, self.queue)
+        return [prompt for prompt, _ in itertools.islice(same, self.at_once(width))]
 
     def needed(self) -> int:
-        """Free rows for which a prefill is made; more than N if there is nothing to do."""
-        if not self.queue:
-            return self.static.rows + 1
-        width, items = self.queue[0]
-        most = self.together(width) * self.static.group
-        return min(len(items), most, max(1, self.static.rows // 4))
-
-    def admit(self) -> None:
-        """A prefill of the next prompts, whose responses get the free rows."""
-        width, items = self.queue[0]
-        group, n = self.static.group, self.static.rows
-        free = [slot for slot, owner in enumerate(self.owners) if owner is None]
-        places: list[int] = []
-        slots: dict[Item, int] = {}
-        for item, slot in zip(items, free, strict=False):
-            if item.prompt not in places:
-                if len(places) == self.together(width):
-                    break
-                places.append(item.prompt)
-            slots[item] = slot
-        for item, slot in slots.items():
-            self.owners[slot] = item
-        del items[: len(slots)]
-        if not items:
-            self.queue.pop(0)
-        fill = self.together(width) - len(places)
-        request = self.request([*places, *[places[0]] * fill], width)
-        to = np.full((len(places) + fill, group), n, np.int32)  # N: nowhere
-        for item, slot in slots.items():
-            to[places.index(item.prompt), item.place] = slot
-        if self.live is None:
-            self.live = empty(self.static, self.job, request, self.slots)
-        self.rules = response_state.apart(request.rules)[0]
-        self.live = _admit(
-            self.live, self.job, request, to.reshape(-1), static=self.static
+        """Free rows for which a prefill is made; all of them where nothing is left."""
+        return (
+            len(self.prompts()) * self.static.group if self.queue else self.static.rows
         )
 
-    def decode(self) -> list[int]:
+    def admit(self) -> None:
+        """A prefill of the next prompts, whose responses get free rows."""
+        places = self.prompts()
+        width, group = self.queue[0][1], self.static.group
+        for _ in places:
+            self.queue.popleft()
+        free = (slot for slot, owner in enumerate(self.owners) if owner is None)
+        to = [next(free) for _ in range(len(places) * group)]
+        for at, slot in enumerate(to):
+            self.owners[slot] = Item(places[at // group], at % group)
+        # of one shape, whatever is left: copies fill it up, and are written nowhere
+        fill = self.at_once(width) - len(places)
+        to += [self.static.rows] * fill * group
+        request, guide = self.request([*places, *places[:1] * fill], width)
+        job = self.job._replace(guide=guide)
+        self.guide = None if guide is None else (Partial(_read), *guide[1:])
+        if self.live is None:
+            self.live = empty(self.static, job, request, self.slots)
+        self.rules = response_state.apart(request.rules)[0]
+        self.live = _admit(
+            self.live, job, request, np.array(to, np.int32), static=self.static
+        )
+
+    def decode(self, name: Callable[[int], str]) -> list[int]:
         """Steps until enough rows ended; the prompts that are finished then."""
-        n = self.static.rows
         assert self.live is not None and self.rules is not None
-        enough = min(self.needed(), n)
+        enough = self.needed()
         self.live, step = _decode(
-            self.live, self.job, self.rules, STEPS, enough,
+            self.live, self.job._replace(guide=self.guide), self.rules, STEPS, enough,
             static=self.static,
         )  # fmt: skip
         s = self.live.state
@@ -292,7 +332,7 @@ class _Run:
                 continue
             if found["failed"] is not None and found["failed"][slot]:
                 raise ValueError(
-                    f"prompt {item.prompt} has no token to draw: the grammar or the logit "
+                    f"{name(item.prompt)} has no token to draw: the grammar or the logit "
                     "bias masks all of them, or the guide gave NaN"
                 )
             row = {k: np.array(found[k][slot]) for k in names[:5]}
@@ -310,12 +350,16 @@ class _Run:
         for i in places:
             del self.found[i]
         x = {k: np.stack([row[k] for row in rows]) for k in rows[0]}
-        steps, self.steps = self.steps, 0
         out = decode.result(
             x["tokens"], x["start"], x["ends"], x["ended"], x["raw"],
-            x["sampled_logps"], self.static.group, {"steps": steps},
+            x["sampled_logps"], self.static.group, {"steps": self.steps},
         )  # fmt: skip
         return jax.device_get(out)
+
+
+def _read(*args: Any) -> Any:
+    """In place of a guide's init, where rows go on: its arrays would be arguments."""
+    raise AssertionError(args)
 
 
 def _rows(job: Job, request: Any, slots: int, static: Settings) -> Live:
@@ -372,6 +416,15 @@ def _decode(
 
 
 def _placed(live: Live, static: Settings) -> Live:
-    if static.rows_on is None:
+    """The rows spread over the mesh, and the heads of caches over its models."""
+    mesh = static.mesh
+    if mesh is None or static.rows % sharding.num_shards(mesh):
         return live
-    return jax.lax.with_sharding_constraint(live, static.rows_on)
+    rows, models = sharding.BATCH[0], mesh.shape["model"]
+
+    def place(x: Array) -> Array:
+        heads = "model" if x.ndim == 4 and x.shape[1] % models == 0 else None
+        spec = P(rows, heads) if x.ndim > 1 else P(rows)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, live)

@@ -56,6 +56,8 @@ def generate(
     seeds: Any = None,
     reader: Reader = WHOLE,
     guide: Guide | None = None,
+    guide_prompts: Any = None,
+    guide_lengths: Any = None,
     candidates: int = 16,
 ) -> Generated:
     """Samples `group` responses per prompt, which share one prefill. *Exact*.
@@ -100,6 +102,9 @@ def generate(
       reader: how the model does the prefill; raw_logps are conditioned on it.
       guide: tilts the distribution; of kind vector, or of kind scalar over the
         `candidates` best tokens of each row (a second top-k, before the guide).
+      guide_prompts: ids [B, P'] that the guide reads in place of the prompts, each followed
+        by the same response: see `guides.reading`.
+      guide_lengths: real tokens of each of them, [B]; default P'.
       candidates: see `guide`.
 
     Returns:
@@ -119,10 +124,10 @@ def generate(
         limits=limits, stops=stops, grammar=grammar, prefill=prefill,
         prefill_lengths=prefill_lengths, forced=forced, seeds=seeds, reader=reader,
     )  # fmt: skip
-    if guide is not None and guide.kind == "block":
-        raise ValueError("guide.kind is 'block': `generate` takes vector and scalar")
-    if candidates < 1:
-        raise ValueError(f"candidates={candidates}, expected at least 1")
+    check_guide(guide, candidates)
+    guide = generation_settings.on_prompts(
+        guide, guide_prompts, guide_lengths, len(lengths), lm.config.vocab_size
+    )
     greedy = np.ndim(temperature) == 0 and temperature == 0
     out, failed = _generate(
         lm, request, key, None if guide is None else guides.traced(guide),
@@ -138,6 +143,14 @@ def generate(
             "logit bias masks all of them, or the guide gave NaN"
         )
     return out
+
+
+def check_guide(guide: Guide | None, candidates: int) -> None:
+    """Raises ValueError for a guide that does not tilt tokens, or no candidates."""
+    if guide is not None and guide.kind == "block":
+        raise ValueError("guide.kind is 'block': `generate` takes vector and scalar")
+    if candidates < 1:
+        raise ValueError(f"candidates={candidates}, expected at least 1")
 
 
 class Rows(NamedTuple):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from alignax.sampling import guides
 from alignax.sampling.automaton import Automaton
 from alignax.sampling.prefill import WHOLE, Reader
 from alignax.sampling.processors import Processors
@@ -143,6 +144,37 @@ def ragged(
     for row, prompt in zip(out, prompts, strict=True):
         row[: len(prompt)] = prompt
     return out, np.array(sizes, np.int32)
+
+
+def on_prompts(
+    guide: guides.Guide | None, prompts: Any, lengths: Any, b: int, size: int
+) -> guides.Guide | None:
+    """The guide on its own prompts, where a call gives it any.
+
+    Args:
+      guide: of the call.
+      prompts: ids [B, P], or None.
+      lengths: [B]; None is P.
+      b: B.
+      size: of the vocabulary.
+
+    Raises:
+      ValueError: prompts without a guide, of another B, or with ids that do not exist.
+    """
+    if prompts is None:
+        return guide
+    if guide is None:
+        raise ValueError("guide_prompts need a guide, which reads them")
+    prompts = ids("guide_prompts", prompts, (b, None))
+    if not ((prompts >= 0) & (prompts < size)).all():
+        raise ValueError(
+            f"guide_prompts have ids {prompts.min()}..{prompts.max()}, expected "
+            f"0..{size - 1}"
+        )
+    lengths = np.full(b, prompts.shape[1]) if lengths is None else lengths
+    lengths = jnp.asarray(ids("guide_lengths", lengths, (b,)), jnp.int32)
+    check_prompts(jnp.asarray(prompts), lengths)
+    return guides.reading(guide, jnp.asarray(prompts, jnp.int32), lengths)
 
 
 def check_prompts(prompts: jax.Array, lengths: jax.Array) -> bool:

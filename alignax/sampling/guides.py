@@ -81,6 +81,54 @@ def traced(guide: Guide) -> tuple[Partial, Partial, Partial]:
     return init, update, keep
 
 
+def reading(
+    guide: Guide, prompts: Int[Array, "B P"], lengths: Int[Array, " B"]
+) -> Guide:
+    """The guide on other prompts than the target's, each followed by the same response.
+
+    With the target itself as the model of a guide this is classifier-free guidance (Sanchez
+    et al. 2023, https://arxiv.org/abs/2306.17806), context-aware decoding (Shi et al. 2023,
+    https://arxiv.org/abs/2305.14739) or a contrast of system prompts.
+
+    Args:
+      guide: of any kind.
+      prompts: ids, right-padded, one for each prompt of the call.
+      lengths: real tokens of each, at least 1.
+    """
+    init, update, keep = traced(guide)
+    return guide._replace(
+        init=Partial(_init_elsewhere, init, prompts, lengths),
+        update=Partial(_update_elsewhere, update), keep=Partial(_keep_elsewhere, keep),
+    )  # fmt: skip
+
+
+class Elsewhere(NamedTuple):
+    """The state of a guide on another prompt."""
+
+    state: Any  # of the guide itself
+    shift: Int[Array, " N"]  # its positions less those of the target
+    first: Int[Array, " N"]  # position of the target's last token of the prompt
+    last: Int[Array, " N"]  # the guide's last token of the prompt, in its place
+
+
+def _init_elsewhere(init, prompts, sizes, tokens, lengths, length):
+    del tokens
+    state = init(prompts, sizes, prompts.shape[1] + length)
+    last = jnp.take_along_axis(prompts, sizes[:, None] - 1, 1)[:, 0]
+    return Elsewhere(state, sizes - lengths, lengths - 1, last)
+
+
+def _update_elsewhere(update, here, tokens, start, logits):
+    at = start[:, None] + jnp.arange(tokens.shape[1])
+    tokens = jnp.where(at == here.first[:, None], here.last[:, None], tokens)
+    out, states = update(here.state, tokens, start + here.shift, logits)
+    return out, here._replace(state=states)
+
+
+def _keep_elsewhere(keep, states, accepted):
+    return states._replace(state=keep(states.state, accepted))
+
+
 def step(
     guide: tuple[Callable, Callable, Callable],
     state: Any,

@@ -49,6 +49,8 @@ def speculate(
     max_new: int,
     group: int = 1,
     guide: Guide | None = None,
+    guide_prompts: Any = None,
+    guide_lengths: Any = None,
     mode: str = "",
     guided_draft: bool = False,
     candidates: int = 16,
@@ -77,6 +79,8 @@ def speculate(
       guide: of any kind. Of kind vector, its `update` gets the tokens of a round. Of kind
         block, it gets [N, block_length] tokens, -1 after the end of a response, and the
         distribution is of whole blocks: p(block) exp(g(block)), renormalised.
+      guide_prompts: as in `generate`.
+      guide_lengths: likewise.
       mode: how a guide is verified, one of `verify_guided.MODES`; '' is the first of its
         kind. topk is the distribution of `generate`. thin has the whole vocabulary for
         candidates, and needs guide.hi; lazy needs lo and hi; both refuse temperature 0.
@@ -130,6 +134,9 @@ def speculate(
     cold = (np.asarray(request.rules.processors.temperature) == 0).any()
     if cold and mode in ("lazy", "thin"):
         raise ValueError(f"mode {mode!r} draws: temperature 0 needs topk or vector")
+    guide = generation_settings.on_prompts(
+        guide, guide_prompts, guide_lengths, len(lengths), size
+    )
     order = sorted(set(gammas))
     out, fault = _speculate(
         lm, draft[:2], request, key, None if guide is None else guides.traced(guide),

@@ -170,6 +170,8 @@ def get_config() -> ConfigDict:
     )
     c.generate.prefill = ""  # how every response begins: given, not sampled
     c.generate.forced = ""  # likewise, but scored
+    # What a guide reads in place of the prompt: no_system | column:NAME | text:TEXT; '' = it
+    c.generate.guide_prompt = ""
     c.generate.candidates = 16  # tokens that a scalar guide judges
     c.generate.draft = ""  # '' | name in c.lms | ngram | layers:K of the model itself
     c.generate.draft_length = 4  # tokens of a draft

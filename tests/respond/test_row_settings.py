@@ -68,12 +68,38 @@ def test_other_settings_of_rows_are_another_file(tmp_path):
         ({}, {"max_new": None}, r"the row's max_new is None, expected a whole number"),
         ({}, {"max_new": 2.5}, r"the row's max_new is 2.5, expected a whole number"),
         ({}, {"max_new": 7}, r"the row's max_new is 7, more than .*max_new=6"),
+        (
+            {"generate.min_new": 3},
+            {},
+            r"prompts.jsonl:1: max_new is 2, but min_new is 3",
+        ),
+        (
+            {"generate.forced": "abc"},
+            {},
+            r"min_new is 0 and the forced text has 3 tokens",
+        ),
     ],
 )
 def test_wrong_settings_are_named_before_weights_are_read(tmp_path, changes, row, told):
     rows = [ROWS[0], {**ROWS[1], **row}, ROWS[2]]
     with pytest.raises(ValueError, match=told):
         respond.check(config(tmp_path, rows, **changes))
+
+
+def test_a_stop_counts_from_the_least_length_of_its_row(tmp_path):
+    """What was sampled behind an early stop stays in the text, and a late stop is cut."""
+    letters = tuple(chr(i) for i in range(33, 127))
+    rows = [{"prompt": "Go", "min_new": 4}, {"prompt": "Stay", "min_new": 0}]
+    for name, least in (("none", 0), ("most", 4)):
+        c = config(tmp_path, rows, **{
+            "generate.per_row": ("min_new",), "generate.stops": letters,
+            "generate.min_new": least, "generate.logit_bias": [(i, 9.0) for i in range(33, 127)],
+        })  # fmt: skip
+        assert respond.respond(c, str(tmp_path / name))
+        late, early = lines(tmp_path / name)
+        assert min(late["tokens"]) >= 4
+        assert all(len(text) >= 3 for text in late["responses"])
+        assert early["responses"] == ["", ""]
 
 
 def test_a_search_has_one_setting_for_all_prompts(tmp_path):

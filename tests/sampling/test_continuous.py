@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from alignax.decoders import contrastive
 from alignax.models import sharding
@@ -24,7 +22,7 @@ def narrow():
     """Narrow classes: fewer and smaller programs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(continuous, "SMALLEST", 16)
-        patch.setattr(continuous, "TOGETHER", 32)
+        patch.setattr(continuous, "TOGETHER", {"cpu": 32})
         yield
 
 
@@ -49,7 +47,7 @@ def answers(lm, prompts, chunk=3, **settings):
         for b, i in enumerate(places):
             assert i not in found
             found[i] = rows(out, b)
-    assert sorted(found) == list(range(len(prompts)))
+    assert {*found} == {*range(len(prompts))} - {*settings.get("skip", ())}
     return found
 
 
@@ -124,6 +122,19 @@ def test_a_guide_starts_anew_with_every_prompt(lm, make_lm, prompts, kind):
     assert_same(answers(lm, prompts, **settings), alone(lm, prompts, **settings))
 
 
+def test_a_guide_reads_the_prompts_that_it_is_given(lm, prompts):
+    """Each response has a guide prompt of its own; the guide's model is the target."""
+    guide = contrastive.guide({"amateur": lm}, weight=1.0, plausible=0.0)
+    other = np.random.default_rng(4).integers(1, 37, (len(prompts), 6))
+
+    def own(places):
+        sizes = 3 + np.array(places) % 4
+        return {"guide_prompts": other[places], "guide_lengths": sizes}
+
+    settings = {"guide": guide, "own": own}
+    assert_same(answers(lm, prompts, **settings), alone(lm, prompts, **settings))
+
+
 def _count(tokens, lengths, length):
     del tokens, length
     return lengths * 0
@@ -145,27 +156,46 @@ def test_a_prefix_is_read_once(lm, prompts):
     assert_same(got, alone(lm, longer))
 
 
-def test_a_response_does_not_depend_on_its_neighbours(lm, prompts):
-    """Bit for bit, whatever other prompts there are and in which order."""
+def test_a_response_does_not_depend_on_what_runs_beside_it(lm, prompts):
+    """Bit for bit, whatever other prompts have their responses already."""
     whole = answers(lm, prompts)
     for some in ([6, 0, 3], [7, 2], [1], [5, 4, 3, 2, 1, 0]):
-        own = {"own": lambda places, some=some: {"seeds": np.array(some)[places]}}
-        got = answers(lm, [prompts[i] for i in some], **own)
-        for place, i in enumerate(some):
-            for a, b in zip(got[place], whole[i], strict=True):
+        skip = {*range(len(prompts))} - {*some}
+        got = answers(lm, prompts, skip=skip)
+        for i in some:
+            for a, b in zip(got[i], whole[i], strict=True):
                 assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True)), i
+
+
+def test_rows_of_similar_lengths_run_together():
+    sizes = np.array([20, 150, 300, 600, 1200, 2500])
+    assert continuous.together(sizes, 1) == [[5, 4], [3, 2, 1], [0]]
+    assert continuous.together(sizes, 2) == [[5, 4], [3, 2, 1, 0]]
+    assert continuous.together(sizes, 3) == [[5, 4, 3], [2, 1, 0]]
+    assert continuous.together(sizes, 4) == [[5, 4, 3, 2, 1, 0]]
+    assert continuous.together(np.array([7, 7, 9]), 8) == [[2, 0, 1]]
+
+
+def test_a_group_shares_a_prefill(lm, prompts, monkeypatch):
+    """Whatever the number of rows, each prompt is read once."""
+    read, admit = [], continuous._admit
+    monkeypatch.setattr(
+        continuous, "_admit",
+        lambda *a, **k: read.append(len(a[2].prompts)) or admit(*a, **k),
+    )  # fmt: skip
+    answers(lm, prompts)
+    assert sum(read) == len(prompts)
 
 
 def test_a_row_that_ended_does_not_wait_for_the_others(lm, prompts):
     """One response is long, 15 are short: the short ones take turns beside it."""
     many = [prompts[0]] * 16
     limits = np.array([24, *[3] * 15])
-    steps = 0
     for _, out in continuous.generate(
         lm, many, KEY, rows=4, longest=64, max_new=24, chunk=4,
         own=lambda places: {"limits": limits[places]},
     ):  # fmt: skip
-        steps += int(out.stats["steps"])
+        steps = int(out.stats["steps"])
     # batches of 4 would take 24 + 3 + 3 + 3; here 15 x 3 tokens in 3 rows are 15 steps
     assert steps == 24
 
@@ -182,22 +212,21 @@ def test_it_ends_when_asked_with_what_is_finished(lm, prompts):
     assert 0 < len(found) < len(prompts)
 
 
-def test_rows_may_lie_on_several_devices(lm, prompts):
-    mesh = sharding.make_mesh((2, 1, 1))
+@pytest.mark.parametrize("shape", [(2, 1, 1), (1, 1, 2)])
+def test_rows_may_lie_on_several_devices(lm, prompts, shape):
+    mesh = sharding.make_mesh(shape)
     placed = lm._replace(params=sharding.placed(lm.params, mesh))
-    on = NamedSharding(mesh, P(("data", "fsdp")))
-    assert_same(answers(placed, prompts, rows_on=on), answers(lm, prompts))
+    assert_same(answers(placed, prompts, mesh=mesh), answers(lm, prompts))
 
 
 def test_rows_are_no_longer_than_asked(lm, prompts):
     """The longest prompt is 30 tokens: it is padded to 31, and not to 32."""
     shapes = set()
-    for places, out in continuous.generate(
+    for _, out in continuous.generate(
         lm, prompts, KEY, rows=4, longest=40, max_new=NEW, eos_ids=EOS, group=2
     ):  # fmt: skip
         shapes.add(out.batch.tokens.shape[2])
-        assert all(out.batch.lengths[0] <= len(prompts[places[0]]) + NEW)
-    assert shapes == {32, 40}
+    assert shapes == {40}
 
 
 def test_no_prompts_have_no_responses(lm):
@@ -209,5 +238,9 @@ def test_wrong_arguments_are_named(lm, prompts):
         answers(lm, prompts, group=5)
     with pytest.raises(ValueError, match=r"top_p is 2"):
         answers(lm, prompts, top_p=2.0)
-    with pytest.raises(ValueError, match=r"prompt \d has no token to draw"):
-        answers(lm, prompts, logit_bias=np.full(37, -np.inf))
+    with pytest.raises(ValueError, match=r"line 1 has no token to draw"):
+        answers(lm, prompts, logit_bias=np.full(37, -np.inf), name="line {}".format)
+    with pytest.raises(ValueError, match=r"guide.kind is 'block'"):
+        answers(lm, prompts, guide=guides.Guide(_count, _odd, "block"))
+    with pytest.raises(ValueError, match=r"candidates=0"):
+        answers(lm, prompts, candidates=0)
