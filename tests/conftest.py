@@ -4,6 +4,7 @@ Compiling, not computing, is what the suite waits for. So XLA optimises little h
 (`optimised` opts out) and keeps what took long to compile in a folder of the user's.
 """
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -28,6 +29,8 @@ CACHE = os.environ.setdefault(
         / "alignax-tests"
     ),
 )
+# The Python traceback of every operation is written into what is lowered, for no reader.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 import jax  # noqa: E402 the flags above are read when the backend starts
 
@@ -35,6 +38,7 @@ jax.config.update("jax_platforms", "cpu")  # a plug-in may have imported jax alr
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_disable_most_optimizations", True)
+jax.config.update("jax_traceback_in_locations_limit", 0)
 
 import jax.numpy as jnp  # noqa: E402
 import jaxtyping  # noqa: E402
@@ -68,6 +72,13 @@ from alignax.models.transformer import ModelConfig  # noqa: E402
 def pytest_sessionstart():
     devices = jax.devices()
     assert len(devices) == 8, f"wanted 8 fake CPU devices, there are {devices}"
+
+
+def pytest_collection_finish():
+    """Garbage is collected seldom: every pass reads all modules, and jax's caches too."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(200_000, 50, 100)
 
 
 @pytest.fixture(autouse=True)
