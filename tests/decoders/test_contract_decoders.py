@@ -38,7 +38,7 @@ OTHER_PROMPT = [1, 6, 1, 6, 0, 0, 0, 0]
 BLOCK = np.array([[1, 6, 2], [4, 0, 5]])
 EOS = (0,)
 CONFIG = ModelConfig(
-    vocab_size=V, width=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4,
+    vocab_size=V, width=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4,
     mlp_width=8, max_length=32, value_head=True,
 )  # fmt: skip
 TESTS = pathlib.Path(__file__).parents[1]
@@ -80,14 +80,14 @@ OTHER = {  # another value, where the default does not suggest one
     ("pine", "sampling"): {"top_k": 1},
     ("rain", "embed"): lambda batch: np.ones((*batch.tokens.shape[:2], 2)),
     ("gsi", "step_ids"): tuple(range(1, V)),
-    ("rain", "clause_ids"): (3,),
+    ("rain", "clause_ids"): (1, 2, 4, 5, 6),
     ("rain", "settled_value"): 0.01,
     ("rain", "settled_visits"): 1,
     ("rain", "sizes"): (1, 2),
     ("rsd", "step_ids"): tuple(range(1, V)),
     ("speculative_rejection", "sampling"): {"top_k": 1},
-    ("steering", "layers"): (0,),
-    ("steering", "vectors"): ((1.0,) * 8,) * 2,
+    ("steering", "layers"): (1,),
+    ("steering", "vectors"): ((1.0,) * 8,),
 }
 BESIDE = {  # where a hyper-parameter matters only beside another value of another one
     ("best_of_n", "lam"): {"select": "soft"},
@@ -98,6 +98,7 @@ BESIDE = {  # where a hyper-parameter matters only beside another value of anoth
     ("rain", "embed"): {"simulations": 30},
     ("rain", "settled_value"): {"settled_visits": 1, "simulations": 12, "extra": 9},
     ("rain", "settled_visits"): {"settled_value": 0.01, "simulations": 12, "extra": 9},
+    ("steering", "layers"): {"model": "deep"},
     ("transfer_q", "beta"): {"variant": "indirect", "alpha": 0.02},
     ("transfer_q", "reference"): {"variant": "indirect", "alpha": 0.02},
 }
@@ -135,15 +136,19 @@ LONG = {  # guides that know where the response began: here they are far from it
 
 @functools.cache
 def model(name: str) -> LM:
-    """An LM with a scalar head, every parameter random; another name is another LM."""
-    shapes = jax.eval_shape(lambda: transformer.init(CONFIG, jax.random.key(0)))
+    """An LM with a scalar head, every parameter random; another name is another LM.
+
+    It has one layer, as decoding compiles each; the one named "deep" has two.
+    """
+    config = dataclasses.replace(CONFIG, num_layers=1 + (name == "deep"))
+    shapes = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
     rng = np.random.default_rng(zlib.crc32(name.encode()))
 
     def one(path, leaf):
         mean = path[-1].key == "scale"
         return jnp.asarray(rng.normal(mean, 0.5, leaf.shape), leaf.dtype)
 
-    return LM(CONFIG, jax.tree_util.tree_map_with_path(one, shapes))
+    return LM(config, jax.tree_util.tree_map_with_path(one, shapes))
 
 
 class Models(dict):
