@@ -266,11 +266,16 @@ def test_the_global_table_is_that_of_all_prompts_of_the_run(tmp_path):
 # -- in a run
 
 
-def test_a_run_that_broke_in_a_rollout_resumes_bit_for_bit(tmp_path):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(the last state of a run that was not interrupted, its rollouts' batches)."""
     CALLS.clear()
-    BROKEN_AT.clear()
-    want = loop.train(run_config(), str(tmp_path / "whole"))
-    rollouts = len(CALLS)
+    state = loop.train(run_config(), str(tmp_path_factory.mktemp("whole") / "run"))
+    return state, len(CALLS)
+
+
+def test_a_run_that_broke_in_a_rollout_resumes_bit_for_bit(whole, tmp_path):
+    want, rollouts = whole
     assert rollouts == 4  # two of two batches
     CALLS.clear()
     BROKEN_AT.append(4)  # between the two batches of the second rollout
@@ -283,10 +288,10 @@ def test_a_run_that_broke_in_a_rollout_resumes_bit_for_bit(tmp_path):
     equal(got.params, want.params)
 
 
-def test_a_run_that_stopped_between_the_steps_of_a_rollout_goes_on_with_it(tmp_path):
-    CALLS.clear()
-    want = loop.train(run_config(), str(tmp_path / "whole"))
-    rollouts = len(CALLS)
+def test_a_run_that_stopped_between_the_steps_of_a_rollout_goes_on_with_it(
+    whole, tmp_path
+):
+    want, rollouts = whole
     CALLS.clear()
     config = run_config(num_steps=3)
     loop.train(config, str(tmp_path / "halves"))  # stops inside the first rollout
@@ -313,6 +318,7 @@ def test_a_run_follows_its_own_average(tmp_path):
     assert not all(jax.tree.leaves(same))  # the slot counts in the mean over tokens
 
 
+@pytest.mark.training
 def test_learning_from_its_own_responses_raises_the_reward(tmp_path):
     """Six letters of vowels; five standard errors of the first rollout's mean and more."""
     config = run_config(**{"num_steps": 40, "batch_size": 8, "checkpoint.every": 0})

@@ -53,6 +53,7 @@ def config_of(**changes):
     return config
 
 
+@pytest.mark.training
 def test_the_second_guess_learns_from_the_reply(tmp_path):
     """By chance .625; always 'low' .75; low and then, being told no, high: .875.
 
