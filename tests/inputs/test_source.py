@@ -467,8 +467,7 @@ def with_long_rows(kind, many=800):
     return [one(i) for i in range(many)]
 
 
-@pytest.mark.parametrize("clip", [0.0, 1.0])
-@pytest.mark.parametrize("kind", LONG)
+@pytest.mark.parametrize("kind, clip", [("rare", 0.0), ("bimodal", 1.0)])
 def test_every_row_has_the_same_weight_in_packed_batches(kind, clip):
     """A linear toy: the parameter of a row moves by the weight that its steps gave it.
 
@@ -482,15 +481,15 @@ def test_every_row_has_the_same_weight_in_packed_batches(kind, clip):
     )
     weights = {e.id: 0.0 for e in rows}
     counts = collections.Counter()
-    state = tx.init(np.zeros(8))
+    state, update = tx.init(np.zeros(8)), jax.jit(tx.update)
     for _ in range(2 * 100):
         src.next()
         ids = src.report()["ids"]
         # loss: the mean over the step's rows of -9 times the row's parameter
-        slopes = jnp.full(8, 0.0).at[: len(ids)].set(-9 / len(ids))
-        moved, state = tx.update(slopes, state, np.zeros(8))
-        for name, x in zip(ids, moved, strict=False):
-            weights[name] += float(x)
+        slopes = np.where(np.arange(8) < len(ids), -9 / len(ids), 0.0)
+        moved, state = update(np.float32(slopes), state, np.zeros(8))
+        for name, x in zip(ids, np.asarray(moved).tolist(), strict=False):
+            weights[name] += x
             counts[name] += 1
     assert set(counts.values()) == {2}
     long = {e.id for e in rows if len(e.responses[0]) > 40}
