@@ -447,10 +447,20 @@ def moved(run, tmp_path):
     return tmp_path
 
 
-def other_base(folder):
-    """Other weights of the same sizes where the base was."""
-    shutil.rmtree(folder)
+@pytest.fixture(scope="module")
+def trained_less(tmp_path_factory):
+    """A base of other weights and the same sizes."""
+    folder = tmp_path_factory.mktemp("other") / "base"
     loop.train(tiny.config(num_steps=1), str(folder))
+    return folder
+
+
+@pytest.fixture
+def elsewhere(moved, trained_less):
+    """The run, beside a base that is not its own."""
+    shutil.rmtree(moved / "base")
+    shutil.copytree(trained_less, moved / "base")
+    return moved
 
 
 def test_a_base_that_moved_along_is_found(run, moved):
@@ -469,17 +479,15 @@ def test_a_base_that_is_gone_is_missed_by_name(moved):
         loading.load_lm(str(moved / "run"))
 
 
-def test_adapters_are_not_merged_into_another_base(moved):
-    other_base(moved / "base")
+def test_adapters_are_not_merged_into_another_base(elsewhere):
     with pytest.raises(ValueError, match=r"base is not the base that the adapters in"):
-        loading.load_lm(str(moved / "run"))
+        loading.load_lm(str(elsewhere / "run"))
 
 
-def test_a_run_does_not_go_on_with_another_base(run, moved, monkeypatch):
-    other_base(moved / "base")
-    monkeypatch.chdir(moved)
+def test_a_run_does_not_go_on_with_another_base(run, elsewhere, monkeypatch):
+    monkeypatch.chdir(elsewhere)
     with pytest.raises(ValueError, match="is not the base that the adapters in"):
-        build.build(run[0], str(moved / "run"))
+        build.build(run[0], str(elsewhere / "run"))
 
 
 def test_adapters_without_a_note_of_their_base_are_refused(moved):
@@ -530,13 +538,12 @@ def test_another_seed_draws_another_base(half, tmp_path):
         loading.load_lm(str(tmp_path / "run"))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "family",
+    "dtype, family",
     [
-        {}, {"qkv_bias": True}, {"qk_norm": True},
-        {"qkv_bias": True, "o_bias": True, "mlp_bias": True, "rope_layers": (True, False)},
-        {"qk_norm": True, "qk_norm_whole": True, "pre_norms": False, "post_norms": True},
+        ("float32", {}), ("bfloat16", {}), ("bfloat16", {"qk_norm": True}),
+        ("float32", {"qkv_bias": True, "o_bias": True, "mlp_bias": True, "rope_layers": (True, False)}),
+        ("bfloat16", {"qk_norm": True, "qk_norm_whole": True, "pre_norms": False, "post_norms": True}),
     ],
     ids=str,
 )  # fmt: skip

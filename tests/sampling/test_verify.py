@@ -92,6 +92,12 @@ def test_a_wrong_rule_is_seen(name):
     assert off > 0.03
 
 
+@functools.cache
+def planned(name):
+    """The rule of JAX, of many drafts at once."""
+    return jax.jit(jax.vmap(verify.RULES[name]))
+
+
 def plans(name, world, gamma, prefixes, x64=False):
     """JAX's plans for every draft after every prefix."""
     drafts = [*itertools.product(range(V), repeat=gamma)]
@@ -101,9 +107,8 @@ def plans(name, world, gamma, prefixes, x64=False):
         [[world.star((*s, *d[:i])) for i in range(gamma + 1)] for s, d in cells]
     )
     q = np.array([[world.q((*s, *d[:i])) for i in range(gamma)] for s, d in cells])
-    run = jax.jit(jax.vmap(verify.RULES[name]))
     with jax.enable_x64(x64):
-        stop, rows = run(
+        stop, rows = planned(name)(
             jnp.array([d for _, d in cells], jnp.int32), jnp.asarray(p, kind),
             jnp.asarray(q, kind),
         )  # fmt: skip
