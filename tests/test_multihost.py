@@ -399,7 +399,7 @@ def test_another_mesh_and_another_number_of_processes_read_it(again, alone, tmp_
 # -- CTRL: begun by one process, continued by two, ended by one
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_ctrl_goes_on_in_two_processes_and_in_one_again(tmp_path, monkeypatch):
     whole, workdir = tmp_path / "whole", tmp_path / "run"
     _, met = recorded(ctrl(), whole, monkeypatch)
