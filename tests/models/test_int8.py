@@ -217,8 +217,9 @@ def base_of(form, tiny_config, make_lm, **changes):
     return make_lm(dataclasses.replace(tiny_config, tied=tied, **changes), 2)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("remat", ["none", "elementwise"])
+@pytest.mark.parametrize(
+    "form, remat", [("dora", "none"), *((form, "elementwise") for form in FORMS)]
+)
 def test_gradients_of_adapters_are_those_on_the_weights_it_stands_for(
     form, remat, tiny_config, make_lm
 ):
@@ -288,7 +289,18 @@ def test_it_takes_half_the_memory_of_bfloat16(name):
     assert size(jax.eval_shape(int8.quantize, tree)) < 0.505 * half
 
 
-def test_every_mesh_reads_it_as_one_device_does(lm, mesh, make_batch):
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        *((name, (2, 2, 2)) for name in FAMILIES),
+        *(("untied", shape) for shape in ((8, 1, 1), (1, 4, 2), (1, 8, 1))),
+    ],
+)
+def test_every_mesh_reads_it_as_one_device_does(
+    name, shape, tiny_config, make_lm, make_batch
+):
+    lm = make_lm(dataclasses.replace(tiny_config, **FAMILIES[name]), 1)
+    mesh = sharding.make_mesh(shape)
     batch = make_batch(8, 2, 12)
     one = int8.quantize(lm.params)
     placed = sharding.quantized(lm.params, mesh)
