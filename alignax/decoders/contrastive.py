@@ -36,7 +36,10 @@ def guide(
 
     Args:
       lms: has the amateur, whose ids are the target's.
-      amateur: its name; it is also the draft to speculate with.
+      amateur: its name; it is also the draft to speculate with. In a config 'layers:K' is
+        the first K layers of the model itself, with its last norm and head (Chuang et al.
+        2023, https://arxiv.org/abs/2309.03883, who choose K anew for every token). 'target',
+        with generate.guide_prompt, is the model on another prompt.
       weight: b; 0 only removes implausible tokens.
       plausible: a, least share of the best token's probability.
       amateur_temperature: of p_amateur; above 1 fewer tokens are penalised.

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from alignax.text.tokenizer import Tokenizer
 from alignax.training import parallel
 from alignax.training.build import Run
 
+_EXIT = re.compile(r"layers:\d+")
 # settings of a whole response; all others decide how a token is sampled
 WHOLE = ("group", "stops")
 
@@ -128,6 +130,7 @@ def build(
     lms["target"] = lm
     if decoder is not None:
         check_tokenizers(decoder, lms)
+        lms |= early_exits(decoder, lm)
     takes = {*inspect.signature(search.function).parameters} if search else {"reader"}
     if shared and "reader" in takes:
         run.say(f"the first {len(shared)} tokens of all prompts are prefilled once")
@@ -213,6 +216,14 @@ def _handed(
             f"{search.name} has this setting itself, set decoder.{twice[0]} alone"
         )
     return handed
+
+
+def early_exits(decoder: plugin.Bound, lm: LM) -> dict[str, LM]:
+    """The LMs 'layers:K' that a decoder names: the first K layers of the model itself."""
+    names = [
+        v for v in decoder.hyper.values() if isinstance(v, str) and _EXIT.fullmatch(v)
+    ]
+    return {n: drafts.some_layers(lm, range(int(n.partition(":")[2]))) for n in names}
 
 
 def check_tokenizers(decoder: plugin.Bound, lms: dict[str, LM]) -> None:
