@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 
 import pytest
@@ -63,19 +64,6 @@ def test_a_kill_in_the_last_evaluation_loses_nothing(tmp_path, last, best):
     assert evaluations(tmp_path) == [(2, 2.0), (4, last)]
 
 
-def test_what_the_last_evaluation_finds_writes_no_checkpoint_again(tmp_path):
-    before = {}
-
-    def look():
-        before.update(inodes(tmp_path / "checkpoints/4"))
-        return 3.0
-
-    tiny.SCRIPT[:] = [2.0, look]
-    loop.train(tiny.config(**SETTINGS), str(tmp_path))
-    assert inodes(tmp_path / "checkpoints/4") == before != {}
-    assert steps(tmp_path / "best") == [4]
-
-
 def test_a_kill_after_the_last_line_repeats_the_evaluation(tmp_path, monkeypatch):
     config = tiny.config(**SETTINGS)
     tiny.SCRIPT[:] = [2.0, 3.0]
@@ -99,8 +87,16 @@ def test_a_kill_after_the_last_line_repeats_the_evaluation(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("first", [math.nan, -math.inf])
 def test_a_first_evaluation_without_a_number_is_not_the_best(tmp_path, first):
-    tiny.SCRIPT[:] = [first, 1.0]
+    """What the last one finds writes no checkpoint again."""
+    before = {}
+
+    def look():
+        before.update(inodes(tmp_path / "checkpoints/4"))
+        return 1.0
+
+    tiny.SCRIPT[:] = [first, look]
     loop.train(tiny.config(**SETTINGS), str(tmp_path))
+    assert inodes(tmp_path / "checkpoints/4") == before != {}
     assert steps(tmp_path / "best") == [4]
 
 
@@ -153,11 +149,18 @@ def test_the_best_is_there_before_a_checkpoint_names_it(tmp_path, monkeypatch):
 # -- versions
 
 
+@pytest.fixture(scope="module")
+def run_of_one_step(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    loop.train(tiny.config(num_steps=1), str(folder))
+    return folder
+
+
 @pytest.fixture
-def finished(tmp_path):
-    config = tiny.config(num_steps=1)
-    loop.train(config, str(tmp_path))
-    return config, tmp_path
+def finished(run_of_one_step, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run_of_one_step, folder)
+    return tiny.config(num_steps=1), folder
 
 
 def edit_meta(folder, change):
