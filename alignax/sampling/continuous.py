@@ -165,27 +165,11 @@ def generate(
         min(candidates, lm.config.vocab_size), rows, mesh,
     )  # fmt: skip
 
-    def request(
-        places: list[int], width: int
-    ) -> tuple[generation_settings.Request, Any]:
-        tokens = np.zeros((len(places), width), np.int32)
-        for row, i in zip(tokens, places, strict=True):
-            row[: len(prompts[i])] = prompts[i]
-        sizes = np.array([len(prompts[i]) for i in places], np.int32)
-        each: dict[str, Any] = {
-            "limits": np.full(len(places), max_new), "seeds": np.array(places),
-            "temperature": temperature, **settings, **own(places),
-        }  # fmt: skip
-        where = each.pop("guide_prompts", None), each.pop("guide_lengths", None)
-        asked = generation_settings.parse(
-            tokens, sizes, lm.config.vocab_size, max_new=max_new, group=group,
-            reader=reader, **each,
-        )  # fmt: skip
-        there = generation_settings.on_prompts(
-            ready, *where, len(places), lm.config.vocab_size
-        )
-        return asked, None if there is None else guides.traced(there)
-
+    request = functools.partial(
+        _request, lm, prompts, ready, own,
+        dict(max_new=max_new, group=group, reader=reader, temperature=temperature,
+             limits=max_new, **settings),
+    )  # fmt: skip
     more = max_new + (first["prefill"].shape[1] if "prefill" in first else 0)
     widths = []
     for prompt in prompts:
@@ -200,6 +184,24 @@ def generate(
         if run.halted:
             return
         steps = run.steps
+
+
+def _request(
+    lm: LM, prompts: Sequence[Sequence[int]], guide: Guide | None,
+    own: Callable[[list[int]], dict[str, Any]], settings: dict[str, Any],
+    places: list[int], width: int,
+) -> tuple[generation_settings.Request, Any]:  # fmt: skip
+    """Prompts of one width with their settings, and the guide's init, update and keep."""
+    many, size = len(places), lm.config.vocab_size
+    tokens = np.zeros((many, width), np.int32)
+    for row, i in zip(tokens, places, strict=True):
+        row[: len(prompts[i])] = prompts[i]
+    sizes = np.array([len(prompts[i]) for i in places], np.int32)
+    asked = {**settings, "seeds": np.array(places), **own(places)}
+    where = asked.pop("guide_prompts", None), asked.pop("guide_lengths", None)
+    there = generation_settings.on_prompts(guide, *where, many, size)
+    request = generation_settings.parse(tokens, sizes, size, **asked)
+    return request, None if there is None else guides.traced(there)
 
 
 def together(sizes: np.ndarray, least: int) -> list[list[int]]:

@@ -64,7 +64,9 @@ def test_the_guide_gets_its_own_prompt(tmp_path, handed, how, rows, want):
     assert [handed[i] for i in range(len(rows))] == want
     other = [dict(row, plain="Else?") for row in rows]
     c = config(tmp_path, other, "text:Speak up" if how.startswith("text") else how)
-    with pytest.raises(ValueError, match=r"settings of rows|holds a run of another config"):
+    with pytest.raises(
+        ValueError, match=r"settings of rows|holds a run of another config"
+    ):
         respond.respond(c, str(tmp_path / "run"))
 
 
