@@ -52,7 +52,7 @@ def rows_in_turn(lm, prompts, limits, rows):
         chunk=rows, own=lambda places: {"limits": limits[places]},
     ):  # fmt: skip
         tokens += int(out.batch.mask[: len(places)].sum())
-        steps += int(out.stats["steps"])
+        steps = int(out.stats["steps"])
     return tokens, steps
 
 
