@@ -1,7 +1,7 @@
 """Responses to a file of prompts: `config.prompts` -> WORKDIR/responses.jsonl.
 
-  prompts -> ids, never cut -> continuous batching      (sampling/continuous.py), or for
-             searches and drafts batches of similar length
+  prompts -> ids, never cut -> continuous batching                (sampling/continuous.py)
+             or, for searches, drafts and several processes, batches of similar length
           -> one line per prompt, appended after each batch               (output.py)
 
 What a response is depends on the prompts and the config alone. So a run that was killed can
@@ -269,15 +269,9 @@ def _respond(
     reward = rewards.load(spec) if spec else None
     first = now.starts[0]
     make = responder.build(
-        config,
-        run,
-        lm,
-        reward,
-        now.starts,
-        first.prompt[: now.shared],
-        now.examples,
+        config, run, lm, reward, now.starts, first.prompt[: now.shared], now.examples,
         now.own,
-    )
+    )  # fmt: skip
     score = parallel.scorer(run.mesh)
     settings = dict(now.own)
     if guided := [s.guide for s in now.starts if s.guide]:
@@ -373,13 +367,13 @@ def rows(
     text, batch = run.tokenizer, out.batch
     # also for the copies that fill the batch: no new shape
     rules = responder.rules(config.generate)
-    rows = [*places, *[places[0]] * (len(batch.tokens) - len(places))]
-    least = now.own["min_new"][rows].tolist() if "min_new" in now.own else None
+    filled = [*places, *[places[0]] * (len(batch.tokens) - len(places))]
+    least = now.own["min_new"][filled].tolist() if "min_new" in now.own else None
     answers = output.answers(batch, out.truncated, text, rules, least)
     scores = None
     if reward is not None:
         texts = [[a.text for a in group] for group in answers]
-        judged = batch._replace(extra={"row": np.array(rows, np.int32)})
+        judged = batch._replace(extra={"row": np.array(filled, np.int32)})
         scores = rewards.call(
             reward, judged, texts, run.lms, tokenizer=text, score=score,
             examples=now.examples, prefill=rules.prefill,

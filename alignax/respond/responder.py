@@ -3,7 +3,7 @@
 import functools
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ from alignax.text.tokenizer import Tokenizer
 from alignax.training import parallel
 from alignax.training.build import Run
 
-_EXIT = re.compile(r"layers:\d+")
+_EXIT = re.compile(r"layers:(\d+)")
 # settings of a whole response; all others decide how a token is sampled
 WHOLE = ("group", "stops")
 
@@ -116,7 +116,7 @@ def build(
     the argument `reader` read it with every prompt. `begun` says how the responses to each
     prompt begin; forced text is for searches with `AT_ONCE = True` beside them, which draw
     whole responses with the argument `sampling`. A reward may read `examples`, to which
-    the indices belong too.
+    the indices belong too. `settings_of` is from `row_settings.read`.
     """
     decoder, text, generate = bind(config), run.tokenizer, config.generate
     lm = transformer.limit_ids(lm, text.vocab_size)
@@ -130,7 +130,7 @@ def build(
     lms["target"] = lm
     if decoder is not None:
         check_tokenizers(decoder, lms)
-        lms |= early_exits(decoder, lm)
+        lms |= early_exits(decoder.hyper.values(), lm)
     takes = {*inspect.signature(search.function).parameters} if search else {"reader"}
     if shared and "reader" in takes:
         run.say(f"the first {len(shared)} tokens of all prompts are prefilled once")
@@ -184,7 +184,6 @@ def build(
             longest=config.length, shared=len(shared) if "reader" in asked else 0,
             mesh=run.mesh if run.mesh.size > 1 else None, eos_ids=eos_ids, **asked,
         )  # fmt: skip
-
     return Responder(lambda *batch: jax.device_get(make(*batch)), stream)
 
 
@@ -218,12 +217,10 @@ def _handed(
     return handed
 
 
-def early_exits(decoder: plugin.Bound, lm: LM) -> dict[str, LM]:
-    """The LMs 'layers:K' that a decoder names: the first K layers of the model itself."""
-    names = [
-        v for v in decoder.hyper.values() if isinstance(v, str) and _EXIT.fullmatch(v)
-    ]
-    return {n: drafts.some_layers(lm, range(int(n.partition(":")[2]))) for n in names}
+def early_exits(names: Iterable[Any], lm: LM) -> dict[str, LM]:
+    """The LMs 'layers:K' among names: the first K layers of the model itself."""
+    found = {n: _EXIT.fullmatch(n) for n in names if isinstance(n, str)}
+    return {n: drafts.some_layers(lm, range(int(m[1]))) for n, m in found.items() if m}
 
 
 def check_tokenizers(decoder: plugin.Bound, lms: dict[str, LM]) -> None:
@@ -260,8 +257,7 @@ def check_special_stops(search: plugin.Bound, generate: Any, text: Tokenizer) ->
 
 def check_draft(name: str, lms: Collection[str]) -> None:
     """Raises ValueError for a draft that is neither an LM, 'ngram' nor 'layers:K'."""
-    kind, _, count = name.partition(":")
-    if name not in (*lms, "ngram") and not (kind == "layers" and count.isdigit()):
+    if name not in (*lms, "ngram") and not _EXIT.fullmatch(name):
         raise ValueError(
             f"generate.draft={name!r} is not among config.lms, {sorted(lms)}, nor 'ngram' "
             "or 'layers:K'"
@@ -275,7 +271,7 @@ def drafter(name: str, lms: dict[str, LM]) -> LM | drafts.Draft:
         return lms[name]
     if name == "ngram":
         return drafts.ngram(lms["target"].config.vocab_size)
-    return drafts.some_layers(lms["target"], range(int(name.partition(":")[2])))
+    return early_exits([name], lms["target"])[name]
 
 
 def judge(

@@ -34,9 +34,7 @@ from alignax.sampling.prefill import WHOLE, Reader, traced
 from alignax.sampling.response_state import Rules
 
 SMALLEST = 64  # tokens: prompts are not padded to less
-TOGETHER = {
-    "cpu": 128
-}  # tokens of a prefill, which has several prompts; 1024 elsewhere
+TOGETHER = {"cpu": 128}  # tokens of a prefill of several prompts; elsewhere 1024
 STEPS = 32  # between two calls of `halt`
 
 
@@ -142,7 +140,7 @@ def generate(
             "least 1"
         )
     decode.check_guide(guide, candidates)
-    if not prompts:
+    if {*range(len(prompts))} <= {*skip}:
         return
     reader.check_lm(lm)
     settings |= {
@@ -164,7 +162,6 @@ def generate(
         group, bool(greedy), None if guide is None else guide.kind,
         min(candidates, lm.config.vocab_size), rows, mesh,
     )  # fmt: skip
-
     request = functools.partial(
         _request, lm, prompts, ready, own,
         dict(max_new=max_new, group=group, reader=reader, temperature=temperature,
@@ -288,9 +285,9 @@ class _Run:
 
     def needed(self) -> int:
         """Free rows for which a prefill is made; all of them where nothing is left."""
-        return (
-            len(self.prompts()) * self.static.group if self.queue else self.static.rows
-        )
+        if not self.queue:
+            return self.static.rows
+        return len(self.prompts()) * self.static.group
 
     def admit(self) -> None:
         """A prefill of the next prompts, whose responses get free rows."""

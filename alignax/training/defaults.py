@@ -165,9 +165,7 @@ def get_config() -> ConfigDict:
     c.generate.stops = ()
     c.generate.grammar = ""  # of the response without its prefill; as rollout.grammar
     c.generate.per_row = ()  # settings that rows of c.prompts bring: see respond/row_settings
-    c.generate.token_logps = (
-        False  # log-probabilities of every token in responses.jsonl
-    )
+    c.generate.token_logps = False  # responses.jsonl has them for every token
     c.generate.prefill = ""  # how every response begins: given, not sampled
     c.generate.forced = ""  # likewise, but scored
     # What a guide reads in place of the prompt: no_system | column:NAME | text:TEXT; '' = it

@@ -64,6 +64,19 @@ def test_a_kill_in_the_last_evaluation_loses_nothing(tmp_path, last, best):
     assert evaluations(tmp_path) == [(2, 2.0), (4, last)]
 
 
+def test_what_the_last_evaluation_finds_writes_no_checkpoint_again(tmp_path):
+    before = {}
+
+    def look():
+        before.update(inodes(tmp_path / "checkpoints/4"))
+        return 3.0
+
+    tiny.SCRIPT[:] = [2.0, look]
+    loop.train(tiny.config(**SETTINGS), str(tmp_path))
+    assert inodes(tmp_path / "checkpoints/4") == before != {}
+    assert steps(tmp_path / "best") == [4]
+
+
 def test_a_kill_after_the_last_line_repeats_the_evaluation(tmp_path, monkeypatch):
     config = tiny.config(**SETTINGS)
     tiny.SCRIPT[:] = [2.0, 3.0]
@@ -87,16 +100,8 @@ def test_a_kill_after_the_last_line_repeats_the_evaluation(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("first", [math.nan, -math.inf])
 def test_a_first_evaluation_without_a_number_is_not_the_best(tmp_path, first):
-    """What the last one finds writes no checkpoint again."""
-    before = {}
-
-    def look():
-        before.update(inodes(tmp_path / "checkpoints/4"))
-        return 1.0
-
-    tiny.SCRIPT[:] = [first, look]
+    tiny.SCRIPT[:] = [first, 1.0]
     loop.train(tiny.config(**SETTINGS), str(tmp_path))
-    assert inodes(tmp_path / "checkpoints/4") == before != {}
     assert steps(tmp_path / "best") == [4]
 
 

@@ -16,15 +16,12 @@ import time
 
 import jax
 import numpy as np
+from decode import SMOLLM2
 
 from alignax.batch import LM
 from alignax.models import load, transformer
 from alignax.sampling import continuous, decode, generation_settings
 
-SIZES = dict(
-    vocab_size=49152, width=576, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64,
-    mlp_width=1536, tied=True,
-)  # fmt: skip
 KEY = jax.random.key(0)
 
 
@@ -48,7 +45,7 @@ def rows_in_turn(lm, prompts, limits, rows):
     """The same of continuous batching."""
     tokens = steps = 0
     for places, out in continuous.generate(
-        lm, prompts, KEY, rows=rows, max_new=limits.max(), longest=512 + limits.max(),
+        lm, prompts, KEY, rows=rows, max_new=limits.max(), longest=max(map(len, prompts)) + limits.max(),
         chunk=rows, own=lambda places: {"limits": limits[places]},
     ):  # fmt: skip
         tokens += int(out.batch.mask[: len(places)].sum())
@@ -68,7 +65,7 @@ def main():
     if path:
         lm = load.load(path)
     else:
-        config = transformer.ModelConfig(**SIZES)
+        config = transformer.ModelConfig(**SMOLLM2)
         lm = LM(config, transformer.init(config, jax.random.key(0)))
     rng = np.random.default_rng(0)
     sizes = rng.integers(16, args.longest + 1, args.prompts)
