@@ -111,7 +111,7 @@ class _Attention(nn.Module):
     def __call__(self, x_nd, layout: Layout, kv, at):
         c = self.config
         d, e = c.width, c.head_dim
-        q, *new = (heads(c, name, "nd,dhe->nhe", x_nd) for name in "qkv")
+        q, *new = heads(c, "nd,dhe->nhe", x_nd, self.has_variable("params", "qkv"))
         q = q.astype(jnp.float32)
         k, v = kv = tuple(
             jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), at, 0)

@@ -183,11 +183,14 @@ class Project(nn.Module):
     @nn.compact
     def __call__(self, x):
         init = nn.initializers.normal(self.fan_in**-0.5)
-        kernel = self.param("kernel", init, self.shape)
-        if self.has_variable("params", "scale"):  # of an int8 kernel
+        if self.has_variable("params", "left"):  # from sampling/weights.py
+            y = self.from_left(x, cast(Any, self.get_variable("params", "left")))
+        elif self.has_variable("params", "scale"):  # of an int8 kernel
+            kernel = cast(Any, self.get_variable("params", "kernel"))
             y = contract(self.equation, x, kernel, jnp.float32)
             y = (y * self.get_variable("params", "scale")).astype(x.dtype)
         else:
+            kernel = self.param("kernel", init, self.shape)
             y = contract(self.equation, x, kernel, x.dtype)
         if self.has_variable("params", "a"):  # from lora.attach
             y = y + self.low_rank(x)
@@ -197,6 +200,14 @@ class Project(nn.Module):
             bias = self.param("bias", nn.initializers.zeros, self.bias_shape)
             y = y + bias.astype(x.dtype)
         return y
+
+    def from_left(self, x, kernel):
+        """The product with a kernel that has the output axes first, its left operand."""
+        inputs, out = self.equation.split("->")
+        left, right = inputs.split(",")
+        inner = "".join(c for c in right if c in left)
+        first = right.removeprefix(inner) + inner
+        return contract(f"{first},{left}->{out}", kernel.astype(x.dtype), x, x.dtype)
 
     def low_rank(self, x):
         """(x A) B, through one narrow axis r."""
@@ -217,7 +228,8 @@ class Attention(nn.Module):
     def __call__(self, x_ntd, rope, positions, attend, local, kv, in_order):
         c = self.config
         d, e = c.width, c.head_dim
-        q, k, v = (heads(c, name, "ntd,dhe->nthe", x_ntd) for name in "qkv")
+        fused = self.has_variable("params", "qkv")
+        q, k, v = heads(c, "ntd,dhe->nthe", x_ntd, fused)
         q, k = rotate(q, rope), rotate(k, rope)
         if kv is None:
             key_positions = positions
@@ -238,24 +250,35 @@ class Attention(nn.Module):
         return y, kv
 
 
-def heads(c: ModelConfig, name: str, equation: str, x):
-    """Queries, keys or values [..., H, E] before RoPE, inside a module of attention.
+def heads(c: ModelConfig, equation: str, x, fused: bool):
+    """Queries, keys and values [..., H, E] before RoPE, inside a module of attention.
 
     Args:
       c: the settings.
-      name: 'q', 'k' or 'v'; of the projection, and of its norm.
-      equation: of the projection.
+      equation: of the projections.
       x: what attention reads, [..., D].
+      fused: whether one kernel 'qkv' has all heads (see sampling/weights.py).
     """
-    shape = c.num_heads if name == "q" else c.num_kv_heads, c.head_dim
-    bias = shape if c.qkv_bias else None
-    y = keep(Project(equation, (c.width, *shape), c.width, bias, name=name)(x))
-    if not c.qk_norm or name == "v":
-        return y
-    norm = Norm(c.norm_eps, c.norm_offset, name=f"{name}_norm")
-    if c.qk_norm_whole:
-        return norm(y.reshape(*y.shape[:-2], -1)).reshape(y.shape)
-    return norm(y)
+
+    def projected(name, many):
+        bias = (many, c.head_dim) if c.qkv_bias else None
+        shape = c.width, many, c.head_dim
+        return keep(Project(equation, shape, c.width, bias, name=name)(x))
+
+    def normed(name, y):
+        norm = Norm(c.norm_eps, c.norm_offset, name=f"{name}_norm")
+        if c.qk_norm_whole:
+            return norm(y.reshape(*y.shape[:-2], -1)).reshape(y.shape)
+        return norm(y)
+
+    h, k = c.num_heads, c.num_kv_heads
+    if fused:
+        parts = jnp.split(projected("qkv", h + 2 * k), (h, h + k), axis=-2)
+    else:
+        parts = [projected(name, m) for name, m in zip("qkv", (h, k, k), strict=True)]
+    if c.qk_norm:
+        parts[:2] = [normed(name, y) for name, y in zip("qk", parts[:2], strict=True)]
+    return parts
 
 
 def written(cache, new, positions):
@@ -281,11 +304,14 @@ class MLP(nn.Module):
         c = self.config
         d, f = c.width, c.mlp_width
 
-        def wide(name):
+        def wide(name, f):
             bias = (f,) if c.mlp_bias else None
             return keep(Project("ntd,df->ntf", (d, f), d, bias, name=name)(x_ntd))
 
-        gate, up = wide("gate"), wide("up")
+        if self.has_variable("params", "gate_up"):  # from sampling/weights.py
+            gate, up = jnp.split(wide("gate_up", 2 * f), 2, -1)
+        else:
+            gate, up = wide("gate", f), wide("up", f)
         y = ACTIVATIONS[c.activation](gate) * up
         bias = (d,) if c.mlp_bias else None
         return Project("ntf,fd->ntd", (f, d), f, bias, name="down")(y)
@@ -568,10 +594,11 @@ def unembed(
     """
     name, axis = _HEADS[lm.config.tied]
     logits = jax.lax.dot_general(
-        h, lm.params[name].astype(h.dtype),
-        (((h.ndim - 1,), (1 - axis,)), ((), ())),
+        lm.params[name].astype(h.dtype), h,
+        (((1 - axis,), (h.ndim - 1,)), ((), ())),
         precision="highest", preferred_element_type=jnp.float32,
     )  # fmt: skip
+    logits = jnp.moveaxis(logits, 0, -1)
     if f"{name}_scale" in lm.params:  # of int8 weights, exact after the product
         logits = logits * lm.params[f"{name}_scale"]
     logits = softcap(logits, lm.config.final_softcap)

@@ -130,7 +130,7 @@ def build(
     lms["target"] = lm
     if decoder is not None:
         check_tokenizers(decoder, lms)
-        lms |= early_exits(decoder.hyper.values(), lm)
+        lms |= early_exits(texts(decoder.hyper), lm)
     takes = {*inspect.signature(search.function).parameters} if search else {"reader"}
     if shared and "reader" in takes:
         run.say(f"the first {len(shared)} tokens of all prompts are prefilled once")
@@ -217,9 +217,18 @@ def _handed(
     return handed
 
 
-def early_exits(names: Iterable[Any], lm: LM) -> dict[str, LM]:
+def texts(value: Any) -> Iterator[str]:
+    """The texts among hyper-parameters, also those of the members of a chain."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from texts(part)
+
+
+def early_exits(names: Iterable[str], lm: LM) -> dict[str, LM]:
     """The LMs 'layers:K' among names: the first K layers of the model itself."""
-    found = {n: _EXIT.fullmatch(n) for n in names if isinstance(n, str)}
+    found = {n: _EXIT.fullmatch(n) for n in names}
     return {n: drafts.some_layers(lm, range(int(m[1]))) for n, m in found.items() if m}
 
 
@@ -227,8 +236,8 @@ def check_tokenizers(decoder: plugin.Bound, lms: dict[str, LM]) -> None:
     """Raises ValueError for an LM of another tokenizer that a decoder reads ids with."""
     if decoder.hyper.get("nudge_tokenizer"):  # it exchanges text
         return
-    for name in decoder.hyper.values():
-        if isinstance(name, str) and name in lms:
+    for name in texts(decoder.hyper):
+        if name in lms:
             logprob.check_tokenizer(lms[name], name)
 
 

@@ -26,8 +26,14 @@ from jax.tree_util import Partial
 from jaxtyping import Array
 
 from alignax.batch import LM
-from alignax.models import fallback, sharding, transformer
-from alignax.sampling import decode, generation_settings, guides, response_state
+from alignax.models import fallback, sharding
+from alignax.sampling import (
+    decode,
+    generation_settings,
+    guides,
+    response_state,
+    weights,
+)
 from alignax.sampling.decode import Generated, State
 from alignax.sampling.guides import Guide
 from alignax.sampling.prefill import WHOLE, Reader, traced
@@ -51,7 +57,7 @@ class Live(NamedTuple):
 class Job(NamedTuple):
     """What is the same for all prompts of a call."""
 
-    lm: LM  # unstacked
+    lm: LM
     key: Array
     reader: tuple[Callable, Callable]
     guide: Any  # init (where there is a prefill), update, keep
@@ -105,7 +111,7 @@ def generate(
     together, unless they are fewer than `rows`.
 
     Args:
-      lm: the model; its layers are copied once, unless `transformer.unstack` was applied.
+      lm: the model; see `weights.ready`.
       prompts: ids, at least one each; with `shared`, more than that.
       key: `jax.random.key`.
       rows: responses that are sampled at the same time, at least `group`.
@@ -148,7 +154,7 @@ def generate(
         for k in ("stops", "grammar")
         if settings.get(k) is not None
     }
-    lm, made = unstacked((lm, None if guide is None else guides.traced(guide)))
+    lm, made = weights.ready((lm, None if guide is None else guides.traced(guide)))
     ready = guide  # with the weights that lie apart
     if guide is not None:
         init, update, keep = made
@@ -218,12 +224,6 @@ def together(sizes: np.ndarray, least: int) -> list[list[int]]:
         last = found.pop()
         found[-1] += last
     return found
-
-
-@jax.jit
-def unstacked(lms: Any) -> Any:
-    """Every LM of a tree with its layers apart; once, for many programs."""
-    return transformer.unstack(lms)
 
 
 def padded(size: int) -> int:
@@ -389,6 +389,7 @@ def empty(static: Settings, job: Job, request: Any, slots: int) -> Live:
 @functools.partial(jax.jit, static_argnames="static", donate_argnames="live")
 def _admit(live: Live, job: Job, request: Any, to: Any, *, static: Settings) -> Live:
     """The rows of a few prompts, written to the rows `to` [R G]; N is nowhere."""
+    job = weights.for_decoding(job)
     new = _rows(job, request, live.state.tokens.shape[1], static)
     live = jax.tree.map(lambda a, b: a.at[to].set(b, mode="drop"), live, new)
     return _placed(live, static)
@@ -399,6 +400,7 @@ def _decode(
     live: Live, job: Job, rules: Rules, steps: Any, enough: Any, *, static: Settings
 ) -> tuple[Live, Array]:
     """Steps until `enough` rows are done, at most `steps`: (the batch, steps taken)."""
+    job = weights.for_decoding(job)
     keys = decode.keys_of(job.key, live.seed, live.place)
     rules = decode.for_draws(response_state.joined(rules, live.rules), static.greedy)
     setup = decode.Setup(

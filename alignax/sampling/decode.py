@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from alignax import logprob
 from alignax.batch import LM, Batch
 from alignax.models import transformer
-from alignax.sampling import generation_settings, guides, response_state
+from alignax.sampling import generation_settings, guides, response_state, weights
 from alignax.sampling.automaton import Automaton
 from alignax.sampling.guides import Guide
 from alignax.sampling.prefill import WHOLE, Reader
@@ -70,7 +70,8 @@ def generate(
     A setting "per row" is one number, [B], or [B, G].
 
     Args:
-      lm: the model. If `transformer.unstack` was applied, a call makes no copy of it.
+      lm: the model. On CPUs a copy of the weights is kept from its second call on: see
+        `weights.ready`.
       prompts: ids, right-padded.
       lengths: real tokens of each prompt, at least 1.
       key: `jax.random.key`.
@@ -129,8 +130,9 @@ def generate(
         guide, guide_prompts, guide_lengths, len(lengths), lm.config.vocab_size
     )
     greedy = np.ndim(temperature) == 0 and temperature == 0
+    lm, made = weights.ready((lm, None if guide is None else guides.traced(guide)))
     out, failed = _generate(
-        lm, request, key, None if guide is None else guides.traced(guide),
+        lm, request, key, made,
         traced_reader(reader),
         max_new=max_new, group=group, greedy=bool(greedy),
         kind=None if guide is None else guide.kind,
@@ -272,7 +274,7 @@ def _generate(
     lm, request, key, guide, reader, *, max_new, group, greedy, kind, candidates
 ):
     """One token of every row per step, until all are done: (Generated, failed [N])."""
-    lm, guide = transformer.unstack((lm, guide))
+    lm, guide = weights.for_decoding((lm, guide))
     read_prompts, read_on = reader
     width = request.prompts.shape[1] + max_new
     rows, start = begin(lm, request, key, guide, read_prompts, width, group, kind)

@@ -18,7 +18,6 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from alignax.batch import LM
-from alignax.models import transformer
 from alignax.sampling import (
     decode,
     drafts,
@@ -27,6 +26,7 @@ from alignax.sampling import (
     prefill,
     speculation_round,
     verify_guided,
+    weights,
 )
 from alignax.sampling.decode import Generated
 from alignax.sampling.drafts import Draft
@@ -138,8 +138,11 @@ def speculate(
         guide, guide_prompts, guide_lengths, len(lengths), size
     )
     order = sorted(set(gammas))
+    lm, propose, made = weights.ready(
+        (lm, draft[:2], None if guide is None else guides.traced(guide))
+    )
     out, fault = _speculate(
-        lm, draft[:2], request, key, None if guide is None else guides.traced(guide),
+        lm, propose, request, key, made,
         None if guide is None else (jnp.float32(guide.lo), jnp.float32(guide.hi)),
         prefill.traced(reader),
         settings=Settings(
@@ -197,7 +200,7 @@ def _begin(
     prompts, group = request.prompts, settings.group
     n, t = len(prompts) * group, prompts.shape[1] + settings.max_new
     slots = t + max(settings.gammas) + 1  # a block may reach beyond the last token
-    lm, draft, guide = transformer.unstack((lm, draft, guide))
+    lm, draft, guide = weights.for_decoding((lm, draft, guide))
     (read_prompts, read_on), (init_draft, propose) = reader, draft
     filled = read_prompts(lm, prompts, request.lengths, slots)[1]
     rows = decode.start_rows(
