@@ -26,6 +26,8 @@ from alignax.respond import respond
 from alignax.sampling import stops as stop_places
 from alignax.text.encoder import FunctionEncoder
 
+pytestmark = pytest.mark.slow
+
 NAME = "SmolLM2-135M-Instruct"  # what the examples load; here a small model
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}"
@@ -84,7 +86,6 @@ def test_a_misspelt_name_is_answered_with_the_nearest():
         from alignax import laod  # noqa: F401
 
 
-@pytest.mark.slow
 def test_importing_alignax_is_quick_and_loads_nothing():
     code = (
         "import time; t = time.perf_counter(); import alignax; t = time.perf_counter() - t\n"

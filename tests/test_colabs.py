@@ -9,6 +9,8 @@ import jupytext
 import pytest
 import tiny
 
+pytestmark = pytest.mark.slow
+
 COLABS = sorted((tiny.ROOT / "colabs").glob("*.py"))
 each = pytest.mark.parametrize("path", COLABS, ids=lambda path: path.stem)
 
@@ -38,7 +40,6 @@ def test_installs_nothing_when_it_is_run_as_a_script(path):
 
 
 @each
-@pytest.mark.slow
 def test_colab_runs_to_its_end(path, tmp_path):
     result = subprocess.run(
         [sys.executable, str(path)], cwd=tmp_path, text=True, capture_output=True,

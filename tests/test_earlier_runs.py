@@ -13,6 +13,8 @@ from alignax.inputs import plan, source
 from alignax.sampling import response_state
 from alignax.training import loop
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 spec = importlib.util.spec_from_file_location("make_runs", GOLDEN / "make_runs.py")
 make_runs = importlib.util.module_from_spec(spec)
@@ -38,7 +40,6 @@ def earlier_draws(monkeypatch):
     jax.clear_caches()
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("earlier_draws")
 @pytest.mark.parametrize("name", ["dpo", "rl"])
 def test_a_run_of_an_earlier_version_goes_on(

@@ -13,6 +13,8 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 
+pytestmark = pytest.mark.slow
+
 NUM_STEPS, EVERY = 12, 3
 CONFIG = f"""
 import tiny
@@ -109,7 +111,6 @@ def assert_same_end(workdir, whole):
     assert told(workdir) == told(whole)
 
 
-@pytest.mark.slow
 def test_a_killed_run_resumes_and_ends_bit_identical(whole, tmp_path):
     workdir, at = tmp_path / "run", random.randint(EVERY, NUM_STEPS - 3)
     args = arguments(tmp_path, workdir)
@@ -128,7 +129,6 @@ def test_a_killed_run_resumes_and_ends_bit_identical(whole, tmp_path):
     assert_same_end(workdir, whole)
 
 
-@pytest.mark.slow
 def test_sigterm_saves_exits_with_tempfail_and_goes_on(whole, tmp_path):
     workdir = tmp_path / "run"
     args = arguments(tmp_path, workdir)

@@ -17,6 +17,8 @@ from alignax.reports import model_card
 from alignax.runs import checkpoint, model_paths
 from alignax.training import loading, loop
 
+pytestmark = pytest.mark.slow
+
 EVALUATED = {
     "eval_data": {"name": "synthetic", "split": "test", "kind": "pairs", "size": 8},
     "evals": {"ranking_accuracy": {}},

@@ -10,6 +10,8 @@ from alignax import frontier
 from alignax.reports import metrics
 from alignax.theory import infalign
 
+pytestmark = pytest.mark.slow
+
 
 def ideal(t, rate, kls=(0.1, 0.3, 0.45, 0.6, 0.8), units=8, noise=0.0):
     """Points of the policies that the transform e^{tu} leads to."""

@@ -17,6 +17,8 @@ from alignax.models import fallback
 from alignax.models.sharding import make_mesh, put_batch, put_params
 from alignax.models.xla_head import Allowed
 
+pytestmark = pytest.mark.slow
+
 NEEDS = ("logps", *logprob.READ)
 STATES = 4
 

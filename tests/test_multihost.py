@@ -25,6 +25,8 @@ from alignax.models import sharding, transformer
 from alignax.runs import checkpoint
 from alignax.training import loop
 
+pytestmark = pytest.mark.slow
+
 SPY, HOLD = "ALIGNAX_TEST_SPY", "ALIGNAX_TEST_HOLD"
 CONFIG = """
 import multihost_spy
@@ -264,14 +266,12 @@ def again(killed, tmp_path_factory):
         return pair
 
 
-@pytest.mark.slow
 def test_a_process_does_not_outlive_the_one_that_was_killed(killed):
     (first, second), _, pair = killed
     assert first == -signal.SIGKILL
     assert second not in (0, os.EX_TEMPFAIL), pair.said()[1]
 
 
-@pytest.mark.slow
 def test_each_process_reads_rows_of_its_own(alone, killed):
     _, met, _ = alone
     _, _, pair = killed
@@ -290,7 +290,6 @@ def test_each_process_reads_rows_of_its_own(alone, killed):
     assert full >= EVERY  # the last batch of an epoch may be a small one
 
 
-@pytest.mark.slow
 def test_the_program_adds_gradients_across_processes(alone, killed):
     owners, text = killed[2].module()
     assert sorted(owners) == [0, 0, 1, 1]
@@ -349,7 +348,6 @@ def test_groups_of_a_collective_are_read_as_xla_writes_them():
     assert groups("mesh['a'=4,'b'=1] {'a'}, use") == [[0, 1, 2, 3]]
 
 
-@pytest.mark.slow
 def test_two_processes_train_as_one_does_though_one_was_killed(alone, again):
     state, _, workdir = alone
     close(metrics(again.workdir), metrics(workdir))
@@ -359,7 +357,6 @@ def test_two_processes_train_as_one_does_though_one_was_killed(alone, again):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4)
 
 
-@pytest.mark.slow
 def test_a_restart_is_exact(killed, again):
     """What the killed run had logged past its checkpoint is computed again, to the bit."""
     _, before, first = killed
@@ -373,7 +370,6 @@ def test_a_restart_is_exact(killed, again):
     assert steps(again.workdir) == list(range(1, dpo().num_steps + 1))
 
 
-@pytest.mark.slow
 def test_a_checkpoint_is_written_once(alone, again):
     """Not once a process: as many bytes as that of one process, and one set of files."""
     last = f"checkpoints/{dpo().num_steps}"
@@ -383,7 +379,6 @@ def test_a_checkpoint_is_written_once(alone, again):
     assert not [name for name in names if name.startswith(".seen")]
 
 
-@pytest.mark.slow
 def test_another_mesh_and_another_number_of_processes_read_it(again, alone, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(again.workdir, workdir)
@@ -437,7 +432,6 @@ def test_ctrl_goes_on_in_two_processes_and_in_one_again(tmp_path, monkeypatch):
 # -- what differs
 
 
-@pytest.mark.slow
 def test_hosts_with_another_config_do_not_start(tmp_path):
     rate = lambda i: f"--config.optim.lr={i + 1}e-3"  # noqa: E731
     with Pair(tmp_path / "spy", "dpo", tmp_path / "run", rate) as pair:

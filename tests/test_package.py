@@ -10,6 +10,8 @@ import zipfile
 import pytest
 import tiny
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
@@ -53,7 +55,6 @@ def test_every_config_and_module_is_in_it(installed):
     assert not (installed / "configs").exists() and not (installed / "tests").exists()
 
 
-@pytest.mark.slow
 def test_a_config_is_found_by_its_name_in_an_empty_folder(installed, tmp_path):
     shown = command(installed, tmp_path, "show", "--config", "quickstart:smoke")
     assert shown.returncode == 0, shown.stderr
@@ -88,7 +89,6 @@ def loss(policy, batch, *, beta=0.2):
 """
 
 
-@pytest.mark.slow
 def test_a_config_loss_and_data_of_ones_own_and_a_sweep_with_relative_paths(
     installed, tmp_path
 ):

@@ -12,7 +12,7 @@ from scipy import stats
 
 from alignax.sampling import decode
 
-pytestmark = pytest.mark.usefixtures("optimised")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimised")]
 PROMPTS, LENGTHS = np.array([[2, 3, 4], [1, 0, 0]]), np.array([3, 1])
 EOS, NEW, GROUP = (0,), 3, 8192
 

@@ -14,6 +14,8 @@ from alignax.batch import Scores
 from alignax.losses import bco, bco_pair, dpo, entropy, nll_chosen
 from alignax.training import loop
 
+pytestmark = pytest.mark.slow
+
 MPO = {
     "name": "sum",
     "parts": {

@@ -14,6 +14,8 @@ from alignax.runs import checkpoint, workdirs
 from alignax.runs.checkpoint import CheckpointError
 from alignax.training import loop
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {
     "num_steps": 4, "checkpoint.every": 2, "eval_every": 2, "best_metric": "eval/scripted/value",
     "evals": {"scripted": {"name": "tiny.scripted"}},

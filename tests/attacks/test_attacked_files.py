@@ -24,6 +24,8 @@ from alignax.respond import output, respond
 from alignax.runs import adapter_base, checkpoint, model_paths, watchdog, workdirs
 from alignax.training import defaults, loop
 
+pytestmark = pytest.mark.slow
+
 # -- lines
 
 

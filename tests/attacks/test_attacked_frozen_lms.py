@@ -18,6 +18,8 @@ from alignax.reward_functions import digest
 from alignax.runs import workdirs
 from alignax.training import loop
 
+pytestmark = pytest.mark.slow
+
 MODEL = ModelConfig(
     vocab_size=259, width=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8,
     mlp_width=16, max_length=128,
@@ -52,7 +54,6 @@ def rollouts(folder):
     })  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("make, name", [(dpo, "ref"), (rollouts, "reward")])
 def test_a_run_does_not_go_on_with_another_frozen_lm(tmp_path, make, name):
     config, folder = make(tmp_path), tmp_path / "run"
@@ -154,7 +155,6 @@ def ctrl(folder, monkeypatch, change=("", "")):
     })  # fmt: skip
 
 
-@pytest.mark.slow
 def test_kept_rewards_of_another_helper_are_refused_and_earlier_ones_are_read(
     tmp_path, monkeypatch
 ):

@@ -9,6 +9,8 @@ from alignax.reports.metrics import read
 from alignax.runs import workdirs
 from alignax.training import defaults, loop, optim
 
+pytestmark = pytest.mark.slow
+
 EVALUATED = {
     "eval_data": {"name": "synthetic", "split": "test", "kind": "pairs", "size": 8},
     "evals": {"ranking_accuracy": {}},
@@ -19,7 +21,6 @@ def losses(folder):
     return [row["train/loss"] for row in read(folder) if "train/loss" in row]
 
 
-@pytest.mark.slow
 def test_more_steps_end_as_a_run_that_had_them_from_the_start(tmp_path):
     settings = {"optim.schedule": "constant", "checkpoint.every": 2, **EVALUATED}
     loop.train(tiny.config("pairs", num_steps=2, **settings), str(tmp_path / "a"))
@@ -37,7 +38,6 @@ def test_more_steps_end_as_a_run_that_had_them_from_the_start(tmp_path):
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
 
-@pytest.mark.slow
 def test_another_accumulation_is_allowed_and_said(tmp_path, caplog):
     settings = {"num_steps": 3, "checkpoint.every": 1}
     loop.train(tiny.config("pairs", **settings), str(tmp_path))

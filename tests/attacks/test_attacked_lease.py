@@ -16,6 +16,8 @@ from alignax.respond import respond
 from alignax.runs import lease, watchdog, workdirs
 from alignax.training import loop
 
+pytestmark = pytest.mark.slow
+
 BEAT = 0.08
 
 

@@ -17,6 +17,8 @@ from alignax.reports.metrics import read
 from alignax.reward_functions import process
 from alignax.training import loop
 
+pytestmark = pytest.mark.slow
+
 
 def spoils_lms(texts, lms):
     name = next(iter(lms))
@@ -197,7 +199,6 @@ def loud(texts, lms):
     return found
 
 
-@pytest.mark.slow
 def test_a_run_with_such_a_reward_ends_as_one_without(tmp_path, monkeypatch):
     losses = []
     for reward in ("quiet", "loud"):

@@ -14,6 +14,8 @@ from alignax.runs import preemption
 from alignax.runs.preemption import Preempted
 from alignax.training import evaluation, loop
 
+pytestmark = pytest.mark.slow
+
 AT: list = []  # the call of the reward at which a signal comes, and which one
 CALLS: list = []
 

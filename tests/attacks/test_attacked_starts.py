@@ -17,6 +17,8 @@ from alignax.runs import checkpoint, watchdog, workdirs
 from alignax.runs.preemption import preemption
 from alignax.training import loop, stages
 
+pytestmark = pytest.mark.slow
+
 EVAL = {"name": "synthetic", "split": "test", "kind": "pairs", "size": 8, "seed": 0}
 
 

@@ -18,6 +18,8 @@ from ml_collections import ConfigDict
 from alignax.respond import respond
 from alignax.training import loop
 
+pytestmark = pytest.mark.slow
+
 ALL = os.environ.get("ALIGNAX_ATTACKS") == "all"
 EVALUATED = {
     "eval_data": {"name": "synthetic", "split": "test", "kind": "pairs", "size": 8},
@@ -99,7 +101,6 @@ def sweep(name, folder, every=1):
     return lost, len(found)
 
 
-@pytest.mark.slow
 def test_some_states_of_the_smallest_run(tmp_path):
     lost, many = sweep("cached", tmp_path, every=12)
     assert many > 40

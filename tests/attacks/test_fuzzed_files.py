@@ -26,6 +26,8 @@ from alignax.models import families, load, stored
 from alignax.text import chat_template, tokenizer
 from alignax.training import checks, defaults, ranges
 
+pytestmark = pytest.mark.slow
+
 CASES = int(os.environ.get("ALIGNAX_FUZZ", "40"))
 SECONDS, BYTES = 10, 2 * 2**30
 GGUF = pathlib.Path(tiny.ROOT) / "tests/golden/llama_gguf/model.gguf"

@@ -13,6 +13,8 @@ from alignax.batch import check
 from alignax.decoders import gsi
 from alignax.sampling import decode
 
+pytestmark = pytest.mark.slow
+
 V, NEW, EOS, N = 3, 2, (0,), 2
 PROMPT = [2, 1, 1, 2]
 KEY = jax.random.key(11)

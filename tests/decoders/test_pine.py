@@ -18,6 +18,8 @@ from alignax.text import documents as texts_apart
 from alignax.text import tokenizer
 from alignax.text.encoder import FunctionEncoder
 
+pytestmark = pytest.mark.slow
+
 TEXT = tokenizer.load("bytes")
 DOCUMENTS = ["a red one, ", "blue. ", "the third is green "]
 

@@ -11,6 +11,8 @@ from alignax.batch import check
 from alignax.decoders import best_of_n, speculative_rejection
 from alignax.sampling import decode
 
+pytestmark = pytest.mark.slow
+
 V, NEW, EOS = 3, 4, (0,)
 PROMPT = [2, 1, 1, 2]
 KEY = jax.random.key(5)

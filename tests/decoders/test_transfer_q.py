@@ -21,6 +21,8 @@ from small_lms import (
 from alignax.batch import check
 from alignax.decoders import transfer_q
 
+pytestmark = pytest.mark.slow
+
 REWARDS = np.random.default_rng(5).normal(size=(V, V, V))
 
 

@@ -26,6 +26,8 @@ from alignax.text import tokenizer
 from alignax.training import parallel
 from alignax.training.step import init_state, make_train_step
 
+pytestmark = pytest.mark.slow
+
 V = 37
 
 

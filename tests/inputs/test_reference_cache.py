@@ -19,6 +19,8 @@ from alignax.reports.metrics import read
 from alignax.training import build, loop, optim, start_check
 from alignax.training.step import init_state, make_train_step
 
+pytestmark = pytest.mark.slow
+
 
 def config(cache="", **changes):
     changes = {

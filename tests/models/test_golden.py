@@ -15,6 +15,8 @@ from alignax.losses import dpo
 from alignax.models.load import load
 from alignax.models.transformer import hidden, unembed
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 FAMILIES = [
     "llama_tied", "llama_untied", "llama3_rope", "mistral", "qwen2", "qwen3", "gemma",
@@ -172,7 +174,6 @@ def test_value_head_reads_the_last_real_token_as_the_reward_of_trl():
     np.testing.assert_allclose(losses, g["losses"], atol=1e-5)
 
 
-@pytest.mark.slow
 def test_smollm2_logps_on_preference_pairs_are_those_of_transformers():
     path = os.environ.get("ALIGNAX_SMOLLM2")
     if not path:

@@ -28,6 +28,8 @@ from alignax.sampling import decode, drafts
 from alignax.text import tokenizer
 from alignax.training import explain, loading, loop
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = {
     "tied": {},
     "untied": {"tied": False},
@@ -487,7 +489,6 @@ SMOLLM2 = os.environ.get("ALIGNAX_SMOLLM2", "")
 HH = pathlib.Path(os.environ.get("ALIGNAX_HH", "pairs.jsonl.gz"))
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(
     not (HH.exists() and SMOLLM2), reason="set ALIGNAX_HH and ALIGNAX_SMOLLM2"
 )

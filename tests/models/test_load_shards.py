@@ -20,6 +20,8 @@ from alignax.models.transformer import ModelConfig
 from alignax.runs import checkpoint
 from alignax.training import loading, loop
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 MODELS = ("llama_tied", "llama_untied", "llama_reward", "qwen2", "qwen3", "gemma3")
 WIDE = ModelConfig(
@@ -139,7 +141,6 @@ print(peak()["VmHWM"] - before, size)
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
     "files, dtype, mesh",

@@ -19,6 +19,8 @@ from alignax.models.pallas_head import Kernel
 from alignax.models.transformer import ModelConfig
 from alignax.preflight import chips, compiled
 
+pytestmark = pytest.mark.slow
+
 D, M, TILES = 32, 50, (16, 128)
 CASES = {  # vocabulary, its axis, soft-cap, whether targets share states; temperature
     "whole tiles": (256, 1, None, False),
@@ -203,7 +205,6 @@ needs_libtpu = pytest.mark.skipif(
 
 
 @needs_libtpu
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
 @pytest.mark.parametrize("vocab_axis", [0, 1])
 def test_the_tpu_compiler_takes_the_kernels_and_they_hold_no_logits(vocab_axis):
@@ -228,7 +229,6 @@ def test_the_tpu_compiler_takes_the_kernels_and_they_hold_no_logits(vocab_axis):
 
 
 @needs_libtpu
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
 def test_the_tpu_compiler_takes_a_split_vocabulary_and_gathers_none():
     """As `score` runs it, whose casts sum the gradients of shards: their types are checked."""

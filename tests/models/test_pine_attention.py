@@ -10,6 +10,8 @@ import pytest
 
 from alignax.models import pine, transformer
 
+pytestmark = pytest.mark.slow
+
 PREFIX, SUFFIX = [3, 1, 4], [1, 5]
 DOCUMENTS = [[9, 2, 6, 5], [3, 5], [8, 9, 7]]
 

@@ -18,6 +18,8 @@ from alignax.models.sharding import make_mesh
 from alignax.training import optim
 from alignax.training.step import init_state, make_train_step
 
+pytestmark = pytest.mark.slow
+
 MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 8, 1)]
 CASES = {
     "tied": dict(vocab_size=40, value_head=True),

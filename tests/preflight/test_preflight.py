@@ -21,6 +21,8 @@ from alignax.models import families, sharding, transformer
 from alignax.preflight import __main__, chips, compiled, footprint, lowering, preflight
 from alignax.training import build, checks, step
 
+pytestmark = pytest.mark.slow
+
 MADE = {"name": "synthetic", "split": "train"}
 
 
@@ -57,7 +59,6 @@ def planned(**changes):
     return lowering.plan(config, sharding.make_mesh(config.mesh))
 
 
-@pytest.mark.slow
 def test_the_module_of_packed_adapters_is_the_one_that_trains(tmp_path):
     config = tiny.config("pairs", **{
         "mesh": (2, 1, 2), "accumulate": 2, "average": 0.9, "lora.rank": 2,
@@ -129,7 +130,6 @@ def test_what_a_host_holds_is_counted_by_hand():
     assert lowering.of_host(plan, every[:2]) == (2, 4 * largest, state)
 
 
-@pytest.mark.slow
 def test_packed_rows_hold_what_the_data_have():
     config = tiny.config("pairs", mesh=(1, 2, 1))
     mesh = sharding.make_mesh(config.mesh)
@@ -596,7 +596,6 @@ def test_slices_are_described_without_a_tpu():
 
 
 @needs_libtpu
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
 def test_the_tpu_compiler_takes_the_step():
     config = tiny.config("pairs", mesh=(1, 4, 1))

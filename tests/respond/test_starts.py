@@ -11,6 +11,8 @@ from alignax.batch import Example, from_groups
 from alignax.respond import output, respond, starts
 from alignax.text import tokenizer
 
+pytestmark = pytest.mark.slow
+
 BYTES = tokenizer.load("bytes")
 CHAT = [{"role": "user", "content": "Hi there"}]
 FAMILIES = sorted(p.stem for p in (tiny.ROOT / "tests/golden/templates").glob("*.zip"))

@@ -10,6 +10,8 @@ from alignax.respond import output, respond
 from alignax.sampling import stops
 from alignax.text import tokenizer
 
+pytestmark = pytest.mark.slow
+
 BYTES = tokenizer.load("bytes")
 EOS, PAD = 257, 258
 FAMILIES = ("chatml", "llama2", "llama3", "gemma", "channel")

@@ -18,6 +18,8 @@ from alignax.rollouts.source import rollout_source
 from alignax.text import tokenizer
 from alignax.training import loading, loop, optim, parallel, step
 
+pytestmark = pytest.mark.slow
+
 TK = tokenizer.load("bytes")
 PROMPTS = [Example(f"p{i}", "abcdefgh"[: i + 1] * 2, ()) for i in range(8)]
 GRPO = ("logps", "old_logps", "advantages")

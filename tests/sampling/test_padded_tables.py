@@ -18,6 +18,8 @@ from alignax.sampling import decode, drafts
 from alignax.sampling.speculate import speculate
 from alignax.search import hypotheses
 
+pytestmark = pytest.mark.slow
+
 IDS, V, NEW = 5, 7, 3  # ids of the tokenizer, rows of the target's table
 PROMPT = np.array([[3, 1, 4]])
 EOS = (0,)

@@ -15,6 +15,8 @@ from alignax.batch import check
 from alignax.sampling import automaton, decode, drafts, guides
 from alignax.sampling.speculate import _speculate, speculate
 
+pytestmark = pytest.mark.slow
+
 V, P, NEW, GAMMA = 5, 4, 7, 3
 PROMPTS = np.array([[3, 1, 4, 1], [2, 0, 0, 0], [4, 3, 3, 0]])
 LENGTHS = np.array([4, 1, 3])

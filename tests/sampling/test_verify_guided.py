@@ -13,6 +13,8 @@ from oracles import transformer as oracle
 from alignax.batch import check
 from alignax.sampling import decode, guides, speculate
 
+pytestmark = pytest.mark.slow
+
 V, P, NEW, MANY = 5, 3, 3, 8192
 PROMPTS, LENGTHS = np.array([[3, 1, 4], [2, 0, 0]]), np.array([3, 1])
 EOS = (0,)

@@ -10,6 +10,8 @@ from alignax import plugin
 from alignax.shaping import ctrl
 from alignax.theory import infalign
 
+pytestmark = pytest.mark.slow
+
 RANKED = ("ecdf", "laplace", "leave_one_out")  # those that read the order alone
 
 

@@ -19,6 +19,8 @@ from alignax.losses import policy_gradient
 from alignax.shaping import ctrl, kl, rloo
 from alignax.theory import infalign
 
+pytestmark = pytest.mark.slow
+
 V, L, PARTS = 8, 4, 16
 CASES = {  # how the transform is named, and the KL strength
     "identity": ({"transform": "identity"}, 0.2),

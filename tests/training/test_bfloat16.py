@@ -19,6 +19,8 @@ from alignax.runs import checkpoint
 from alignax.training import checks, loop, optim, step
 from alignax.training.step import init_state, make_train_step
 
+pytestmark = pytest.mark.slow
+
 ONE = make_mesh((1, 1, 1))
 
 

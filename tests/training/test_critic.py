@@ -16,6 +16,8 @@ from alignax.rollouts import rollout
 from alignax.training import optim
 from alignax.training.step import init_state, make_train_step
 
+pytestmark = pytest.mark.slow
+
 
 def trained(config, lm, target, batches, critic_lr) -> list[float]:
     """Explained variance before each step of PPO on rollouts whose returns `target` gives."""

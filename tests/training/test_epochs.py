@@ -10,6 +10,8 @@ from alignax.respond import respond
 from alignax.runs import checkpoint
 from alignax.training import build, checks, loop
 
+pytestmark = pytest.mark.slow
+
 SOME = {"name": "synthetic", "split": "train", "kind": "sft", "seed": 0}
 
 
@@ -90,7 +92,6 @@ def run(folder, **changes):
     return loop.train(tiny.config(num_steps=0, **changes), str(folder))
 
 
-@pytest.mark.slow
 def test_a_run_of_epochs_goes_on_and_more_of_them_need_their_rate(tmp_path, capsys):
     assert int(run(tmp_path, num_epochs=0.25).step) == 2
     assert int(run(tmp_path, num_epochs=0.25).step) == 2

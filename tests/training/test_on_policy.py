@@ -10,6 +10,8 @@ import tiny
 from alignax import plugin, shaping
 from alignax.training import build, loop, plugins
 
+pytestmark = pytest.mark.slow
+
 CALLS: list = []  # what `counted` was asked, and after how many calls it breaks down
 BROKEN_AT: list = []
 

@@ -18,6 +18,8 @@ from alignax.runs import workdirs
 from alignax.training import checks, optim
 from alignax.training.step import init_state, make_train_step
 
+pytestmark = pytest.mark.slow
+
 
 def rates(num_steps, **kwargs):
     rate = optim.schedule(1.0, num_steps, **kwargs)

@@ -14,6 +14,8 @@ from alignax.sampling.automaton import Automaton
 from alignax.text import tokenizer
 from alignax.training import build, checks, loop
 
+pytestmark = pytest.mark.slow
+
 TK = tokenizer.load("bytes")
 PAIRS = {
     "loss": {"name": "dpo", "beta": 0.1}, "shaping": {}, "rollout.group": 4,

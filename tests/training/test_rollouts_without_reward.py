@@ -9,6 +9,8 @@ import tiny
 
 from alignax.training import build, checks, loop
 
+pytestmark = pytest.mark.slow
+
 
 def config_of(**changes):
     config = tiny.config("sft", length=24, num_steps=24)

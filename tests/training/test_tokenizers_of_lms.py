@@ -18,6 +18,8 @@ from alignax.models import save, transformer
 from alignax.text import tokenizer, tokenizer_files
 from alignax.training import build, loading, loop, parallel
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = tiny.ROOT / "tests" / "golden" / "templates"
 CASES = tiny.ROOT.parent / "shared" / "cases"
 SIZES = tiny.config().model.sizes.to_dict()
