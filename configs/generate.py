@@ -13,6 +13,9 @@ JUDGE = {"name": "constraints", "keywords": ("thank",), "max_words": 60}
 METHODS = {  # decoder: (its hyper-parameters, models that it reads, reward)
     "args": ({"reward": "reward", "weight": 1.0}, {"reward": ""}, {}),
     "best_of_n": ({"n": 16, "select": "best"}, {}, JUDGE),
+    "chain": ({"guides": ({"name": "contrastive", "amateur": "layers:20"},
+                          {"name": "proxy", "weight": 0.5})},
+              {"policy": "init", "ref": "init"}, {}),
     "conditional_beam": ({"beams": 5, "top_k": 10}, {}, JUDGE),
     "contrastive": ({"weight": 0.5, "plausible": 0.1}, {"amateur": "init"}, {}),
     "controlled": ({"values": "value", "beta": 1.0, "centre": 0.5, "radius": 0.6},
@@ -51,10 +54,11 @@ def get_config(arg: str = ""):
         models.smoke(c, kind="prompts")
         c.num_steps, c.prompts, c.data, c.eval_data = 0, {**c.eval_data}, {}, {}
         c.generate.max_new = 8
-        c.decoder.update({"pine": {"separator": "e"}, "rain": {"simulations": 3}}.get(method, {}))  # fmt: skip
+        c.decoder.update({"pine": {"separator": "e"}, "rain": {"simulations": 3},
+                          "chain": {"guides": ({"name": "proxy"},) * 2}}.get(method, {}))  # fmt: skip
         # the model's own value head, which is 0, in place of a trained one
         c.lms = {name: path for name, path in lms.items() if path}
         c.model.value_head = len(c.lms) < len(lms)
-        for key in (k for k, v in hyper.items() if lms.get(v) == ""):
+        for key in (k for k, v in hyper.items() if lms.get(str(v)) == ""):
             c.decoder[key] = "target"
     return c

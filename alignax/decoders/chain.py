@@ -6,8 +6,8 @@ Guides whose tilt does not depend on the logits they are given add up, in any or
 π* ∝ p exp(g_1 + g_2 + ...). So do guides that score prefixes or blocks. Contrastive decoding
 masks tokens that are unlikely under the logits before it, and nudging replaces these.
 
-The product of several tilts is that of controlled decoding with several rewards, Mudgal et al.
-2023, https://arxiv.org/abs/2310.17022.
+Source: several rewards at once, Mudgal et al. 2023, https://arxiv.org/abs/2310.17022
+Differs from the paper: members are any guides, not only value functions.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,6 +26,9 @@ def guide(lms: dict[str, LM], *, guides: Sequence[Mapping[str, Any]] = ()) -> Gu
       lms: has what the members name.
       guides: sections {'name': a decoder that is a guide, its hyper-parameters}, from the
         first to the last.
+
+    Returns:
+      A Guide whose state is the states of the members.
 
     Raises:
       ValueError: no member, members of different kinds, a search, or an error in a member,

@@ -105,7 +105,6 @@ def main():
         lm = LM(config, transformer.init(config, jax.random.key(0)))
     python = os.environ.get("ALIGNAX_PEER_PYTHON")
     peer = Peer(python, path) if python and path else None
-    lm = jax.jit(transformer.unstack)(lm)  # once, as for many calls
     read = reader(lm)
     read(0.0)
     for batch in args.batches:
