@@ -32,16 +32,16 @@ def generate(lm, tokens, lengths, key, *, max_new, group=1, temperature=1.0, **m
     return decode.Generated(batch, zeros, jnp.zeros(batch.valid.shape, bool), {})
 
 
-def value(text: str) -> float:
-    return float(text)
+def value(batch: Batch, texts: list[list[str]]) -> np.ndarray:
+    return np.array([[float(t) for t in group] for group in texts])
 
 
-def least(text: str) -> float:
-    return -float(text)
+def least(batch: Batch, texts: list[list[str]]) -> np.ndarray:
+    return -value(batch, texts)
 
 
-def thirds(text: str) -> float:
-    return int(3 * float(text)) * 1.0
+def thirds(batch: Batch, texts: list[list[str]]) -> np.ndarray:
+    return np.floor(3 * value(batch, texts))
 
 
 SHOWN: list[int] = []  # groups that the judge of pairs has seen
@@ -50,7 +50,7 @@ SHOWN: list[int] = []  # groups that the judge of pairs has seen
 def biased(batch: Batch, texts: list[list[str]]) -> np.ndarray:
     """A judge of two that prefers the first unless the second is better by .3."""
     SHOWN.append(np.shape(batch.tokens)[1])
-    pairs = np.array([[float(t) for t in group] for group in texts])
+    pairs = value(batch, texts)
     first = pairs[:, 0] + 0.3 > pairs[:, 1]
     return np.stack([first, ~first], 1) * 1.0
 
