@@ -127,7 +127,7 @@ def bradley_terry(
         curvature -= np.eye(m) * curvature.sum(-1)[..., None]
         # θ is free up to a constant, and the gradient has no part in that direction
         step = np.linalg.solve(curvature + 1 / m, gradient[..., None])[..., 0]
-        # no strength moves by more than a nat: far from the maximum, Newton overshoots
+        # no strength moves by more than a nat: on sparse tables Newton overshoots
         theta += step / np.maximum(1, np.abs(step).max(-1, keepdims=True))
     raise FloatingPointError(f"Bradley-Terry found no maximum in {steps} steps")
 

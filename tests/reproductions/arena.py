@@ -6,8 +6,8 @@ of a beats the best of b with probability a / (a + b), whatever the policy and t
 that Bradley-Terry is exact with ratings 400 log10 N, 482 from end to end.
 
 Predicted: all pairs recover the ratings; of brackets the order is right and the distances
-are smaller, because who comes far was lucky on this prompt. The measured ratio of the
-spreads is .88: read ratings of brackets as an order. Control: rewards shuffled between the
+are smaller, because who comes far was lucky on this prompt (by a factor of .864, of 400,000
+prompts): read ratings of brackets as an order. Control: rewards shuffled between the
 contestants of a prompt, after which there is nothing to rank.
 
 1. A toy: 1000 prompts, rewards uniform in [0, 1].
