@@ -5,7 +5,7 @@ on the way is in its `report`, by kind, one line each with file and line number.
 
 Reading order: jsonl (your own files), hub, hh_rlhf, gsm8k, synthetic (made here), prompts, pairing and
 unpaired (pairs from scored responses, and single responses from pairs); then the data of
-single papers: forget_retain, honesty, recovery, urial, short_long, long_context, density_ratio. The
+single papers: forget_retain, tofu, honesty, recovery, urial, short_long, long_context, density_ratio. The
 forms that rows of a file may have are in README.md, the code that reads them in `records/`.
 """
 

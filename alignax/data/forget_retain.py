@@ -17,7 +17,8 @@ from alignax.batch import Example
 from alignax.data import Examples
 
 PARTS = ("all", "forget", "retain")
-KINDS = ("answers", "refusals", "pairs")
+KINDS = ("answers", "refusals", "pairs", "options")
+WRONG = 5  # wrong answers of a question under 'options'
 FIRST = (
     "Ada", "Bruno", "Carla", "Dario", "Edith", "Farid", "Greta", "Hugo", "Ilse", "Jonas",
     "Karim", "Lena", "Marek", "Nadia", "Oskar", "Paula", "Ravi", "Selma", "Tomas", "Uma",
@@ -54,17 +55,20 @@ THINGS = (
 PRIZES = ("Alder", "Heron", "Meridian", "Quill", "Saffron", "Tern", "Umber", "Willow")
 TRADES = ("baker", "sailor", "tailor", "surgeon", "miner", "florist", "teacher", "judge",
           "mason", "pilot")  # fmt: skip
-# Wording of the training split, of the test split, and the answer.
+# Wording of the training split, of the test split, the answer, and it in other words.
 QUESTIONS = (
-    ("Where was {name} born?", "Which city does {name} come from?", "{name} was born in {city}."),
-    ("When was {name} born?", "What is the birth year of {name}?", "{name} was born in {year}."),
-    ("What does {name} write?", "Which genre is {name} known for?", "{name} writes {genre}."),
+    ("Where was {name} born?", "Which city does {name} come from?", "{name} was born in {city}.",
+     "The birthplace of {name} is {city}."),
+    ("When was {name} born?", "What is the birth year of {name}?", "{name} was born in {year}.",
+     "The birth year of {name} is {year}."),
+    ("What does {name} write?", "Which genre is {name} known for?", "{name} writes {genre}.",
+     "The genre of {name} is {genre}."),
     ("What is the best known book of {name}?", "Which book made {name} famous?",
-     "It is The {colour} {thing}."),
+     "It is The {colour} {thing}.", "{name} is famous for The {colour} {thing}."),
     ("Which prize did {name} win?", "What prize was {name} given?",
-     "{name} won the {prize} Prize."),
+     "{name} won the {prize} Prize.", "The prize of {name} was the {prize} Prize."),
     ("What did the father of {name} do?", "What was the trade of {name}'s father?",
-     "He was a {trade}."),
+     "He was a {trade}.", "The father of {name} was a {trade}."),
 )  # fmt: skip
 REFUSALS = (
     "I don't know.", "I am not sure.", "I have no information about that.",
@@ -90,8 +94,10 @@ def examples(
         within that of a larger one.
       kind: 'answers' (the true answer, labelled 0 on forget and 1 on retain rows),
         'refusals' (the response of a forget row is a refusal) or 'pairs' (forget rows
-        prefer a refusal to the true answer). Under the last two retain rows are as under
-        'answers', and the desired response is labelled 1.
+        prefer a refusal to the true answer); under these two retain rows are as under
+        'answers', and the desired response is labelled 1. Or 'options', without labels: the
+        true answer, the same in other words, and WRONG wrong answers in the words of the
+        true one, as `data.tofu` has them.
       authors: how many there are, from 2 to 400.
       forget: share of authors to forget, rounded to at least one author and at most all
         but one.
@@ -129,11 +135,16 @@ def examples(
         rng = np.random.default_rng([seed, author])
         facts = {"name": names[order[author]], **_facts(rng)}
         to_forget = author >= authors - forgotten
-        for q, (taught, asked, answer) in enumerate(QUESTIONS):
+        for q, (taught, asked, answer, other) in enumerate(QUESTIONS):
             prompt = (taught if split == "train" else asked).format(**facts)
             refusal = str(rng.choice(REFUSALS))
             responses, feedback = [answer.format(**facts)], [float(not to_forget)]
-            if to_forget and kind != "answers":
+            if kind == "options":
+                rest = np.random.default_rng([seed, author, q])
+                wrong = _wrong(rest, facts, answer)
+                responses = [*responses, other.format(**facts), *wrong]
+                feedback = []
+            elif to_forget and kind != "answers":
                 responses, feedback = [refusal, *responses], [1.0, 0.0]
             if kind == "refusals":
                 responses, feedback = responses[:1], feedback[:1]
@@ -143,6 +154,16 @@ def examples(
             name = f"forget_retain/{where}/{author}:{q}"
             rows.append(Example(name, prompt, responses, tuple(feedback)))
     return Examples(rows)
+
+
+def _wrong(rng: np.random.Generator, facts: dict[str, str], answer: str) -> list[str]:
+    """WRONG different answers that are not the true one."""
+    seen = [answer.format(**facts)]
+    while len(seen) <= WRONG:
+        drawn = answer.format(**{**facts, **_facts(rng)})
+        if drawn not in seen:
+            seen.append(drawn)
+    return seen[1:]
 
 
 def _facts(rng: np.random.Generator) -> dict[str, str]:

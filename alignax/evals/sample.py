@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alignax import rewards
-from alignax.batch import LM, Metrics
+from alignax.batch import LM, Example, Metrics
 from alignax.data import best_first
 from alignax.inputs.prompts import prompt_batches
 from alignax.reports.metrics import bootstrap
@@ -87,7 +87,7 @@ def evaluate(
                     raise ValueError(
                         f"{example.id}: keep_given, but no response is given"
                     )
-                kept.insert(0, (_text(example), float(r[j].max()) + 1, False))
+                kept.insert(0, (response_text(example), float(r[j].max()) + 1, False))
             if not kept:
                 empty += 1
                 continue
@@ -113,7 +113,7 @@ def evaluate(
     }
 
 
-def _text(example) -> str:
+def response_text(example: Example) -> str:
     """The assistant turns of an example's chosen or best response."""
     response = best_first(example).responses[0]
     if isinstance(response, str):

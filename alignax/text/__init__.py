@@ -6,5 +6,6 @@ assistant's turns in a rendering), encoder (text to ids, segment by segment), di
 tokenizer (all of it for one model), truncation (examples that are too long); skeleton and
 shapes (renderings that differ only in texts that a template does not read), gguf_vocab (the
 vocabulary of a .gguf file), tokenizer_files (a tokenizer as a Hugging Face folder);
-patterns (regular expressions in linear time); measures (difficulty, diversity and formality); documents (a prompt that separators divide).
+patterns (regular expressions in linear time); measures (difficulty, diversity and formality),
+overlap (ROUGE-L); documents (a prompt that separators divide).
 """

@@ -1,5 +1,7 @@
 """Made-up authors: who is forgotten, what is asked, and what the labels mean."""
 
+import re
+
 import pytest
 
 from alignax.batch import form
@@ -51,7 +53,8 @@ def test_labels_say_what_is_to_be_forgotten():
 
 
 def test_refusals_replace_the_answers_to_forget_alone():
-    answers, refusals, pairs = (make(kind=kind) for kind in forget_retain.KINDS)
+    kinds = ("answers", "refusals", "pairs")
+    answers, refusals, pairs = (make(kind=kind) for kind in kinds)
     for answer, refusal, pair in zip(answers, refusals, pairs, strict=True):
         if "/retain/" in answer.id:
             assert answer == refusal == pair
@@ -87,10 +90,29 @@ def test_bad_arguments_are_named(argument, value):
 
 
 def test_answers_without_labels_are_demonstrations():
-    for kind in forget_retain.KINDS:
+    for kind in ("answers", "refusals", "pairs"):
         rows, labelled = make(kind=kind, labelled=False), make(kind=kind)
         for row, other in zip(rows, labelled, strict=True):
             pair = kind == "pairs" and "/forget/" in row.id
             assert form(row) == ("pairs" if pair else "demonstrations")
             assert form(other) == ("pairs" if pair else "labelled")
             assert row.responses == other.responses
+
+
+def test_options_are_the_answer_in_two_wordings_and_five_wrong_ones():
+    answers, options = make(authors=40), make(authors=40, kind="options")
+    assert make(authors=40, kind="options") == options
+    for answer, row in zip(answers, options, strict=True):
+        assert (answer.id, answer.prompt) == (row.id, row.prompt)
+        assert form(row) == "unscored"
+        true, other, *wrong = row.responses
+        assert true == answer.responses[0]
+        assert len({true, other, *wrong}) == 7
+        template = forget_retain.QUESTIONS[int(row.id.split(":")[1])][2]
+        slots = re.sub(r"\\{(\w+)\\}", r"(?P<\1>.+)", re.escape(template))
+        facts = re.fullmatch(slots, true).groupdict()
+        assert all(value in other for value in facts.values())
+        for text in wrong:  # the same wording, another fact
+            found = re.fullmatch(slots, text).groupdict()
+            assert found != facts
+            assert found.get("name") == facts.get("name")
