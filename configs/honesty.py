@@ -4,8 +4,8 @@ Source: Yang et al. 2023, https://arxiv.org/abs/2312.07000
 Command: python -m alignax.main --config configs/honesty.py --workdir runs/honesty
   --config.data.source.path=runs/samples/samples.jsonl
   --config.eval_data.path=gsm8k/test.jsonl
-The samples are those of configs/sample_pairs.py, with a reward that says what is right, such
-as --config.evals.sample.reward.name=final_answer; 'groups.jsonl' is their form.
+The samples are those of configs/sample_pairs.py on the training split of GSM8K, with the
+reward final_answer and truncated='keep'; 'groups.jsonl' is their form.
 """
 
 from alignax.configs import models, sft
@@ -14,7 +14,7 @@ from alignax.configs import models, sft
 def get_config(arg: str = ""):
     c = sft.get_config(arg)
     smoke = models.is_smoke(arg)
-    source = {"name": "jsonl", "split": "all", "kind": "groups", "path": ""}
+    source = {"name": "jsonl", "split": "all", "path": ""}
     if smoke:
         source = {"name": "synthetic", "split": "train", "kind": "groups", "size": 16}
     c.data = {"name": "honesty", "split": "train", "recipe": "multisample"}
