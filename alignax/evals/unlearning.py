@@ -89,7 +89,7 @@ def evaluate(
             better = np.minimum(ratio, 1 / ratio)
             if name != "forget":
                 better = np.maximum(0, 1 - ratio)
-                values += [chance.mean(), np.mean(recall), better.mean()]
+                values += map(float, (chance.mean(), np.mean(recall), better.mean()))
             out |= bootstrap(better).named(f"{form}{name}/truth_ratio")
     out |= {f"{form}model_utility": harmonic(values) for form, values in kept.items()}
     if retrained in lms:
