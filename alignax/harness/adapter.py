@@ -15,6 +15,7 @@ from alignax.batch import Example, Message
 from alignax.harness import encoding, generation, scoring
 from alignax.harness.encoding import Codec, Row
 from alignax.models import sharding
+from alignax.sampling import weights
 
 log = logging.getLogger(__name__)
 NAME = "alignax"  # --model alignax
@@ -116,6 +117,7 @@ class Adapter:
             self._remember("loglikelihood_rolling", request.args, total)
         return totals
 
+    @weights.kept()
     def generate_until(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[str]:

@@ -32,7 +32,7 @@ from alignax.respond.starts import Start
 from alignax.reward_functions import time_limit
 from alignax.runs import checkpoint, lease, workdirs
 from alignax.runs.model_paths import ModelPath
-from alignax.sampling import generation_settings, grammars
+from alignax.sampling import generation_settings, grammars, weights
 from alignax.sampling.prefill import common
 from alignax.text.tokenizer import Tokenizer
 from alignax.training import build, checks, defaults, loading, parallel
@@ -260,6 +260,7 @@ def _place(examples: Sequence[Example], index: int) -> str:
     return found(index) if found else examples[index].id
 
 
+@weights.kept()
 def _respond(
     config, run: build.Run, now: Prompts, stop: Callable[[], bool], owner: lease.Lease
 ) -> bool:

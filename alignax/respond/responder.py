@@ -222,7 +222,9 @@ def texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping | list | tuple):
-        for part in value.values() if isinstance(value, Mapping) else value:
+        if isinstance(value, Mapping):
+            value = [part for key, part in value.items() if key != "name"]
+        for part in value:
             yield from texts(part)
 
 

@@ -27,6 +27,7 @@ from alignax.plugin import Bound
 from alignax.reward_functions import calls
 from alignax.rollouts.sampler import STREAM, Baseline, Drawn, Sampler
 from alignax.rollouts.selection import at, beside, differing, joined, select, slots
+from alignax.sampling import weights
 
 # What a loss needs that estimates something of the distribution that was sampled.
 OF_SAMPLES = ("old_logps", "sampler_logps", "advantages")
@@ -168,6 +169,7 @@ def of_samples(needs: Sequence[str], *, judged: bool) -> bool:
     return bool({*OF_SAMPLES} & {*needs}) or not judged
 
 
+@weights.kept()
 def roll(
     setup: Setup, params: Params, average: Params | None, *, number: int, drawn: int,
     since: float | None, show: bool = False,

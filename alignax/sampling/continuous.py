@@ -26,7 +26,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array
 
 from alignax.batch import LM
-from alignax.models import fallback, sharding
+from alignax.models import fallback, sharding, transformer
 from alignax.sampling import (
     decode,
     generation_settings,
@@ -57,7 +57,7 @@ class Live(NamedTuple):
 class Job(NamedTuple):
     """What is the same for all prompts of a call."""
 
-    lm: LM
+    lm: LM  # unstacked
     key: Array
     reader: tuple[Callable, Callable]
     guide: Any  # init (where there is a prefill), update, keep
@@ -111,7 +111,7 @@ def generate(
     together, unless they are fewer than `rows`.
 
     Args:
-      lm: the model; see `weights.ready`.
+      lm: the model; its layers are copied once, unless `transformer.unstack` was applied.
       prompts: ids, at least one each; with `shared`, more than that.
       key: `jax.random.key`.
       rows: responses that are sampled at the same time, at least `group`.
@@ -154,11 +154,12 @@ def generate(
         for k in ("stops", "grammar")
         if settings.get(k) is not None
     }
-    lm, made = weights.ready((lm, None if guide is None else guides.traced(guide)))
-    ready = guide  # with the weights that lie apart
+    made = None if guide is None else guides.traced(guide)
+    lm, made = unstacked(weights.for_decoding((lm, made)))
+    own_guide = guide  # with the layers that are apart
     if guide is not None:
         init, update, keep = made
-        ready = guide._replace(init=init, update=update, keep=keep)
+        own_guide = guide._replace(init=init, update=update, keep=keep)
     job = Job(lm, key, traced(reader), None)
     first = own([0])
     greedy = (
@@ -169,7 +170,7 @@ def generate(
         min(candidates, lm.config.vocab_size), rows, mesh,
     )  # fmt: skip
     request = functools.partial(
-        _request, lm, prompts, ready, own,
+        _request, lm, prompts, own_guide, own,
         dict(max_new=max_new, group=group, reader=reader, temperature=temperature,
              limits=max_new, **settings),
     )  # fmt: skip
@@ -224,6 +225,12 @@ def together(sizes: np.ndarray, least: int) -> list[list[int]]:
         last = found.pop()
         found[-1] += last
     return found
+
+
+@jax.jit
+def unstacked(lms: Any) -> Any:
+    """Every LM of a tree with its layers apart; once, for many programs."""
+    return transformer.unstack(lms)
 
 
 def padded(size: int) -> int:
@@ -389,7 +396,6 @@ def empty(static: Settings, job: Job, request: Any, slots: int) -> Live:
 @functools.partial(jax.jit, static_argnames="static", donate_argnames="live")
 def _admit(live: Live, job: Job, request: Any, to: Any, *, static: Settings) -> Live:
     """The rows of a few prompts, written to the rows `to` [R G]; N is nowhere."""
-    job = weights.for_decoding(job)
     new = _rows(job, request, live.state.tokens.shape[1], static)
     live = jax.tree.map(lambda a, b: a.at[to].set(b, mode="drop"), live, new)
     return _placed(live, static)
@@ -400,7 +406,6 @@ def _decode(
     live: Live, job: Job, rules: Rules, steps: Any, enough: Any, *, static: Settings
 ) -> tuple[Live, Array]:
     """Steps until `enough` rows are done, at most `steps`: (the batch, steps taken)."""
-    job = weights.for_decoding(job)
     keys = decode.keys_of(job.key, live.seed, live.place)
     rules = decode.for_draws(response_state.joined(rules, live.rules), static.greedy)
     setup = decode.Setup(

@@ -70,8 +70,8 @@ def generate(
     A setting "per row" is one number, [B], or [B, G].
 
     Args:
-      lm: the model. On CPUs a copy of the weights is kept from its second call on: see
-        `weights.ready`.
+      lm: the model. Each call copies its layers, unless `transformer.unstack` was applied on an
+        accelerator, or within `weights.kept` on a CPU.
       prompts: ids, right-padded.
       lengths: real tokens of each prompt, at least 1.
       key: `jax.random.key`.
@@ -130,7 +130,9 @@ def generate(
         guide, guide_prompts, guide_lengths, len(lengths), lm.config.vocab_size
     )
     greedy = np.ndim(temperature) == 0 and temperature == 0
-    lm, made = weights.ready((lm, None if guide is None else guides.traced(guide)))
+    lm, made = weights.for_decoding(
+        (lm, None if guide is None else guides.traced(guide))
+    )
     out, failed = _generate(
         lm, request, key, made,
         traced_reader(reader),
@@ -274,7 +276,7 @@ def _generate(
     lm, request, key, guide, reader, *, max_new, group, greedy, kind, candidates
 ):
     """One token of every row per step, until all are done: (Generated, failed [N])."""
-    lm, guide = weights.for_decoding((lm, guide))
+    lm, guide = transformer.unstack((lm, guide))
     read_prompts, read_on = reader
     width = request.prompts.shape[1] + max_new
     rows, start = begin(lm, request, key, guide, read_prompts, width, group, kind)

@@ -20,7 +20,6 @@ from jaxtyping import Array, Int
 from alignax.batch import LM
 from alignax.models import transformer
 from alignax.models.transformer import Cache
-from alignax.sampling import weights
 
 
 class Reader(NamedTuple):
@@ -141,7 +140,7 @@ def _equal(one: LM, other: LM) -> bool:
     """Whether two LMs of one config have equal weights, stacked or not."""
     forms = []
     for lm in (one, other):
-        shapes = jax.eval_shape(weights.for_decoding, lm).params
+        shapes = jax.eval_shape(transformer.unstack, lm).params
         found = jax.tree_util.tree_leaves_with_path(shapes)
         forms.append([(path, x.shape, x.dtype) for path, x in found])
     if forms[0] != forms[1]:
@@ -155,7 +154,7 @@ def _equal(one: LM, other: LM) -> bool:
 
 @jax.jit
 def _equal_values(one: LM, other: LM) -> Array:
-    leaves = (jax.tree.leaves(weights.for_decoding(lm).params) for lm in (one, other))
+    leaves = (jax.tree.leaves(transformer.unstack(lm).params) for lm in (one, other))
     same = [(a == b).all() for a, b in zip(*leaves, strict=True)]
     return jnp.stack(same).all()
 

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from alignax.batch import LM
+from alignax.models import transformer
 from alignax.sampling import (
     decode,
     drafts,
@@ -138,7 +139,7 @@ def speculate(
         guide, guide_prompts, guide_lengths, len(lengths), size
     )
     order = sorted(set(gammas))
-    lm, propose, made = weights.ready(
+    lm, propose, made = weights.for_decoding(
         (lm, draft[:2], None if guide is None else guides.traced(guide))
     )
     out, fault = _speculate(
@@ -200,7 +201,7 @@ def _begin(
     prompts, group = request.prompts, settings.group
     n, t = len(prompts) * group, prompts.shape[1] + settings.max_new
     slots = t + max(settings.gammas) + 1  # a block may reach beyond the last token
-    lm, draft, guide = weights.for_decoding((lm, draft, guide))
+    lm, draft, guide = transformer.unstack((lm, draft, guide))
     (read_prompts, read_on), (init_draft, propose) = reader, draft
     filled = read_prompts(lm, prompts, request.lengths, slots)[1]
     rows = decode.start_rows(

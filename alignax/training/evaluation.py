@@ -5,11 +5,13 @@ import jax
 from alignax.batch import LM, Metrics
 from alignax.reports import tables
 from alignax.reward_functions import time_limit
+from alignax.sampling import weights
 from alignax.training import build, on_policy, parallel
 from alignax.training.build import Run
 from alignax.training.plugins import has_rollouts
 
 
+@weights.kept()
 def evaluate(run: Run, lm: LM, lms: dict[str, LM], step: int, config) -> Metrics:
     """Runs the config's evaluations; names are 'eval/<evaluation>/<metric>'."""
     # responses end as those of rollouts do, and the reward has as much time

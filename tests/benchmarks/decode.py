@@ -23,7 +23,7 @@ import numpy as np
 
 from alignax.batch import LM
 from alignax.models import load, transformer
-from alignax.sampling import decode
+from alignax.sampling import decode, weights
 
 PROMPT = 32
 SMOLLM2 = dict(
@@ -103,6 +103,9 @@ def main():
     else:
         config = transformer.ModelConfig(**SMOLLM2)
         lm = LM(config, transformer.init(config, jax.random.key(0)))
+    lm = weights.for_decoding(
+        jax.jit(transformer.unstack)(lm)
+    )  # once, as for many calls
     python = os.environ.get("ALIGNAX_PEER_PYTHON")
     peer = Peer(python, path) if python and path else None
     read = reader(lm)

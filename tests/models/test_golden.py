@@ -15,8 +15,6 @@ from alignax.losses import dpo
 from alignax.models.load import load
 from alignax.models.transformer import hidden, unembed
 
-pytestmark = pytest.mark.slow
-
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 FAMILIES = [
     "llama_tied", "llama_untied", "llama3_rope", "mistral", "qwen2", "qwen3", "gemma",

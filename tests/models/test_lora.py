@@ -21,8 +21,6 @@ from alignax.runs import adapter_base, checkpoint
 from alignax.training import build, explain, loading, loop, optim
 from alignax.training.step import init_state, make_train_step
 
-pytestmark = pytest.mark.slow
-
 LORA = Lora(rank=3, alpha=6.0)
 
 
