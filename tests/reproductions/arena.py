@@ -88,7 +88,7 @@ def uniform(seed: int) -> dict[str, np.ndarray]:
     return played(np.stack(samples, 1), seed)
 
 
-def own(batch: Batch, texts, lms, *, score) -> np.ndarray:
+def own(batch: Batch, texts, lms, score) -> np.ndarray:
     """Mean log-probability of a response's tokens under the model itself, nats."""
     logps = np.asarray(score(lms["ref"], batch).logps).sum(-1)
     return logps / np.maximum(np.asarray(batch.mask).sum(-1), 1)
@@ -110,9 +110,7 @@ def smollm2(path: str, pairs: str) -> dict[str, np.ndarray]:
             length=128, contestants={str(n): {"best_of": int(n)} for n in SIZES},
             selector="arena.own", max_new=24,
         )  # fmt: skip
-        got = [
-            own(batch, None, {"ref": lm}, score=score)[p.valid] for p, batch in answered
-        ]
+        got = [own(batch, None, {"ref": lm}, score)[p.valid] for p, batch in answered]
         runs.append(played(np.concatenate(got), seed))
     return {k: np.stack([one[k] for one in runs]) for k in runs[0]}
 
