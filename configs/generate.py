@@ -4,7 +4,7 @@ Source: see the decoder's file in alignax/decoders/; for one, https://arxiv.org/
 Command: python -m alignax.main --config configs/generate.py --workdir runs/generate
   --config.prompts.path=prompts.jsonl
 configs/generate.py:args is the decoder `args`, configs/generate.py:args,smoke its smoke run.
-c.lms has the paths of the models that it reads. JUDGE is the reward of searches: change it.
+c.lms has the paths of its models; `value` is from configs/value_mean.py. Change JUDGE.
 """
 
 from alignax.configs import common, models
@@ -13,13 +13,10 @@ JUDGE = {"name": "constraints", "keywords": ("thank",), "max_words": 60}
 METHODS = {  # decoder: (its hyper-parameters, models that it reads, reward)
     "args": ({"reward": "reward", "weight": 1.0}, {"reward": ""}, {}),
     "best_of_n": ({"n": 16, "select": "best"}, {}, JUDGE),
-    "chain": ({"guides": ({"name": "contrastive", "amateur": "layers:20"},
-                          {"name": "proxy", "weight": 0.5})},
-              {"policy": "init", "ref": "init"}, {}),
+    "chain": ({"guides": ({"name": "proxy"}, {"name": "contrastive", "amateur": "ref"})}, {"policy": "init", "ref": "init"}, {}),
     "conditional_beam": ({"beams": 5, "top_k": 10}, {}, JUDGE),
     "contrastive": ({"weight": 0.5, "plausible": 0.1}, {"amateur": "init"}, {}),
-    "controlled": ({"values": "value", "beta": 1.0, "centre": 0.5, "radius": 0.6},
-                   {"value": ""}, {}),  # of configs/value_mean.py
+    "controlled": ({"values": "value", "centre": 0.5, "radius": 0.6}, {"value": ""}, {}),
     "controlled_blocks": ({"n": 16, "block": 32}, {}, JUDGE),
     "deal": ({"top_k": 10, "lookahead": 16, "lam": 1.0, "prune": True}, {}, JUDGE),
     "gsi": ({"n": 16, "step": 64, "beta": 0.05}, {"draft": "init"}, JUDGE),
@@ -54,8 +51,7 @@ def get_config(arg: str = ""):
         models.smoke(c, kind="prompts")
         c.num_steps, c.prompts, c.data, c.eval_data = 0, {**c.eval_data}, {}, {}
         c.generate.max_new = 8
-        c.decoder.update({"pine": {"separator": "e"}, "rain": {"simulations": 3},
-                          "chain": {"guides": ({"name": "proxy"},) * 2}}.get(method, {}))  # fmt: skip
+        c.decoder.update({"pine": {"separator": "e"}, "rain": {"simulations": 3}}.get(method, {}))  # fmt: skip
         # the model's own value head, which is 0, in place of a trained one
         c.lms = {name: path for name, path in lms.items() if path}
         c.model.value_head = len(c.lms) < len(lms)
