@@ -124,20 +124,23 @@ def test_an_evaluation_of_a_planted_memory(monkeypatch, tiny_config):
             text = TK.decode(np.asarray(batch.tokens[i, j])[at].tolist())
             known = text.startswith("known") and lm.params["name"] == "pi"
             logps[i, j, at] = -0.1 if ok and known else -2.0
+            if known:  # all but its first token
+                logps[i, j, at.argmax()] = -0.5
         best = np.where(batch.mask, np.float32(-0.1), 0)
         return Scores(logps, best=best)
 
     still = lambda lm, batch: (np.zeros(batch.mask.shape), np.ones(batch.mask.shape))  # noqa: E731
     monkeypatch.setattr(memorisation, "moments", still)
     pi, ref = (made_up(tiny_config, name) for name in ("pi", "ref"))
-    said = generator(lambda _, prompt: f"known {prompt.strip()[1]} xyz")
+    said = generator(lambda _, prompt: f"known {prompt.strip()[1]} x y z")
     got = memorisation.evaluate(
         pi, {"ref": ref}, Examples(SEEN), key=KEY, tokenizer=TK, generate=said, score=score,
         batch_size=2, length=40, nonmembers={"name": f"{__name__}.unseen"},
         questions={"more": {"name": f"{__name__}.unseen"}}, max_new=16,
     )  # fmt: skip
-    assert got["extraction_strength"] == 1
-    assert got["verbatim"] == pytest.approx(2 / 3)
-    assert got["knowledge/more"] == pytest.approx(1 / 3)
+    many = len("known 0 abc") + 1  # EOS
+    assert got["extraction_strength"] == pytest.approx(1 - 1 / many)
+    assert got["verbatim"] == pytest.approx(2 * 2 / (5 + 3))  # 2 words of 5 and of 3
+    assert got["knowledge/more"] == pytest.approx(2 * 1 / (5 + 3))
     names = ("loss", "zlib", "min_k", "min_k_pp", "reference")
     assert {k: got[f"auc/{k}"] for k in names} == dict.fromkeys(names, 1.0)
