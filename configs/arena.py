@@ -3,9 +3,10 @@
 Source: Son et al. 2024, https://arxiv.org/abs/2411.01281
 Command: python -m alignax.main --config configs/arena.py --workdir runs/arena
   --config.eval_data.path=prompts.jsonl
-The judge is a rule that rewards relevant responses without repetition. To rank models,
-name them in c.lms, and give each contestant a 'model'; a language model as the judge is
-'reward': {'name': 'judge'} with 'pairwise': True.
+The judge is a rule that rewards relevant responses without repetition; best-of-N is selected
+by repetition alone. If the judge selected, ratings would be 400 log10 N for any model. To rank
+models, name them in c.lms, and give each contestant a 'model'; a language model as the judge
+is 'reward': {'name': 'judge'} with 'pairwise': True.
 """
 
 from alignax.configs import dpo, models
@@ -21,6 +22,7 @@ def get_config(arg: str = ""):
         "arena": {
             "contestants": {f"best_of_{n}": {"best_of": n} for n in sizes},
             "reward": {"name": "relevance", "factors": ("relevance", "repetition")},
+            "selector": {"name": "relevance", "factors": ("repetition",)},
             "pairing": "bracket",
             "max_new": 4 if smoke else 64,
         }

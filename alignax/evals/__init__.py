@@ -9,6 +9,6 @@ interval comes with 'x/lo' and 'x/hi' (95 %); 'samples' holds rows of text.
 
 Reading order: ranking_accuracy and perplexity (scores of given responses), win_rate and
 sample (responses of the policy), pass_at_k, inference_win_rate (after best-of-N or worst-of-N),
-arena (several models or decoders), honesty, unlearning and memorisation (of a model that was
-to forget), token_shift, exploitation, bon_jailbreak.
+arena (several models or decoders), honesty; unlearning and memorisation (of a model that
+was to forget), token_shift, exploitation, bon_jailbreak.
 """

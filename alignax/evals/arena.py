@@ -58,7 +58,8 @@ def evaluate(
         'best_of': N (default 1), and some of SETTINGS of the sampler}.
       reward: the judge: a file in rewards/ (or {'name': ..., its hyper-parameters}), or a
         dotted name of a function of the response's text. Equal rewards are a tie.
-      selector: another reward, by which best-of-N selects; None is the judge itself.
+      selector: another reward, by which best-of-N selects; None is the judge itself, under
+        which the ratings of best-of-N are 400 log10 N for any model.
       pairwise: whether the judge sees the two responses of a match as a group of two, as
         `rewards/judge.py` wants it, which then judges both orders. Otherwise it gives each
         response a reward, once.

@@ -42,10 +42,12 @@ Tagger = Callable[[str], Sequence[tuple[str, str]]]
 
 WORD = r"[^\W_]+(?:['’\-][^\W_]+)*"
 LEAST_SHARE = 0.72  # of distinct words, at which a factor of MTLD ends
-# a full stop behind one of these, or behind a single letter, ends no sentence
+# A full stop behind one of these, behind a single letter but "I", or behind a number with
+# which a sentence begins ("1. Mix."), ends no sentence.
 ABBREVIATIONS = frozenset(
     ("mr", "mrs", "ms", "dr", "prof", "st", "jr", "sr", "vs", "etc", "e.g", "i.e", "cf", "al")
 )  # fmt: skip
+LONGEST = 24  # letters that are read of the word before a full stop
 ARTICLES = frozenset(("a", "an", "the"))
 FORMAL, CONTEXTUAL = ("NN", "JJ", "IN"), ("PRP", "WP", "VB", "MD", "RB", "WRB", "UH")
 
@@ -59,13 +61,15 @@ def sentences(text: str) -> list[str]:
     """Parts that end in . ! ? or …, or at an empty line, and hold a word."""
     out, start = [], 0
     for end in re.finditer(r"[.!?…]+[\"'”’)\]]*(?=\s|\Z)|\n\s*\n|\Z", text):
-        before = text[start : end.end()]
-        last = re.search(r"(\S+)\.\Z", before)
+        near = max(start, end.end() - LONGEST)
+        last = re.search(r"(\S+)\.\Z", text[near : end.end()])
         if last and end.end() < len(text):
             word = last[1].lower().lstrip("(\"'“‘[")
             letters = re.fullmatch(r"[^\W\d_](\.[^\W\d_])*", word) and word != "i"
-            if letters or word in ABBREVIATIONS:
+            item = word.isdigit() and not text[start : near + last.start()].strip()
+            if letters or item or word in ABBREVIATIONS:
                 continue
+        before = text[start : end.end()]
         if words(before):
             out.append(before.strip())
         start = end.end()

@@ -6,10 +6,12 @@ LCS is the length of the longest common subsequence of words, not necessarily co
 
 Source: Lin 2004, https://aclanthology.org/W04-1013
 Differs from the source: words are maximal runs of letters and digits in small letters, of
-every alphabet, without stemming; F has equal weights.
+alphabets that are written with spaces and without combining marks, in Unicode's composed form,
+without stemming; F has equal weights.
 """
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -28,7 +30,7 @@ class Overlap(NamedTuple):
 
 def words(text: str) -> list[str]:
     """The words that are compared."""
-    return _WORD.findall(text.casefold())
+    return _WORD.findall(unicodedata.normalize("NFC", text.casefold()))
 
 
 def rouge_l(candidate: str, reference: str) -> Overlap:

@@ -159,6 +159,9 @@ def standings(
 ) -> Standings:
     """Fits the points of all prompts, and those of resampled prompts.
 
+    Of a contestant without a loss, or without a win, the distance to the others is decided by
+    the prior, in every resample too: read its rating and interval as a bound.
+
     Args:
       points: [N, M, M] of `single_elimination` or `all_pairs`.
       seed: of the bootstrap.

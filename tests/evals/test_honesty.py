@@ -73,6 +73,13 @@ def test_extremes(after, honest):
     assert measures(before, after(before))["honesty"] == pytest.approx(honest)
 
 
+def test_a_model_that_refused_before_is_not_at_one_half():
+    state = np.array(["correct"] * 3 + ["idk"] * 2 + ["wrong"] * 3)
+    got = measures(state, state)
+    assert got["prudence"] == pytest.approx(2 / 5)
+    assert got["honesty"] == pytest.approx(0.7)
+
+
 def test_empty_denominators():
     known = np.array(["correct"] * 4)
     got = measures(known, known)
@@ -161,7 +168,9 @@ def test_an_evaluation_of_answers_that_are_made_up():
 
 def test_a_system_turn_may_tell_how_to_refuse():
     turns = [{"role": "system", "content": f"Else say: {NO}"}, {"role": "user", "content": "q"}]  # fmt: skip
-    assert honesty.question(Example("0", turns, [])) == "q"
+    asked = honesty.question(Example("0", turns, []))
+    assert honesty.idk(f"{NO}.", asked)
+    assert not honesty.idk(f"{NO}.", f"Say: {NO}")
     assert honesty.question(Example("0", "plain", [])) == "plain"
 
 

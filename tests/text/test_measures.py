@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import time
 
 import pytest
 
@@ -170,3 +171,17 @@ def test_a_missing_library_is_named(library, monkeypatch):
     use = {"pyphen": measures.hyphenated, "textblob": measures.formality}[library]
     with pytest.raises(ImportError, match=r"pip install alignax\[text\]"):
         use("word")
+
+
+def test_numbers_of_a_list_are_no_sentences():
+    assert measures.sentences("1. Buy milk.\n2. Go home.") == ["1. Buy milk.", "2. Go home."]  # fmt: skip
+    assert measures.sentences("It was 1999. Then it rained.") == ["It was 1999.", "Then it rained."]  # fmt: skip
+
+
+def test_many_abbreviations_take_linear_time():
+    def seconds(many):
+        start = time.process_time()
+        measures.sentences("e.g. " * many + "end")
+        return time.process_time() - start
+
+    assert min(seconds(40_000) for _ in range(2)) < 5  # .1 s; quadratic: minutes

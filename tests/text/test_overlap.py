@@ -43,3 +43,7 @@ def test_swapping_the_texts_swaps_precision_and_recall():
         other.f,
     )
     assert one.precision == 0.5
+
+
+def test_an_accent_is_the_same_in_both_forms_of_unicode():
+    assert rouge_l("un cafe\u0301 noir", "un café noir").f == 1
