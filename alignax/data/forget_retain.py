@@ -96,8 +96,8 @@ def examples(
         'refusals' (the response of a forget row is a refusal) or 'pairs' (forget rows
         prefer a refusal to the true answer); under these two retain rows are as under
         'answers', and the desired response is labelled 1. Or 'options', without labels: the
-        true answer, the same in other words, and WRONG wrong answers in the words of the
-        true one, as `data.tofu` has them.
+        true answer, the same in other words, and WRONG wrong answers in those other words,
+        as in TOFU: the truth ratio then compares facts, and no wordings.
       authors: how many there are, from 2 to 400.
       forget: share of authors to forget, rounded to at least one author and at most all
         but one.
@@ -141,7 +141,7 @@ def examples(
             responses, feedback = [answer.format(**facts)], [float(not to_forget)]
             if kind == "options":
                 rest = np.random.default_rng([seed, author, q])
-                wrong = _wrong(rest, facts, answer)
+                wrong = _wrong(rest, facts, other)
                 responses = [*responses, other.format(**facts), *wrong]
                 feedback = []
             elif to_forget and kind != "answers":
@@ -156,11 +156,11 @@ def examples(
     return Examples(rows)
 
 
-def _wrong(rng: np.random.Generator, facts: dict[str, str], answer: str) -> list[str]:
-    """WRONG different answers that are not the true one."""
-    seen = [answer.format(**facts)]
+def _wrong(rng: np.random.Generator, facts: dict[str, str], wording: str) -> list[str]:
+    """WRONG different answers of a wording that are not the true one."""
+    seen = [wording.format(**facts)]
     while len(seen) <= WRONG:
-        drawn = answer.format(**{**facts, **_facts(rng)})
+        drawn = wording.format(**{**facts, **_facts(rng)})
         if drawn not in seen:
             seen.append(drawn)
     return seen[1:]

@@ -108,11 +108,15 @@ def test_options_are_the_answer_in_two_wordings_and_five_wrong_ones():
         true, other, *wrong = row.responses
         assert true == answer.responses[0]
         assert len({true, other, *wrong}) == 7
-        template = forget_retain.QUESTIONS[int(row.id.split(":")[1])][2]
-        slots = re.sub(r"\\{(\w+)\\}", r"(?P<\1>.+)", re.escape(template))
-        facts = re.fullmatch(slots, true).groupdict()
-        assert all(value in other for value in facts.values())
-        for text in wrong:  # the same wording, another fact
-            found = re.fullmatch(slots, text).groupdict()
+        wordings = forget_retain.QUESTIONS[int(row.id.split(":")[1])][2:]
+        first, second = (
+            re.sub(r"\\{(\w+)\\}", r"(?P<\1>.+)", re.escape(x)) for x in wordings
+        )
+        facts = re.fullmatch(second, other).groupdict()
+        taught = re.fullmatch(first, true).groupdict()
+        assert {**facts, **taught} == facts
+        for text in wrong:  # in the other words too, and another fact
+            found = re.fullmatch(second, text).groupdict()
             assert found != facts
-            assert found.get("name") == facts.get("name")
+            assert found["name"] == facts["name"]
+            assert not re.fullmatch(first, text)
