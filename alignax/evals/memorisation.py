@@ -1,6 +1,7 @@
 """Memorisation: what of a text a model still gives away, and whether it was trained on it.
 
-Of the response y, n tokens, after its prompt x (the beginning of a text, or a question):
+Of the response y, n tokens, after its prompt x (the beginning of a text, or a question). The
+EOS after it is no token of y: a text may be the middle of a longer one.
 
   extraction strength   1 - k/n, for the least k such that greedy decoding, given the text up
                         to k tokens of y, predicts every further one of them; 0 for none
@@ -23,24 +24,25 @@ Source: Carlini et al. 2021, https://arxiv.org/abs/2012.07805 (extraction; zlib 
 Shi et al. 2023, https://arxiv.org/abs/2310.16789 (min-k); Zhang et al. 2024,
 https://arxiv.org/abs/2404.02936 (min-k++); Shi et al. 2024, https://arxiv.org/abs/2407.06460
 (verbatim and knowledge, of MUSE); Wang et al. 2024, https://arxiv.org/abs/2406.09179 (strength)
-Differs from the papers: only tokens of responses are scored; a response whose last token is
+Differs from the papers: only tokens of responses are scored, EOS where there is nothing else; a response whose last token is
 not predicted has the strength 0; a text of fewer tokens than 1 / share has one lowest token.
 """
 
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+import scipy.stats
+from jaxtyping import Array, Bool, Float, Int
 
 from alignax import logprob
 from alignax.batch import LM, Batch, Example, Metrics, flatten
 from alignax.data import wrapped
-from alignax.evals.unlearning import overlaps
+from alignax.evals.unlearning import overlaps, require
 from alignax.inputs.detokenize import texts
 from alignax.inputs.source import eval_batches
 from alignax.models import transformer
@@ -48,6 +50,7 @@ from alignax.reports.metrics import bootstrap
 
 RANGES = {"share": "(0, 1]", "max_new": "[1, inf)", "size": "[0, inf)"}
 TILE = 16  # positions whose rows of logits exist at once
+REFERENCE = "ref"
 SLACK = 1e-4  # nats by which two float32 sums of one distribution may differ
 
 
@@ -64,7 +67,7 @@ class Read(NamedTuple):
 def evaluate(
     lm: LM, lms: dict[str, LM], data, *, key, tokenizer, generate, score,
     batch_size: int, length: int, nonmembers: Mapping[str, Any],
-    questions: Mapping[str, Mapping[str, Any]] | None = None, reference: str = "ref",
+    questions: Mapping[str, Mapping[str, Any]] | None = None, reference: str = REFERENCE,
     share: float = 0.2, max_new: int = 64, size: int = 0,
 ) -> Metrics:  # fmt: skip
     """Reads texts that were trained on (the data), and texts that were not.
@@ -73,7 +76,8 @@ def evaluate(
       nonmembers: a data set, {'name': ..., its own parameters}, of texts of the same kind
         that were not trained on.
       questions: data sets of questions with their answers, by name.
-      reference: name in `lms` of the reference model; without it there is no such attack.
+      reference: name in `lms` of the reference model. Without an LM of the default name
+        there is no such attack; another name must be there.
       share: of the tokens, the lowest of which min_k and min_k_pp take.
       max_new: most tokens of a greedy continuation.
       size: rows of each set to use, from its start (0 = all).
@@ -81,7 +85,11 @@ def evaluate(
     Returns:
       'extraction_strength', 'verbatim' and 'knowledge/<name>' with intervals over rows, and
       'auc/<attack>'.
+
+    Raises:
+      ValueError: what `check` refuses.
     """
+    require(lms, "reference", reference, REFERENCE)
     how: dict[str, Any] = dict(
         tokenizer=tokenizer, batch_size=batch_size, length=length
     )
@@ -108,6 +116,24 @@ def evaluate(
     return out
 
 
+def check(
+    lms: Container[str], data: Sequence[Example], *, nonmembers: Mapping[str, Any],
+    questions: Mapping[str, Mapping[str, Any]] | None = None, reference: str = REFERENCE, **_,
+) -> None:  # fmt: skip
+    """Raises ValueError: no such LM, or a set that cannot be read or has a row without a
+    response."""
+    require(lms, "reference", reference, REFERENCE)
+    sets = {"the data": data, "nonmembers": wrapped(nonmembers, "test")}
+    for name, source in (questions or {}).items():
+        sets[f"questions.{name}"] = wrapped(source, "test")
+    for name, rows in sets.items():
+        if not len(rows):
+            raise ValueError(f"{name} has no rows")
+        for row in rows:
+            if not row.responses:
+                raise ValueError(f"{name}: {row.id} has no response")
+
+
 def read(
     lm: LM, base: LM | None, data: Sequence[Example], score, *, tokenizer,
     batch_size: int, length: int,
@@ -115,7 +141,8 @@ def read(
     """What is read of the first response of each row, shortest first."""
     found = []
     for batch in eval_batches(data, tokenizer, batch_size=batch_size, length=length):
-        batch = batch._replace(extra=None)
+        batch = jax.tree.map(lambda x: np.asarray(x)[:, :1], batch._replace(extra=None))
+        batch = batch._replace(mask=without_eos(batch, tokenizer.eos_ids))
         got = score(lm, batch, ("best",))
         logps, best = (np.asarray(x, np.float64) for x in (got.logps, got.best))
         mean, deviation = moments(lm, batch)
@@ -132,6 +159,13 @@ def read(
                 )
             )  # fmt: skip
     return found
+
+
+def without_eos(batch: Batch, eos_ids: Collection[int]) -> Bool[np.ndarray, "B G T"]:
+    """The mask without EOS, but where a response is nothing else."""
+    mask = np.asarray(batch.mask)
+    kept = mask & ~np.isin(batch.tokens, sorted(eos_ids))
+    return np.where(kept.any(-1, keepdims=True), kept, mask)
 
 
 def moments(
@@ -199,5 +233,6 @@ def attacks(text: Read, share: float) -> dict[str, float]:
 
 def auc(members: Sequence[float], others: Sequence[float]) -> float:
     """Chance that a member has the higher score; a tie counts half."""
-    gap = np.subtract.outer(np.asarray(members, float), np.asarray(others, float))
-    return float((np.sign(gap).mean() + 1) / 2)
+    n, m = len(members), len(others)
+    ranks = scipy.stats.rankdata([*members, *others])  # equal ones share their mean
+    return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * m))

@@ -91,11 +91,13 @@ def test_what_is_read_of_a_real_model(real):
     data = [Example("0", "a", ["bcd"]), Example("1", "b", ["c"])]
     how = dict(tokenizer=TK, batch_size=2, length=16)
     short, long = memorisation.read(real, real, data, host, **how)
-    assert (len(short.logps), len(long.logps)) == (2, 4)  # with EOS
+    assert (len(short.logps), len(long.logps)) == (1, 3)  # without EOS
     prompt, ids = TK.prompt(data[0]), TK.tokenize(data[0]).responses[0]
+    assert ids[3:] == [TK.eos_id]
+    ids = ids[:3]
     z = logits(real, prompt + ids)[len(prompt) - 1 : -1]
     logp = z - np.log(np.exp(z).sum(-1, keepdims=True))
-    own = logp[np.arange(4), ids]
+    own = logp[np.arange(3), ids]
     np.testing.assert_allclose(long.logps, own, atol=1e-4)
     np.testing.assert_allclose(long.reference, own, atol=1e-4)
     assert long.greedy.tolist() == (z.argmax(-1) == ids).tolist()
@@ -103,6 +105,55 @@ def test_what_is_read_of_a_real_model(real):
     sigma = np.sqrt((np.exp(logp) * (logp - mu[:, None]) ** 2).sum(-1))
     np.testing.assert_allclose(long.standard, (own - mu) / sigma, atol=2e-3)
     assert long.size == len(zlib.compress(TK.decode(ids).encode()))
+
+
+def test_the_end_of_a_text_from_the_middle_of_a_longer_one_is_not_scored(
+    monkeypatch, tiny_config
+):
+    """Every letter is the likeliest one, and EOS is most unlikely."""
+
+    def score(_, batch, needs=()):
+        eos = np.asarray(batch.tokens) == TK.eos_id
+        logps = np.where(batch.mask, np.where(eos, -9.0, -0.1), 0)
+        return Scores(logps, best=np.where(batch.mask, -0.1, 0))
+
+    shapes = []
+
+    def still(_, batch):
+        shapes.append(batch.tokens.shape[:2])
+        return np.zeros(batch.mask.shape), np.ones(batch.mask.shape)
+
+    monkeypatch.setattr(memorisation, "moments", still)
+    data = [Example("0", "a", ["bcdef", "x" * 9, "no"]), Example("1", "b", ["cd"])]
+    how = dict(tokenizer=TK, batch_size=2, length=16)
+    lm = made_up(tiny_config, "pi")
+    for text in memorisation.read(lm, None, data, score, **how):
+        assert strength(text.greedy) == 1
+        assert lowest(text.logps, 0.2) == pytest.approx(-0.1)
+    assert shapes == [(2, 1)]  # of the first responses alone
+    tokens = np.array([[[5, TK.eos_id, 0]], [[5, 6, TK.eos_id]]])
+    mask = np.array([[[0, 1, 0]], [[0, 1, 1]]], bool)
+    batch = from_groups([[5]], [[[6]]], length=3)._replace(tokens=tokens, mask=mask)
+    kept = memorisation.without_eos(batch, {TK.eos_id})
+    assert kept.tolist() == [[[False, True, False]], [[False, True, False]]]
+
+
+def test_what_cannot_be_evaluated_is_refused_before_the_run(tmp_path):
+    others = {"name": f"{__name__}.unseen"}
+
+    def refused(match, data=SEEN, error=ValueError, **hyper):
+        with pytest.raises(error, match=match):
+            memorisation.check(("ref",), data, **{"nonmembers": others, **hyper})
+
+    refused("reference is 'reff', which is none of `lms`", reference="reff")
+    path = str(tmp_path / "lost.jsonl")
+    lost = {"name": "tofu", "path": path, "split": "train"}
+    refused("lost.jsonl", nonmembers=lost, error=FileNotFoundError)
+    refused("lost.jsonl", questions={"more": lost}, error=FileNotFoundError)
+    refused("the data has no rows", data=[])
+    refused("the data: bare has no response", data=[Example("bare", "p", [])])
+    memorisation.check((), Examples(SEEN), nonmembers=others, max_new=4)
+    memorisation.check(("old",), SEEN, nonmembers=others, reference="old")
 
 
 SEEN = [Example(f"s{i}", f"p{i}", [f"known {i} abc"]) for i in range(3)]
