@@ -189,7 +189,7 @@ def test_an_evaluation_of_a_planted_memory(monkeypatch, tiny_config):
         batch_size=2, length=40, nonmembers={"name": f"{__name__}.unseen"},
         questions={"more": {"name": f"{__name__}.unseen"}}, max_new=16,
     )  # fmt: skip
-    many = len("known 0 abc") + 1  # EOS
+    many = len("known 0 abc")  # EOS is not scored
     assert got["extraction_strength"] == pytest.approx(1 - 1 / many)
     assert got["verbatim"] == pytest.approx(2 * 2 / (5 + 3))  # 2 words of 5 and of 3
     assert got["knowledge/more"] == pytest.approx(2 * 1 / (5 + 3))
