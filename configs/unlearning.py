@@ -4,8 +4,8 @@ Source: Maini et al. 2024 (TOFU), https://arxiv.org/abs/2401.06121; membership a
 as in Shi et al. 2024 (MUSE), https://arxiv.org/abs/2407.06460
 Command: python -m alignax.main --config configs/unlearning.py --workdir runs/unlearning
   --config.model.path=runs/npo --config.lms.retrained=runs/retrained
-  (after configs/npo.py, and configs/authors.py once more with --config.data.part=retain
-  --config.num_steps=338, which is five epochs of the 90 retained authors)
+  (after configs/npo.py, and configs/authors.py once more with data.part='retain' and
+  num_steps=338, which is five epochs of the 90 retained authors)
 The authors are made up. A copy of TOFU is read by the data set 'tofu', in eval_data and in
 the sets of the evaluations.
 """

@@ -24,8 +24,9 @@ Source: Carlini et al. 2021, https://arxiv.org/abs/2012.07805 (extraction; zlib 
 Shi et al. 2023, https://arxiv.org/abs/2310.16789 (min-k); Zhang et al. 2024,
 https://arxiv.org/abs/2404.02936 (min-k++); Shi et al. 2024, https://arxiv.org/abs/2407.06460
 (verbatim and knowledge, of MUSE); Wang et al. 2024, https://arxiv.org/abs/2406.09179 (strength)
-Differs from the papers: only tokens of responses are scored, EOS where there is nothing else; a response whose last token is
-not predicted has the strength 0; a text of fewer tokens than 1 / share has one lowest token.
+Differs from the papers: only tokens of responses are scored, EOS where there is nothing else; a
+response whose last token is not predicted has the strength 0; a text of fewer tokens than
+1 / share has one lowest token.
 """
 
 import math
