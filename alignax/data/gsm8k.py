@@ -58,8 +58,6 @@ def examples(
     """
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
-    if size < 0:
-        raise ValueError(f"size is {size}, expected at least 0")
     if not str(path):
         raise ValueError(
             "path is empty, expected a file of GSM8K, such as train.jsonl or "
@@ -72,25 +70,10 @@ def examples(
         strict=strict,
         columns=_KEYS,
     )
-    usable: list[int] = []
-    report: dict[str, list[str]] = {}
-    for index, example in enumerate(rows):
-        try:
-            answer(example)
-        except ValueError as error:
-            message = f"{rows.place(index)}: {error}"
-            if strict:
-                raise ValueError(message) from None
-            report.setdefault("malformed", []).append(message)
-            continue
-        usable.append(index)
-        if len(usable) == size:
-            break
-    if len(rows) and not usable:
-        raise ValueError(f"{path} has no usable row; first: {report['malformed'][0]}")
+    found, report = jsonl.usable(rows, answer, size=size, strict=strict)
     text = f"\n\n{instruction}" if instruction else ""
     convert = functools.partial(_example, rows, kind, text, system, marks)
-    return rows.over(usable, convert, report)
+    return rows.over(found, convert, report)
 
 
 def answer(example: Example) -> str:

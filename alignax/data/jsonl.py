@@ -19,7 +19,8 @@ file and line, and left out. Rows stay on the disk and are read again where they
 import functools
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from alignax.batch import Example
 from alignax.data import KINDS, Examples, as_kind, held_out, none_left, share
@@ -76,6 +77,41 @@ def examples(
                 )
     found.carried = tuple(numbers)
     return found
+
+
+def usable(
+    rows: Examples, convert: Callable[[Example], Any], *, size: int, strict: bool
+) -> tuple[list[int], dict[str, list[str]]]:
+    """Which rows a further reader can use: (their indices, a report of the 'malformed').
+
+    Args:
+      rows: from `examples`.
+      convert: raises ValueError for a row that it cannot use.
+      size: of them to use, from the start; 0 uses all.
+      strict: raises at the first row that cannot be used instead of counting it.
+
+    Raises:
+      ValueError: a negative size, no usable row, or (strict) an unusable one.
+    """
+    if size < 0:
+        raise ValueError(f"size is {size}, expected at least 0")
+    found: list[int] = []
+    report: dict[str, list[str]] = {}
+    for index, example in enumerate(rows):
+        try:
+            convert(example)
+        except ValueError as error:
+            message = f"{rows.place(index)}: {error}"
+            if strict:
+                raise ValueError(message) from None
+            report.setdefault("malformed", []).append(message)
+            continue
+        found.append(index)
+        if len(found) == size:
+            break
+    if len(rows) and not found:
+        raise ValueError(f"no usable row; first: {report['malformed'][0]}")
+    return found, report
 
 
 def read(

@@ -52,32 +52,20 @@ def examples(
     """
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
-    if size < 0:
-        raise ValueError(f"size is {size}, expected at least 0")
     rows = jsonl.examples(
         split=split, path=path, test_fraction=test_fraction, strict=strict, columns=_KEYS
     )  # fmt: skip
-    usable: list[int] = []
-    report: dict[str, list[str]] = {}
-    for index in range(len(rows)):
-        try:
-            _example(rows, kind, index)
-        except ValueError as error:
-            message = f"{rows.place(index)}: {error}"
-            if strict:
-                raise ValueError(message) from None
-            report.setdefault("malformed", []).append(message)
-            continue
-        usable.append(index)
-        if len(usable) == size:
-            break
-    if len(rows) and not usable:
-        raise ValueError(f"{path} has no usable row; first: {report['malformed'][0]}")
-    return rows.over(usable, functools.partial(_example, rows, kind), report)
+    found, report = jsonl.usable(
+        rows, functools.partial(_options, kind), size=size, strict=strict
+    )
+    return rows.over(found, functools.partial(_example, rows, kind), report)
 
 
 def _example(rows: Examples, kind: str, index: int) -> Example:
-    row = rows[index]
+    return _options(kind, rows[index])
+
+
+def _options(kind: str, row: Example) -> Example:
     if len(row.responses) != 1 or not isinstance(row.responses[0], str):
         raise ValueError("expected a 'question' with an 'answer', both of them text")
     answer = row.responses[0]
@@ -86,13 +74,15 @@ def _example(rows: Examples, kind: str, index: int) -> Example:
     if kind == "sft":
         responses = [answer]
     elif kind == "options":
-        other = str(row.columns.get(_OTHER) or answer)
-        responses = [answer, other, *_wrong(row.columns.get(_WRONG))]
+        other = _texts(_OTHER, row.columns.get(_OTHER) or answer)
+        if len(other) > 1:
+            raise ValueError(f"'{_OTHER}' is {other!r}, expected one text")
+        responses = [answer, *other, *_texts(_WRONG, row.columns.get(_WRONG))]
     return row._replace(responses=responses, feedback=(), form="", columns=columns)
 
 
-def _wrong(column: Any) -> list[str]:
-    """The wrong answers, which `data.jsonl` keeps as JSON; one text is one of them."""
+def _texts(key: str, column: Any) -> list[str]:
+    """The answers of a column, which `data.jsonl` keeps as JSON; one text is one of them."""
     try:
         found = json.loads(column) if str(column).startswith("[") else column
     except json.JSONDecodeError:
@@ -100,5 +90,5 @@ def _wrong(column: Any) -> list[str]:
     found = [found] if isinstance(found, str) else found
     texts = isinstance(found, list) and all(isinstance(x, str) for x in found)
     if not texts or not all(x.strip() for x in found) or not found:
-        raise ValueError(f"'{_WRONG}' is {column!r}, expected wrong answers")
+        raise ValueError(f"'{key}' is {column!r}, expected answers")
     return found

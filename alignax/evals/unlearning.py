@@ -229,6 +229,7 @@ def overlaps(
         )
         said = texts(got.batch, tokenizer)
         for b in np.flatnonzero(p.valid):
-            wanted = response_text(data[i * batch_size + int(b)])
+            first = data[i * batch_size + int(b)]._replace(feedback=())
+            wanted = response_text(first)
             out.append(rouge_l(said[b][0], wanted))
     return out

@@ -227,10 +227,20 @@ def together(sizes: np.ndarray, least: int) -> list[list[int]]:
     return found
 
 
-@jax.jit
 def unstacked(lms: Any) -> Any:
     """Every LM of a tree with its layers apart; once, for many programs."""
-    return transformer.unstack(lms)
+
+    def one(lm):
+        if not isinstance(lm, LM) or isinstance(lm.params["blocks"], tuple):
+            return lm
+        return LM(lm.config, {**lm.params, "blocks": _layers(lm)})
+
+    return jax.tree.map(one, lms, is_leaf=lambda x: isinstance(x, LM))
+
+
+@jax.jit
+def _layers(lm: LM) -> Any:
+    return transformer.unstack(lm).params["blocks"]
 
 
 def padded(size: int) -> int:

@@ -70,8 +70,8 @@ def generate(
     A setting "per row" is one number, [B], or [B, G].
 
     Args:
-      lm: the model. Each call copies its layers, unless `transformer.unstack` was applied on an
-        accelerator, or within `weights.kept` on a CPU.
+      lm: the model. Each call copies its layers. Where there are many calls, use
+        `weights.kept` on a CPU, and apply `transformer.unstack` on an accelerator.
       prompts: ids, right-padded.
       lengths: real tokens of each prompt, at least 1.
       key: `jax.random.key`.

@@ -69,14 +69,14 @@ def for_decoding(lms: Any) -> Any:
         leaves, tree = jax.tree.flatten(blocks)
         key = tree, *map(id, leaves)
         if key not in copies:
-            copies[key] = leaves, _left_operands(lm).params["blocks"]
+            copies[key] = leaves, _left_operands(lm)
         return LM(lm.config, {**lm.params, "blocks": copies[key][1]})
 
     return jax.tree.map(one, lms, is_leaf=lambda x: isinstance(x, LM))
 
 
 def _is_faster(lm: LM) -> bool:
-    """Whether some kernel would change, which does not change in the meantime."""
+    """Whether some kernel would change, of arrays that nobody writes to."""
     blocks = lm.params["blocks"]
     if fallback.platform() != "cpu" or lm.config.dtype != "float32":
         return False
@@ -101,8 +101,8 @@ def _changes(node: Params) -> bool:
 
 
 @jax.jit
-def _left_operands(lm: LM) -> LM:
-    """An LM whose float32 kernels are the left operands of their products."""
+def _left_operands(lm: LM) -> tuple[Params, ...]:
+    """The layers of an LM, with float32 kernels as the left operands of their products."""
 
     def turn(name, node):
         if not _changes(node):
@@ -126,4 +126,4 @@ def _left_operands(lm: LM) -> LM:
         return out
 
     blocks: Any = transformer.unstack(lm).params["blocks"]
-    return LM(lm.config, {"blocks": tuple(map(one, blocks))})
+    return tuple(map(one, blocks))

@@ -54,6 +54,15 @@ def test_a_row_without_wrong_answers_is_reported(tmp_path, wrong):
         make(tmp_path, ROWS[0], odd, strict=True)
 
 
+@pytest.mark.parametrize("other", [["It is Ada.", "Ada it is."], [" "], 3])
+def test_the_answer_in_other_words_is_one_text(tmp_path, other):
+    one = {**ROWS[0], "paraphrased_answer": ["It is Ada."]}
+    assert make(tmp_path, one)[0].responses[1] == "It is Ada."
+    odd = {**ROWS[0], "question": "What?", "paraphrased_answer": other}
+    (line,) = make(tmp_path, ROWS[0], odd).report["malformed"]
+    assert "paraphrased_answer" in line
+
+
 def test_size_and_kind_are_checked(tmp_path):
     assert len(make(tmp_path, size=1)) == 1
     with pytest.raises(ValueError, match="kind is 'pairs', expected one of options"):

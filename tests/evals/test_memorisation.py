@@ -180,7 +180,9 @@ def test_an_evaluation_of_a_planted_memory(monkeypatch, tiny_config):
         best = np.where(batch.mask, np.float32(-0.1), 0)
         return Scores(logps, best=best)
 
-    still = lambda lm, batch: (np.zeros(batch.mask.shape), np.ones(batch.mask.shape))  # noqa: E731
+    def still(lm, batch):
+        return np.zeros(batch.mask.shape), np.ones(batch.mask.shape)
+
     monkeypatch.setattr(memorisation, "moments", still)
     pi, ref = (made_up(tiny_config, name) for name in ("pi", "ref"))
     said = generator(lambda _, prompt: f"known {prompt.strip()[1]} x y z")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from alignax.decoders import contrastive
-from alignax.models import sharding
+from alignax.models import sharding, transformer
 from alignax.sampling import automaton, continuous, decode, guides, prefill
 
 KEY = jax.random.key(5)
@@ -244,3 +244,12 @@ def test_wrong_arguments_are_named(lm, prompts):
         answers(lm, prompts, guide=guides.Guide(_count, _odd, "block"))
     with pytest.raises(ValueError, match=r"candidates=0"):
         answers(lm, prompts, candidates=0)
+
+
+def test_layers_are_taken_apart_once_and_tables_are_not_copied(tiny_lm):
+    apart = continuous.unstacked(tiny_lm)
+    assert isinstance(apart.params["blocks"], tuple)
+    assert apart.params["embed"] is tiny_lm.params["embed"]
+    assert continuous.unstacked(apart) is apart
+    want = transformer.unstack(tiny_lm).params["blocks"]
+    jax.tree.map(np.testing.assert_array_equal, apart.params["blocks"], want)
